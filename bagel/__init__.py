@@ -1,0 +1,1 @@
+"""BAGEL: the model and its reference sampler. Readable alone; knows nothing of compression."""

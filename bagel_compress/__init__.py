@@ -1,0 +1,1 @@
+"""bagel-compress: compress, validate and publish BAGEL checkpoints."""

@@ -1,0 +1,5 @@
+import sys
+
+from bagel_compress.cli import main
+
+sys.exit(main())

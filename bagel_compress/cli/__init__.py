@@ -1,0 +1,61 @@
+"""The command line: thin verbs. The only place that prints, reads the environment or exits.
+
+Verbs live in the group modules beside this file. A group registers its parsers without importing torch; what a verb
+needs is imported inside the verb. Exit codes: 0 done, 1 a gate did not pass, 2 wrong usage or input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from bagel_compress.errors import BagelCompressError
+
+GROUPS = ("build", "sample", "judge", "ship", "demo")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.verb(args)
+    except BagelCompressError as error:
+        print(f"bagel-compress: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("bagel-compress: interrupted; finished work is kept, the same command goes on from there.", file=sys.stderr)
+        return 130
+    return code
+
+
+def emit(args: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:
+    """Prints `data` as one JSON document with --json, `text` otherwise."""
+    print(json.dumps(data, indent=2) if args.json else text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bagel-compress",
+        description="Compress, validate and publish BAGEL checkpoints.",
+        epilog="examples:\n  bagel-compress demo\n  bagel-compress plan recipes/nf4.yaml --source BAGEL-7B-MoT\n"
+        "  bagel-compress run recipes/nf4.yaml --source BAGEL-7B-MoT --out out/nf4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bagel-compress {version('bagel-compress')}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for group in GROUPS:
+        importlib.import_module(f"bagel_compress.cli.{group}").register(verbs)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

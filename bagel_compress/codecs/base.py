@@ -1,0 +1,190 @@
+"""The codec contract: what a format must answer, from a header, from data, and at run time.
+
+A codec is a frozen value: the same object is the YAML entry of a recipe, the entry of the manifest and the decoder.
+It is given *units*: one tensor for most formats, an ordered group for DF11, whose code book covers several tensors.
+
+Data is read as flat runs of elements through a `Reader` and leaves as `Chunk`s, so that a tensor of any size is coded in
+bounded memory. `encode` is the same path on tensors in memory, and `decode` defines the format: every kernel and every
+run-time module is compared to it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from bagel_compress.errors import ExportError
+from bagel_compress.spec import DTYPE_BYTES, PartSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one code book or scale set covers: ordered tensors under one name (the tensor's own name if it is one)."""
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(s.numel for s in self.specs)
+
+
+class Reader(Protocol):
+    """Gives the values of a tensor, wherever they lie."""
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the row-major flattened tensor: 1-D, CPU, dtype of `spec`; a view where possible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of bytes of one stored part. `data` is a contiguous uint8 array, valid until the next chunk is asked for."""
+
+    part: str
+    start: int
+    data: np.ndarray
+
+
+@dataclass(slots=True)
+class Quality:
+    """Energy of a unit's weights and of the coding error, as decoded from the codes that were written."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, signal: float, noise: float) -> None:
+        self.signal += signal
+        self.noise += noise
+
+    @property
+    def snr_db(self) -> float:
+        """Signal-to-noise ratio in dB; infinite where nothing was lost."""
+        if self.noise == 0.0:
+            return math.inf
+        return 10.0 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
+
+
+@dataclass(slots=True)
+class Encoding(ABC):
+    """One unit on its way into a shard. `parts` is exact before the first chunk is asked for."""
+
+    codec: Codec  # the codec really used; differs from the asked one only with a `reason`
+    parts: dict[str, PartSpec]
+    reason: str = ""
+    quality: Quality = field(default_factory=Quality)  # complete when `chunks` is exhausted
+
+    @abstractmethod
+    def chunks(self) -> Iterator[Chunk]:
+        """The bytes of all parts, each byte exactly once, in any order. Verifies what it wrote, or raises CodecError."""
+
+
+class Codec(BaseModel, ABC):
+    """Base of all formats. Subclasses are one file each and are listed in `bagel_compress.codecs.CODECS`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str  # narrowed to a Literal by each subclass: the YAML name
+    lossless: ClassVar[bool] = False
+
+    def units(self, specs: Sequence[TensorSpec]) -> list[Unit]:
+        """Groups the tensors that a rule gave to this codec. Default: one unit per tensor."""
+        return [Unit(s.name, (s,)) for s in specs]
+
+    @abstractmethod
+    def check(self, unit: Unit) -> None:
+        """From the header alone. Raises PlanError, naming the tensor, if this format cannot hold it."""
+
+    @abstractmethod
+    def parts(self, unit: Unit) -> dict[str, PartSpec]:
+        """Names and specs of what will be stored, in full names; exact, or an upper bound where the data decides."""
+
+    def nbytes(self, unit: Unit) -> int:
+        """Bytes of `parts`."""
+        return sum(p.nbytes for p in self.parts(unit).values())
+
+    @abstractmethod
+    def begin(self, unit: Unit, source: Reader) -> Encoding:
+        """Starts coding: reads what is needed to know the exact parts. Raises CodecError on values it cannot hold."""
+
+    @abstractmethod
+    def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Stored parts -> tensors in the unit's shapes and dtypes. Raises CodecError on parts that make no sense."""
+
+    def encode(self, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`begin` and `chunks` on tensors in memory: parts by full name. For tests, kernels and small tensors."""
+        import numpy as np
+        import torch
+
+        encoding = self.begin(unit, InMemory(tensors))
+        raw = {name: np.empty(part.nbytes, np.uint8) for name, part in encoding.parts.items()}
+        for chunk in encoding.chunks():
+            raw[chunk.part][chunk.start : chunk.start + chunk.data.nbytes] = chunk.data
+        return {
+            name: torch.from_numpy(raw[name]).view(TORCH_DTYPES[part.dtype]()).reshape(part.shape)
+            for name, part in encoding.parts.items()
+        }
+
+    def linear(
+        self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None
+    ) -> torch.nn.Module:
+        """Run-time module computing x @ W.T + bias. Default: decode once and keep the full-precision weight."""
+        import torch
+
+        weight = self.decode(Unit(spec.name, (spec,)), parts)[spec.name]
+        module = torch.nn.Linear(spec.shape[1], spec.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        module.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        return module
+
+    def export_linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """The form an ONNX graph can carry. Default: this format has none."""
+        raise ExportError(f"{spec.name}: codec {self.format} has no ONNX form; export from a raw, nf4, int8 or fp8 artifact.")
+
+
+class InMemory:
+    """A Reader over tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        return self._tensors[spec.name].contiguous().reshape(-1)[start:stop]
+
+
+def _torch_dtype(name: str):  # type: ignore[no-untyped-def]
+    def get() -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+
+    return get
+
+
+# safetensors dtype code -> function giving the torch dtype (a function, so that plans need no torch).
+TORCH_DTYPES = {
+    code: _torch_dtype(name)
+    for code, name in {
+        "U64": "uint64", "I64": "int64", "F64": "float64", "F32": "float32", "U32": "uint32", "I32": "int32",
+        "BF16": "bfloat16", "F16": "float16", "U16": "uint16", "I16": "int16", "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    }.items()
+}  # fmt: skip
+assert TORCH_DTYPES.keys() == DTYPE_BYTES.keys()
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """torch dtype -> safetensors code."""
+    for code, get in TORCH_DTYPES.items():
+        if get() == dtype:
+            return code
+    raise KeyError(dtype)

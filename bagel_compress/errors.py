@@ -1,0 +1,57 @@
+"""One class per kind of user error.
+
+Each is raised with one sentence that says what was wrong, what was found, what was expected and what to do.
+The command line turns them into that sentence on stderr and the exit code of the class; nothing else catches them.
+"""
+
+
+class BagelCompressError(Exception):
+    """Base of everything a user can cause. Exit code 2: wrong usage or input."""
+
+    exit_code = 2
+
+
+class CheckpointError(BagelCompressError):
+    """A checkpoint folder or file is missing something, malformed, or not what its name says."""
+
+
+class RecipeError(BagelCompressError):
+    """A recipe has an unknown key, codec or value."""
+
+
+class TargetError(BagelCompressError):
+    """A target or case file has an unknown key or an impossible value."""
+
+
+class PlanError(BagelCompressError):
+    """A recipe and a checkpoint do not fit together: an unmatched tensor, a rule without tensors, a codec that cannot."""
+
+
+class CodecError(BagelCompressError):
+    """A tensor's values cannot be coded, or stored parts cannot be decoded. Names the tensor."""
+
+
+class ArtifactError(BagelCompressError):
+    """An artifact folder is incomplete, inconsistent, or belongs to another plan."""
+
+
+class TraceError(BagelCompressError):
+    """A trace is truncated, comes from another checkpoint, or does not hold what is asked of it."""
+
+
+class ExportError(BagelCompressError):
+    """A block, codec or precision cannot be exported to this runtime."""
+
+
+class PublishError(BagelCompressError):
+    """The Hub refused, or the repository is not what the release expects."""
+
+
+class MissingExtraError(BagelCompressError):
+    """An optional package is not installed; the message names the extra to install."""
+
+
+class GateError(BagelCompressError):
+    """A gate did not pass: verification, parity or budget. Exit code 1."""
+
+    exit_code = 1
