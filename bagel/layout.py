@@ -100,3 +100,87 @@ def _vit_role(layer: int, module: str, part: str) -> Role | None:
     if "layer_norm" in module:
         return Role("vit", "shared", layer, "norm", block)
     return Role("vit", "shared", layer, "linear" if part == "weight" else "bias", block)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The numbers that fix every tensor shape. `vit_layers` counts the stored ones (one less than SigLIP has)."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    vit_hidden: int
+    vit_intermediate: int
+    vit_layers: int
+    vit_patch: int = 588  # values of one patch: 14 x 14 pixels x 3 channels
+    latent: int = 64  # values of one latent token: 2 x 2 cells x 16 channels
+    latent_rows: int = 4096  # rows of the latent position table, a square
+    vit_rows: int = 4900  # rows of both ViT position tables, a square
+    frequencies: int = 256  # width of the sinusoidal timestep features
+
+
+def expected_tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the main file (all but the VAE), in the order of the official file (by name)."""
+    s = sizes
+    shapes: dict[str, tuple[int, ...]] = {
+        "language_model.model.embed_tokens.weight": (s.vocab, s.hidden),
+        "language_model.lm_head.weight": (s.vocab, s.hidden),
+        "language_model.model.norm.weight": (s.hidden,),
+        "language_model.model.norm_moe_gen.weight": (s.hidden,),
+        "latent_pos_embed.pos_embed": (s.latent_rows, s.hidden),
+        "vit_pos_embed.pos_embed": (s.vit_rows, s.hidden),
+    }
+    for module, rows, columns in (
+        ("time_embedder.mlp.0", s.hidden, s.frequencies),
+        ("time_embedder.mlp.2", s.hidden, s.hidden),
+        ("vae2llm", s.hidden, s.latent),
+        ("llm2vae", s.latent, s.hidden),
+        ("connector.fc1", s.hidden, s.vit_hidden),
+        ("connector.fc2", s.hidden, s.hidden),
+    ):
+        shapes |= {f"{module}.weight": (rows, columns), f"{module}.bias": (rows,)}
+    for layer in range(s.layers):
+        for suffix in ("", "_moe_gen"):
+            shapes |= _llm_layer_tensors(s, f"language_model.model.layers.{layer}.", suffix)
+    return dict(sorted((shapes | _vit_tensors(s)).items()))
+
+
+def _llm_layer_tensors(s: Sizes, prefix: str, suffix: str) -> dict[str, tuple[int, ...]]:
+    head_dim = s.hidden // s.heads
+    shapes: dict[str, tuple[int, ...]] = {}
+    for letter, rows in (("q", s.hidden), ("k", s.kv_heads * head_dim), ("v", s.kv_heads * head_dim)):
+        shapes[f"{prefix}self_attn.{letter}_proj{suffix}.weight"] = (rows, s.hidden)
+        shapes[f"{prefix}self_attn.{letter}_proj{suffix}.bias"] = (rows,)
+    shapes[f"{prefix}self_attn.o_proj{suffix}.weight"] = (s.hidden, s.hidden)
+    for letter in "qk":
+        shapes[f"{prefix}self_attn.{letter}_norm{suffix}.weight"] = (head_dim,)
+    for name, shape in (
+        ("gate", (s.intermediate, s.hidden)), ("up", (s.intermediate, s.hidden)), ("down", (s.hidden, s.intermediate)),
+    ):  # fmt: skip
+        shapes[f"{prefix}mlp{suffix}.{name}_proj.weight"] = shape
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        shapes[f"{prefix}{name}{suffix}.weight"] = (s.hidden,)
+    return shapes
+
+
+def _vit_tensors(s: Sizes) -> dict[str, tuple[int, ...]]:
+    root = "vit_model.vision_model."
+    linears = {"embeddings.patch_embedding": (s.vit_hidden, s.vit_patch)}
+    norms = ["post_layernorm"]
+    for layer in range(s.vit_layers):
+        at = f"encoder.layers.{layer}."
+        linears |= {f"{at}self_attn.{name}_proj": (s.vit_hidden, s.vit_hidden) for name in ("q", "k", "v", "out")}
+        linears |= {
+            f"{at}mlp.fc1": (s.vit_intermediate, s.vit_hidden),
+            f"{at}mlp.fc2": (s.vit_hidden, s.vit_intermediate),
+        }
+        norms += [f"{at}layer_norm1", f"{at}layer_norm2"]
+    shapes: dict[str, tuple[int, ...]] = {f"{root}embeddings.position_embedding.weight": (s.vit_rows, s.vit_hidden)}
+    for name, (rows, columns) in linears.items():
+        shapes |= {f"{root}{name}.weight": (rows, columns), f"{root}{name}.bias": (rows,)}
+    for name in norms:
+        shapes |= {f"{root}{name}.weight": (s.vit_hidden,), f"{root}{name}.bias": (s.vit_hidden,)}
+    return shapes

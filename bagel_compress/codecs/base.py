@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -94,6 +94,7 @@ class Codec(BaseModel, ABC):
 
     format: str  # narrowed to a Literal by each subclass: the YAML name
     lossless: ClassVar[bool] = False
+    exact: ClassVar[bool] = True  # False: `parts` and `nbytes` are upper bounds until the data was seen
 
     def units(self, specs: Sequence[TensorSpec]) -> list[Unit]:
         """Groups the tensors that a rule gave to this codec. Default: one unit per tensor."""
@@ -133,9 +134,15 @@ class Codec(BaseModel, ABC):
             for name, part in encoding.parts.items()
         }
 
-    def linear(
-        self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None
-    ) -> torch.nn.Module:
+    def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
+        """Entries for the artifact's `config.json` by which this format's own readers know it; default: none.
+
+        `units` are all units stored in this format, `others` the names of the linear modules that are not (for skip
+        lists). Example: {"quantization_config": {"quant_method": "bitsandbytes", ...}}.
+        """
+        return {}
+
+    def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
         """Run-time module computing x @ W.T + bias. Default: decode once and keep the full-precision weight."""
         import torch
 
@@ -147,7 +154,9 @@ class Codec(BaseModel, ABC):
 
     def export_linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         """The form an ONNX graph can carry. Default: this format has none."""
-        raise ExportError(f"{spec.name}: codec {self.format} has no ONNX form; export from a raw, nf4, int8 or fp8 artifact.")
+        raise ExportError(
+            f"{spec.name}: codec {self.format} has no ONNX form; export from a raw, nf4, int8 or fp8 artifact."
+        )
 
 
 class InMemory:
