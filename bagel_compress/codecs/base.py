@@ -3,8 +3,8 @@
 A codec is a frozen value: the same object is the YAML entry of a recipe, the entry of the manifest and the decoder.
 It is given *units*: one tensor for most formats, an ordered group for DF11, whose code book covers several tensors.
 
-Data is read as flat runs of elements through a `Reader` and leaves as `Chunk`s, so that a tensor of any size is coded in
-bounded memory. `encode` is the same path on tensors in memory, and `decode` defines the format: every kernel and every
+Data is read as flat runs of elements through a `Reader` and leaves as `Chunk`s, so that a tensor of any size is coded
+in bounded memory. `encode` is the same path on tensors in memory, and `decode` defines the format: every kernel and every
 run-time module is compared to it.
 """
 
@@ -42,12 +42,12 @@ class Reader(Protocol):
     """Gives the values of a tensor, wherever they lie."""
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the row-major flattened tensor: 1-D, CPU, dtype of `spec`; a view where possible."""
+        """Elements [start, stop) of the row-major flattened tensor: 1-D, CPU, dtype of `spec`; a view if possible."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of bytes of one stored part. `data` is a contiguous uint8 array, valid until the next chunk is asked for."""
+    """A run of bytes of one stored part. `data` is contiguous uint8, valid until the next chunk is asked for."""
 
     part: str
     start: int
@@ -84,7 +84,7 @@ class Encoding(ABC):
 
     @abstractmethod
     def chunks(self) -> Iterator[Chunk]:
-        """The bytes of all parts, each byte exactly once, in any order. Verifies what it wrote, or raises CodecError."""
+        """The bytes of all parts, each byte once, in any order. Verifies what it wrote, or raises CodecError."""
 
 
 class Codec(BaseModel, ABC):
