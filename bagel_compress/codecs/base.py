@@ -4,8 +4,8 @@ A codec is a frozen value: the same object is the YAML entry of a recipe, the en
 It is given *units*: one tensor for most formats, an ordered group for DF11, whose code book covers several tensors.
 
 Data is read as flat runs of elements through a `Reader` and leaves as `Chunk`s, so that a tensor of any size is coded
-in bounded memory. `encode` is the same path on tensors in memory, and `decode` defines the format: every kernel and every
-run-time module is compared to it.
+in bounded memory. `encode` is the same path on tensors in memory, and `decode` defines the format: every kernel and
+every run-time module is compared to it.
 """
 
 from __future__ import annotations
