@@ -1,0 +1,136 @@
+"""The small parts: norms, rotary positions, gated MLP, attention. Dtype changes are written here, there is no autocast.
+
+Shape suffixes in this package: T packed tokens, D hidden width, H query heads, K key/value heads, E width of a head,
+B batch, C channels, P patches, V vocabulary, N latent tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Normalises in fp32, rounds to the input's dtype, then multiplies by the weight (in that order)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_wide = x.float()
+        x_wide = x_wide * torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x_wide.to(x.dtype)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm computed and returned in fp32 whatever the dtype of input and weights (as CUDA autocast does)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), _float(self.bias), self.eps)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+def linear_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype a linear module computes in: of its weight, or what a compressed module says in `compute_dtype`."""
+    declared = getattr(module, "compute_dtype", None)
+    if declared is not None:
+        return declared  # type: ignore[no-any-return]
+    return module.weight.dtype  # type: ignore[return-value,union-attr]
+
+
+def rope_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, E] of rotary positions: angles in fp32, tables rounded to `dtype`. Half-split (NeoX) form."""
+    inv_freq = inverse_frequencies(head_dim, theta, positions_T.device)
+    angles_TE = torch.cat([positions_T[:, None].float() * inv_freq] * 2, dim=-1)
+    return angles_TE.cos().to(dtype), angles_TE.sin().to(dtype)
+
+
+def inverse_frequencies(head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
+    """theta^(-2k/E) for k = 0 .. E/2-1, fp32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    return 1.0 / (theta**exponents)
+
+
+def apply_rope(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Rotates every head of every token. Works in the dtype that `x` and the tables promote to."""
+    first, second = x_THE.chunk(2, dim=-1)
+    rotated_THE = torch.cat([-second, first], dim=-1)
+    return x_THE * cos_TE[:, None] + rotated_THE * sin_TE[:, None]
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _flash_varlen() -> Callable[..., Tensor] | None:
+    """flash-attn's varlen kernel, or None where the package is not installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func  # type: ignore[no-any-return]
+
+
+def attention(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], causal: bool) -> Tensor:
+    """Attention inside each of B segments: q[b] is [T_b, H, E], k[b] and v[b] are [S_b, K, E]; returns [sum T, H, E].
+
+    Query head h uses key/value head h // (H/K), the scale is 1/sqrt(E), and a causal mask is aligned to the bottom
+    right (the last query sees every key). flash-attn where it is installed and can (CUDA, 16 bit), else torch's SDPA.
+    """
+    if q[0].is_cuda and q[0].dtype in (torch.bfloat16, torch.float16) and (flash := _flash_varlen()) is not None:
+        return _attention_flash(flash, q, k, v, causal)
+    if len(q) > 1 and len({t.shape for t in q}) == 1 and len({t.shape for t in k}) == 1:
+        return _attention_sdpa(torch.stack(list(q)), torch.stack(list(k)), torch.stack(list(v)), causal).flatten(0, 1)
+    outs = [_attention_sdpa(a[None], b[None], c[None], causal)[0] for a, b, c in zip(q, k, v, strict=True)]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _attention_sdpa(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, causal: bool) -> Tensor:
+    q_len, k_len = q_BTHE.shape[1], k_BSKE.shape[1]
+    mask = None
+    if causal and 1 < q_len < k_len:
+        mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q_BTHE.device).tril(k_len - q_len)
+    out_BHTE = sdpa(
+        q_BTHE.transpose(1, 2),
+        k_BSKE.transpose(1, 2),
+        v_BSKE.transpose(1, 2),
+        mask,
+        is_causal=causal and q_len > 1 and q_len == k_len,
+    )
+    return out_BHTE.transpose(1, 2)
+
+
+def sdpa(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    """torch's scaled-dot-product attention with grouped heads; [B, H, T, E]."""
+    grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
+    if grouped and mask is not None and q_BHTE.is_cuda:  # the masked CUDA kernels take no grouped heads
+        groups = q_BHTE.shape[1] // k_BKSE.shape[1]
+        k_BKSE, v_BKSE = k_BKSE.repeat_interleave(groups, 1), v_BKSE.repeat_interleave(groups, 1)
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
+    )
+
+
+def _attention_flash(
+    flash: Callable[..., Any], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], causal: bool
+) -> Tensor:
+    def starts(parts: Sequence[Tensor]) -> Tensor:
+        lens = torch.tensor([0] + [p.shape[0] for p in parts], dtype=torch.int32)
+        return lens.cumsum(0, dtype=torch.int32).to(q[0].device)
+
+    return flash(  # type: ignore[no-any-return]
+        torch.cat(list(q)), torch.cat(list(k)), torch.cat(list(v)),
+        cu_seqlens_q=starts(q), cu_seqlens_k=starts(k),
+        max_seqlen_q=max(p.shape[0] for p in q), max_seqlen_k=max(p.shape[0] for p in k), causal=causal,
+    )  # fmt: skip

@@ -1,0 +1,176 @@
+"""From a folder in the official layout to a model in memory, one tensor at a time.
+
+`ema.safetensors`, `model.safetensors` or shards with an index; the VAE in `vae/` or the root. Modules are built on the
+meta device and filled tensor by tensor, so that memory never holds more than the model and one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from bagel.config import BagelConfig
+from bagel.errors import BagelError
+from bagel.model import Bagel
+from bagel.vae import SCALE_FACTOR, SHIFT_FACTOR, AutoEncoder, VAEConfig
+
+WEIGHT_FILES = ("ema.safetensors", "model.safetensors")
+INDEX_FILE = "model.safetensors.index.json"
+VAE_FILES = ("vae/ae.safetensors", "ae.safetensors")
+
+_LAYER_PART = re.compile(
+    r"language_model\.model\.layers\.(\d+)\.(?:self_attn\.|mlp(_moe_gen)?\.)?(\w+?)(_moe_gen)?\.(weight|bias)"
+)
+_PREFIXES = (
+    ("language_model.model.embed_tokens.", "embed_tokens."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.norm.", "norm_und."),
+    ("language_model.model.norm_moe_gen.", "norm_gen."),
+    ("vit_model.vision_model.embeddings.", "vit."),
+    ("vit_model.vision_model.encoder.", "vit."),
+    ("vit_model.vision_model.", "vit."),
+)
+
+
+def parameter_path(name: str) -> str:
+    """Official tensor name -> attribute path in `Bagel`: `...layers.3.mlp_moe_gen.up_proj.weight` -> `layers.3.gen.up_proj.weight`."""
+    if match := _LAYER_PART.fullmatch(name):
+        layer, mlp_gen, module, gen, part = match.groups()
+        return f"layers.{layer}.{'gen' if mlp_gen or gen else 'und'}.{module}.{part}"
+    for official, own in _PREFIXES:
+        if name.startswith(official):
+            return own + name.removeprefix(official)
+    return name
+
+
+def load_bagel(folder: Path, device: torch.device, dtype: torch.dtype) -> Bagel:
+    """The model of a full-precision folder. Raises BagelError, naming the tensor, on missing, extra or misshapen ones."""
+    files = weight_files(folder)
+    vae_shapes = shapes_of({n: f for f in (vae_file(folder),) for n in tensor_names(f)})
+    config = read_config(folder, shapes_of(files), vae_shapes)
+    with torch.device("meta"):
+        model = Bagel(config)
+    expected = {name: p for name, p in model.named_parameters()}
+    fill(model, files, expected, device, dtype)
+    return model.eval()
+
+
+def load_vae(folder: Path, device: torch.device) -> AutoEncoder:
+    """The autoencoder, in fp32 whatever it is stored in."""
+    file = vae_file(folder)
+    files = {name: file for name in tensor_names(file)}
+    with torch.device("meta"):
+        vae = AutoEncoder(vae_config(folder, shapes_of(files)))
+    fill(vae, files, dict(vae.named_parameters()), device, torch.float32)
+    return vae.eval()
+
+
+def read_config(
+    folder: Path, shapes: dict[str, tuple[int, ...]], vae_shapes: dict[str, tuple[int, ...]]
+) -> BagelConfig:
+    """Configuration of a folder whose tensors have these shapes (official names)."""
+    vae = vae_config(folder, vae_shapes)
+    return BagelConfig.from_dir(folder, shapes, vae.z_channels, vae.downsample)
+
+
+def vae_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
+    """Sizes from shapes; scale and shift from `vae_config` of config.json if it has one, else FLUX's."""
+    config = folder / "config.json"
+    stored = json.loads(config.read_text(encoding="utf-8")).get("vae_config", {}) if config.exists() else {}
+    try:
+        return VAEConfig.from_shapes(
+            shapes, stored.get("scale_factor", SCALE_FACTOR), stored.get("shift_factor", SHIFT_FACTOR)
+        )
+    except ValueError as error:
+        raise BagelError(f"{folder}: {error} Copy ae.safetensors from the base model.") from None
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file. Raises BagelError if there are no weights or if an index points outside its folder."""
+    for name in WEIGHT_FILES:
+        if (folder / name).exists():
+            return {tensor: folder / name for tensor in tensor_names(folder / name)}
+    index = folder / INDEX_FILE
+    if not index.exists():
+        raise BagelError(f"{folder} has no weights: expected {', '.join(WEIGHT_FILES)} or {INDEX_FILE} with its shards.")
+    files: dict[str, Path] = {}
+    for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        file = folder / name
+        if folder.resolve() not in file.resolve().parents:
+            raise BagelError(f"{index}: {tensor} lies in {name!r}, outside the folder; the index is not trusted.")
+        files[tensor] = file
+    return files
+
+
+def vae_file(folder: Path) -> Path:
+    for name in VAE_FILES:
+        if (folder / name).exists():
+            return folder / name
+    raise BagelError(f"{folder} has no VAE: expected {' or '.join(VAE_FILES)}; copy it from the base model.")
+
+
+def tensor_names(file: Path) -> list[str]:
+    with _opened(file) as handle:
+        return list(handle.keys())
+
+
+def shapes_of(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes from the headers; no data is read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file, names in _by_file(files):
+        with _opened(file) as handle:
+            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+    return shapes
+
+
+def fill(
+    model: nn.Module,
+    files: dict[str, Path],
+    expected: dict[str, nn.Parameter],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Puts every stored tensor at its place. Raises BagelError on the first missing, extra or misshapen one."""
+    paths = {parameter_path(name): name for name in files}
+    if missing := sorted(expected.keys() - paths.keys()):
+        raise BagelError(f"the checkpoint lacks {len(missing)} tensors, first {missing[0]}; it is not complete.")
+    if extra := sorted(paths[p] for p in paths.keys() - expected.keys()):
+        raise BagelError(f"the checkpoint has {len(extra)} tensors BAGEL does not know, first {extra[0]}.")
+    for file, names in _by_file(files):
+        with _opened(file) as handle:
+            for name in names:
+                path = parameter_path(name)
+                tensor = handle.get_tensor(name)
+                if tensor.shape != expected[path].shape:
+                    raise BagelError(
+                        f"tensor {name} has shape {list(tensor.shape)}, expected {list(expected[path].shape)} by the configs."
+                    )
+                put(model, path, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+
+
+def put(model: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
+    """Sets an attribute by its dotted path."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, value)
+
+
+def _by_file(files: dict[str, Path]) -> Iterable[tuple[Path, list[str]]]:
+    grouped: dict[Path, list[str]] = {}
+    for name, file in files.items():
+        grouped.setdefault(file, []).append(name)
+    return grouped.items()
+
+
+def _opened(file: Path):  # type: ignore[no-untyped-def]
+    try:
+        return safe_open(str(file), framework="pt")
+    except FileNotFoundError:
+        raise BagelError(f"{file} does not exist, but the index names it; the checkpoint is not complete.") from None
+    except SafetensorError as error:
+        raise BagelError(f"{file} is not a readable safetensors file ({error}); download it again.") from None
