@@ -1,0 +1,251 @@
+"""The packed training forward: cross entropy on text, flow matching on noised images.
+
+A batch is samples of items (text, ViT image, clean image, noised image) packed on one axis. `pack` lays them out by the
+official rules; `forward` returns unreduced losses, so that parity of a loss is the cheapest check of all. No optimiser,
+no data loading and no reduction here.
+
+Visibility: a query sees a key of its own sample when the key comes first or both are in the same image, and never a key
+of another noised image: later tokens see the clean copy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bagel.inputs import TextCodec, grid_ids
+from bagel.layers import linear_dtype, rope_table, sdpa
+from bagel.model import Bagel
+from bagel.vit import patchify
+
+
+@dataclass(frozen=True, slots=True)
+class TextItem:
+    """A wrapped text turn; with `loss`, every id after the first is predicted, the end token too."""
+
+    text: str
+    loss: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ViTItem:
+    """An image as ViT features, [3, H, W] in [-1, 1]."""
+
+    image: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LatentItem:
+    """An image as VAE latent [z, h, w]: clean (`timestep` None), or noised at sigmoid(timestep), shifted, with loss."""
+
+    latent: Tensor
+    timestep: float | None = None
+
+
+Item = TextItem | ViTItem | LatentItem
+
+
+@dataclass(slots=True)
+class Batch:
+    """A packed batch of T rows. Row indexes count over the whole batch."""
+
+    sample_lens: list[int]
+    visible: list[Tensor]  # per sample [len, len] bool: row (query) may see column (key)
+    positions: Tensor  # [T] rope positions
+    text_ids: Tensor
+    text_rows: Tensor  # wrapper tokens of images included
+    vit_patches: Tensor
+    vit_ids: Tensor
+    vit_rows: Tensor
+    vit_lens: list[int]
+    latents: Tensor  # [N, p*p*z] clean, packed
+    latent_ids: Tensor
+    latent_rows: Tensor
+    timesteps: Tensor  # [N] before the sigmoid; -inf is clean
+    mse_rows: Tensor
+    ce_rows: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Unreduced: `ce` per predicted token, `mse` per element of each noised token. `hidden`: rows after the final norms."""
+
+    ce: Tensor
+    mse: Tensor
+    hidden: Tensor
+
+
+def forward(model: Bagel, batch: Batch, noise: Tensor) -> Losses:
+    """Losses of a batch; `noise` is standard normal, [N, p*p*z]."""
+    t = shifted_times(batch.timesteps, model.config.timestep_shift)
+    x_t = (1 - t[:, None]) * batch.latents + t[:, None] * noise
+    und_rows, order = _expert_order(batch)
+    x_TD = _embed(model, batch, x_t, t)[order]
+    llm = model.config.llm
+    rope = rope_table(batch.positions[order], llm.head_dim, llm.rope_theta, x_TD.dtype)
+    attend = _attend_with(batch, order)
+    for layer in model.layers:
+        x_TD = layer(x_TD, len(und_rows), rope, attend, wide=True)
+    normed_TD = torch.cat([model.norm_und(x_TD[: len(und_rows)]), model.norm_gen(x_TD[len(und_rows) :])])
+    hidden_TD = torch.empty_like(normed_TD).index_copy(0, order, normed_TD)
+    ce = cross_entropy(model.lm_head(hidden_TD[batch.ce_rows]).float(), batch.labels, reduction="none")
+    target = (noise - batch.latents)[t > 0]
+    mse = (model.llm2vae(hidden_TD[batch.mse_rows]).float() - target) ** 2
+    return Losses(ce, mse, hidden_TD)
+
+
+def shifted_times(draws: Tensor, shift: float) -> Tensor:
+    """sigmoid, then s*t / (1 + (s-1)*t); -inf stays 0."""
+    t = torch.sigmoid(draws)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _expert_order(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(understanding rows, all rows in expert order): everything but latents first."""
+    is_gen = torch.zeros(sum(batch.sample_lens), dtype=torch.bool, device=batch.positions.device)
+    is_gen[batch.latent_rows] = True
+    und_rows = (~is_gen).nonzero()[:, 0]
+    return und_rows, torch.cat([und_rows, is_gen.nonzero()[:, 0]])
+
+
+def _embed(model: Bagel, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
+    text = model.embed_tokens(batch.text_ids)
+    x_TD = text.new_zeros(sum(batch.sample_lens), text.shape[1]).index_copy(0, batch.text_rows, text)
+    if batch.vit_lens:
+        features = model.connector(model.vit(batch.vit_patches, batch.vit_ids, batch.vit_lens))
+        features = features + model.vit_pos_embed(batch.vit_ids)
+        x_TD = x_TD.index_copy(0, batch.vit_rows, features.to(x_TD.dtype))
+    if len(batch.latent_rows):
+        projected = model.vae2llm(x_t.to(linear_dtype(model.vae2llm)))
+        latents = projected + model.time_embedder(t) + model.latent_pos_embed(batch.latent_ids)
+        x_TD = x_TD.index_copy(0, batch.latent_rows, latents.to(x_TD.dtype))
+    return x_TD
+
+
+def _attend_with(batch: Batch, order: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+    """Attention per sample under its visibility; rows come and go in expert order."""
+    inverse = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+
+    def attend(_: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        packed = [t[inverse].split(batch.sample_lens) for t in (q_THE, k_TKE, v_TKE)]
+        outs = [
+            sdpa(*(t.transpose(0, 1)[None] for t in qkv), mask=mask)[0].transpose(0, 1)  # type: ignore[misc]
+            for *qkv, mask in zip(*packed, batch.visible, strict=True)
+        ]
+        return torch.cat(outs)[order]
+
+    return attend
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+class _Packer:
+    """Rows of a batch as they are laid out."""
+
+    def __init__(self, model: Bagel, text: TextCodec) -> None:
+        self.config, self.text = model.config, text
+        self.rows: dict[str, list[int]] = {k: [] for k in ("text", "vit", "latent", "mse", "ce")}
+        self.ids: dict[str, list[int]] = {k: [] for k in ("text", "label")}
+        self.grids: dict[str, list[Tensor]] = {"vit": [], "latent": []}
+        self.values: dict[str, list[Tensor]] = {"vit": [], "latent": []}
+        self.vit_lens: list[int] = []
+        self.timesteps: list[Tensor] = []
+        self.positions: list[int] = []
+        self.visible: list[Tensor] = []
+
+    def sample(self, items: Sequence[Item]) -> None:
+        splits: list[tuple[str, int]] = []
+        rope = 0
+        for item in items:
+            if isinstance(item, TextItem):
+                count = self._text(item, rope)
+                splits.append(("causal", count))
+                rope += count
+            else:
+                count = self._image(item, rope)
+                noised = isinstance(item, LatentItem) and item.timestep is not None
+                splits.append(("noise" if noised else "full", count))
+                rope += 0 if noised else 1
+        self.visible.append(visibility(splits))
+
+    def _text(self, item: TextItem, rope: int) -> int:
+        ids, row = self.text.turn(item.text), len(self.positions)
+        self._tokens(ids, list(range(rope, rope + len(ids))))
+        if item.loss:
+            self.rows["ce"] += range(row, row + len(ids) - 1)
+            self.ids["label"] += ids[1:]
+        return len(ids)
+
+    def _image(self, item: ViTItem | LatentItem, rope: int) -> int:
+        kind = "vit" if isinstance(item, ViTItem) else "latent"
+        tensor = item.image if isinstance(item, ViTItem) else item.latent
+        cell = self.config.vit.patch_size if kind == "vit" else self.config.latent_patch_size
+        side = self.config.vit_max_patches if kind == "vit" else self.config.max_latent_size
+        grid = grid_ids(tensor.shape[1] // cell, tensor.shape[2] // cell, side, self.config.interpolate_pos)
+        self._tokens([self.text.image_start], [rope])
+        rows = range(len(self.positions), len(self.positions) + len(grid))
+        self.positions += [rope] * len(grid)
+        self._tokens([self.text.image_end], [rope])
+        self.rows[kind] += rows
+        self.values[kind].append(patchify(tensor, cell))
+        self.grids[kind].append(grid)
+        if isinstance(item, ViTItem):
+            self.vit_lens.append(len(grid))
+        else:
+            self.timesteps.append(torch.full((len(grid),), -torch.inf if item.timestep is None else item.timestep))
+            self.rows["mse"] += [] if item.timestep is None else rows
+        return len(grid) + 2
+
+    def _tokens(self, ids: list[int], positions: list[int]) -> None:
+        self.rows["text"] += range(len(self.positions), len(self.positions) + len(ids))
+        self.ids["text"] += ids
+        self.positions += positions
+
+
+def pack(model: Bagel, text: TextCodec, samples: Sequence[Sequence[Item]]) -> Batch:
+    """Lays samples out on one axis, in the model's configuration. CPU tensors."""
+    packer = _Packer(model, text)
+    for items in samples:
+        packer.sample(items)
+    rows = {kind: torch.tensor(r, dtype=torch.int64) for kind, r in packer.rows.items()}
+    patch_values = model.config.vit.num_channels * model.config.vit.patch_size**2
+    return Batch(
+        sample_lens=[len(v) for v in packer.visible],
+        visible=packer.visible,
+        positions=torch.tensor(packer.positions),
+        text_ids=torch.tensor(packer.ids["text"]),
+        text_rows=rows["text"],
+        vit_patches=_cat(packer.values["vit"], torch.zeros(0, patch_values)),
+        vit_ids=_cat(packer.grids["vit"], rows["vit"]),
+        vit_rows=rows["vit"],
+        vit_lens=packer.vit_lens,
+        latents=_cat(packer.values["latent"], torch.zeros(0, model.config.latent_width)),
+        latent_ids=_cat(packer.grids["latent"], rows["latent"]),
+        latent_rows=rows["latent"],
+        timesteps=_cat(packer.timesteps, torch.zeros(0)),
+        mse_rows=rows["mse"],
+        ce_rows=rows["ce"],
+        labels=torch.tensor(packer.ids["label"], dtype=torch.int64),
+    )
+
+
+def visibility(splits: Sequence[tuple[str, int]]) -> Tensor:
+    """[len, len] bool of one sample from its (kind, length) splits; kinds are causal, full and noise."""
+    split_of = torch.cat([torch.full((n,), i) for i, (_, n) in enumerate(splits)])
+    kinds = [kind for kind, _ in splits]
+    bidirectional = torch.tensor([kind != "causal" for kind in kinds])[split_of]
+    noised = torch.tensor([kind == "noise" for kind in kinds])[split_of]
+    row = torch.arange(len(split_of))
+    same = split_of[:, None] == split_of[None, :]
+    seen = (row[None, :] <= row[:, None]) | (same & bidirectional[:, None])
+    return seen & (same | ~noised[None, :])
+
+
+def _cat(parts: list[Tensor], empty: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else empty
