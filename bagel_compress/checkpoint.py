@@ -65,8 +65,8 @@ class Checkpoint:
         path, name, revision = _local(source, weights=True)
         folder = path if path.is_dir() else path.parent
         folders = [folder] if base is None else [folder, _local(base, weights=False)[0]]
-        files = _aux_files(folders)
         sources = _normalised(_tensor_files(path), path)
+        files = _aux_files(folders)
         adapter = None if lora is None else Adapter.open(Path(lora), normal_name, sources)
         if adapter is not None:
             sources |= adapter.replaced

@@ -20,13 +20,20 @@ def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequen
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    unreachable: tuple[type[Exception], ...] = (
+        OSError,
+        OfflineModeIsEnabled,
+        LocalEntryNotFoundError,
+        *_transport_errors(),
+    )
+    interrupted: tuple[type[Exception], ...] = (HfHubHTTPError, *unreachable)
     try:
         info = HfApi().model_info(repo, revision=revision)
     except HfHubHTTPError as error:
         raise CheckpointError(
             f"{repo} cannot be read from the Hub ({_first_line(error)}); check its name and your access."
         ) from None
-    except (OSError, OfflineModeIsEnabled, *_transport_errors()) as error:
+    except unreachable as error:
         return _cached(repo, revision, weights, error)
     names = [s.rfilename for s in info.siblings or ()]
     chosen = next((name for name in weights if name in names), None)
@@ -37,7 +44,7 @@ def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequen
         if chosen is not None:
             wanted += [chosen, *_shards(Path(hf_hub_download(repo, chosen, revision=info.sha)), chosen)]
         folder = snapshot_download(repo, revision=info.sha, allow_patterns=[_escaped(name) for name in wanted])
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, *_transport_errors()) as error:
+    except interrupted as error:
         reason = _first_line(error)
         raise CheckpointError(
             f"the download of {repo} broke off ({reason}); the same command goes on from there."
