@@ -192,7 +192,8 @@ def _known_keys(path: list[str], data: dict[str, Any]) -> list[str]:
     elif path[:1] == ["rules"] and path[2:3] == ["codec"]:
         model = type(parse_codec(data["rules"][int(path[1])]["codec"]["format"]))
     elif len(path) == 2:
-        model = {"source": Source, "limits": Limits}.get(path[0], Recipe)
+        nested: dict[str, type[BaseModel]] = {"source": Source, "limits": Limits}
+        model = nested.get(path[0], Recipe)
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
