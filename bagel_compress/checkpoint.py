@@ -47,7 +47,7 @@ SAMPLE = 512  # elements at the start, the middle and the end of each tensor tha
 class Checkpoint:
     """Tensors in the order of the official file (by name), all bf16, and the files that go with them."""
 
-    name: str  # repository id, or the folder's own name: never a path, so that builds are the same everywhere
+    name: str  # repository id, or "local": where a folder lies must not change what is built from it
     revision: str  # commit of the repository; empty for a folder
     specs: tuple[TensorSpec, ...]
     files: Mapping[str, Path]  # configs and tokenizer, by name; `ae.safetensors` is the VAE wherever it lies
@@ -146,7 +146,7 @@ def _local(source: str | Path, weights: bool) -> tuple[Path, str, str]:
             raise CheckpointError(
                 f"{path} is an artifact of bagel-compress, not a full-precision checkpoint; give its source."
             )
-        return path, path.resolve().name if path.is_dir() else path.resolve().parent.name, ""
+        return path, "local", ""
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
     if match is None or str(source).startswith("."):
         raise CheckpointError(

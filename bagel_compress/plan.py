@@ -54,7 +54,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Plan:
-    """All placements, in the order in which they are built: shard by shard, units in the order of their first tensor."""
+    """All placements in building order: shard by shard, units in the order of their first tensor."""
 
     recipe: Recipe
     source_name: str
@@ -105,7 +105,7 @@ class Plan:
     def table(self) -> str:
         """The groups as text, with totals."""
         return sizes_table(self.groups, self.nbytes, "" if self.exact else "at most ") + (
-            f"\n{len(self.shards)} shards, largest {max(self.shard_bytes.values()) / 1e9:.3f} GB;"
+            f"\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
             f" source {self.source_name} {self.source_digest[:12]}; plan {self.digest[:12]}"
         )
 
@@ -169,21 +169,23 @@ def make_plan(checkpoint: Header, recipe: Recipe) -> Plan:
 
 def sizes_table(groups: Sequence[Group], nbytes: int, bound: str = "") -> str:
     """Text table of groups; the last line is the total, whose bytes include the files' headers."""
-    lines = [
-        f"{'component':<10} {'expert':<7} {'codec':<6} {'tensors':>7} {'parameters':>15} {'bytes':>15} {'bits':>7}"
-    ]
+    row = "{:<10} {:<7} {:<6} {:>7} {:>15} {:>15} {:>7}".format
+    lines = [row("component", "expert", "codec", "tensors", "parameters", "bytes", "bits")]
     for g in groups:
         lines.append(
-            f"{g.component:<10} {g.expert:<7} {g.codec:<6} {g.tensors:>7} {g.parameters:>15,} {g.nbytes:>15,} {g.bits:>7.3f}"
+            row(g.component, g.expert, g.codec, g.tensors, f"{g.parameters:,}", f"{g.nbytes:,}", f"{g.bits:.3f}")
         )
-    parameters, source = sum(g.parameters for g in groups), sum(g.source_bytes for g in groups)
-    lines.append(
-        f"{'total':<25} {sum(g.tensors for g in groups):>7} {parameters:>15,} {nbytes:>15,} {8 * nbytes / parameters:>7.3f}"
-    )
-    lines.append(
-        f"{bound}{nbytes / 1e9:.3f} GB ({nbytes / 2**30:.3f} GiB), {nbytes / source:.1%} of {source / 1e9:.3f} GB"
-    )
+    tensors, parameters = sum(g.tensors for g in groups), sum(g.parameters for g in groups)
+    source = sum(g.source_bytes for g in groups)
+    lines.append(row("total", "", "", tensors, f"{parameters:,}", f"{nbytes:,}", f"{8 * nbytes / parameters:.3f}"))
+    share = f"{nbytes / source:.1%} of {size_text(source)}"
+    lines.append(f"{bound}{size_text(nbytes)} ({nbytes / 2**30:.3f} GiB), {share}")
     return "\n".join(lines)
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes for people: GB from 100 MB up, else MB; powers of ten."""
+    return f"{nbytes / 1e9:.3f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3f} MB"
 
 
 def _assign(specs: Sequence[TensorSpec], recipe: Recipe) -> list[list[TensorSpec]]:
@@ -244,8 +246,8 @@ def _check_budget(plan: Plan) -> None:
     if budget is None or plan.nbytes <= budget * 1e9:
         return
     largest = sorted(plan.groups, key=lambda g: -g.nbytes)[:3]
-    named = ", ".join(f"{g.component} {g.expert} in {g.codec} {g.nbytes / 1e9:.2f} GB" for g in largest)
+    named = ", ".join(f"{g.component} {g.expert} in {g.codec} {size_text(g.nbytes)}" for g in largest)
     raise PlanError(
-        f"recipe {plan.recipe.name} needs {plan.nbytes / 1e9:.3f} GB, its budget is {budget:g} GB;"
+        f"recipe {plan.recipe.name} needs {size_text(plan.nbytes)}, its budget is {budget:g} GB;"
         f" the largest parts are {named}: give one of them fewer bits, or raise budget_gb."
     )
