@@ -1,8 +1,8 @@
 """The detector: reads a picture of the nano world back, to score what a model drew.
 
-Pixels take the nearest colour of the palette, a 3 x 3 majority removes the mixed colours of anti-aliased edges, the border
-tells the background, and connected areas of one colour are the things. Their shape is the one whose drawing at the same
-place and area overlaps best. It is strict: a picture is read as what it shows, and a blob is no shape.
+Pixels take the nearest colour of the palette, a 3 x 3 majority removes the mixed colours of anti-aliased edges, the
+border tells the background, and connected areas of one colour are the things. Their shape is the one whose drawing at
+the same place and area overlaps best. It is strict: a picture is read as what it shows, and a blob is no shape.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def _read_thing(
     color = np.median(pixels[area], axis=0)
     towards = color - ground
     near = _dilated(_dilated(area)) & ~(_dilated(other) & ~area)
-    cover = np.clip((pixels - ground) @ towards / max(float(towards @ towards), 1.0), 0, 1) * near
+    along = (pixels - ground) @ towards / max(float(towards @ towards), 1.0)
+    cover = (np.clip(along, 0, 1) * near).astype(np.float32)
     mass = float(cover.sum())
     if mass <= 0:
         return Found("?", _NAMES[label], "center", SIDE / 2, SIDE / 2, 0.0)

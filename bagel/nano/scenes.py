@@ -1,7 +1,7 @@
 """Scenes: one or two coloured shapes at named places on a plain background, drawn at 32 x 32 pixels.
 
-The world is as small as it can be while every question about compression can still be asked of it: shape, colour, place,
-count and background, each drawn independently. Sizes and jitter are chosen so that shapes never touch and a 4x
+The world is as small as it can be while every question about compression can still be asked of it: shape, colour,
+place, count and background, each drawn independently. Sizes and jitter are chosen so that shapes never touch and a 4x
 autoencoder can hold their outlines. No size words, no third object, no overlap: they cost training time, not insight.
 
 Everything is deterministic in the generator that is passed in. Colours are sRGB bytes, lengths are pixels.
@@ -39,7 +39,7 @@ PLACES: dict[str, tuple[float, float]] = {  # centre (x, y)
     "center": (16.0, 16.0),
 }
 RADIUS = (5.0, 5.9)
-COLOR_JITTER = 4.0  # standard deviation of the background's colour, bytes
+COLOR_JITTER = 2.0  # standard deviation of the background's colour, bytes
 ALONG, ACROSS = 0.7, 1.5  # largest shift of a centre, along and across the axis on which places lie
 
 Image = NDArray[np.uint8]
@@ -63,7 +63,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture before it is drawn. With two things, the first is the left or upper one; their shapes and colours differ."""
+    """A picture before it is drawn. Of two things the first is the left or upper one; shapes and colours differ."""
 
     background: str
     tint: tuple[float, float, float]
