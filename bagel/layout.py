@@ -81,6 +81,14 @@ def role_of(name: str) -> Role | None:
     return None
 
 
+def official_role(name: str) -> Role:
+    """The role of a name that is known to be official. Raises KeyError otherwise."""
+    role = role_of(name)
+    if role is None:
+        raise KeyError(name)
+    return role
+
+
 def _llm_role(layer: int, module: str, part: str) -> Role | None:
     match = _LLM_MODULE.fullmatch(module)
     if match is None:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel.layout import Role, Sizes, expected_tensors, role_of
+from bagel.layout import Role, Sizes, expected_tensors, official_role, role_of
 from bagel_compress import words
 from bagel_compress.download import fetch
 from bagel_compress.errors import CheckpointError
@@ -76,9 +76,7 @@ class Checkpoint:
 
     def role(self, name: str) -> Role:
         """What the tensor is."""
-        role = role_of(name)
-        assert role is not None, name
-        return role
+        return official_role(name)
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:

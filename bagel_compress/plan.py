@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Protocol
 
-from bagel.layout import Role, role_of
+from bagel.layout import official_role
 from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.errors import PlanError
 from bagel_compress.recipe import Recipe
+from bagel_compress.sizes import Group, group_sizes, size_text, sizes_table
 from bagel_compress.spec import PartSpec, TensorSpec
 from bagel_compress.tensorfile import file_bytes
 
@@ -100,7 +100,7 @@ class Plan:
     @cached_property
     def groups(self) -> list[Group]:
         """Sizes by component, expert and codec."""
-        return _groups((p.codec, p.unit.specs, p.nbytes) for p in self.placements)
+        return group_sizes((p.codec, p.unit.specs, p.nbytes) for p in self.placements)
 
     def table(self) -> str:
         """The groups as text, with totals."""
@@ -127,28 +127,6 @@ class Plan:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Sizes of what shares component, expert and codec."""
-
-    component: str
-    expert: str
-    codec: str
-    tensors: int
-    parameters: int
-    source_bytes: int
-    nbytes: int
-
-    @property
-    def bits(self) -> float:
-        """Stored bits per parameter."""
-        return 8 * self.nbytes / self.parameters
-
-    def to_json(self) -> dict[str, Any]:
-        fields = ("component", "expert", "codec", "tensors", "parameters", "source_bytes", "nbytes")
-        return {name: getattr(self, name) for name in fields} | {"bits": round(self.bits, 4)}
-
-
 def make_plan(checkpoint: Header, recipe: Recipe) -> Plan:
     """Decides every tensor. Raises PlanError: unmatched tensor, idle rule, codec that cannot, size over budget."""
     taken = _assign(checkpoint.specs, recipe)
@@ -167,32 +145,11 @@ def make_plan(checkpoint: Header, recipe: Recipe) -> Plan:
     return plan
 
 
-def sizes_table(groups: Sequence[Group], nbytes: int, bound: str = "") -> str:
-    """Text table of groups; the last line is the total, whose bytes include the files' headers."""
-    row = "{:<10} {:<7} {:<6} {:>7} {:>15} {:>15} {:>7}".format
-    lines = [row("component", "expert", "codec", "tensors", "parameters", "bytes", "bits")]
-    for g in groups:
-        lines.append(
-            row(g.component, g.expert, g.codec, g.tensors, f"{g.parameters:,}", f"{g.nbytes:,}", f"{g.bits:.3f}")
-        )
-    tensors, parameters = sum(g.tensors for g in groups), sum(g.parameters for g in groups)
-    source = sum(g.source_bytes for g in groups)
-    lines.append(row("total", "", "", tensors, f"{parameters:,}", f"{nbytes:,}", f"{8 * nbytes / parameters:.3f}"))
-    share = f"{nbytes / source:.1%} of {size_text(source)}"
-    lines.append(f"{bound}{size_text(nbytes)} ({nbytes / 2**30:.3f} GiB), {share}")
-    return "\n".join(lines)
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes for people: GB from 100 MB up, else MB; powers of ten."""
-    return f"{nbytes / 1e9:.3f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3f} MB"
-
-
 def _assign(specs: Sequence[TensorSpec], recipe: Recipe) -> list[list[TensorSpec]]:
     """For every rule the tensors that it is the first to match."""
     taken: list[list[TensorSpec]] = [[] for _ in recipe.rules]
     for spec in specs:
-        role = _role(spec)
+        role = official_role(spec.name)
         first = next((i for i, rule in enumerate(recipe.rules) if rule.match.takes(spec, role)), None)
         if first is None:
             where = f"{role.component}, {role.expert}, {role.kind}"
@@ -203,7 +160,7 @@ def _assign(specs: Sequence[TensorSpec], recipe: Recipe) -> list[list[TensorSpec
         taken[first].append(spec)
     for i, (rule, own) in enumerate(zip(recipe.rules, taken, strict=True)):
         if not own:
-            lost = sum(rule.match.takes(spec, _role(spec)) for spec in specs)
+            lost = sum(rule.match.takes(spec, official_role(spec.name)) for spec in specs)
             reason = f"earlier rules take its {lost} tensors" if lost else "the checkpoint has none such"
             raise PlanError(
                 f"recipe {recipe.name} rule {i + 1} matches no tensor ({rule.match}): {reason}; remove or move it."
@@ -211,34 +168,15 @@ def _assign(specs: Sequence[TensorSpec], recipe: Recipe) -> list[list[TensorSpec
     return taken
 
 
-def _role(spec: TensorSpec) -> Role:
-    role = role_of(spec.name)
-    assert role is not None, spec.name
-    return role
-
-
 def _place(unit: Unit) -> tuple[int, int]:
     """Sort key of a unit's shard: embeddings and head, then decoder layers, then the rest."""
-    roles = [_role(spec) for spec in unit.specs]
+    roles = [official_role(spec.name) for spec in unit.specs]
     if all(role.kind in ("embedding", "head") for role in roles):
         return (0, 0)
     layers = {role.layer for role in roles}
     if len(layers) == 1 and all(role.component == "llm" for role in roles) and roles[0].layer is not None:
         return (1, roles[0].layer)
     return (2, 0)
-
-
-def _groups(stored: Iterator[tuple[Codec, tuple[TensorSpec, ...], int]]) -> list[Group]:
-    """Sums by component, expert and codec. A unit over several experts is split by its parameters."""
-    sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0])
-    for codec, specs, nbytes in stored:
-        numel = sum(s.numel for s in specs)
-        for spec in specs:
-            role = _role(spec)
-            row = sums[(role.component, role.expert, codec.format)]
-            for i, value in enumerate((1, spec.numel, spec.nbytes, nbytes * spec.numel / numel)):
-                row[i] += value
-    return [Group(*key, int(n), int(p), int(s), round(b)) for key, (n, p, s, b) in sorted(sums.items())]
 
 
 def _check_budget(plan: Plan) -> None:

@@ -95,6 +95,7 @@ class Codec(BaseModel, ABC):
     format: str  # narrowed to a Literal by each subclass: the YAML name
     lossless: ClassVar[bool] = False
     exact: ClassVar[bool] = True  # False: `parts` and `nbytes` are upper bounds until the data was seen
+    scans_folder: ClassVar[bool] = False  # True: its reader loads every *.safetensors beside the weights; VAE to vae/
 
     def units(self, specs: Sequence[TensorSpec]) -> list[Unit]:
         """Groups the tensors that a rule gave to this codec. Default: one unit per tensor."""
