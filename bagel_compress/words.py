@@ -58,11 +58,20 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def as_tensor(words: np.ndarray) -> torch.Tensor:
-    """bf16 words -> torch tensor on the same memory. Read only: it may be a mapped file."""
+    """bf16 words, or bytes, -> torch tensor on the same memory. Read only: it may be a mapped file."""
     import torch
 
     _accept_read_only()
-    return torch.from_numpy(words).view(torch.bfloat16)
+    tensor = torch.from_numpy(words)
+    return tensor.view(torch.bfloat16) if words.itemsize == 2 else tensor
+
+
+def as_words(values: torch.Tensor) -> np.ndarray:
+    """1-D bf16 tensor -> its words as a numpy array on the same memory."""
+    import torch
+
+    words: np.ndarray = values.view(torch.uint16).numpy()
+    return words
 
 
 @cache

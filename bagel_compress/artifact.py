@@ -1,0 +1,268 @@
+"""Artifact: a finished folder, and its manifest.
+
+The tensors lie in the format's own ecosystem's names (see the codecs); the manifest adds what those lack: what was
+built from what by which recipe, a sha256 of everything, and the error of each tensor. It is written last: present means
+complete. Opening checks that all files are there with their sizes; `verify` reads every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+
+from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Unit
+from bagel_compress.errors import ArtifactError
+from bagel_compress.recipe import Recipe, parse_codec
+from bagel_compress.sizes import Group, group_sizes
+from bagel_compress.spec import PartSpec, TensorSpec
+from bagel_compress.tensorfile import TensorFile, lay_out
+from bagel_compress.words import as_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # version of the manifest's fields
+# What may lie beside the files of the manifest: written after the build, by validation, publishing or signing.
+EXTRAS = {"README.md", "LICENSE", "SHA256SUMS", "model.sig", "report.html", ".gitattributes"}
+EXTRA_FOLDERS = {"reports", ".cache", ".git"}
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredPart(_Entry):
+    """A stored tensor of a shard."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @property
+    def spec(self) -> PartSpec:
+        return PartSpec(self.dtype, self.shape)
+
+
+class TensorEntry(_Entry):
+    """A tensor of the checkpoint; `sha256` is over the bf16 values that were coded."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+class UnitEntry(_Entry):
+    """One unit: its tensors, how they were coded, and what is stored."""
+
+    codec: Annotated[SerializeAsAny[Codec], BeforeValidator(parse_codec)]
+    shard: str
+    tensors: dict[str, TensorEntry]
+    parts: dict[str, StoredPart]
+    snr_db: float | None = None  # of the decoded weights; None: nothing was lost
+    reason: str = ""  # why the codec is not the recipe's
+
+
+class FileEntry(_Entry):
+    """A file of the folder."""
+
+    bytes: int
+    sha256: str
+
+
+class SourceEntry(_Entry):
+    """The checkpoint that was compressed; `data_sha256` covers every value that was read."""
+
+    name: str
+    revision: str
+    digest: str
+    data_sha256: str
+
+
+class Manifest(_Entry):
+    """Everything known about an artifact when it was built."""
+
+    format: int = FORMAT
+    tool: str
+    plan: str  # digest of the plan
+    source: SourceEntry
+    recipe: Recipe
+    recipe_digest: str
+    units: dict[str, UnitEntry]
+    files: dict[str, FileEntry]
+
+    def to_bytes(self) -> bytes:
+        """The file's content: deterministic JSON."""
+        data = self.model_dump(mode="json", by_alias=True)
+        return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+    @cached_property
+    def unit_of(self) -> dict[str, str]:
+        """Tensor name -> name of the unit that holds it."""
+        return {tensor: name for name, unit in self.units.items() for tensor in unit.tensors}
+
+    @property
+    def shards(self) -> list[str]:
+        return sorted({unit.shard for unit in self.units.values()})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact folder."""
+
+    path: Path
+    manifest: Manifest
+    digest: str  # sha256 of the manifest: identity of the artifact
+
+    @classmethod
+    def open(cls, path: str | Path) -> Artifact:
+        """Raises ArtifactError if the folder is no complete artifact: no manifest, a missing file, a wrong size."""
+        folder = Path(path)
+        try:
+            content = (folder / MANIFEST).read_bytes()
+        except OSError:
+            begun = (folder / ".build").exists()
+            hint = "its build did not finish, run the same command again" if begun else "give one that compress wrote"
+            raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}; {hint}.") from None
+        artifact = cls(folder, _parse(content, folder), hashlib.sha256(content).hexdigest())
+        faults = list(artifact._wrong_sizes())
+        if faults:
+            raise ArtifactError(f"{folder}: {faults[0]}; copy the artifact again.")
+        return artifact
+
+    def units(self) -> list[Unit]:
+        """All units with the specs of their tensors, in manifest order."""
+        return [self.unit(name) for name in self.manifest.units]
+
+    def unit(self, name: str) -> Unit:
+        """One unit by its name."""
+        tensors = self.manifest.units[name].tensors
+        return Unit(name, tuple(TensorSpec(t.dtype, t.shape, n) for n, t in tensors.items()))
+
+    def codec(self, name: str) -> Codec:
+        """The codec that decodes this unit."""
+        return self.manifest.units[name].codec
+
+    def parts(self, name: str) -> dict[str, torch.Tensor]:
+        """The stored tensors of a unit, mapped read-only from its shard: nothing is copied."""
+        entry = self.manifest.units[name]
+        file = self._shard(entry.shard)
+        missing = next((part for part in entry.parts if part not in file.tensors), None)
+        if missing is not None:
+            raise ArtifactError(
+                f"{file.path} lacks {missing}; run `bagel-compress inspect --verify` and copy it again."
+            )
+        return {part: _mapped(file, part) for part in entry.parts}
+
+    def decode(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a unit as the format defines them."""
+        return self.codec(name).decode(self.unit(name), self.parts(name))
+
+    @property
+    def vae_path(self) -> Path:
+        """Where this artifact keeps the VAE."""
+        return self.path / next(name for name in self.manifest.files if name.endswith("ae.safetensors"))
+
+    def groups(self) -> list[Group]:
+        """Sizes by component, expert and codec."""
+        entries = self.manifest.units.items()
+        return group_sizes(
+            (e.codec, self.unit(name).specs, sum(p.spec.nbytes for p in e.parts.values())) for name, e in entries
+        )
+
+    def verify(self) -> list[str]:
+        """Reads every byte. One sentence per fault: changed, missing or extra file; changed tensors by name."""
+        faults = list(self._wrong_sizes())
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if path.is_file() and path.stat().st_size == entry.bytes and sha256_file(path) != entry.sha256:
+                faults.append(self._changed(name))
+        return faults + [f"{name} is not in the manifest" for name in self._extra()]
+
+    def _wrong_sizes(self) -> Iterator[str]:
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if not path.is_file():
+                yield f"{name} is missing"
+            elif path.stat().st_size != entry.bytes:
+                yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+
+    def _changed(self, name: str) -> str:
+        """Names the tensors of a shard whose bytes are not those of the manifest."""
+        stored = {part: p for u in self.manifest.units.values() if u.shard == name for part, p in u.parts.items()}
+        if not stored:
+            return f"{name} was changed"
+        header, offsets = lay_out({part: p.spec for part, p in stored.items()})
+        wrong = []
+        with (self.path / name).open("rb") as file:
+            if file.read(len(header)) != header:
+                wrong.append("its header")
+            for part, p in stored.items():
+                file.seek(offsets[part])
+                if _sha256_of(file, p.spec.nbytes) != p.sha256:
+                    wrong.append(part)
+        return f"{name} was changed: {', '.join(wrong[:3])}{' and more' if len(wrong) > 3 else ''}"
+
+    def _extra(self) -> list[str]:
+        known = self.manifest.files.keys() | EXTRAS | {MANIFEST}
+        found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
+        return [p.as_posix() for p in found if p.as_posix() not in known and p.parts[0] not in EXTRA_FOLDERS]
+
+    def _shard(self, name: str) -> TensorFile:
+        if name not in self._shards:
+            self._shards[name] = TensorFile.open(self.path / name, ArtifactError)
+        return self._shards[name]
+
+    @cached_property
+    def _shards(self) -> dict[str, TensorFile]:
+        return {}
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(file: Any, nbytes: int) -> str:
+    total = hashlib.sha256()
+    while nbytes > 0 and (block := file.read(min(nbytes, 1 << 20))):
+        total.update(block)
+        nbytes -= len(block)
+    return total.hexdigest()
+
+
+def _parse(content: bytes, folder: Path) -> Manifest:
+    try:
+        data = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ArtifactError(f"{folder / MANIFEST} is not JSON; copy the artifact again.") from None
+    if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
+        raise ArtifactError(
+            f"{folder / MANIFEST} has format {data['format']}, this version reads {FORMAT}; update bagel-compress."
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise ArtifactError(
+            f"{folder / MANIFEST} is damaged at {where} ({fault['msg']}); copy the artifact again."
+        ) from None
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or ":" in name:
+            raise ArtifactError(f"{folder / MANIFEST} points outside its folder ({name}); do not use this artifact.")
+    return manifest
+
+
+def _mapped(file: TensorFile, part: str) -> torch.Tensor:
+    stored = file.tensors[part]
+    data = as_tensor(file.bytes[stored.start : stored.stop])
+    return data.view(TORCH_DTYPES[stored.dtype]()).reshape(stored.shape)

@@ -1,0 +1,243 @@
+"""compress: a plan and its checkpoint become an artifact, shard by shard, in bounded memory.
+
+read -> encode -> (the codec decodes and compares) -> write, with the writing, the hashing of the source and the
+finishing of the shard before each in its own thread. What the manifest says was measured on the bytes that were read
+and on the file that was written. A killed build goes on with the first unfinished shard and ends byte-identical.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bagel_compress.artifact import (
+    MANIFEST,
+    Artifact,
+    FileEntry,
+    Manifest,
+    SourceEntry,
+    StoredPart,
+    TensorEntry,
+    UnitEntry,
+    sha256_file,
+)
+from bagel_compress.build import Build, ShardRecord, finished
+from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.codecs.base import Encoding, Reader
+from bagel_compress.codecs.raw import Raw
+from bagel_compress.errors import ArtifactError, CheckpointError
+from bagel_compress.plan import Placement, Plan
+from bagel_compress.readers import config_json, index_json
+from bagel_compress.spec import PartSpec, TensorSpec
+from bagel_compress.words import as_words
+from bagel_compress.writer import ShardWriter, WrittenShard, sync_folder, write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+HASH_ELEMENTS = 1 << 22  # elements per step where a tensor has to be hashed apart from its coding
+SPARE = 64 << 20  # bytes kept free for records, configs and the file system itself
+Progress = Callable[[str, int], None]  # unit name, bytes of the source that were coded
+
+
+def compress(plan: Plan, checkpoint: Checkpoint, out: str | Path, progress: Progress | None = None) -> Artifact:
+    """Builds the artifact in the folder `out`, or goes on with a build of the same plan there.
+
+    Raises ArtifactError if the folder holds something else, is locked or full; CodecError, naming the tensor, on values
+    that a codec cannot hold; CheckpointError if the source is not the plan's or changes.
+    """
+    out = Path(out)
+    if checkpoint.digest != plan.source_digest:
+        found, planned = checkpoint.digest[:12], plan.source_digest[:12]
+        raise CheckpointError(f"this checkpoint ({found}) is not the one that was planned for ({planned}); plan again.")
+    with _clean_disk_errors(out):
+        done = finished(out, plan)
+        if done is not None:
+            return done
+        with Build(out, plan) as build:
+            _build(build, checkpoint, progress or (lambda unit, nbytes: None))
+            build.clear()
+    return Artifact.open(out)
+
+
+def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> None:
+    plan = build.plan
+    records = {shard: record for shard in plan.shards if (record := build.record(shard)) is not None}
+    left = sum(size for shard, size in plan.shard_bytes.items() if shard not in records)
+    build.check_space(left + checkpoint.vae.stamp[0] + SPARE)
+    for record in records.values():
+        for name, unit in record.units.items():
+            progress(name, sum(TensorSpec(t.dtype, t.shape, n).nbytes for n, t in unit.tensors.items()))
+    waiting: dict[str, Future[ShardRecord]] = {}
+    with (
+        ShardWriter() as writer,
+        ThreadPoolExecutor(1, "hash") as hashing,
+        ThreadPoolExecutor(1, "record") as recording,
+    ):
+        for shard in plan.shards:
+            if shard not in records:
+                units, written = _write_shard(build, shard, checkpoint, writer, hashing, progress)
+                waiting[shard] = recording.submit(_record, build, shard, units, written)
+            for name in [n for n, future in waiting.items() if future.done() or (len(waiting) > 1 and n != shard)]:
+                records[name] = waiting.pop(name).result()
+        records |= {shard: future.result() for shard, future in waiting.items()}
+    _finish(build, checkpoint, {shard: records[shard] for shard in plan.shards})
+
+
+def _write_shard(
+    build: Build,
+    shard: str,
+    checkpoint: Checkpoint,
+    writer: ShardWriter,
+    hashing: ThreadPoolExecutor,
+    progress: Progress,
+) -> tuple[dict[str, UnitEntry], Future[WrittenShard]]:
+    """Codes all units of a shard into its file; the parts' digests come with the future."""
+    reader = _HashingReader(checkpoint, hashing)
+    begun = [(p, p.codec.begin(p.unit, reader)) for p in build.plan.in_shard(shard)]
+    parts: dict[str, PartSpec] = {}
+    for _, encoding in begun:
+        parts |= encoding.parts
+    writer.begin(build.out / shard, parts)
+    units = {}
+    for placement, encoding in begun:
+        for chunk in encoding.chunks():
+            writer.put(chunk)
+        units[placement.unit.name] = _entry(placement, encoding, shard, reader)
+        progress(placement.unit.name, sum(spec.nbytes for spec in placement.unit.specs))
+    return units, writer.end()
+
+
+def _entry(placement: Placement, encoding: Encoding, shard: str, reader: _HashingReader) -> UnitEntry:
+    """What is known when a unit is coded; the digests of its parts are filled in when the file is read back."""
+    plain = isinstance(encoding.codec, Raw)
+    tensors = {
+        s.name: TensorEntry(dtype=s.dtype, shape=s.shape, sha256="" if plain else reader.digest(s))
+        for s in placement.unit.specs
+    }
+    lossless = encoding.codec.lossless or encoding.quality.noise == 0.0
+    return UnitEntry(
+        codec=encoding.codec,
+        shard=shard,
+        tensors=tensors,
+        parts={name: StoredPart(dtype=p.dtype, shape=p.shape, sha256="") for name, p in encoding.parts.items()},
+        snr_db=None if lossless else round(encoding.quality.snr_db, 4),
+        reason=encoding.reason,
+    )
+
+
+def _record(build: Build, shard: str, units: dict[str, UnitEntry], written: Future[WrittenShard]) -> ShardRecord:
+    """Waits for the finished file and keeps its record."""
+    result = written.result()
+    complete = {name: _with_digests(unit, result.parts) for name, unit in units.items()}
+    record = ShardRecord(file=FileEntry(bytes=result.nbytes, sha256=result.sha256), units=complete)
+    build.finish_shard(shard, record)
+    return record
+
+
+def _with_digests(unit: UnitEntry, digests: dict[str, str]) -> UnitEntry:
+    parts = {name: part.model_copy(update={"sha256": digests[name]}) for name, part in unit.parts.items()}
+    tensors = {
+        name: tensor if tensor.sha256 else tensor.model_copy(update={"sha256": digests[name]})
+        for name, tensor in unit.tensors.items()
+    }
+    return unit.model_copy(update={"parts": parts, "tensors": tensors})
+
+
+def _finish(build: Build, checkpoint: Checkpoint, records: dict[str, ShardRecord]) -> None:
+    """Everything but the shards, the manifest last."""
+    plan, out = build.plan, build.out
+    units = {name: unit for record in records.values() for name, unit in record.units.items()}
+    stored = [(p.unit, units[p.unit.name].codec) for p in plan.placements]
+    files = {shard: record.file for shard, record in records.items()}
+    apart = any(codec.scans_folder for _, codec in stored)
+    for name, source in checkpoint.files.items():
+        if name != "config.json":
+            target = "vae/ae.safetensors" if apart and name == "ae.safetensors" else name
+            files[target] = _copied(source, out / target)
+    weight_map = {part: unit.shard for unit in units.values() for part in unit.parts}
+    total = sum(part.spec.nbytes for unit in units.values() for part in unit.parts.values())
+    for name, content in (
+        ("config.json", config_json(checkpoint.configs, stored)),
+        ("model.safetensors.index.json", index_json(weight_map, total)),
+    ):
+        write_atomic(out / name, content)
+        files[name] = FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    digests = sorted((name, t.sha256) for unit in units.values() for name, t in unit.tensors.items())
+    data = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests).encode()).hexdigest()
+    manifest = Manifest(
+        tool=f"bagel-compress {version('bagel-compress')}",
+        plan=plan.digest,
+        source=SourceEntry(
+            name=checkpoint.name, revision=checkpoint.revision, digest=checkpoint.digest, data_sha256=data
+        ),
+        recipe=plan.recipe,
+        recipe_digest=plan.recipe.digest,
+        units=units,
+        files=dict(sorted(files.items())),
+    )
+    write_atomic(out / MANIFEST, manifest.to_bytes())
+
+
+def _copied(source: Path, target: Path) -> FileEntry:
+    """Copies a file unless an earlier run did; atomic like everything else."""
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
+    sync_folder(target.parent)
+    return FileEntry(bytes=target.stat().st_size, sha256=sha256_file(target))
+
+
+class _HashingReader:
+    """The checkpoint as a Reader that also hashes, in the background, what is read in order."""
+
+    def __init__(self, checkpoint: Reader, pool: ThreadPoolExecutor) -> None:
+        self._checkpoint = checkpoint
+        self._pool = pool
+        self._totals: dict[str, hashlib._Hash] = {}
+        self._read: dict[str, int] = {}
+        self._last: Future[None] | None = None
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        values = self._checkpoint.read(spec, start, stop)
+        if self._read.get(spec.name, 0) == start:
+            self._take(spec, values, stop)
+        return values
+
+    def digest(self, spec: TensorSpec) -> str:
+        """sha256 of the whole tensor; reads what was not read in order."""
+        for start in range(self._read.get(spec.name, 0), spec.numel, HASH_ELEMENTS):
+            stop = min(start + HASH_ELEMENTS, spec.numel)
+            self._take(spec, self._checkpoint.read(spec, start, stop), stop)
+        if self._last is not None:
+            self._last.result()
+        del self._read[spec.name]
+        return self._totals.pop(spec.name).hexdigest()
+
+    def _take(self, spec: TensorSpec, values: torch.Tensor, stop: int) -> None:
+        total = self._totals.setdefault(spec.name, hashlib.sha256())
+        self._read[spec.name] = stop
+        if self._last is not None:
+            self._last.result()  # at most one block waits: converted blocks are anonymous memory
+        self._last = self._pool.submit(total.update, as_words(values).data)
+
+
+@contextmanager
+def _clean_disk_errors(out: Path) -> Iterator[None]:
+    """A full or failing disk as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ArtifactError(
+                f"the disk of {out} is full; free some space and run the same command, it goes on from the last shard."
+            ) from None
+        raise ArtifactError(f"{out} cannot be written ({error}); check the disk and its permissions.") from None
