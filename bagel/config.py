@@ -55,7 +55,7 @@ class ViTConfig:
 
 @dataclass(frozen=True, slots=True)
 class ResizeRule:
-    """How an input image is resized; see `bagel.inputs.resized`. Sides in pixels."""
+    """How an input image is resized; see `bagel.images.resized`. Sides in pixels."""
 
     max_size: int
     min_size: int
