@@ -123,17 +123,15 @@ class Codec(BaseModel, ABC):
 
     def encode(self, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`begin` and `chunks` on tensors in memory: parts by full name. For tests, kernels and small tensors."""
-        import numpy as np
         import torch
 
         encoding = self.begin(unit, InMemory(tensors))
-        raw = {name: np.empty(part.nbytes, np.uint8) for name, part in encoding.parts.items()}
+        stored = {n: torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype]()) for n, part in encoding.parts.items()}
+        raw = {n: t.view(-1).view(torch.uint8).numpy() for n, t in stored.items() if t.numel()}
         for chunk in encoding.chunks():
-            raw[chunk.part][chunk.start : chunk.start + chunk.data.nbytes] = chunk.data
-        return {
-            name: torch.from_numpy(raw[name]).view(TORCH_DTYPES[part.dtype]()).reshape(part.shape)
-            for name, part in encoding.parts.items()
-        }
+            if chunk.data.size:
+                raw[chunk.part][chunk.start : chunk.start + chunk.data.nbytes] = chunk.data
+        return stored
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
         """Entries for the artifact's `config.json` by which this format's own readers know it; default: none.
