@@ -131,7 +131,7 @@ class Artifact:
             begun = (folder / ".build").exists()
             hint = "its build did not finish, run the same command again" if begun else "give one that compress wrote"
             raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}; {hint}.") from None
-        artifact = cls(folder, _parse(content, folder), hashlib.sha256(content).hexdigest())
+        artifact = cls(folder, parse_manifest(content, folder), hashlib.sha256(content).hexdigest())
         faults = list(artifact._wrong_sizes())
         if faults:
             raise ArtifactError(f"{folder}: {faults[0]}; copy the artifact again.")
@@ -239,7 +239,8 @@ def _sha256_of(file: Any, nbytes: int) -> str:
     return total.hexdigest()
 
 
-def _parse(content: bytes, folder: Path) -> Manifest:
+def parse_manifest(content: bytes, folder: Path) -> Manifest:
+    """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
     try:
         data = json.loads(content)
     except (UnicodeDecodeError, json.JSONDecodeError):

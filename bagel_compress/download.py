@@ -24,14 +24,14 @@ def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequen
         OSError,
         OfflineModeIsEnabled,
         LocalEntryNotFoundError,
-        *_transport_errors(),
+        *transport_errors(),
     )
     interrupted: tuple[type[Exception], ...] = (HfHubHTTPError, *unreachable)
     try:
         info = HfApi().model_info(repo, revision=revision)
     except HfHubHTTPError as error:
         raise CheckpointError(
-            f"{repo} cannot be read from the Hub ({_first_line(error)}); check its name and your access."
+            f"{repo} cannot be read from the Hub ({first_line(error)}); check its name and your access."
         ) from None
     except unreachable as error:
         return _cached(repo, revision, weights, error)
@@ -45,7 +45,7 @@ def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequen
             wanted += [chosen, *_shards(Path(hf_hub_download(repo, chosen, revision=info.sha)), chosen)]
         folder = snapshot_download(repo, revision=info.sha, allow_patterns=[_escaped(name) for name in wanted])
     except interrupted as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise CheckpointError(
             f"the download of {repo} broke off ({reason}); the same command goes on from there."
         ) from None
@@ -63,7 +63,7 @@ def _cached(repo: str, revision: str | None, weights: Sequence[str], cause: Exce
         folder = None
     if folder is None or (weights and not any((folder / name).exists() for name in weights)):
         raise CheckpointError(
-            f"{repo} is not a folder here and the Hub cannot be reached ({_first_line(cause)});"
+            f"{repo} is not a folder here and the Hub cannot be reached ({first_line(cause)});"
             " connect to the network, or download it elsewhere and give its folder."
         ) from None
     return folder, folder.name
@@ -80,7 +80,7 @@ def _shards(path: Path, name: str) -> list[str]:
         ) from None
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
+def transport_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub's HTTP library raises; which library that is depends on its version."""
     errors: list[type[Exception]] = []
     for library in ("httpx2", "httpx", "requests"):
@@ -94,6 +94,6 @@ def _escaped(name: str) -> str:
     return name.translate({ord(c): f"[{c}]" for c in "[*?"}) if any(c in name for c in "[*?") else name
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")
