@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
 
+from bagel.layout import official_role
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Unit
 from bagel_compress.errors import ArtifactError
 from bagel_compress.recipe import Recipe, parse_codec
@@ -122,8 +124,9 @@ class Artifact:
     digest: str  # sha256 of the manifest: identity of the artifact
 
     @classmethod
-    def open(cls, path: str | Path) -> Artifact:
-        """Raises ArtifactError if the folder is no complete artifact: no manifest, a missing file, a wrong size."""
+    def open(cls, path: str | Path, check: bool = True) -> Artifact:
+        """Raises ArtifactError if the folder has no readable manifest, or, unless not asked to `check`, if a file is
+        missing or has a wrong size."""
         folder = Path(path)
         try:
             content = (folder / MANIFEST).read_bytes()
@@ -132,7 +135,7 @@ class Artifact:
             hint = "its build did not finish, run the same command again" if begun else "give one that compress wrote"
             raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}; {hint}.") from None
         artifact = cls(folder, parse_manifest(content, folder), hashlib.sha256(content).hexdigest())
-        faults = list(artifact._wrong_sizes())
+        faults = list(artifact._wrong_sizes()) if check else []
         if faults:
             raise ArtifactError(f"{folder}: {faults[0]}; copy the artifact again.")
         return artifact
@@ -176,6 +179,15 @@ class Artifact:
         return group_sizes(
             (e.codec, self.unit(name).specs, sum(p.spec.nbytes for p in e.parts.values())) for name, e in entries
         )
+
+    def snr(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest SNR in dB of the units of each "component expert codec" that lost something."""
+        values: dict[str, list[float]] = defaultdict(list)
+        for entry in self.manifest.units.values():
+            if entry.snr_db is not None:
+                role = official_role(next(iter(entry.tensors)))
+                values[f"{role.component} {role.expert} {entry.codec.format}"].append(entry.snr_db)
+        return {name: (min(found), max(found)) for name, found in sorted(values.items())}
 
     def verify(self) -> list[str]:
         """Reads every byte. One sentence per fault: changed, missing or extra file; changed tensors by name."""
@@ -260,6 +272,9 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
     for name in manifest.files:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or ":" in name:
             raise ArtifactError(f"{folder / MANIFEST} points outside its folder ({name}); do not use this artifact.")
+    for shard in manifest.shards:
+        if shard not in manifest.files:
+            raise ArtifactError(f"{folder / MANIFEST} puts tensors into {shard}, which is not among its files.")
     return manifest
 
 
