@@ -173,6 +173,11 @@ class Artifact:
         """Where this artifact keeps the VAE."""
         return self.path / next(name for name in self.manifest.files if name.endswith("ae.safetensors"))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(self.manifest.files[shard].bytes for shard in self.manifest.shards)
+
     def groups(self) -> list[Group]:
         """Sizes by component, expert and codec."""
         entries = self.manifest.units.items()

@@ -1,9 +1,207 @@
-"""Verbs of the group "build"."""
+"""Verbs from checkpoint to artifact: plan, compress, inspect, synth."""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bagel_compress.cli import add_json, emit
+
+if TYPE_CHECKING:
+    from bagel_compress.artifact import Artifact
+    from bagel_compress.checkpoint import Checkpoint
+    from bagel_compress.plan import Plan
+
+_SOURCE = "checkpoint folder, .safetensors file or Hub id (owner/name[@revision])"
 
 
 def register(verbs: Any) -> None:
     """Adds this group's parsers to `verbs` (an argparse sub-parsers action)."""
+    plan = _verb(
+        verbs, "plan", "decide codec and shard of every tensor; reads no weights",
+        "bagel-compress plan nf4-12gb\n  bagel-compress plan recipes/nf4.yaml --source BAGEL-7B-MoT --json",
+    )  # fmt: skip
+    _recipe(plan, "the released checkpoint's carried header, no download")
+    add_json(plan)
+    plan.set_defaults(verb=_plan)
+
+    compress = _verb(
+        verbs, "compress", "build an artifact; run again to go on after an interruption",
+        "bagel-compress compress recipes/nf4.yaml --source BAGEL-7B-MoT --out out/nf4\n"
+        "  bagel-compress compress fp8-24gb --source my-finetune --base BAGEL-7B-MoT --lora my-lora --out out/mine",
+    )  # fmt: skip
+    _recipe(compress, "the recipe's own source")
+    compress.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of the artifact: new, or begun by the same plan"
+    )
+    add_json(compress)
+    compress.set_defaults(verb=_compress)
+
+    inspect = _verb(
+        verbs, "inspect", "sizes of a checkpoint or artifact per component, expert and codec",
+        "bagel-compress inspect out/nf4 --verify\n  bagel-compress inspect BAGEL-7B-MoT",
+    )  # fmt: skip
+    inspect.add_argument("path", metavar="PATH", help="artifact folder or checkpoint")
+    inspect.add_argument("--verify", action="store_true", help="read every byte; exit 1 if anything was changed")
+    inspect.add_argument("--tensors", action="store_true", help="one line per unit too")
+    add_json(inspect)
+    inspect.set_defaults(verb=_inspect)
+
+    synth = _verb(
+        verbs, "synth", "write a synthetic checkpoint of the true shape",
+        "bagel-compress synth 7b-mot --layers 2 --out out/synth2\n  bagel-compress synth tiny --out out/tiny --seed 1",
+    )  # fmt: skip
+    synth.add_argument("shape", choices=("7b-mot", "tiny"))
+    synth.add_argument("--layers", type=int, metavar="N", help="decoder layers (default: all)")
+    synth.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.set_defaults(verb=_synth)
+
+
+def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"examples:\n  {examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    return parser
+
+
+def _recipe(parser: argparse.ArgumentParser, without: str) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe file, or the name of one that comes with the package")
+    parser.add_argument("--source", metavar="SRC", help=f"{_SOURCE}; without it {without}")
+    parser.add_argument(
+        "--base", metavar="SRC", help="where configs, tokenizer and VAE are taken from if a fine-tune lacks them"
+    )
+    parser.add_argument("--lora", metavar="DIR", help="peft adapter folder to merge while reading")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from bagel_compress.header import TrueHeader
+    from bagel_compress.plan import make_plan
+    from bagel_compress.recipe import Recipe
+    from bagel_compress.resources import find_recipe
+
+    recipe = Recipe.load(find_recipe(args.recipe))
+    header = TrueHeader() if args.source is None else open_checkpoint(args)
+    plan = make_plan(header, recipe)
+    emit(args, plan.to_json(), plan.table())
+    return 0
+
+
+def _compress(args: argparse.Namespace) -> int:
+    from bagel_compress.plan import make_plan
+    from bagel_compress.recipe import Recipe
+    from bagel_compress.resources import find_recipe
+    from bagel_compress.stream import compress
+
+    recipe = Recipe.load(find_recipe(args.recipe))
+    if args.source is None and recipe.source is not None:
+        revision = f"@{recipe.source.revision}" if recipe.source.revision else ""
+        args.source = recipe.source.repo + revision
+    checkpoint = open_checkpoint(args)
+    plan = make_plan(checkpoint, recipe)
+    with progress_bar(plan) as step:
+        artifact = compress(plan, checkpoint, args.out, step)
+    stored = sum(entry.bytes for name, entry in artifact.manifest.files.items() if name in plan.shards)
+    text = f"{artifact.path}: {stored:,} bytes in {len(plan.shards)} shards; artifact {artifact.digest[:12]}"
+    emit(args, {"path": str(artifact.path), "digest": artifact.digest, "plan": plan.digest, "bytes": stored}, text)
+    return 0
+
+
+def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that --source, --base and --lora name. Raises CheckpointError."""
+    from bagel_compress.checkpoint import Checkpoint
+    from bagel_compress.errors import CheckpointError
+
+    if args.source is None:
+        raise CheckpointError(f"no source: the recipe names none; give --source ({_SOURCE}).")
+    return Checkpoint.open(args.source, args.base, args.lora)
+
+
+@contextmanager
+def progress_bar(plan: Plan) -> Iterator[Callable[[str, int], None]]:
+    """A bar over the source bytes of a plan, on stderr; gives what `compress` reports to."""
+    from tqdm import tqdm
+
+    total = sum(spec.nbytes for p in plan.placements for spec in p.unit.specs)
+    with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, desc=plan.recipe.name, mininterval=0.5) as bar:
+
+        def step(unit: str, nbytes: int) -> None:
+            bar.update(nbytes)
+
+        yield step
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from bagel_compress.artifact import MANIFEST
+
+    if (Path(args.path) / MANIFEST).exists() or (Path(args.path) / ".build").exists():
+        return _inspect_artifact(args)
+    from bagel_compress.checkpoint import Checkpoint
+    from bagel_compress.codecs.raw import Raw
+    from bagel_compress.sizes import group_sizes, sizes_table
+
+    checkpoint = Checkpoint.open(args.path)
+    groups = group_sizes((Raw(), (spec,), spec.nbytes) for spec in checkpoint.specs)
+    nbytes = sum(spec.nbytes for spec in checkpoint.specs)
+    data = {"kind": "checkpoint", "digest": checkpoint.digest, "bytes": nbytes, "groups": [g.to_json() for g in groups]}
+    emit(args, data, f"{sizes_table(groups, nbytes)}\ncheckpoint {checkpoint.digest[:12]}, read as bf16")
+    return 0
+
+
+def _inspect_artifact(args: argparse.Namespace) -> int:
+    from bagel_compress.artifact import Artifact
+    from bagel_compress.errors import GateError
+
+    artifact = Artifact.open(args.path, check=not args.verify)
+    faults = artifact.verify() if args.verify else []
+    manifest, snr = artifact.manifest, artifact.snr()
+    data = {
+        "kind": "artifact",
+        "digest": artifact.digest,
+        "plan": manifest.plan,
+        "recipe": manifest.recipe.name,
+        "source": manifest.source.model_dump(),
+        "bytes": artifact.nbytes,
+        "groups": [group.to_json() for group in artifact.groups()],
+        "snr_db": {name: list(pair) for name, pair in snr.items()},
+        "verified": args.verify and not faults,
+        "faults": faults,
+    }
+    emit(args, data, _artifact_text(artifact, args.tensors, args.verify and not faults))
+    if faults:
+        raise GateError(f"{args.path} is damaged: {'; '.join(faults)}. Copy it again or rebuild it.")
+    return 0
+
+
+def _artifact_text(artifact: Artifact, tensors: bool, verified: bool) -> str:
+    from bagel_compress.sizes import sizes_table
+
+    manifest = artifact.manifest
+    lines = [sizes_table(artifact.groups(), artifact.nbytes)]
+    lines += [f"SNR {name}: {low:.2f} to {high:.2f} dB" for name, (low, high) in artifact.snr().items()]
+    for name, unit in manifest.units.items():
+        if unit.reason:
+            lines.append(f"{name}: {unit.codec.format} instead of the recipe's codec ({unit.reason})")
+        if tensors:
+            lines.append(f"{name} {unit.codec.format} {'lossless' if unit.snr_db is None else f'{unit.snr_db:.2f} dB'}")
+    made = f"recipe {manifest.recipe.name}, source {manifest.source.digest[:12]}, {manifest.tool}"
+    lines.append(f"artifact {artifact.digest[:12]}: {made}")
+    if verified:
+        lines.append(f"verified: {len(manifest.files)} files, every byte as the manifest says")
+    return "\n".join(lines)
+
+
+def _synth(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from bagel_compress.synth import synthesise
+
+    with tqdm(unit="B", unit_scale=True, file=sys.stderr, desc="synth", mininterval=0.5) as bar:
+        nbytes = synthesise(args.shape, Path(args.out), args.seed, args.layers, bar.update)
+    print(f"{args.out}: {nbytes:,} bytes of weights, seed {args.seed}")
+    return 0
