@@ -161,7 +161,9 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
         data = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BagelError(f"{folder} has no {name}; copy it from the base model's folder (or name one with --base).") from None
+        raise BagelError(
+            f"{folder} has no {name}; copy it from the base model's folder (or name one with --base)."
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BagelError(f"{folder / name} is not JSON ({error}); copy it again from the base model.") from None
     if not isinstance(data, dict):

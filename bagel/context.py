@@ -79,6 +79,10 @@ class Context:
         return rows[0].transpose(0, 1), rows[1].transpose(0, 1)
 
     @property
+    def layers(self) -> int:
+        return self._config.num_layers
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the storage this context can see (shared ones count fully)."""
         return 0 if self._storage is None else self._storage.data.nbytes

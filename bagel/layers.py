@@ -7,8 +7,10 @@ B batch, C channels, P patches, V vocabulary, N latent tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,23 @@ def apply_rope(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
+Kernel = Literal["fast", "exact"]
+_kernel: ContextVar[Kernel] = ContextVar("attention_kernel", default="fast")
+
+
+@contextmanager
+def attention_kernel(kernel: Kernel) -> Iterator[None]:
+    """Inside: "fast" is flash-attn or SDPA (the default), "exact" a plain fp32 softmax of fp32 products.
+
+    The exact one is what the official code was recorded with, and a second opinion for noise floors.
+    """
+    token = _kernel.set(kernel)
+    try:
+        yield
+    finally:
+        _kernel.reset(token)
+
+
 @functools.cache
 def _flash_varlen() -> Callable[..., Tensor] | None:
     """flash-attn's varlen kernel, or None where the package is not installed."""
@@ -87,7 +106,8 @@ def attention(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], cau
     Query head h uses key/value head h // (H/K), the scale is 1/sqrt(E), and a causal mask is aligned to the bottom
     right (the last query sees every key). flash-attn where it is installed and can (CUDA, 16 bit), else torch's SDPA.
     """
-    if q[0].is_cuda and q[0].dtype in (torch.bfloat16, torch.float16) and (flash := _flash_varlen()) is not None:
+    half = q[0].dtype in (torch.bfloat16, torch.float16)
+    if q[0].is_cuda and half and _kernel.get() == "fast" and (flash := _flash_varlen()) is not None:
         return _attention_flash(flash, q, k, v, causal)
     if len(q) > 1 and len({t.shape for t in q}) == 1 and len({t.shape for t in k}) == 1:
         return _attention_sdpa(torch.stack(list(q)), torch.stack(list(k)), torch.stack(list(v)), causal).flatten(0, 1)
@@ -112,6 +132,8 @@ def _attention_sdpa(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, causal: bool
 
 def sdpa(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
     """torch's scaled-dot-product attention with grouped heads; [B, H, T, E]."""
+    if _kernel.get() == "exact":
+        return _exact(q_BHTE, k_BKSE, v_BKSE, mask, is_causal)
     grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
     if grouped and mask is not None and q_BHTE.is_cuda:  # the masked CUDA kernels take no grouped heads
         groups = q_BHTE.shape[1] // k_BKSE.shape[1]
@@ -120,6 +142,17 @@ def sdpa(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is
     return F.scaled_dot_product_attention(
         q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
     )
+
+
+def _exact(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    groups = q_BHTE.shape[1] // k_BKSE.shape[1]
+    k_BHSE, v_BHSE = (t.float().repeat_interleave(groups, 1) for t in (k_BKSE, v_BKSE))
+    scores = q_BHTE.float() @ k_BHSE.transpose(-1, -2) * q_BHTE.shape[-1] ** -0.5
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v_BHSE).to(q_BHTE.dtype)
 
 
 def _attention_flash(

@@ -64,7 +64,7 @@ def load_bagel(folder: Path, device: torch.device, dtype: torch.dtype) -> Bagel:
 def load_vae(folder: Path, device: torch.device) -> AutoEncoder:
     """The autoencoder, in fp32 whatever it is stored in."""
     file = vae_file(folder)
-    files = {name: file for name in tensor_names(file)}
+    files = dict.fromkeys(tensor_names(file), file)
     with torch.device("meta"):
         vae = AutoEncoder(vae_config(folder, shapes_of(files)))
     fill(vae, files, dict(vae.named_parameters()), device, torch.float32)
@@ -95,10 +95,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file. Raises BagelError if there are no weights or if an index points outside its folder."""
     for name in WEIGHT_FILES:
         if (folder / name).exists():
-            return {tensor: folder / name for tensor in tensor_names(folder / name)}
+            return dict.fromkeys(tensor_names(folder / name), folder / name)
     index = folder / INDEX_FILE
     if not index.exists():
-        raise BagelError(f"{folder} has no weights: expected {', '.join(WEIGHT_FILES)} or {INDEX_FILE} with its shards.")
+        raise BagelError(
+            f"{folder} has no weights: expected {', '.join(WEIGHT_FILES)} or {INDEX_FILE} with its shards."
+        )
     files: dict[str, Path] = {}
     for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
         file = folder / name

@@ -248,17 +248,29 @@ class Loops(ABC):
         """
         times = self.schedule(flow)
         x = self.start(x)
-        for index, (t, dt) in enumerate(zip(times[:-1], times[:-1] - times[1:], strict=True)):
-            on = flow.guides(t)
-            use_text = on and flow.cfg_text_scale > 1
-            use_image = on and flow.cfg_img_scale > 1 and (use_text or plain)
-            v, v_text, v_image = self.velocities(
-                branches, x, t, grids, use_text, use_image, tap if index == 0 else None, plain
-            )
-            v_step = v if not use_text else self.guide(v, v if v_text is None else v_text, v_image, flow)
-            x_next = self.euler(x, v_step, dt)
-            yield Step(index, t, x, v, v_text, v_image, v_step, x_next)
-            x = x_next
+        for index in range(len(times) - 1):
+            step = self.step(branches, x, times, index, grids, flow, tap if index == 0 else None, plain)
+            yield step
+            x = step.x_next
+
+    def step(
+        self,
+        branches: Branches,
+        x: Array,
+        times: Array,
+        index: int,
+        grids: Sequence[tuple[int, int]],
+        flow: FlowSettings,
+        tap: Tap | None = None,
+        plain: bool = False,
+    ) -> Step:
+        """One step from x (as `start` gives it) at times[index]; also what a teacher-forced replay calls."""
+        t, dt = times[index], times[index] - times[index + 1]
+        use_text = flow.guides(t) and flow.cfg_text_scale > 1
+        use_image = flow.guides(t) and flow.cfg_img_scale > 1 and (use_text or plain)
+        v, v_text, v_image = self.velocities(branches, x, t, grids, use_text, use_image, tap, plain)
+        v_step = v if v_text is None else self.guide(v, v_text, v_image, flow)
+        return Step(index, t, x, v, v_text, v_image, v_step, self.euler(x, v_step, dt))
 
     def velocities(
         self,

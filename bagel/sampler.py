@@ -14,7 +14,6 @@ another one's work are not evaluated (`plain` turns that off).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from bagel.flow import FlowSettings
 from bagel.inputs import TextCodec, resized, to_tensor
 from bagel.loading import load_bagel, load_vae
 from bagel.loops import Branches, Loops, Noise, Result, Step, Turn
-from bagel.model import Bagel, Tap
+from bagel.model import Bagel
 from bagel.settings import EDIT_FLOW, TextSettings
 from bagel.vae import AutoEncoder, to_uint8
 
@@ -50,18 +49,6 @@ class Sampler(Loops):
         """Loads a full-precision checkpoint folder in the official layout. Raises BagelError on anything missing."""
         folder, device = Path(folder), torch.device(device)
         return cls(load_bagel(folder, device, dtype), load_vae(folder, device), TextCodec.from_dir(folder))
-
-    @torch.no_grad()
-    def denoise(
-        self,
-        branches: Branches,
-        x: Tensor,
-        grids: Sequence[tuple[int, int]],
-        flow: FlowSettings,
-        tap: Tap | None = None,
-        plain: bool = False,
-    ) -> Iterator[Step]:
-        yield from super().denoise(branches, x, grids, flow, tap, plain)
 
     # --- randomness ---------------------------------------------------------------------------------------------------
 
