@@ -51,7 +51,7 @@ def linear_dtype(module: nn.Module) -> torch.dtype:
 
 
 def rope_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, E] of rotary positions: angles in fp32, tables rounded to `dtype`. Half-split (NeoX) form."""
+    """Cosines and sines [T, E] of rotary positions, half-split (NeoX) form: angles in fp32, rounded to `dtype`."""
     inv_freq = inverse_frequencies(head_dim, theta, positions_T.device)
     angles_TE = torch.cat([positions_T[:, None].float() * inv_freq] * 2, dim=-1)
     return angles_TE.cos().to(dtype), angles_TE.sin().to(dtype)
