@@ -44,6 +44,14 @@ _VAE = re.compile(
     r"|(?:down|up)\.\d+\.block\.\d+\.nin_shortcut|down\.\d+\.downsample\.conv|up\.\d+\.upsample\.conv"
     r"|mid\.block_[12]\.(?:norm|conv)[12]|mid\.attn_1\.(?:norm|q|k|v|proj_out))\.(weight|bias)"
 )
+_BRIDGES: dict[str, Component] = {
+    "connector.fc1": "connector",
+    "connector.fc2": "connector",
+    "vae2llm": "latent",
+    "llm2vae": "latent",
+    "time_embedder.mlp.0": "time",
+    "time_embedder.mlp.2": "time",
+}
 _FIXED: dict[str, Role] = {
     "language_model.model.embed_tokens.weight": Role("llm", "shared", None, "embedding"),
     "language_model.lm_head.weight": Role("llm", "shared", None, "head"),
@@ -58,10 +66,7 @@ _FIXED: dict[str, Role] = {
     "latent_pos_embed.pos_embed": Role("latent", "shared", None, "position"),
     **{
         f"{module}.{part}": Role(component, "shared", None, "linear" if part == "weight" else "bias")
-        for module, component in {
-            "connector.fc1": "connector", "connector.fc2": "connector", "vae2llm": "latent", "llm2vae": "latent",
-            "time_embedder.mlp.0": "time", "time_embedder.mlp.2": "time",
-        }.items()
+        for module, component in _BRIDGES.items()
         for part in ("weight", "bias")
     },
 }  # fmt: skip

@@ -39,7 +39,7 @@ _PREFIXES = (
 
 
 def parameter_path(name: str) -> str:
-    """Official tensor name -> attribute path in `Bagel`: `...layers.3.mlp_moe_gen.up_proj.weight` -> `layers.3.gen.up_proj.weight`."""
+    """Official tensor name -> path in `Bagel`: `...layers.3.mlp_moe_gen.up_proj.weight` -> `layers.3.gen.up_proj.weight`."""
     if match := _LAYER_PART.fullmatch(name):
         layer, mlp_gen, module, gen, part = match.groups()
         return f"layers.{layer}.{'gen' if mlp_gen or gen else 'und'}.{module}.{part}"
@@ -50,13 +50,13 @@ def parameter_path(name: str) -> str:
 
 
 def load_bagel(folder: Path, device: torch.device, dtype: torch.dtype) -> Bagel:
-    """The model of a full-precision folder. Raises BagelError, naming the tensor, on missing, extra or misshapen ones."""
+    """The model of a full-precision folder. Raises BagelError naming the first tensor that does not fit."""
     files = weight_files(folder)
     vae_shapes = shapes_of({n: f for f in (vae_file(folder),) for n in tensor_names(f)})
     config = read_config(folder, shapes_of(files), vae_shapes)
     with torch.device("meta"):
         model = Bagel(config)
-    expected = {name: p for name, p in model.named_parameters()}
+    expected = dict(model.named_parameters())
     fill(model, files, expected, device, dtype)
     return model.eval()
 
@@ -151,7 +151,7 @@ def fill(
                 tensor = handle.get_tensor(name)
                 if tensor.shape != expected[path].shape:
                     raise BagelError(
-                        f"tensor {name} has shape {list(tensor.shape)}, expected {list(expected[path].shape)} by the configs."
+                        f"tensor {name} has shape {list(tensor.shape)}, the configs ask for {list(expected[path].shape)}."
                     )
                 put(model, path, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 

@@ -50,7 +50,7 @@ class TimeEmbedder(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """A stored 2-D sin-cos table: rows are grid cells. For a point (row, col), the first half of the width encodes col."""
+    """A stored 2-D sin-cos table: rows are grid cells (row, col), and the first half of the width encodes col."""
 
     def __init__(self, side: int, width: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class NoisyBlock:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """One packed pass: per sample `und_lens[b]` rows of the understanding expert, then (all samples) the generation rows."""
+    """One packed pass: the understanding rows of all samples, `und_lens[b]` each, then their generation rows."""
 
     contexts: Sequence[Context]
     und_lens: Sequence[int]

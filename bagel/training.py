@@ -73,7 +73,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Unreduced: `ce` per predicted token, `mse` per element of each noised token. `hidden`: rows after the final norms."""
+    """Unreduced: `ce` per predicted token, `mse` per element of noised tokens. `hidden`: rows after the final norms."""
 
     ce: Tensor
     mse: Tensor

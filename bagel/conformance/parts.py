@@ -42,7 +42,8 @@ def resize(golden: Golden, scenario: dict[str, Any], given: Tensors) -> Tensors:
     out: Tensors = {}
     cap = golden.manifest["checkpoint"]["max_pixels"]
     for name, args in scenario["tables"]:
-        rule = ResizeRule(*args, max_pixels=cap)
+        longest, shortest, stride = args
+        rule = ResizeRule(longest, shortest, stride, cap)
         sides = given[name][:, :2].tolist()
         out[name] = torch.tensor([[w, h, *resized_sides(w, h, rule)] for w, h in sides])
     for name in given:
