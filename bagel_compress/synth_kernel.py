@@ -22,7 +22,7 @@ def _mix(x: np.uint64) -> np.uint64:
 def fill(out, start, key, table, rows, scales, columns, centre, matrix) -> None:  # type: ignore[no-untyped-def]
     """out: uint16 [n], elements start.. of a tensor; table: float32 [4097]; rows, scales: float32, per row and column.
 
-    Of one 64-bit hash per element 12 bits choose a slice of the normal distribution, 24 the place in it, 16 the outlier.
+    Of a 64-bit hash per element 12 bits choose a slice of the normal distribution, 24 the place in it, 16 the outlier.
     """
     bits = np.empty(1, np.float32)
     word = bits.view(np.uint32)
