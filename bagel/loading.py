@@ -39,7 +39,7 @@ _PREFIXES = (
 
 
 def parameter_path(name: str) -> str:
-    """Official tensor name -> path in `Bagel`: `...layers.3.mlp_moe_gen.up_proj.weight` -> `layers.3.gen.up_proj.weight`."""
+    """Official tensor name -> path in `Bagel`: `...layers.3.mlp_moe_gen.up_proj.bias` -> `layers.3.gen.up_proj.bias`."""
     if match := _LAYER_PART.fullmatch(name):
         layer, mlp_gen, module, gen, part = match.groups()
         return f"layers.{layer}.{'gen' if mlp_gen or gen else 'und'}.{module}.{part}"
@@ -149,10 +149,8 @@ def fill(
             for name in names:
                 path = parameter_path(name)
                 tensor = handle.get_tensor(name)
-                if tensor.shape != expected[path].shape:
-                    raise BagelError(
-                        f"tensor {name} has shape {list(tensor.shape)}, the configs ask for {list(expected[path].shape)}."
-                    )
+                if tensor.shape != (wanted := expected[path].shape):
+                    raise BagelError(f"{name} has shape {list(tensor.shape)}, the configs ask for {list(wanted)}.")
                 put(model, path, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 
 

@@ -151,6 +151,12 @@ class Codec(BaseModel, ABC):
         module.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         return module
 
+    def linears(
+        self, unit: Unit, parts: Mapping[str, torch.Tensor], biases: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.nn.Module]:
+        """Run-time modules of all weights of a unit of linear weights, by tensor name; `biases` by weight name."""
+        return {spec.name: self.linear(spec, parts, biases.get(spec.name)) for spec in unit.specs}
+
     def export_linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         """The form an ONNX graph can carry. Default: this format has none."""
         raise ExportError(

@@ -1,0 +1,154 @@
+"""load: an artifact becomes a sampler, with the codecs' run-time modules at their places.
+
+Everything goes from the mapped file straight to the device, one unit at a time: memory never holds the model twice.
+Linear weights stay as they are stored and are multiplied by their codec's module; what is not a linear is decoded once.
+A census says what each module really holds, and a compressed weight that is not in effect is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bagel.layout import official_role
+from bagel_compress.artifact import MANIFEST, Artifact
+from bagel_compress.errors import ArtifactError, CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from bagel.model import Bagel
+    from bagel.sampler import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class CensusRow:
+    """What one linear or stored tensor of a loaded model is: bytes on the device, stored dtype, how it is computed."""
+
+    name: str  # official tensor name
+    codec: str
+    stored: str
+    compute: str
+    nbytes: int
+
+
+def open_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+    """A full-precision checkpoint folder, an artifact folder or a Hub id, ready to sample.
+
+    `dtype` None is bf16, the models' own. Any other dtype gives an artifact's decoded weights in that dtype, without
+    the run-time modules. Raises CheckpointError, ArtifactError or BagelError.
+    """
+    import torch
+
+    from bagel.sampler import Sampler
+
+    folder = _folder(path)
+    if (folder / MANIFEST).exists():
+        return load(Artifact.open(folder), device, dtype)
+    return Sampler.from_dir(folder, device, dtype or torch.bfloat16)
+
+
+def load(artifact: Artifact, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+    """The sampler of an artifact. See `open_model` for `dtype`."""
+    import torch
+
+    from bagel.loading import load_vae, read_config, shapes_of, tensor_names
+    from bagel.model import Bagel
+    from bagel.sampler import Sampler
+    from bagel.text import TextCodec
+
+    device = torch.device(device)
+    shapes = {spec.name: spec.shape for unit in artifact.units() for spec in unit.specs}
+    vae_files = dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path)
+    with torch.device("meta"):
+        bagel = Bagel(read_config(artifact.path, shapes, shapes_of(vae_files)))
+    _fill(bagel, artifact, device, dtype)
+    sampler = Sampler(bagel.eval(), load_vae(artifact.path, device), TextCodec.from_dir(artifact.path))
+    if dtype is None:
+        census(sampler.bagel, artifact)
+    return sampler
+
+
+def census(bagel: Bagel, artifact: Artifact) -> list[CensusRow]:
+    """What every tensor of the loaded model is. Raises ArtifactError if a compressed linear is not in effect."""
+    rows = []
+    for name, entry in artifact.manifest.units.items():
+        for tensor in entry.tensors:
+            module = bagel.get_submodule(_module_path(tensor))
+            row = _row(tensor, module)
+            if _is_linear(tensor) and row.codec != entry.codec.format:
+                raise ArtifactError(
+                    f"{tensor} is stored as {entry.codec.format} (unit {name}) but runs as {row.codec} {row.stored};"
+                    " this model would not have the size it promises."
+                )
+            rows.append(row)
+    return rows
+
+
+def _row(tensor: str, module: Any) -> CensusRow:
+    leaf = tensor.rpartition(".")[2]
+    if leaf == "weight" and hasattr(module, "describe"):
+        about = module.describe()
+        return CensusRow(tensor, about["codec"], about["stored"], about["compute"], module.stored_bytes)
+    value = getattr(module, leaf)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return CensusRow(tensor, "raw", dtype, dtype, value.nbytes)
+
+
+def _fill(bagel: Bagel, artifact: Artifact, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Biases first, so that a linear's module is made whole; then every unit in the order of the shards."""
+    from bagel.loading import parameter_path, put
+
+    biases: dict[str, torch.Tensor] = {}
+    for name, entry in artifact.manifest.units.items():
+        for tensor in entry.tensors:
+            if tensor.endswith(".bias"):
+                biases[tensor.removesuffix("bias") + "weight"] = artifact.decode(name)[tensor].to(device, dtype)
+    expected = dict(bagel.named_parameters())
+    for name, entry in artifact.manifest.units.items():
+        _check_shapes(artifact, name, {t: tuple(expected[parameter_path(t)].shape) for t in entry.tensors})
+        parts = {part: value.to(device) for part, value in artifact.parts(name).items()}
+        if dtype is None and entry.codec.format != "raw" and all(_is_linear(t) for t in entry.tensors):
+            for tensor, module in entry.codec.linears(artifact.unit(name), parts, biases).items():
+                put(bagel, _module_path(tensor), module)
+            continue
+        for tensor, value in entry.codec.decode(artifact.unit(name), parts).items():
+            if not hasattr(bagel.get_submodule(_module_path(tensor)), "describe"):
+                put(bagel, parameter_path(tensor), _parameter(value.to(device, dtype)))
+
+
+def _check_shapes(artifact: Artifact, name: str, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    for tensor, entry in artifact.manifest.units[name].tensors.items():
+        if entry.shape != wanted[tensor]:
+            raise ArtifactError(
+                f"{artifact.path}: {tensor} has shape {list(entry.shape)}, its configs ask for {list(wanted[tensor])}."
+            )
+
+
+def _parameter(value: torch.Tensor) -> Any:
+    import torch
+
+    return torch.nn.Parameter(value, requires_grad=False)
+
+
+def _module_path(tensor: str) -> str:
+    from bagel.loading import parameter_path
+
+    return parameter_path(tensor).rpartition(".")[0]
+
+
+def _is_linear(tensor: str) -> bool:
+    return official_role(tensor).kind in ("linear", "head")
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+        from bagel_compress.hub import fetch
+
+        return fetch(str(path))
+    raise CheckpointError(f"{path} is neither a folder nor a Hub id (user/name).")
