@@ -13,7 +13,6 @@ import pytest
 # Read by huggingface_hub when it is imported. The Xet protocol has no local server; the plain one is tested.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
 
 from hub import Hub, User
 

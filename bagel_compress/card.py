@@ -1,0 +1,317 @@
+"""The model card: manifest and reports -> README.md, so that a page says what was measured and nothing else.
+
+Every number comes from the manifest or from a report that carries the manifest's digest; what was not measured is
+called so. Front matter is written by huggingface_hub's own ModelCardData, and whatever comes from outside (names of
+sources, prompts, texts of recipes) is escaped on its way into Markdown, so that a hostile name stays a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from bagel_compress.artifact import Artifact
+from bagel_compress.limits import METRICS
+from bagel_compress.reports import ParityReport, Row, number
+from bagel_compress.sizes import Group, size_text
+from bagel_compress.snippets import snippets
+
+if TYPE_CHECKING:
+    from bagel_compress.publish.evidence import Budget, Evidence
+
+CARD = "README.md"
+FAMILY_START, FAMILY_END = "<!-- builds of this base -->", "<!-- end of builds -->"
+BITS = {"nf4": "4-bit", "int8": "8-bit", "fp8": "8-bit", "df11": "lossless-compression"}
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+UPSTREAM = "https://huggingface.co/ByteDance-Seed/BAGEL-7B-MoT"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What only the publisher knows."""
+
+    repo: str  # owner/name of the release
+    base_model: str | None  # Hub id of the model that was compressed
+    license: str = "apache-2.0"
+
+    @classmethod
+    def of(cls, artifact: Artifact, repo: str, base_model: str | None, license: str = "apache-2.0") -> Origin:
+        """Takes the base from the manifest where the source was a repository."""
+        name = artifact.manifest.source.name
+        return cls(repo, base_model or (name if REPO_ID.fullmatch(name) else None), license)
+
+
+def model_card(
+    artifact: Artifact, evidence: Evidence, origin: Origin, draft: bool = False, signed: bool = False
+) -> str:
+    """The whole README.md."""
+    parts = [
+        _front_matter(artifact, evidence, origin),
+        _head(artifact, origin, draft),
+        _pictures(evidence),
+        FAMILY_START + "\n" + FAMILY_END,
+        _sizes(artifact),
+        _budgets(evidence.budgets),
+        _parity(evidence.parity),
+        _loading(artifact, origin),
+        _losses(artifact, evidence.parity),
+        _recipe(artifact),
+        _provenance(artifact, origin, signed),
+        _licence(origin),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def plain(text: object) -> str:
+    """Foreign text as one line of Markdown that shows exactly its characters, in a cell or on a line of its own."""
+    line = re.sub(r"([\\`*_{}\[\]<>()#!|~$&:])", r"\\\1", _one_line(text))
+    return re.sub(r"^([-+=]|\d+(?=[.)]))", lambda m: f"&#8203;{m[1]}", line)
+
+
+def code(text: object) -> str:
+    """Foreign text as inline code: no markup, no line break, no end of the code or of a table cell inside."""
+    return f"`{_one_line(text).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def _one_line(text: object) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the cells are already Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _front_matter(artifact: Artifact, evidence: Evidence, origin: Origin) -> str:
+    from huggingface_hub import ModelCardData
+
+    groups = artifact.groups()
+    formats = sorted({g.codec for g in groups} - {"raw"})
+    kinds = {BITS[f] for f in formats if f in BITS}
+    lossless = all(u.snr_db is None for u in artifact.manifest.units.values())
+    data: dict[str, Any] = {
+        "license": origin.license,
+        "library_name": "bagel-mot",
+        "pipeline_tag": "any-to-any",
+        "quantized_by": origin.repo.partition("/")[0],
+        "tags": ["bagel", "BAGEL-7B-MoT", *formats, *sorted(kinds - {"lossless-compression"}),
+                 *(["lossless-compression"] if lossless and formats else []), "bagel-compress"],
+    }  # fmt: skip
+    if origin.base_model is not None:
+        data |= {"base_model": origin.base_model, "base_model_relation": "quantized"}
+    if evidence.parity is not None:
+        data |= {"model_name": origin.repo.partition("/")[2], "eval_results": _results(evidence.parity)}
+    return f"---\n{ModelCardData(**data).to_yaml().strip()}\n---"
+
+
+def _results(parity: ParityReport) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="any-to-any",
+            dataset_type="bagel-compress-cases",
+            dataset_name=f"{len(parity.cases)} cases against the bf16 reference",
+            metric_type=row.metric,
+            metric_name=METRICS[row.metric][1] if row.metric in METRICS else row.metric,
+            metric_value=float(row.value),
+        )
+        for row in worst_rows(parity)
+    ]
+
+
+def worst_rows(parity: ParityReport) -> list[Row]:
+    """One row per metric: the one closest to, or furthest past, its limit."""
+    found: dict[str, Row] = {}
+    for row in parity.rows:
+        sign = 1.0 if METRICS.get(row.metric, ("max", ""))[0] == "max" else -1.0
+        held = found.get(row.metric)
+        if held is None or sign * row.value > sign * held.value:
+            found[row.metric] = row
+    return list(found.values())
+
+
+def _head(artifact: Artifact, origin: Origin, draft: bool) -> str:
+    manifest = artifact.manifest
+    stored, source = totals(artifact)
+    bits = 8 * stored / sum(g.parameters for g in artifact.groups())
+    base = f"[{plain(origin.base_model)}](https://huggingface.co/{origin.base_model})" if origin.base_model else (
+        plain(manifest.source.name)
+    )  # fmt: skip
+    lines = [f"# {plain(origin.repo.partition('/')[2])}"]
+    if draft:
+        lines.append("> **DRAFT.** Not released: reports are missing or did not pass. Do not use or cite this build.")
+    lines.append(
+        f"{base} compressed to **{size_text(stored)}** ({bits:.2f} bits per weight, {stored / source:.0%} of"
+        f" {size_text(source)} in bf16) by [bagel-compress](https://pypi.org/project/bagel-compress/),"
+        f" recipe {code(manifest.recipe.name)}."
+    )
+    lines += [plain(text) for text in (manifest.recipe.summary, manifest.recipe.card) if text]
+    return "\n\n".join(lines)
+
+
+def totals(artifact: Artifact) -> tuple[int, int]:
+    """Bytes of all tensors as stored, and in bf16."""
+    groups = artifact.groups()
+    return sum(g.nbytes for g in groups), sum(g.source_bytes for g in groups)
+
+
+def _pictures(evidence: Evidence) -> str:
+    if not evidence.pictures:
+        return ""
+    lines = ["## Pictures", "Reference in bf16, this build, and their difference; same prompt, same noise."]
+    for name, path in evidence.pictures.items():
+        lines.append(f"**{plain(name)}** {plain(evidence.prompt(name))}\n\n![{plain(name)}](./{path})")
+    return "\n\n".join(lines)
+
+
+def _sizes(artifact: Artifact) -> str:
+    def row(g: Group) -> list[str]:
+        return [g.component, g.expert, g.codec, f"{g.parameters:,}", size_text(g.source_bytes), size_text(g.nbytes),
+                f"{g.bits:.3f}"]  # fmt: skip
+
+    stored, source = totals(artifact)
+    vae = artifact.vae_path.stat().st_size
+    total = sum(entry.bytes for entry in artifact.manifest.files.values())
+    head = ("component", "expert", "format", "weights", "bf16", "here", "bits")
+    rows = [row(g) for g in artifact.groups()]
+    rows.append(["**all**", "", "", "", size_text(source), f"**{size_text(stored)}**", ""])
+    return (
+        "## Size\n\n" + table(head, rows) + f"\n\nThe VAE ({size_text(vae)}) is stored beside it as it is."
+        f" All files together: {total:,} bytes."
+    )
+
+
+def _budgets(budgets: Sequence[Budget]) -> str:
+    lines = ["## Memory and speed"]
+    if not budgets:
+        return lines[0] + "\n\nNot predicted and not measured for any card."
+    head = ("card", "task", "peak, predicted", "peak, measured", "budget", "fits")
+    rows = [
+        [plain(b.target), plain(p.task), gib(p.predicted), gib(p.measured), gib(b.limit), "yes" if p.fits else "**no**"]
+        for b in budgets
+        for p in b.peaks
+    ]
+    lines.append(table(head, rows))
+    speed = [[plain(s.what), plain(s.value), plain(s.reference), plain(b.device)] for b in budgets for s in b.speeds]
+    if speed:
+        lines.append(table(("what", "median", "against the bf16 reference", "measured on"), speed))
+    else:
+        lines.append("Speed was not measured.")
+    return "\n\n".join(lines)
+
+
+def gib(nbytes: float | None) -> str:
+    """Bytes as GiB for a table, "not measured" where there is no number."""
+    return "not measured" if nbytes is None else f"{nbytes / 2**30:.2f} GiB"
+
+
+def _parity(parity: ParityReport | None) -> str:
+    if parity is None:
+        return "## Parity with the reference\n\nNot measured."
+    rows = [
+        [
+            METRICS[r.metric][1] if r.metric in METRICS else plain(r.metric),
+            *(number(r.value), "-" if r.floor is None else number(r.floor), number(r.limit)),
+            *(plain(r.case) or "all", "yes" if r.ok else "**no**"),
+        ]
+        for r in worst_rows(parity)
+    ]
+    where = ", ".join(f"{plain(k)} {plain(v)}" for k, v in parity.environment.items())
+    return (
+        "## Parity with the reference\n\n"
+        f"{len(parity.cases)} cases against bf16 weights, class {code(parity.level)}; the worst value of each metric."
+        " The floor is the reference against itself under another attention kernel or dtype.\n\n"
+        + table(("metric", "value", "floor", "limit", "case", "holds"), rows)
+        + f"\n\nMeasured with {where}."
+        + "".join(f"\n\n{plain(note)}" for note in parity.notes)
+    )
+
+
+def _loading(artifact: Artifact, origin: Origin) -> str:
+    lines = ["## Use it"]
+    for snippet in snippets(artifact, origin.repo):
+        note = f"\n\n{snippet.note}" if snippet.note else ""
+        lines.append(f"### {snippet.title}{note}\n\n```{snippet.language}\n{snippet.text.strip()}\n```")
+    return "\n\n".join(lines)
+
+
+def _losses(artifact: Artifact, parity: ParityReport | None) -> str:
+    """What is lost, in words, from the error of every tensor and the report's attribution."""
+    units = artifact.manifest.units
+    lossy = {name: u for name, u in units.items() if u.snr_db is not None}
+    lines = ["## Limits and known losses"]
+    if not lossy:
+        lines.append("No weight was changed: every tensor decodes to exactly the bf16 values of the source.")
+    else:
+        by_format: dict[str, list[float]] = {}
+        for unit in lossy.values():
+            by_format.setdefault(unit.codec.format, []).append(float(unit.snr_db or 0.0))
+        for name, values in sorted(by_format.items()):
+            values.sort()
+            lines.append(
+                f"- {len(values)} weights in {code(name)} carry rounding noise: signal-to-noise ratio"
+                f" {values[0]:.1f} dB at worst, {values[len(values) // 2]:.1f} dB in the middle."
+            )
+        lines.append(f"- The other {len(units) - len(lossy)} groups of weights are exact.")
+    fallen = [(name, u) for name, u in units.items() if u.reason]
+    lines += [f"- {plain(name)} is in {code(u.codec.format)}: {plain(u.reason)}" for name, u in fallen]
+    if parity is not None and parity.shares:
+        share = max(parity.shares, key=lambda s: s.velocity or 0.0)
+        if share.velocity:
+            lines.append(
+                f"- Most of the error of a denoising step comes from {plain(share.component)} (relative L2"
+                f" {number(share.velocity)} when only that part is compressed)."
+            )
+    lines.append(
+        "- Pictures made with another seed, size, step count or guidance than those measured may differ by more."
+        " Scores such as GenEval were not measured."
+    )
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def _recipe(artifact: Artifact) -> str:
+    text = yaml.safe_dump(_stated(artifact.manifest.recipe.model_dump(mode="json", by_alias=True)), sort_keys=False, allow_unicode=False, width=100).strip()
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"## Recipe\n\n{fence}yaml\n{text}\n{fence}"
+
+
+def _stated(value: Any) -> Any:
+    """A dumped recipe without the fields that say nothing; it parses to the same recipe."""
+    if isinstance(value, dict):
+        return {k: _stated(v) for k, v in value.items() if v is not None and v != [] and v != ""}
+    return [_stated(v) for v in value] if isinstance(value, list) else value
+
+
+def _provenance(artifact: Artifact, origin: Origin, signed: bool) -> str:
+    m = artifact.manifest
+    rows = [
+        ("source", code(m.source.name)),
+        ("revision", code(m.source.revision or "a local folder, no revision")),
+        ("sha256 of all source values", code(m.source.data_sha256)),
+        ("recipe", code(m.recipe_digest)),
+        ("plan", code(m.plan)),
+        ("manifest", code(artifact.digest)),
+        ("built with", plain(m.tool)),
+    ]
+    sign = " --key publisher.pem" if signed else ""
+    text = (
+        f"`SHA256SUMS` covers every file but this page; `manifest.json` has the digest of every tensor, of the source"
+        f" and as stored; `reports/provenance.json` is an in-toto statement.\n\n"
+        f"```sh\nbagel-compress verify {origin.repo}{sign}\n```"
+    )
+    return "## Provenance\n\n" + table(("what", "value"), rows) + "\n\n" + text
+
+
+def _licence(origin: Origin) -> str:
+    return (
+        f"## Licence and attribution\n\n{plain(origin.license)}, as the weights it was made from."
+        f" [BAGEL-7B-MoT]({UPSTREAM}) is by ByteDance Seed (Apache-2.0) and builds on Qwen2.5-7B-Instruct, SigLIP and"
+        " the FLUX.1-schnell autoencoder (all Apache-2.0). This build changes how the weights are stored and nothing"
+        " else; the authors of those models did not make or endorse it."
+    )

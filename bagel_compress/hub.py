@@ -1,0 +1,202 @@
+"""The Hub as this program uses it: one client, one sentence per failure, downloads whose every byte is checked.
+
+`fetch` brings what is needed to open a published artifact into the client's cache and compares each file with the
+manifest: the client itself compares sizes only. The commit is resolved once, so that all files are of one version.
+Tokens are found by huggingface_hub (HF_TOKEN, or what `hf auth login` stored) and are never read, printed or kept here;
+messages that come from elsewhere are scrubbed of anything that looks like one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from bagel_compress.artifact import MANIFEST, Artifact, Manifest, parse_manifest, sha256_file
+from bagel_compress.download import first_line, transport_errors
+from bagel_compress.errors import ArtifactError, PublishError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SECRET = re.compile(r"hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^/@\s]+(?=@)")  # tokens, and logins in an address
+Kind = Literal["model", "everything"]
+
+
+def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
+    """Downloads a published artifact (`owner/name`, or `owner/name@revision`) and returns its folder.
+
+    kind "model": what is needed to open it; "everything": card, reports and pictures too. What is already in the cache
+    is not loaded again. A file that is not what the manifest says is removed and loaded once more.
+    Raises PublishError if the Hub or the repository cannot be read, ArtifactError if it holds no (intact) artifact.
+    """
+    repo, revision = split_revision(repo, revision)
+    try:
+        commit, names = listing(repo, revision)
+    except _UnreachableError as error:
+        return _cached(repo, revision, error)
+    if MANIFEST not in names:
+        raise ArtifactError(f"{repo} has no {MANIFEST}: it is no artifact of bagel-compress, or not a finished one.")
+    manifest_path = _get(repo, commit, [MANIFEST])[MANIFEST]
+    manifest = parse_manifest(manifest_path.read_bytes(), Path(repo))
+    missing = manifest.files.keys() - names
+    if missing:
+        raise ArtifactError(
+            f"{repo} lacks {min(missing)}, which its manifest names; its owner has to publish it again."
+        )
+    wanted = set(manifest.files) if kind == "model" else names - {".gitattributes"}
+    _get(repo, commit, sorted(wanted - {MANIFEST}))
+    folder = manifest_path.parent
+    _check(repo, commit, folder, manifest)
+    return folder
+
+
+def open_artifact(path_or_repo: str | Path, revision: str | None = None) -> Artifact:
+    """An artifact from a folder or from the Hub; one from the Hub has every digest checked."""
+    if Path(path_or_repo).exists():
+        return Artifact.open(path_or_repo)
+    return Artifact.open(fetch(str(path_or_repo), revision))
+
+
+def split_revision(repo: str, revision: str | None = None) -> tuple[str, str | None]:
+    """`owner/name@revision` -> both. Raises PublishError on anything else."""
+    name, _, at = repo.partition("@")
+    if not REPO_ID.fullmatch(name) or ".." in name or name.startswith("."):
+        raise PublishError(f"{repo} is neither a folder here nor the name of a repository (owner/name).")
+    return name, revision or at or None
+
+
+def client() -> HfApi:
+    """The client, with this program's name in its requests."""
+    from importlib.metadata import version
+
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="bagel-compress", library_version=version("bagel-compress"))
+
+
+def listing(repo: str, revision: str | None) -> tuple[str, set[str]]:
+    """The commit that a revision means now, and the files in it."""
+    with failures(f"{repo} cannot be read"):
+        info = client().model_info(repo, revision=revision)
+    return str(info.sha), {sibling.rfilename for sibling in info.siblings or ()}
+
+
+class _UnreachableError(PublishError):
+    """No answer at all: the network, or the server, is down."""
+
+
+@contextmanager
+def failures(what: str) -> Iterator[None]:
+    """Turns what the client raises into one PublishError, "<what>: <reason>; <what to do>.", free of secrets."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    silent: tuple[type[Exception], ...] = (OfflineModeIsEnabled, LocalEntryNotFoundError, *transport_errors())
+    try:
+        yield
+    except GatedRepoError:
+        raise PublishError(f"{what}: it is gated; accept its terms on its page and log in.") from None
+    except RepositoryNotFoundError:
+        raise PublishError(
+            f"{what}: there is no such repository, or your token may not see it; check its name, or log in."
+        ) from None
+    except HfHubHTTPError as error:
+        raise PublishError(f"{what}: {_status(error)}.") from None
+    except LocalTokenNotFoundError:
+        raise PublishError(f"{what}: you are not logged in; run `hf auth login` or set HF_TOKEN.") from None
+    except silent as error:
+        raise _UnreachableError(
+            f"{what}: the Hub cannot be reached ({scrubbed(first_line(error))}); run the same command again later."
+        ) from None
+    except (HFValidationError, ValueError) as error:
+        raise PublishError(f"{what}: {scrubbed(' '.join(str(error).split()))}") from None
+
+
+def scrubbed(text: str) -> str:
+    """The text without anything that could be a token."""
+    return SECRET.sub("***", text)
+
+
+def _status(error: Exception) -> str:
+    """What an HTTP error means for the user."""
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    known = {
+        401: "the token is invalid or has expired; run `hf auth login` again",
+        403: "the token may not do that; create one with write access to this repository",
+        404: "the Hub does not know this revision or file",
+        409: "it changed in this moment; run the same command again",
+        412: "somebody else changed it since the upload began; look at what is there and run the same command again",
+        429: "the Hub asks for a pause (429); run the same command later, it goes on from there",
+    }
+    if code in known:
+        return known[code]
+    if code is not None and code >= 500:
+        return f"the Hub answered {code} and kept doing so; run the same command again later, it goes on from there"
+    return scrubbed(first_line(error))
+
+
+def _get(repo: str, commit: str, names: Iterable[str]) -> dict[str, Path]:
+    """Files of one commit, from the cache or the Hub, by name."""
+    from huggingface_hub import hf_hub_download
+
+    def one(name: str) -> tuple[str, Path]:
+        return name, Path(hf_hub_download(repo, name, revision=commit))
+
+    with failures(f"the download of {repo} broke off"), ThreadPoolExecutor(4, "download") as pool:
+        return dict(pool.map(one, names))
+
+
+def _check(repo: str, commit: str, folder: Path, manifest: Manifest) -> None:
+    """Reads every file of the manifest; a wrong one is loaded again, once."""
+    for name in _wrong(folder, manifest, manifest.files):
+        _forget(folder / name)
+        _get(repo, commit, [name])
+        if _wrong(folder, manifest, [name]):
+            _forget(folder / name)
+            raise ArtifactError(
+                f"{name} of {repo} is damaged: its sha256 is not the manifest's, twice; do not use it, tell its owner."
+            )
+
+
+def _wrong(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    def differs(name: str) -> bool:
+        entry, path = manifest.files[name], folder / name
+        return path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256
+
+    names = list(names)
+    with ThreadPoolExecutor(4, "digest") as pool:
+        return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
+
+
+def _forget(path: Path) -> None:
+    """Removes a file from the cache: the link in the snapshot and the blob that it points to."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+
+
+def _cached(repo: str, revision: str | None, cause: PublishError) -> Path:
+    """What an earlier download left, complete and intact; used when the Hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        artifact = Artifact.open(folder)
+    except (LocalEntryNotFoundError, ArtifactError):
+        raise cause from None
+    if wrong := _wrong(folder, artifact.manifest, artifact.manifest.files):
+        raise ArtifactError(f"{wrong[0]} of {repo} is damaged in the cache; connect to the network and run it again.")
+    return folder

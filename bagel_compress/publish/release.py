@@ -1,0 +1,128 @@
+"""Release: exactly which files go to a repository, in a folder of its own, with the digests they were verified with.
+
+It is built only from an artifact whose every byte is what its manifest says, and whose parity and budget reports carry
+its digest and pass. What is missing is listed, all of it, in one GateError. A draft may lack reports; it may not lack
+integrity, and its card says what it is.
+
+Large files are linked into the folder, not copied, where the file system allows; nothing of the artifact is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagel_compress import provenance
+from bagel_compress.artifact import MANIFEST, Artifact, FileEntry, sha256_file
+from bagel_compress.card import CARD, Origin, model_card
+from bagel_compress.errors import GateError, PublishError
+from bagel_compress.publish.evidence import Evidence, load_evidence
+from bagel_compress.reports import REPORTS
+
+HTML_REPORT = "report.html"
+MARK = ".release"  # beside the folder: says that it was made here and may be made again
+
+
+@dataclass(frozen=True)
+class Release:
+    """A folder that is ready to be uploaded. `files` has the digest of each file as it was verified."""
+
+    artifact: Artifact
+    evidence: Evidence
+    folder: Path
+    files: Mapping[str, FileEntry]
+    draft: bool
+
+    @property
+    def title(self) -> str:
+        """Summary line of the commit."""
+        name = self.artifact.manifest.recipe.name
+        return f"{'Draft of ' if self.draft else ''}{name}, manifest {self.artifact.digest[:12]}"
+
+
+def make_release(
+    artifact: Artifact, folder: Path, origin: Origin, draft: bool = False, signing_key: Path | None = None
+) -> Release:
+    """Verifies, judges and writes the release folder; an older one of ours is replaced.
+
+    Raises GateError listing every fault of the artifact and of its reports, PublishError if `folder` is not ours.
+    """
+    evidence, faults = load_evidence(artifact)
+    damage = artifact.verify()
+    missing = damage if draft else damage + faults
+    if not draft and origin.base_model is None:
+        name = artifact.manifest.source.name
+        missing.append(f"its source {name!r} is no repository; name the one it came from with --base-model")
+    if missing:
+        raise GateError(f"{artifact.path} is not ready to be published: " + "; ".join(missing) + ".")
+    _fresh(folder)
+    files = _artifact_files(artifact, folder)
+    files |= _report_files(artifact, evidence, folder)
+    reports = {path: entry for path, entry in files.items() if path.startswith(f"{REPORTS}/")}
+    statement = provenance.statement_bytes(artifact, reports)
+    files[provenance.PROVENANCE] = _written(folder, provenance.PROVENANCE, statement)
+    files[provenance.SUMS] = _written(folder, provenance.SUMS, provenance.sums(files).encode())
+    if signing_key is not None:
+        files[provenance.SIGNATURE] = _entry(provenance.sign(folder, signing_key))
+    signed = signing_key is not None
+    card = model_card(artifact, evidence, origin, draft, signed)
+    files[CARD] = _written(folder, CARD, card.encode())
+    return Release(artifact, evidence, folder, dict(sorted(files.items())), draft)
+
+
+def _fresh(folder: Path) -> None:
+    """Empties a folder that an earlier release made; refuses one that something else made."""
+    mark = folder.with_name(folder.name + MARK)
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        raise PublishError(f"{folder} is not empty and was not made by publish; choose another folder with --folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text("made by bagel-compress publish; may be deleted\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _artifact_files(artifact: Artifact, folder: Path) -> dict[str, FileEntry]:
+    """The files of the manifest, and the manifest itself."""
+    for name in artifact.manifest.files:
+        _linked(artifact.path / name, folder / name)
+    content = (artifact.path / MANIFEST).read_bytes()
+    manifest = FileEntry(bytes=len(content), sha256=artifact.digest)
+    if hashlib.sha256(content).hexdigest() != artifact.digest:
+        raise GateError(f"{artifact.path / MANIFEST} was changed while it was published; run the same command again.")
+    (folder / MANIFEST).write_bytes(content)
+    return {**artifact.manifest.files, MANIFEST: manifest}
+
+
+def _report_files(artifact: Artifact, evidence: Evidence, folder: Path) -> dict[str, FileEntry]:
+    """Reports, their pictures and the HTML page, copied so that a later validation does not change the release."""
+    files = {}
+    for name in evidence.files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.path / name, target)
+        files[name] = _entry(target)
+    return files
+
+
+def _linked(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _written(folder: Path, name: str, content: bytes) -> FileEntry:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))

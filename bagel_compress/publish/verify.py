@@ -1,0 +1,126 @@
+"""verify: is this folder, or this repository, byte for byte what was released?
+
+A folder is read in full. A repository is compared through the digests that the Hub lists (it computed them itself when
+the files arrived) without downloading the weights; `full` downloads and reads everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagel_compress import provenance
+from bagel_compress.artifact import MANIFEST, Artifact, Manifest, parse_manifest, sha256_file
+from bagel_compress.errors import ArtifactError, GateError
+from bagel_compress.hub import client, failures, fetch, split_revision
+from bagel_compress.publish.evidence import load_evidence
+from bagel_compress.publish.upload import Remote, look
+from bagel_compress.reports import REPORTS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was looked at and what was wrong with it. `signature`: valid, not checked, or none."""
+
+    where: str
+    artifact: str  # sha256 of the manifest
+    files: int
+    how: str
+    signature: str
+    faults: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The verdict for people."""
+        about = f"artifact {self.artifact[:12]}; signature: {self.signature}"
+        head = f"{self.where}: {self.files} files, {self.how}; {about}"
+        return "\n".join([head, *(f"  {fault}" for fault in self.faults), "FAILED" if self.faults else "verified"])
+
+
+def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
+    """Reads every byte. Raises ArtifactError if the folder is no artifact at all."""
+    artifact = Artifact.open(folder)
+    published = (folder / provenance.SUMS).is_file()
+    if published:
+        faults = provenance.check_sums(folder) + _against_manifest(_sums(folder), artifact.manifest, artifact.digest)
+    else:
+        faults = artifact.verify()
+    faults += _stale_reports(artifact)
+    signature = "none"
+    if (folder / provenance.SIGNATURE).is_file() or public_key is not None:
+        signature, fault = _signature(folder, public_key)
+        faults += fault
+    files = len(artifact.manifest.files) + 1
+    return Verdict(str(folder), artifact.digest, files, "every byte read", signature, tuple(faults))
+
+
+def verify_repo(repo: str, revision: str | None = None, full: bool = False, public_key: Path | None = None) -> Verdict:
+    """Checks a published artifact. Raises PublishError if it cannot be read, ArtifactError if it is none."""
+    repo, revision = split_revision(repo, revision)
+    if full or public_key is not None:
+        return verify_folder(fetch(repo, revision, "everything"), public_key)
+    remote = look(client(), repo, revision or "main")
+    if remote is None:
+        raise ArtifactError(f"{repo} does not exist, or your token may not see it; check the name.")
+    for name in (MANIFEST, provenance.SUMS):
+        if name not in remote.files:
+            raise ArtifactError(f"{repo} has no {name}: it was not published by bagel-compress.")
+    with failures(f"{repo} cannot be read"):
+        got = {name: Path(client().hf_hub_download(repo, name, revision=remote.commit)) for name in _small(remote)}
+    manifest = parse_manifest(got[MANIFEST].read_bytes(), Path(repo))
+    digest = sha256_file(got[MANIFEST])
+    sums = _sums(got[provenance.SUMS].parent)
+    held = {n: d.partition(":")[2] if n not in got else sha256_file(got[n]) for n, d in remote.files.items()}
+    faults = [f"{name} is missing" for name in sums if name not in held]
+    faults += [f"{name} is not what was released" for name in sums if name in held and held[name] != sums[name]]
+    faults += [f"{name} is not in {provenance.SUMS}" for name in sorted(held.keys() - sums.keys()) if _covered(name)]
+    faults += _against_manifest(sums, manifest, digest)
+    signature = "not checked (give --key)" if provenance.SIGNATURE in held else "none"
+    how = "small files read, large ones by the digests that the Hub lists (--full reads them)"
+    return Verdict(f"{repo}@{remote.commit[:12]}", digest, len(sums), how, signature, tuple(faults))
+
+
+def require(verdict: Verdict) -> None:
+    """Raises GateError with every fault."""
+    if verdict.faults:
+        raise GateError(f"{verdict.where} is not what was released: " + "; ".join(verdict.faults) + ".")
+
+
+def _small(remote: Remote) -> list[str]:
+    """Files that lie in git itself: known by sha1 only, and small by the Hub's rules."""
+    return [name for name, digest in remote.files.items() if digest.startswith("sha1:")]
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return provenance.read_sums((folder / provenance.SUMS).read_text(encoding="utf-8"))
+
+
+def _covered(name: str) -> bool:
+    return name not in provenance.NOT_SUMMED
+
+
+def _against_manifest(sums: dict[str, str], manifest: Manifest, digest: str) -> list[str]:
+    """SHA256SUMS and the manifest have to say the same."""
+    faults = [
+        f"{name} has another digest in {provenance.SUMS} than in the manifest"
+        for name, entry in manifest.files.items()
+        if sums.get(name) != entry.sha256
+    ]
+    return faults + ([f"{MANIFEST} is not the one of {provenance.SUMS}"] if sums.get(MANIFEST) != digest else [])
+
+
+def _stale_reports(artifact: Artifact) -> list[str]:
+    """Reports of another build. A build without reports is no fault here: verify is about bytes."""
+    if not (artifact.path / REPORTS).is_dir():
+        return []
+    return [fault for fault in load_evidence(artifact)[1] if "another build" in fault]
+
+
+def _signature(folder: Path, public_key: Path | None) -> tuple[str, list[str]]:
+    if public_key is None:
+        return "not checked (give --key)", []
+    try:
+        provenance.check_signature(folder, public_key)
+    except GateError as error:
+        return "not valid", [str(error).rstrip(".")]
+    return "valid", []
