@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from bagel.layout import official_role
-from bagel_compress.codecs.base import Codec, Unit
+from bagel_compress.codecs.base import Codec, Reader, Unit
 from bagel_compress.errors import PlanError
 from bagel_compress.recipe import Recipe
 from bagel_compress.sizes import Group, group_sizes, size_text, sizes_table
@@ -62,6 +62,9 @@ class Plan:
     source_digest: str
     shards: tuple[str, ...]
     placements: tuple[Placement, ...]
+    sampled: int | None = (
+        None  # bytes of all shards by a sample of the data; None: sizes are exact, or there is no data
+    )
 
     @cached_property
     def digest(self) -> str:
@@ -104,8 +107,9 @@ class Plan:
 
     def table(self) -> str:
         """The groups as text, with totals."""
+        likely = "" if self.sampled is None else f"\nby a sample of the data {size_text(self.sampled)}"
         return sizes_table(self.groups, self.nbytes, "" if self.exact else "at most ") + (
-            f"\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
+            f"{likely}\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
             f" source {self.source_name} {self.source_digest[:12]}; plan {self.digest[:12]}"
         )
 
@@ -117,6 +121,7 @@ class Plan:
             "source": {"name": self.source_name, "revision": self.source_revision, "digest": self.source_digest},
             "exact": self.exact,
             "bytes": self.nbytes,
+            "sampled_bytes": self.sampled,
             "parameters": sum(g.parameters for g in self.groups),
             "groups": [g.to_json() for g in self.groups],
             "shards": self.shard_bytes,
@@ -140,7 +145,8 @@ def make_plan(checkpoint: Header, recipe: Recipe) -> Plan:
     shards = {place: f"model-{i + 1:05d}-of-{len(places):05d}.safetensors" for i, place in enumerate(places)}
     units.sort(key=lambda item: (_place(item[0]), min(order[s.name] for s in item[0].specs)))
     placements = tuple(Placement(unit, codec, shards[_place(unit)]) for unit, codec in units)
-    plan = Plan(recipe, checkpoint.name, checkpoint.revision, checkpoint.digest, tuple(shards.values()), placements)
+    source = (checkpoint.name, checkpoint.revision, checkpoint.digest)
+    plan = Plan(recipe, *source, tuple(shards.values()), placements, _sampled(placements, checkpoint))
     _check_budget(plan)
     return plan
 
@@ -179,13 +185,21 @@ def _place(unit: Unit) -> tuple[int, int]:
     return (2, 0)
 
 
+def _sampled(placements: Sequence[Placement], checkpoint: Header) -> int | None:
+    """Likely bytes where a codec's size depends on the data and there is data."""
+    if not isinstance(checkpoint, Reader) or all(p.codec.exact for p in placements):
+        return None
+    return sum(p.codec.sampled(p.unit, checkpoint) for p in placements)
+
+
 def _check_budget(plan: Plan) -> None:
     budget = plan.recipe.budget_gb
-    if budget is None or plan.nbytes <= budget * 1e9:
+    nbytes = plan.nbytes if plan.sampled is None else plan.sampled
+    if budget is None or nbytes <= budget * 1e9 or (plan.sampled is None and not plan.exact):
         return
     largest = sorted(plan.groups, key=lambda g: -g.nbytes)[:3]
     named = ", ".join(f"{g.component} {g.expert} in {g.codec} {size_text(g.nbytes)}" for g in largest)
     raise PlanError(
-        f"recipe {plan.recipe.name} needs {size_text(plan.nbytes)}, its budget is {budget:g} GB;"
+        f"recipe {plan.recipe.name} needs {size_text(nbytes)}, its budget is {budget:g} GB;"
         f" the largest parts are {named}: give one of them fewer bits, or raise budget_gb."
     )

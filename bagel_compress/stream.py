@@ -70,8 +70,8 @@ def compress(plan: Plan, checkpoint: Checkpoint, out: str | Path, progress: Prog
 def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> None:
     plan = build.plan
     records = {shard: record for shard in plan.shards if (record := build.record(shard)) is not None}
-    left = sum(size for shard, size in plan.shard_bytes.items() if shard not in records)
-    build.check_space(left + checkpoint.vae.stamp[0] + SPARE)
+    bound = plan.nbytes if plan.sampled is None else plan.sampled
+    build.check_space(bound - sum(record.file.bytes for record in records.values()) + checkpoint.vae.stamp[0] + SPARE)
     for record in records.values():
         for name, unit in record.units.items():
             progress(name, sum(TensorSpec(t.dtype, t.shape, n).nbytes for n, t in unit.tensors.items()))

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -38,6 +38,7 @@ class Unit:
         return sum(s.numel for s in self.specs)
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Gives the values of a tensor, wherever they lie."""
 
@@ -112,6 +113,10 @@ class Codec(BaseModel, ABC):
     def nbytes(self, unit: Unit) -> int:
         """Bytes of `parts`."""
         return sum(p.nbytes for p in self.parts(unit).values())
+
+    def sampled(self, unit: Unit, source: Reader) -> int:
+        """Bytes that the unit will hardly exceed, from a sample of its data; default: `nbytes`, which is exact."""
+        return self.nbytes(unit)
 
     @abstractmethod
     def begin(self, unit: Unit, source: Reader) -> Encoding:
