@@ -1,0 +1,150 @@
+"""Training the model in three phases: the ViT sees, the und expert answers, then all tasks together.
+
+    vit    the ViT alone, taught patch by patch (vit_train.py)
+    und    describe and answer: needs no latents and no generation expert, so a step costs little
+    mix    draw, answer, edit and think; the moving average of the weights is what is kept
+
+`ModelTrainer` is a loop that yields: whoever runs it prints, saves and stops. It is deterministic on one machine and
+thread count, and its state, plain tensors, lets it go on exactly where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagel.inputs import TextCodec
+from bagel.model import Bagel
+from bagel.nano import vit_train
+from bagel.nano.batches import Mix, Pool, Tasks
+from bagel.nano.forward import Losses, forward, grouped
+from bagel.nano.model import CONFIG, LATENT_TOKENS, build, inner_matrices, trained
+from bagel.nano.optim import Average, Optimizer, Schedule
+
+PHASES = ("vit", "und", "mix")
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Length and learning rate of a phase."""
+
+    steps: int
+    lr: float
+    warmup: int
+    decay: float
+    floor: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecipe:
+    """What determines the trained weights, given the latents, the machine and the thread count."""
+
+    vit: Phase = Phase(800, 2e-3, 50, 0.5, 0.05)
+    und: Phase = Phase(600, 2e-3, 100, 0.3, 0.3)
+    mix: Phase = Phase(2800, 2e-3, 150, 0.4, 0.02)
+    vit_batch: int = 32
+    und_batch: Mix = field(default_factory=lambda: Mix(ask=24))
+    mix_batch: Mix = field(default_factory=Mix)
+    ce_weight: float = 0.3
+    average: float = 0.998
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is: the step just done, of the phase's steps, and what it measured."""
+
+    phase: str
+    step: int
+    steps: int
+    metrics: Mapping[str, float]
+
+
+class ModelTrainer:
+    """The state of a run: weights, the current phase with its optimiser, and the average."""
+
+    def __init__(self, recipe: ModelRecipe, text: TextCodec) -> None:
+        self.recipe = recipe
+        self.model = build(recipe.seed)
+        self.head = vit_train.heads(recipe.seed + 1)
+        self._text = text
+        self._enter("vit")
+
+    def steps(self, phase: str, pool: Pool | None = None) -> Iterator[Progress]:
+        """Trains to the end of a phase, from wherever the run is in it. Phases come in the order of PHASES."""
+        if phase != self.phase:
+            self._enter(phase)
+        plan: Phase = getattr(self.recipe, phase)
+        schedule = Schedule(plan.steps, plan.warmup, plan.decay, plan.floor)
+        tasks = Tasks(self._text, pool, self.recipe.mix_batch if pool else self.recipe.und_batch, self.recipe.seed)
+        while self.step < plan.steps:
+            loss, metrics = self._vit_loss() if phase == "vit" else self._loss(tasks)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = self.optimizer.step(schedule(self.step))
+            if phase == "mix":
+                self.average.update(self.step)
+            self.step += 1
+            yield Progress(phase, self.step, plan.steps, {**metrics, "norm": norm})
+
+    def averaged(self) -> Bagel:
+        """A copy of the model with the averaged weights."""
+        model = Bagel(CONFIG)
+        model.load_state_dict({**self.model.state_dict(), **self.average.values})
+        return model.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on, as flat tensors."""
+        return {
+            "phase": torch.tensor(PHASES.index(self.phase)),
+            "step": torch.tensor(self.step),
+            **{f"model.{n}": p.detach() for n, p in self._named().items()},
+            **{f"average.{n}": t for n, t in self.average.values.items()},
+            **{f"optimizer.{n}": t for n, t in self.optimizer.state().items()},
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what `state` gave."""
+        self._enter(PHASES[int(state["phase"])])
+        self.step = int(state["step"])
+        with torch.no_grad():
+            for n, p in self._named().items():
+                p.copy_(state[f"model.{n}"])
+        for n, t in self.average.values.items():
+            t.copy_(state[f"average.{n}"])
+        self.optimizer.load({n.removeprefix("optimizer."): t for n, t in state.items() if n.startswith("optimizer.")})
+
+    def _enter(self, phase: str) -> None:
+        """Fresh optimiser and average; the weights go on."""
+        self.phase, self.step = phase, 0
+        plan: Phase = getattr(self.recipe, phase)
+        named = self._named()
+        if phase == "vit":
+            named = {n: p for n, p in named.items() if n.startswith(("vit.", "head."))}
+        matrices = inner_matrices(self.model) & named.keys()
+        self.optimizer = Optimizer(named, matrices, plan.lr)
+        self.average = Average(trained(self.model), self.recipe.average)
+
+    def _named(self) -> dict[str, Tensor]:
+        return {**trained(self.model), **{f"head.{n}": p for n, p in self.head.named_parameters()}}
+
+    def _vit_loss(self) -> tuple[Tensor, Mapping[str, float]]:
+        rng = np.random.default_rng((self.recipe.seed, 3, self.step))
+        loss, accuracy = vit_train.loss(self.model, self.head, rng, self.recipe.vit_batch)
+        return loss, {"loss": float(loss.detach()), **accuracy}
+
+    def _loss(self, tasks: Tasks) -> tuple[Tensor, Mapping[str, float]]:
+        groups = grouped(self._text, tasks.samples(self.step), LATENT_TOKENS, CONFIG.latent_width)
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        noise = [torch.randn(g.latents.shape, generator=generator) for g in groups]
+        losses: Losses = forward(self.model, groups, noise)
+        ce = (losses.ce * losses.ce_weights).sum() / losses.ce_weights.sum()
+        answers = losses.ce_weights == 1.0
+        metrics = {"ce": float(ce.detach()), "answers": float(losses.ce.detach()[answers].mean())}
+        if not len(losses.mse):
+            return ce, metrics
+        mse = losses.mse.mean()
+        return mse + self.recipe.ce_weight * ce, {**metrics, "mse": float(mse.detach())}
