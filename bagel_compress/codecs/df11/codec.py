@@ -1,0 +1,125 @@
+"""df11: bf16 weights with Huffman-coded exponents. Lossless; about 10.9 bits per weight; the format of `dfloat11`.
+
+The sign and mantissa byte is stored as it is, the exponent (about 2.6 bits of information in trained weights) by one
+Huffman book per unit, beside a small index by which thousands of GPU threads decode at once. The stored bytes equal
+those of the `dfloat11` package 0.5.0 wherever its own kernel can decode them. Where it cannot, the unit gets a valid
+book that it can decode, or (exponents from 240 on: Inf, NaN, |w| >= 2^113) stays bf16 with the reason in `Encoding`.
+
+What it does not do: other dtypes (they would not come back), 1-D tensors and convolutions (the package's reader puts
+weights back into linear and embedding modules only), mixing of several codes per unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_serializer
+
+from bagel_compress.codecs.base import Codec, Encoding, Reader, Unit
+from bagel_compress.codecs.df11.layout import (
+    BYTES_PER_THREAD,
+    FIRST_POINTER,
+    MAX_TABLES,
+    MAX_UNIT_WEIGHTS,
+    THREADS_PER_BLOCK,
+    Sizes,
+)
+from bagel_compress.codecs.df11.units import Grouping, group, pattern_dict
+from bagel_compress.codecs.raw import Raw
+from bagel_compress.errors import PlanError
+from bagel_compress.spec import PartSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = "0.5.0"  # of the `dfloat11` package whose bytes these are; its loader does not read it
+
+
+class DF11(Codec):
+    """Lossless 11-bit build of bf16 linear and embedding weights.
+
+    `units: published` groups as the released BAGEL build does (whole decoder layers), `units: expert` keeps attention
+    and the two experts' MLPs apart (only what runs is decoded, into half the scratch memory), `units: tensor` codes
+    every module alone.
+    """
+
+    format: Literal["df11"] = "df11"
+    grouping: Grouping = Field("published", alias="units", description="which tensors share a code book")
+    lossless: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+
+    @model_serializer
+    def _entry(self) -> dict[str, Any]:
+        return {"format": self.format, "units": self.grouping}
+
+    def units(self, specs: Sequence[TensorSpec]) -> list[Unit]:
+        """Modules of the chosen grouping, holding those of their tensors that are in `specs`, in the stored order."""
+        return group(specs, self.grouping)
+
+    def check(self, unit: Unit) -> None:
+        for spec in unit.specs:
+            if spec.dtype != "BF16":
+                raise PlanError(f"{spec.name} is {spec.dtype}; df11 is lossless for BF16 only: use raw, or cast first.")
+            if len(spec.shape) != 2 or not spec.name.endswith(".weight"):
+                raise PlanError(
+                    f"{spec.name} of shape {list(spec.shape)} is no linear or embedding weight, and the dfloat11 "
+                    "reader puts back only those; use raw."
+                )
+        if unit.numel > MAX_UNIT_WEIGHTS:
+            raise PlanError(
+                f"{unit.name} has {unit.numel:,} weights; the dfloat11 kernel indexes at most {MAX_UNIT_WEIGHTS:,}: "
+                "choose a finer `units`."
+            )
+
+    def parts(self, unit: Unit) -> dict[str, PartSpec]:
+        """An upper bound for any data: 8 bits per exponent and 16 child tables (`sampled` says more)."""
+        return Sizes(unit.numel, unit.numel + 1, MAX_TABLES, len(unit.specs)).parts(unit.name)
+
+    def sampled(self, unit: Unit, source: Reader) -> int:
+        """Bytes that the unit will hardly exceed, from a sample of its data (see `sample.py`)."""
+        from bagel_compress.codecs.df11.sample import likely_bytes
+
+        return likely_bytes(unit, source)
+
+    def begin(self, unit: Unit, source: Reader) -> Encoding:
+        """Counts the exponents. A unit that the format cannot hold becomes a raw `Encoding` with the reason."""
+        from bagel_compress.codecs.df11.encode import Df11Encoding, choose_book, survey
+
+        found = survey(unit, source)
+        if reason := _uncodable(unit, int(found.counts[FIRST_POINTER:].sum())):
+            kept = Raw().begin(unit, source)
+            kept.reason = reason
+            return kept
+        book = choose_book(unit, source, found)
+        bits = found.bits(book)
+        sizes = Sizes(unit.numel, -(-int(bits[-1]) // 8), len(book.luts) - 1, len(unit.specs))
+        return Df11Encoding(self, sizes.parts(unit.name), unit=unit, source=source, book=book, bits=bits, sizes=sizes)
+
+    def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of the unit, views of one buffer. Checks every size, code, gap and block position on the way."""
+        from bagel_compress.codecs.df11.decode import decode_unit
+
+        return decode_unit(unit, parts)
+
+    def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
+        """What `DFloat11Model.from_pretrained` reads: kernel constants and the modules' patterns."""
+        return {
+            "dfloat11_config": {
+                "version": VERSION,
+                "threads_per_block": [THREADS_PER_BLOCK],
+                "bytes_per_thread": BYTES_PER_THREAD,
+                "pattern_dict": pattern_dict(units),
+            }
+        }
+
+
+def _uncodable(unit: Unit, too_large: int) -> str:
+    if unit.numel == 0:
+        return f"{unit.name}: no weights"
+    if too_large:
+        return (
+            f"{unit.name}: {too_large:,} of {unit.numel:,} weights are NaN, Inf or 2^113 and more, whose exponents "
+            f"the dfloat11 kernel takes for table pointers"
+        )
+    return ""

@@ -1,0 +1,135 @@
+"""The stored parts of a unit back to bf16, on the CPU. Every inconsistency is a CodecError that names the unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bagel_compress.codecs.base import Unit
+from bagel_compress.codecs.df11 import unpack
+from bagel_compress.codecs.df11.layout import (
+    BLOCK_BITS,
+    BLOCK_BYTES,
+    FIRST_POINTER,
+    GAP_BYTES,
+    MAX_CODE_BITS,
+    MAX_TABLES,
+    SUFFIXES,
+)
+from bagel_compress.codecs.df11.threads import Span, in_spans
+from bagel_compress.errors import CodecError
+
+_WRONG = {
+    unpack.BAD_CODE: "encoded_exponent holds bits that are no code of its luts",
+    unpack.BAD_GAP: "gaps and encoded_exponent do not agree",
+    unpack.BAD_POSITION: "output_positions and encoded_exponent do not agree",
+    unpack.BAD_END: "encoded_exponent ends before or after its weights",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The parts of one unit as numpy arrays, checked for everything but the stream itself."""
+
+    name: str
+    luts: np.ndarray  # uint8 [tables + 1, 256]
+    stream: np.ndarray  # uint8
+    rest: np.ndarray  # uint8 [weights]
+    positions: np.ndarray  # int64 [blocks + 1]
+    gaps: np.ndarray  # uint8, packed
+
+    @property
+    def blocks(self) -> int:
+        return len(self.positions) - 1
+
+
+def decode_unit(unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a unit by name: views of one new buffer."""
+    return split(unit, decode_into(check_parts(unit, parts), torch.empty(unit.numel, dtype=torch.bfloat16)))
+
+
+def split(unit: Unit, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A unit's tensors as views of its flat bf16 buffer."""
+    tensors, start = {}, 0
+    for spec in unit.specs:
+        tensors[spec.name] = flat[start : start + spec.numel].view(spec.shape)
+        start += spec.numel
+    return tensors
+
+
+def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
+    """Decodes into the front of a 1-D bf16 CPU buffer; returns that front. Raises CodecError on a damaged stream."""
+    flat = out[: stored.rest.size]
+    words = flat.view(torch.int16).numpy().view(np.uint16)
+    table = unpack.lookup_table(stored.luts)
+    # The kernel reads a few bytes past a block: the last two blocks are decoded from a padded copy.
+    inner = max(0, stored.blocks - 2)
+    end = np.concatenate([stored.stream[inner * BLOCK_BYTES :], np.zeros(unpack.READ_SLACK, np.uint8)])
+    stream, tail = stored.stream.ctypes.data, end.ctypes.data - inner * BLOCK_BYTES
+
+    def blocks(span: Span, stream: int) -> int:
+        return unpack.unpack_blocks(
+            span, stream, stored.stream.size, table, stored.luts,
+            stored.gaps, stored.positions, stored.rest, words,
+        )  # fmt: skip
+
+    statuses = in_spans(inner, lambda span: blocks(span, stream))
+    statuses.append(blocks((inner, stored.blocks), tail))
+    for status in statuses:
+        if status != unpack.OK:
+            raise _damaged(stored.name, _WRONG[status])
+    return flat
+
+
+def check_parts(unit: Unit, parts: Mapping[str, torch.Tensor]) -> Stored:
+    """Names, dtypes and sizes of the six parts, block positions, tables. Raises CodecError."""
+    arrays = {suffix: _array(unit.name, suffix, parts) for suffix in SUFFIXES}
+    stream, rest, gaps, luts = (arrays[s] for s in ("encoded_exponent", "sign_mantissa", "gaps", "luts"))
+    blocks = -(-stream.size // BLOCK_BYTES)
+    ends = np.cumsum([spec.numel for spec in unit.specs])[:-1]
+    for suffix, found, expected in (
+        ("sign_mantissa", rest.shape, (unit.numel,)),
+        ("gaps", gaps.shape, (GAP_BYTES * blocks,)),
+        ("output_positions", arrays["output_positions"].shape, (4 * (blocks + 1),)),
+        ("split_positions", arrays["split_positions"].tolist(), ends.tolist()),
+    ):
+        if found != expected:
+            raise _damaged(unit.name, f"{suffix} is {found}, expected {expected}")
+    positions = arrays["output_positions"].view("<u4").astype(np.int64)
+    steps = np.diff(positions)
+    if positions[0] != 0 or positions[-1] != unit.numel or (steps < 0).any() or (steps > BLOCK_BITS).any():
+        raise _damaged(unit.name, "output_positions do not rise from 0 to the number of weights")
+    _check_tables(unit.name, luts)
+    return Stored(unit.name, luts, stream, rest, positions, gaps)
+
+
+def _array(unit: str, suffix: str, parts: Mapping[str, torch.Tensor]) -> np.ndarray:
+    name, dtype = f"{unit}.{suffix}", torch.int64 if suffix == "split_positions" else torch.uint8
+    if name not in parts:
+        raise _damaged(unit, f"{suffix} is missing")
+    tensor = parts[name]
+    if tensor.dtype != dtype or tensor.dim() != (2 if suffix == "luts" else 1):
+        raise _damaged(unit, f"{suffix} is {tensor.dtype} of {tensor.dim()} dimensions, expected {dtype}")
+    array: np.ndarray = tensor.detach().cpu().contiguous().numpy()
+    return array
+
+
+def _check_tables(unit: str, luts: np.ndarray) -> None:
+    """Every pointer leads to a later table, every coded exponent is reached, and the lengths leave room for a code."""
+    tables = len(luts) - 1
+    if luts.shape[1] != 256 or not 1 <= tables <= MAX_TABLES:
+        raise _damaged(unit, f"luts is {luts.shape}, expected (2 to {MAX_TABLES + 1}, 256)")
+    lengths, used = luts[-1].astype(int), np.flatnonzero(luts[-1])
+    if used.size == 0 or used[-1] >= FIRST_POINTER or lengths.max() > MAX_CODE_BITS:
+        raise _damaged(unit, "the last row of luts holds no code lengths")
+    if sum(2.0 ** -lengths[e] for e in used) >= 1.0:
+        raise _damaged(unit, "the code lengths in luts are no prefix code")
+    if not set(used.tolist()) <= set(np.unique(luts[:-1]).tolist()):
+        raise _damaged(unit, "luts lead to fewer exponents than have a length")
+
+
+def _damaged(unit: str, what: str) -> CodecError:
+    return CodecError(f"{unit}: {what}; the stored unit is damaged or belongs to another one: build or fetch it again.")

@@ -1,0 +1,222 @@
+"""Numba kernels of the DF11 encoder: histogram, sign and mantissa bytes, code stream with gaps and block positions.
+
+Eight weights at a time become one piece of at most 56 bits, by a table of exponent pairs that holds, beside the joined
+code, one bit where each code ends. A piece that crosses a 64-bit window finds the next code's start in those end bits,
+so gaps and positions cost one branch per window. Rare long pieces are appended weight by weight.
+All kernels release the interpreter lock; chunks of one unit are packed by any number of threads.
+"""
+
+# mypy: disable-error-code="arg-type,assignment,call-arg,call-overload,index,operator,return-value,var-annotated"
+# (numba types these functions itself, and more strictly)
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from bagel_compress.codecs.df11.words import byteswap, leading_zeros, load64, ones, store64
+
+CHUNK = 1 << 16  # weights: 128 KB of bf16, which stays in the second-level cache
+ROW_SLACK = 16  # bytes that stores of eight reach beyond the last code
+_U = np.uint64
+_EXPONENTS = _U(0x00FF00FF00FF00FF)  # of four weights, after a shift by seven
+_PAIR = _U(0xFFFF)
+_CODE = _U(0xFFFFFFFF)
+_HALF = _U(32)
+_BYTE = _U(0xFF)
+
+
+def pair_tables(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Joined codes of two exponents, indexed first | second << 8: uint64 (code | ends << 32) and uint8 lengths.
+
+    Entries of unused exponents, and of pairs over 32 bits, are never read or never used.
+    """
+    first_bits, second_bits = np.tile(lengths.astype(np.uint64), 256), np.repeat(lengths.astype(np.uint64), 256)
+    first, second = np.tile(values.astype(np.uint64), 256), np.repeat(values.astype(np.uint64), 256)
+    ends = _U(1) | (_U(1) << second_bits)
+    return ((first << second_bits) | second) & _CODE | (ends << _HALF), (first_bits + second_bits).astype(np.uint8)
+
+
+@njit(nogil=True, cache=True)
+def count_chunks(chunks: tuple[int, int], words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
+    """Histogram of the exponents of each of the `chunks` of uint16 `words` into uint32 `out` [chunk, 256].
+
+    `tables` is uint32 [8, 256] scratch.
+    """
+    for k in range(chunks[0], chunks[1]):
+        _count(words[k * CHUNK : (k + 1) * CHUNK], tables, out[k])
+
+
+@njit(nogil=True, cache=True)
+def _count(words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
+    """Eight tables, so that equal exponents in a row do not wait for each other."""
+    tables[:] = 0
+    address = np.int64(words.ctypes.data)
+    whole = words.size // 8 * 8
+    for i in range(0, whole, 8):
+        a = load64(address + 2 * i)
+        b = load64(address + 2 * i + 8)
+        for lane in range(4):
+            shift = _U(16 * lane + 7)
+            tables[lane, (a >> shift) & _BYTE] += np.uint32(1)
+            tables[lane + 4, (b >> shift) & _BYTE] += np.uint32(1)
+    for i in range(whole, words.size):
+        tables[0, (words[i] >> np.uint16(7)) & np.uint16(255)] += np.uint32(1)
+    for e in range(256):
+        total = np.uint32(0)
+        for t in range(8):
+            total += tables[t, e]
+        out[e] = total
+
+
+@njit(nogil=True, cache=True)
+def pack_chunks(
+    chunks: tuple[int, int],
+    words: np.ndarray,
+    first: int,
+    bits: np.ndarray,
+    values: np.ndarray,
+    lengths: np.ndarray,
+    pair_values: np.ndarray,
+    pair_lengths: np.ndarray,
+    rest: np.ndarray,
+    rows: np.ndarray,
+    gaps: np.ndarray,
+    positions: np.ndarray,
+) -> None:
+    """Both planes of the `chunks` of uint16 `words`, which are weights `first`... of the unit.
+
+    `rest` gets sign and mantissa, one byte each. `rows` [k] gets the codes of chunk k, which starts at bit `bits` [k]
+    of the unit's stream, from the byte of that bit on (earlier bits of that byte are 0). Where a code ends in another
+    64-bit window than it began, `gaps` [window] and, at a block's first window, `positions` [block] get what follows.
+    """
+    for k in range(chunks[0], chunks[1]):
+        begin = k * CHUNK
+        chunk = words[begin : begin + CHUNK]
+        _split(chunk, rest[begin : begin + CHUNK])
+        _pack(
+            chunk, first + begin, bits[k], values, lengths, pair_values, pair_lengths, rows[k], gaps, positions
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _split(words: np.ndarray, out: np.ndarray) -> None:
+    for i in range(words.size):
+        out[i] = np.uint8(((words[i] >> np.uint16(8)) & np.uint16(0x80)) | (words[i] & np.uint16(0x7F)))
+
+
+@njit(nogil=True, cache=True)
+def _append(piece: int, bits: int, held: int, filled: int, address: int) -> tuple[int, int, int]:
+    """Adds `bits` (1 to 56) of `piece` to the left-aligned `held` of which `filled` (0 to 7) bits are taken."""
+    held |= piece << (_U(64) - filled - bits)
+    filled += bits
+    store64(address, byteswap(held))
+    return held << (filled & _U(0x38)), filled & _U(7), address + np.int64(filled >> _U(3))
+
+
+@njit(nogil=True, cache=True)
+def _pack(
+    words: np.ndarray,
+    first: int,
+    bit: int,
+    values: np.ndarray,
+    lengths: np.ndarray,
+    pair_values: np.ndarray,
+    pair_lengths: np.ndarray,
+    row: np.ndarray,
+    gaps: np.ndarray,
+    positions: np.ndarray,
+) -> None:
+    source, target = np.int64(words.ctypes.data), np.int64(row.ctypes.data)
+    held, filled, at = _U(0), _U(bit & 7), _U(bit)
+    whole = words.size // 8 * 8
+    for i in range(0, whole, 8):
+        a = (load64(source + 2 * i) >> _U(7)) & _EXPONENTS
+        b = (load64(source + 2 * i + 8) >> _U(7)) & _EXPONENTS
+        a |= a >> _U(8)
+        b |= b >> _U(8)
+        p0, p1, p2, p3 = a & _PAIR, (a >> _HALF) & _PAIR, b & _PAIR, (b >> _HALF) & _PAIR
+        bits1, bits3 = _U(pair_lengths[p1]), _U(pair_lengths[p3])
+        bits_a, bits_b = _U(pair_lengths[p0]) + bits1, _U(pair_lengths[p2]) + bits3
+        bits = bits_a + bits_b
+        if bits_a <= _HALF and bits_b <= _HALF and bits <= _U(56):
+            joined_a = (pair_values[p0] << bits1) | pair_values[p1]
+            joined_b = (pair_values[p2] << bits3) | pair_values[p3]
+            piece = ((joined_a & _CODE) << bits_b) | (joined_b & _CODE)
+            held, filled, target = _append(piece, bits, held, filled, target)
+            end = at + bits
+            if (end >> _U(6)) != (at >> _U(6)):
+                over = end & _U(63)
+                ends = (((joined_a >> _HALF) << bits_b) | (joined_b >> _HALF)) & ((_U(2) << over) - _U(1))
+                gaps[end >> _U(6)] = np.uint8(over - (_U(63) - leading_zeros(ends)))
+                if ((end >> _U(6)) & _U(511)) == _U(0):
+                    positions[end >> _U(15)] = first + i + 9 - np.int64(ones(ends))
+            at = end
+        else:
+            for j in range(i, i + 8):
+                held, filled, target, at = _pack_one(
+                    words[j], first + j + 1, values, lengths, held, filled, target, at, gaps, positions
+                )
+    for j in range(whole, words.size):
+        held, filled, target, at = _pack_one(
+            words[j], first + j + 1, values, lengths, held, filled, target, at, gaps, positions
+        )
+
+
+@njit(nogil=True, cache=True)
+def _pack_one(
+    word: int,
+    following: int,
+    values: np.ndarray,
+    lengths: np.ndarray,
+    held: int,
+    filled: int,
+    target: int,
+    at: int,
+    gaps: np.ndarray,
+    positions: np.ndarray,
+) -> tuple[int, int, int, int]:
+    exponent = (word >> np.uint16(7)) & np.uint16(255)
+    bits = _U(lengths[exponent])
+    held, filled, target = _append(_U(values[exponent]), bits, held, filled, target)
+    end = at + bits
+    if (end >> _U(6)) != (at >> _U(6)):
+        gaps[end >> _U(6)] = np.uint8(end & _U(63))
+        if ((end >> _U(6)) & _U(511)) == _U(0):
+            positions[end >> _U(15)] = following
+    return held, filled, target, end
+
+
+@njit(nogil=True, cache=True)
+def join(rows: np.ndarray, bits: np.ndarray, out: np.ndarray) -> None:
+    """Puts packed rows behind each other: row k holds bits [bits[k], bits[k + 1]). out[0] holds the byte of bits[0]."""
+    base = bits[0] >> 3
+    for k in range(bits.size - 1):
+        begin = (bits[k] >> 3) - base
+        size = (bits[k + 1] + 7 >> 3) - (bits[k] >> 3)
+        if size > 0:
+            shared = out[begin] if bits[k] & 7 else np.uint8(0)
+            out[begin : begin + size] = rows[k, :size]
+            out[begin] |= shared
+
+
+@njit(nogil=True, cache=True)
+def pack_gaps(gaps: np.ndarray, out: np.ndarray) -> None:
+    """5 bits each, first in the highest bits: uint8 `gaps` [8 n] into uint8 `out` [5 n]."""
+    for k in range(out.size // 5):
+        word = np.uint64(0)
+        for j in range(8):
+            word = (word << _U(5)) | _U(gaps[8 * k + j])
+        for j in range(5):
+            out[5 * k + j] = np.uint8((word >> _U(32 - 8 * j)) & _BYTE)
+
+
+@njit(nogil=True, cache=True)
+def mark_blocks(words: np.ndarray, first: int, bit: int, lengths: np.ndarray, positions: np.ndarray) -> None:
+    """Only the block positions of `pack`, for a unit whose blocks may hold too many weights."""
+    at = bit
+    for i in range(words.size):
+        end = at + lengths[(words[i] >> np.uint16(7)) & np.uint16(255)]
+        if (end >> 15) != (at >> 15):
+            positions[end >> 15] = first + i + 1
+        at = end

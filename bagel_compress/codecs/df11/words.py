@@ -1,0 +1,81 @@
+"""Unaligned 64-bit loads and stores and bit counts for the numba kernels of this package.
+
+A bit stream is read and written at any byte, which numpy arrays cannot express; these compile to one instruction each.
+Addresses are plain integers: the kernels that use them keep every access inside the buffers their callers sized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_WORD = ir.IntType(64)
+_ZERO_IS_DEFINED = ir.Constant(ir.IntType(1), 0)
+_Generator = tuple[Any, Callable[..., Any]]
+
+
+@intrinsic
+def load64(typing: Any, address: Any) -> _Generator:
+    """The little-endian uint64 at `address`, aligned or not."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[0], _WORD.as_pointer()))
+        value.align = 1
+        return value
+
+    return types.uint64(types.uintp), emit
+
+
+@intrinsic
+def store64(typing: Any, address: Any, value: Any) -> _Generator:
+    """Stores `value` at `address` in little-endian order, aligned or not."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], _WORD.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uint64), emit
+
+
+@intrinsic
+def byteswap(typing: Any, value: Any) -> _Generator:
+    """`value` with its eight bytes in reverse order."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bswap(args[0])
+
+    return types.uint64(types.uint64), emit
+
+
+@intrinsic
+def leading_zeros(typing: Any, value: Any) -> _Generator:
+    """Zero bits above the highest one bit; 64 for zero."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctlz(args[0], _ZERO_IS_DEFINED)
+
+    return types.uint64(types.uint64), emit
+
+
+@intrinsic
+def trailing_zeros(typing: Any, value: Any) -> _Generator:
+    """Zero bits below the lowest one bit; 64 for zero."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], _ZERO_IS_DEFINED)
+
+    return types.uint64(types.uint64), emit
+
+
+@intrinsic
+def ones(typing: Any, value: Any) -> _Generator:
+    """Number of one bits."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), emit
