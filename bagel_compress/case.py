@@ -1,0 +1,154 @@
+"""Case: one thing that is asked of the model when a trace is recorded, as YAML under exports/cases/.
+
+A case pins everything that moves a picture or a text: the turns, the size, every sampler setting, the seed. It names no
+weights and no formats. Pictures are files beside the case.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bagel_compress.errors import TargetError
+
+Kind = Literal["t2i", "edit", "understand", "chat"]
+Renorm = Literal["global", "channel", "text_channel"]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Picture(_Frozen):
+    """An input picture."""
+
+    image: str = Field(description="file beside the case")
+
+
+class Flow(_Frozen):
+    """Settings of the image sampler; the meaning and the defaults are bagel.flow.FlowSettings'."""
+
+    num_timesteps: int = Field(default=50, ge=2)
+    timestep_shift: float = Field(default=3.0, gt=0)
+    cfg_text_scale: float = 4.0
+    cfg_img_scale: float = 1.0
+    cfg_interval: tuple[float, float] = (0.4, 1.0)
+    cfg_renorm_min: float = 0.0
+    cfg_renorm_type: Renorm = "global"
+
+
+class Text(_Frozen):
+    """Settings of text decoding; bagel.sampler.TextSettings. Sampling is left out: a trace compares greedy text."""
+
+    max_tokens: int = Field(default=256, ge=1)
+
+
+class Record(_Frozen):
+    """How much is stored: denoising steps (evenly spaced, first and last among them) and positions with logits."""
+
+    steps: int = Field(default=12, ge=1)
+    logits: int = Field(default=64, ge=1)
+    tap_rows: int = Field(default=16, ge=1, description="rows of each layer's state, evenly spaced")
+
+
+class Case(_Frozen):
+    """One request."""
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    kind: Kind
+    turns: tuple[Annotated[str | Picture, Field(union_mode="left_to_right")], ...] = Field(min_length=1)
+    think: bool = False
+    size: tuple[int, int] | None = Field(None, description="height, width; an edit takes the last picture's")
+    seed: int = 0
+    flow: Flow = Flow()
+    text: Text = Text()
+    record: Record = Record()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        pictures = len(self.pictures)
+        if self.kind in ("edit", "understand") and pictures == 0:
+            raise ValueError(f"kind {self.kind} needs a picture among its turns")
+        if self.kind in ("t2i", "chat") and pictures:
+            raise ValueError(f"kind {self.kind} takes no picture; use edit or understand")
+        if self.kind == "t2i" and self.size is None:
+            raise ValueError("kind t2i needs a size (height, width)")
+        if self.kind != "t2i" and self.size is not None:
+            raise ValueError(f"kind {self.kind} takes no size; only t2i does")
+        return self
+
+    @property
+    def makes_image(self) -> bool:
+        return self.kind in ("t2i", "edit")
+
+    @property
+    def makes_text(self) -> bool:
+        return self.think or not self.makes_image
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Files of the input pictures, in order."""
+        return tuple(turn.image for turn in self.turns if isinstance(turn, Picture))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the meaning."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Case:
+        """Reads a YAML file. Raises TargetError: file, key, found, expected."""
+        return load_yaml(cls, Path(path), "case")
+
+
+def load_cases(paths: list[str | Path]) -> list[tuple[Case, Path]]:
+    """Cases of files and folders (their *.yaml, by name), each with the folder its pictures are in.
+
+    Raises TargetError on a folder without cases and on two cases of one name.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        if not found:
+            raise TargetError(f"{path} holds no case (*.yaml); give a case file or a folder of them.")
+        files += found
+    cases = [(Case.load(file), file.parent) for file in files]
+    names = [case.name for case, _ in cases]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise TargetError(f"two cases are called {twice[0]!r}; names of cases must differ.")
+    return cases
+
+
+def load_yaml(model: type[Model], path: Path, what: str) -> Model:
+    """A YAML file as a model. Raises TargetError, one sentence."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"{what} {path} cannot be read ({error}).") from None
+    except yaml.YAMLError as error:
+        raise TargetError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(data, dict):
+        raise TargetError(f"{path} holds a {type(data).__name__}, expected the keys of a {what}.")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise TargetError(_sentence(model, path, error)) from None
+
+
+def _sentence(model: type[BaseModel], path: Path, error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{path} has an unknown key {where!r}; keys are {', '.join(model.model_fields)}."
+    if fault["type"] == "missing":
+        return f"{path} has no {where}; it is required."
+    if fault["type"] == "value_error":
+        return f"{path}: {fault['ctx']['error']}."
+    found = "" if isinstance(fault["input"], (dict, list)) else f", found {fault['input']!r}"
+    return f"{path}: {where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{found}."

@@ -1,0 +1,148 @@
+"""Limits of parity: what each class of recipe must hold, written before any run, each with the place it comes from.
+
+A recipe names a class and may replace single values. A limit has a sense: `max` is broken by a larger value, `min` by a
+smaller one. This file knows metric names and numbers, nothing of models or reports.
+
+The classes are meant for trained models. How much a model amplifies any small error is its own property, and the noise
+floor shows it: a format whose error is k times a bf16 rounding cannot stay under k times the floor. So a class limit on
+teacher-forced values stretches to k times the floor, but never to more than MAX_STRETCH times its value. A value that
+the recipe gives does not stretch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from bagel_compress.errors import RecipeError
+
+Sense = Literal["max", "min"]
+
+# Every metric that can carry a limit: which side is bad, and what it is in words.
+METRICS: dict[str, tuple[Sense, str]] = {
+    "velocity.rel_l2": ("max", "velocity, worst relative L2 over steps and branches"),
+    "velocity.cosine": ("min", "velocity, worst cosine over steps and branches"),
+    "logits.kl_mean": ("max", "logits, mean KL divergence in nats"),
+    "logits.kl_p999": ("max", "logits, 99.9 % quantile of the KL divergence in nats"),
+    "logits.top1": ("min", "logits, share of positions with the same first choice"),
+    "logits.top1_sure": ("min", "logits, the same where the reference gives its first choice half or more"),
+    "logits.ppl_ratio": ("max", "perplexity of the reference's text over the reference's own"),
+    "vae.psnr": ("min", "VAE, picture from the recorded latent, PSNR in dB"),
+    "vae.rel_l2": ("max", "VAE, latents of the input pictures, relative L2"),
+    "linear.gain": ("max", "linear modules, largest deviation of the gain of an expert's layer from 1"),
+    "linear.bias": ("max", "linear modules, largest difference of a bias"),
+    "image.psnr": ("min", "free run, PSNR of the picture in dB"),
+    "image.ssim": ("min", "free run, SSIM of the picture"),
+    "image.ms_ssim": ("min", "free run, MS-SSIM of the picture"),
+    "image.cosine": ("min", "free run, cosine of the pixels"),
+    "image.rel_l2": ("max", "free run, relative L2 of the pixels"),
+    "image.mae": ("max", "free run, mean absolute difference of the pixels, of 255"),
+    "text.exact": ("min", "free run, share of texts that are the same"),
+    "text.prefix": ("min", "free run, common prefix of the text as a share of the reference's length"),
+}
+# Metrics that are gated on the median over the cases: single free runs scatter, because errors grow along a trajectory.
+MEDIAN = ("image.", "text.")
+
+# Error of a linear module's output: a bf16 rounding of one factor 0.003, FP8 0.0265, NF4 0.092 (measured on random
+# normal weights; docs/validation.md). Ratio to the first, by class.
+NOISE_RATIO: dict[str, float | None] = {"lossless": None, "8-bit": 9.0, "4-bit": 30.0}
+AMPLIFIED = {"velocity.rel_l2": 1, "velocity.cosine": 2, "logits.kl_mean": 2, "logits.kl_p999": 2}  # power of the error
+MAX_STRETCH = 2.5
+
+_STRICT = "vLLM-Omni similarity tool, strict (PSNR 25, MAE 6, cosine 0.995, rel-L2 0.08)"
+_SMOKE = "vLLM-Omni similarity tool, smoke (PSNR 20, MAE 12, cosine 0.98, rel-L2 0.20)"
+_STEP = "; the same tool's figure for pixels, asked of each single step"
+_OURS = "ours"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A value that a metric must not pass, and where the number comes from."""
+
+    metric: str
+    value: float
+    source: str
+    noise_ratio: float | None = (
+        None  # error of the class's formats over that of a bf16 rounding; None: does not stretch
+    )
+
+    @property
+    def sense(self) -> Sense:
+        return METRICS[self.metric][0]
+
+    def holds(self, value: float) -> bool:
+        return value <= self.value if self.sense == "max" else value >= self.value
+
+    def stretched(self, floor: float | None) -> Limit:
+        """The limit for a model with this noise floor; see the top of this file."""
+        power = AMPLIFIED.get(self.metric)
+        if self.noise_ratio is None or power is None or floor is None:
+            return self
+        ideal = 1.0 if self.metric.endswith("cosine") else 0.0
+        own, noise = abs(self.value - ideal), abs(floor - ideal) * self.noise_ratio**power
+        room = min(max(own, noise), own * MAX_STRETCH**power)
+        if room == own:
+            return self
+        factor = f"{self.noise_ratio**power:g} times the noise floor"
+        if room < noise:
+            factor = f"{MAX_STRETCH**power:g} times the class limit, because the noise floor is high"
+        source = f"{factor} (class limit {self.value:g}: {self.source})"
+        return Limit(self.metric, ideal + room if self.value > ideal else ideal - room, source)
+
+
+_CLASSES: dict[str, tuple[Limit, ...]] = {
+    "lossless": tuple(
+        Limit(metric, value, "bit equality: a lossless model computes the same numbers")
+        for metric, value in (
+            ("velocity.rel_l2", 0.0), ("logits.kl_mean", 0.0), ("logits.top1", 1.0), ("vae.rel_l2", 0.0),
+            ("linear.gain", 0.0), ("linear.bias", 0.0), ("image.mae", 0.0), ("text.exact", 1.0),
+        )
+    ),
+    "8-bit": (
+        Limit("velocity.rel_l2", 0.08, _STRICT + _STEP),
+        Limit("velocity.cosine", 0.995, _STRICT + _STEP),
+        Limit("logits.kl_mean", 0.01, f"{_OURS}: a fifth of the 4-bit limit"),
+        Limit("logits.kl_p999", 0.1, f"{_OURS}: ten times the mean"),
+        Limit("logits.top1_sure", 0.97, f"{_OURS}: one token in 33"),
+        Limit("image.psnr", 27.0, "SVDQuant paper, FLUX.1 INT8 about 27 dB"),
+        Limit("image.cosine", 0.995, _STRICT),
+        Limit("image.rel_l2", 0.08, _STRICT),
+        Limit("image.mae", 6.0, _STRICT),
+        Limit("linear.gain", 0.005, f"{_OURS}: a rounding error has no gain; half of the smallest fault of 1 %"),
+        Limit("linear.bias", 0.0, f"{_OURS}: biases are never compressed"),
+        Limit("vae.psnr", 45.0, f"{_OURS}: the VAE is never compressed; one grey level is 48 dB"),
+        Limit("vae.rel_l2", 0.01, f"{_OURS}: the VAE is never compressed; bf16 has 8 bits"),
+    ),
+    "4-bit": (
+        Limit("velocity.rel_l2", 0.20, _SMOKE + _STEP),
+        Limit("velocity.cosine", 0.98, _SMOKE + _STEP),
+        Limit("logits.kl_mean", 0.05, f"{_OURS}: about q4_K_M of an 8B model in llama.cpp"),
+        Limit("logits.kl_p999", 0.5, f"{_OURS}: ten times the mean"),
+        Limit("logits.top1_sure", 0.90, f"{_OURS}: one token in ten"),
+        Limit("image.psnr", 20.0, _SMOKE),
+        Limit("image.cosine", 0.98, _SMOKE),
+        Limit("image.rel_l2", 0.20, _SMOKE),
+        Limit("image.mae", 12.0, _SMOKE),
+        Limit("linear.gain", 0.01, f"{_OURS}: half of a scale fault of 2 %"),
+        Limit("linear.bias", 0.0, f"{_OURS}: biases are never compressed"),
+        Limit("vae.psnr", 45.0, f"{_OURS}: the VAE is never compressed; one grey level is 48 dB"),
+        Limit("vae.rel_l2", 0.01, f"{_OURS}: the VAE is never compressed; bf16 has 8 bits"),
+    ),
+}  # fmt: skip
+CLASSES = tuple(_CLASSES)
+
+
+def resolve(level: str, overrides: Mapping[str, float]) -> dict[str, Limit]:
+    """The limits of a class with single values replaced. Raises RecipeError on a class or metric that is unknown."""
+    if level not in _CLASSES:
+        raise RecipeError(f"limits: class is {level!r}, expected {', '.join(CLASSES)}.")
+    limits = {limit.metric: replace(limit, noise_ratio=NOISE_RATIO[level]) for limit in _CLASSES[level]}
+    for metric, value in overrides.items():
+        if metric not in METRICS:
+            close = difflib.get_close_matches(metric, list(METRICS), n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise RecipeError(f"limits: unknown metric {metric!r}{hint}; metrics are {', '.join(METRICS)}.")
+        limits[metric] = Limit(metric, value, "the recipe")
+    return limits

@@ -1,0 +1,178 @@
+"""Reports: what validation found, as frozen data that goes to JSON and back. No torch, no drawing.
+
+`reports/parity.json` lies in the artifact's folder and carries the digest of the artifact's manifest, so that a report
+is never believed for another build.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+
+from bagel_compress.errors import ArtifactError, GateError
+
+REPORTS = "reports"
+PARITY = "parity.json"
+
+
+def _to_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no infinity
+
+
+Number = Annotated[float, BeforeValidator(float), PlainSerializer(_to_json, when_used="json")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StepError(_Frozen):
+    """Distance of one velocity: denoising step, its time, the branch (cond, text, image, guided)."""
+
+    step: int
+    t: float
+    branch: str
+    rel_l2: Number
+    cosine: Number
+
+
+class StateError(_Frozen):
+    """Distance of the state after a layer (or of a stage before the layers) at one event."""
+
+    event: str
+    name: str
+    rel_l2: Number
+
+
+class TextPair(_Frozen):
+    """The reference's free text and what was found. `prefix`: ids that agree from the start, of `length`."""
+
+    reference: str
+    found: str
+    exact: bool
+    prefix: int
+    length: int
+
+
+class CaseParity(_Frozen):
+    """Everything measured for one case."""
+
+    name: str
+    kind: str
+    prompt: str
+    metrics: dict[str, Number]
+    floor: dict[str, dict[str, Number]] = {}  # metric -> what was changed in the reference -> its own distance
+    steps: tuple[StepError, ...] = ()
+    states: tuple[StateError, ...] = ()
+    drift: str | None = None  # the first state that is off by more than its neighbours explain
+    text: TextPair | None = None
+    has_image: bool = False
+
+
+class Row(_Frozen):
+    """One value with its limit. `case` is empty for values over all cases."""
+
+    case: str
+    metric: str
+    value: Number
+    floor: Number | None
+    limit: Number
+    source: str
+    ok: bool
+
+
+class Share(_Frozen):
+    """Attribution: the reference with one component taken from the artifact."""
+
+    component: str
+    velocity: Number | None  # mean relative L2 of the velocities
+    logits: Number | None  # mean KL divergence of the logits
+
+
+class ModuleError(_Frozen):
+    """A linear module's answer to fixed inputs."""
+
+    module: str
+    codec: str
+    rel_l2: Number
+    gain: Number
+
+
+class ParityReport(_Frozen):
+    """How far an artifact is from its reference. `faults` name causes, `broken` the limits that do not hold."""
+
+    artifact: str  # sha256 of the artifact's manifest
+    name: str
+    level: str
+    source: str
+    source_digest: str
+    environment: dict[str, str]
+    rows: tuple[Row, ...]
+    cases: tuple[CaseParity, ...]
+    shares: tuple[Share, ...] = ()
+    modules: tuple[ModuleError, ...] = ()
+    faults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def broken(self) -> list[str]:
+        """One sentence per limit that does not hold."""
+        return [sentence(row) for row in self.rows if not row.ok]
+
+    @property
+    def passed(self) -> bool:
+        return not self.broken and not self.faults
+
+    def require(self) -> None:
+        """Raises GateError, a sentence per broken limit and per fault, unless the report passed."""
+        if not self.passed:
+            raise GateError(f"{self.name} did not pass parity: " + " ".join([*self.faults, *self.broken]))
+
+    def save(self, folder: Path) -> Path:
+        """Writes reports/parity.json under the artifact's folder."""
+        return write_json(self, folder / REPORTS / PARITY)
+
+    @classmethod
+    def load(cls, folder: Path, digest: str | None = None) -> ParityReport:
+        """Reads it again. Raises ArtifactError if there is none, or if it belongs to another build than `digest`."""
+        report = read_json(cls, folder / REPORTS / PARITY)
+        if digest is not None and report.artifact != digest:
+            raise ArtifactError(
+                f"{folder / REPORTS / PARITY} belongs to another build ({report.artifact[:12]}, this one is"
+                f" {digest[:12]}); validate the artifact again."
+            )
+        return report
+
+
+def sentence(row: Row) -> str:
+    """A broken row in words."""
+    where = f"case {row.case}: " if row.case else ""
+    side = "above" if row.value > row.limit else "below"
+    return f"{where}{row.metric} is {number(row.value)}, {side} the limit of {number(row.limit)}."
+
+
+def number(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:.4g}"
+
+
+def write_json(model: BaseModel, path: Path) -> Path:
+    """Writes a report; its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(model.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read_json(model: type[Any], path: Path) -> Any:
+    """Reads a report. Raises ArtifactError on a missing or foreign file."""
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ArtifactError(f"{path} does not exist; run `bagel-compress validate` first.") from None
+    except (UnicodeDecodeError, ValidationError) as error:
+        raise ArtifactError(
+            f"{path} is no report of this version ({str(error).splitlines()[0]}); validate again."
+        ) from None
