@@ -5,7 +5,9 @@ from typing import Annotated
 from pydantic import Field
 
 from bagel_compress.codecs.base import Codec
+from bagel_compress.codecs.df11 import DF11
+from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.codecs.raw import Raw
 
-CODECS: tuple[type[Codec], ...] = (Raw,)
-AnyCodec = Annotated[Raw, Field(discriminator="format")]
+CODECS: tuple[type[Codec], ...] = (Raw, Nf4, DF11)
+AnyCodec = Annotated[Raw | Nf4 | DF11, Field(discriminator="format")]

@@ -1,0 +1,262 @@
+"""NF4 on bf16 words: the codes of bitsandbytes' fp32 arithmetic, found with 16-bit integer compares.
+
+bitsandbytes (0.50.2, CPU) gives w the code `#{k : w * (1/absmax) > MIDPOINTS[k]}`, in fp32, per block of 64. For a
+fixed absmax that is a step function of the bf16 word of w, and scaling w and absmax by the same power of two changes
+nothing: so 15 thresholds for each of the 128 mantissas of absmax, plus a shift of the exponent, decide every code.
+Sixteen words are compared at once, no float is touched, and the result is exact. Blocks whose absmax is so small or so
+large that a threshold or a reciprocal leaves the range of normal numbers take `_exact_codes`, the same arithmetic
+spelled out.
+
+What was written is then decoded from the packed bytes and compared with the weights.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numba
+import numpy as np
+
+BLOCK = 64  # weights per absmax, the bitsandbytes default
+TILE = 64  # blocks worked on at once: 8 KB of words, 8 KB of codes and 16 KB of decoded values stay in L1
+
+# QLoRA, arXiv 2305.14314, appendix E: quantiles of the normal distribution, as bitsandbytes stores them in fp32.
+CODE_BOOK = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+MIDPOINTS = (CODE_BOOK[1:] + CODE_BOOK[:-1]) / np.float32(2)
+TINY = np.float32(1e-38)  # bitsandbytes clamps absmax to this before it takes the reciprocal
+# Exponents (biased) of absmax for which every threshold, 2^-5 of absmax at least, and 1/absmax are normal fp32 numbers.
+EXPONENTS = (8, 252)
+# Half the widest gap of the code book is the largest error of an unclipped weight, in units of absmax; 1e-5 for fp32.
+HALF_GAP = np.float32(max(CODE_BOOK[1:] - CODE_BOOK[:-1]) / 2 + 1e-5)
+MSE_STEP, MSE_STEPS = 8, 6  # clipping search: absmax words down in steps of 8/128..8/256, to about 0.8 of absmax
+
+_strict = numba.njit(nogil=True, cache=True)
+_sums = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})  # sums of errors, never codes
+
+
+@cache
+def thresholds() -> np.ndarray:
+    """(128, 15) int16: a word in order (see `_ordered`) above [mantissa, k] has a code above k; absmax in [1, 2)."""
+    positive = np.arange(0x3F80 - 7 * 128, 0x4000).astype(np.int16)  # magnitudes 2^-7 .. 2 contain every threshold
+    ordered = np.concatenate([~positive[::-1], positive])
+    magnitude = _floats(positive.astype(np.uint32) << 16)
+    values = np.concatenate([-magnitude[::-1], magnitude])
+    table = np.empty((128, 15), np.int16)
+    for mantissa in range(128):
+        absmax = _floats(np.array([(0x3F80 + mantissa) << 16], np.uint32))
+        scaled = values * (np.float32(1) / absmax)
+        table[mantissa] = ordered[np.searchsorted(scaled, MIDPOINTS, side="right")] - 1
+    return table
+
+
+@cache
+def pair_values() -> np.ndarray:
+    """(256,) uint64: the two fp32 code book values of a packed byte, high nibble first in memory."""
+    return np.stack([np.repeat(CODE_BOOK, 16), np.tile(CODE_BOOK, 16)], 1).copy().view(np.uint64).reshape(-1)
+
+
+def encode_blocks(words: np.ndarray, mse: bool, packed: np.ndarray, absmax: np.ndarray, sums: np.ndarray) -> None:
+    """Codes whole blocks.
+
+    words (B, 64) uint16 -> packed (B, 32) uint8, absmax (B,) fp32 (Inf or NaN where a block is not finite) and sums
+    (B, 5) fp32 over each block: u^2, e^2, e*c, c^2 and the number of errors that no rounding explains, with u the
+    weights in units of absmax, c the code book values decoded from the packed bytes and e = u - c.
+    """
+    if mse:
+        _encode_searching(words, thresholds(), CODE_BOOK, MIDPOINTS, pair_values(), packed, absmax, sums)
+    else:
+        _encode_plain(words, thresholds(), MIDPOINTS, pair_values(), packed, absmax, sums)
+
+
+def encode_tail(words: np.ndarray) -> tuple[np.ndarray, np.float32, np.ndarray]:
+    """The last, short block, for which bitsandbytes divides by absmax (at least TINY): packed bytes, absmax, sums."""
+    values = _floats(words.astype(np.uint32) << 16)
+    absmax = np.maximum(np.abs(values).max(), TINY)
+    u = values / absmax
+    codes = np.searchsorted(MIDPOINTS, u, side="left").astype(np.uint8)
+    even = np.append(codes, np.uint8(7)) if codes.size % 2 else codes  # the pad is the code of 0
+    c = CODE_BOOK[codes]
+    e = u - c
+    sums = np.array([u @ u, e @ e, e @ c, c @ c, (abs(e) > HALF_GAP).sum()], np.float32)
+    return (even[0::2] << 4) | even[1::2], absmax, sums
+
+
+def _floats(bits: np.ndarray) -> np.ndarray:
+    return bits.view(np.float32)
+
+
+@_strict
+def _encode_plain(words, table, midpoints, pairs, packed, absmax, sums):  # type: ignore[no-untyped-def]
+    codes = np.empty((TILE, BLOCK), np.int16)
+    values = np.empty((TILE, BLOCK), np.float32)
+    for first in range(0, words.shape[0], TILE):
+        count = min(TILE, words.shape[0] - first)
+        for j in range(count):
+            top = _absmax_word(words[first + j])
+            absmax[first + j] = _as_float(top)
+            _codes(words[first + j], top, table, midpoints, codes[j])
+        _store(words, codes, values, pairs, first, count, packed, absmax, sums)
+
+
+@_strict
+def _encode_searching(words, table, book, midpoints, pairs, packed, absmax, sums):  # type: ignore[no-untyped-def]
+    codes = np.empty((TILE, BLOCK), np.int16)
+    values = np.empty((TILE, BLOCK), np.float32)
+    for first in range(0, words.shape[0], TILE):
+        count = min(TILE, words.shape[0] - first)
+        for j in range(count):
+            top = _absmax_word(words[first + j])
+            absmax[first + j] = _as_float(_search(words[first + j], top, table, midpoints, book, codes[j]))
+        _store(words, codes, values, pairs, first, count, packed, absmax, sums)
+
+
+@_strict
+def _store(words, codes, values, pairs, first, count, packed, absmax, sums):  # type: ignore[no-untyped-def]
+    """Packs a tile of codes, decodes the packed bytes and measures the error."""
+    tile = packed[first : first + count].reshape(-1)
+    _pack(codes.reshape(-1).view(np.uint32), tile)
+    _unpack(tile, pairs, values.reshape(-1).view(np.uint64))
+    for j in range(count):
+        _measure(words[first + j], values[j], absmax[first + j], sums[first + j])
+
+
+@_strict
+def _absmax_word(x):  # type: ignore[no-untyped-def]
+    top = np.uint16(0)
+    for i in range(x.shape[0]):
+        top = np.uint16(max(top, np.uint16(x[i] & np.uint16(0x7FFF))))
+    return top
+
+
+@_strict
+def _as_float(word):  # type: ignore[no-untyped-def]
+    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
+
+
+@_strict
+def _ordered(word):  # type: ignore[no-untyped-def]
+    """Sign and magnitude -> two's complement: int16 in the order of the values."""
+    v = np.int16(word)
+    return np.int16(v ^ np.int16((v >> 15) & 0x7FFF))
+
+
+@_strict
+def _codes(x, top, table, midpoints, codes):  # type: ignore[no-untyped-def]
+    exponent = top >> 7
+    if EXPONENTS[0] <= exponent <= EXPONENTS[1]:
+        _fast_codes(x, table[top & 127], np.int16((exponent - 127) << 7), codes)
+    else:
+        _exact_codes(x, _as_float(top), midpoints, codes)
+
+
+@_strict
+def _fast_codes(x, row, shift, codes):  # type: ignore[no-untyped-def]
+    """15 thresholds in registers: written out, because only so does the compiler keep sixteen 16-bit lanes."""
+    t0, t1, t2 = np.int16(row[0] - shift), np.int16(row[1] - shift), np.int16(row[2] - shift)
+    t3, t4, t5 = np.int16(row[3] - shift), np.int16(row[4] - shift), np.int16(row[5] - shift)
+    t6, t7, t8 = np.int16(row[6] - shift), np.int16(row[7] + shift), np.int16(row[8] + shift)
+    t9, t10, t11 = np.int16(row[9] + shift), np.int16(row[10] + shift), np.int16(row[11] + shift)
+    t12, t13, t14 = np.int16(row[12] + shift), np.int16(row[13] + shift), np.int16(row[14] + shift)
+    for i in range(x.shape[0]):
+        m = _ordered(x[i])
+        c = np.int16(m > t0)
+        c = np.int16(c + np.int16(m > t1))
+        c = np.int16(c + np.int16(m > t2))
+        c = np.int16(c + np.int16(m > t3))
+        c = np.int16(c + np.int16(m > t4))
+        c = np.int16(c + np.int16(m > t5))
+        c = np.int16(c + np.int16(m > t6))
+        c = np.int16(c + np.int16(m > t7))
+        c = np.int16(c + np.int16(m > t8))
+        c = np.int16(c + np.int16(m > t9))
+        c = np.int16(c + np.int16(m > t10))
+        c = np.int16(c + np.int16(m > t11))
+        c = np.int16(c + np.int16(m > t12))
+        c = np.int16(c + np.int16(m > t13))
+        c = np.int16(c + np.int16(m > t14))
+        codes[i] = c
+
+
+@_strict
+def _exact_codes(x, absmax, midpoints, codes):  # type: ignore[no-untyped-def]
+    inverse = np.float32(1) / max(absmax, TINY)
+    for i in range(x.shape[0]):
+        scaled = _as_float(x[i]) * inverse
+        code = 0
+        for k in range(15):
+            code += scaled > midpoints[k]
+        codes[i] = code
+
+
+@_strict
+def _search(x, top, table, midpoints, book, codes):  # type: ignore[no-untyped-def]
+    """The bf16 scale of least squared error among those tried, with its codes in `codes`.
+
+    Tried are absmax, smaller scales, and for each the best scale for its codes, (w.c)/(c.c). A scale s saves
+    s * (2 w.c - s c.c) of the energy of w. Where squares would leave fp32's range, absmax stays.
+    """
+    best, scale = np.float32(0), top
+    if (EXPONENTS[0] + 64) << 7 <= top <= (EXPONENTS[1] - 64) << 7:
+        for step in range(MSE_STEPS):
+            word = np.uint16(top - step * MSE_STEP)
+            for _ in range(2):
+                _codes(x, word, table, midpoints, codes)
+                wc, cc = _products(x, codes, book)
+                saved = _as_float(word) * (2 * wc - _as_float(word) * cc)
+                if saved > best:
+                    best, scale = saved, word
+                word = _as_word(wc / cc)
+    _codes(x, scale, table, midpoints, codes)
+    return scale
+
+
+@_strict
+def _as_word(value):  # type: ignore[no-untyped-def]
+    return np.uint16((np.float32(value).view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16))
+
+
+@_sums
+def _products(x, codes, book):  # type: ignore[no-untyped-def]
+    wc, cc = np.float32(0), np.float32(0)
+    for i in range(x.shape[0]):
+        c = book[codes[i]]
+        wc += _as_float(x[i]) * c
+        cc += c * c
+    return wc, cc
+
+
+@_strict
+def _pack(pairs, out):  # type: ignore[no-untyped-def]
+    """Two int16 codes in a (little-endian) uint32 -> one byte, first code in the high nibble."""
+    for i in range(out.shape[0]):
+        out[i] = np.uint8((pairs[i] << 4) | (pairs[i] >> 16))
+
+
+@_strict
+def _unpack(packed, pairs, out):  # type: ignore[no-untyped-def]
+    for i in range(packed.shape[0]):
+        out[i] = pairs[packed[i]]
+
+
+@_sums
+def _measure(x, values, absmax, sums):  # type: ignore[no-untyped-def]
+    """In units of absmax, so that nothing overflows: u = w/absmax against its code book value c."""
+    inverse = np.float32(1) / max(absmax, TINY)
+    limit = HALF_GAP + max(_as_float(_absmax_word(x)) * inverse - np.float32(1), np.float32(0))
+    uu, ee, ec, cc, beyond = np.float32(0), np.float32(0), np.float32(0), np.float32(0), np.int32(0)
+    for i in range(x.shape[0]):
+        u, c = _as_float(x[i]) * inverse, values[i]
+        e = u - c
+        uu += u * u
+        ee += e * e
+        ec += e * c
+        cc += c * c
+        beyond += abs(e) > limit
+    sums[0], sums[1], sums[2], sums[3], sums[4] = uu, ee, ec, cc, beyond

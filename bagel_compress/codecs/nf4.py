@@ -1,0 +1,213 @@
+"""nf4: four bits a weight, as bitsandbytes stores and computes them.
+
+Parts of `X.weight` of shape (N, K), M = N*K, B = ceil(M/64) blocks of the flattened matrix (bitsandbytes 0.50.2,
+`QuantState.as_dict(packed=True)`):
+
+    X.weight                                    U8  (ceil(M/2), 1)   two codes a byte, first in the high nibble
+    X.weight.absmax                             F32 (B,)             or U8 with double_quant
+    X.weight.quant_map                          F32 (16,)            the code book
+    X.weight.nested_absmax                      F32 (ceil(B/256),)   double_quant only
+    X.weight.nested_quant_map                   F32 (256,)           double_quant only
+    X.weight.quant_state.bitsandbytes__nf4      U8                   JSON
+
+With scale "absmax" every byte equals `bitsandbytes.functional.quantize_4bit` of that version on CPU (on one thread:
+see kernels/nested_kernels.py), with one addition: `nested_offset` is a number in the JSON text, so with double_quant
+the JSON is padded with spaces to the longest text a number can have. JSON readers skip them, and the sizes of a plan
+are those of the file. Also bitsandbytes' treatment of a short last block and of an odd M is matched.
+
+Scale "mse" picks each block's scale for least squared error; the form, and so every loader, is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
+from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, not_finite, read_words, self_check
+from bagel_compress.errors import CodecError
+from bagel_compress.spec import PartSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+BLOCK = 64  # weights per absmax
+NESTED_BLOCK = 256  # absmax values per nested absmax
+STATE = "quant_state.bitsandbytes__nf4"
+OFFSET_TEXT = 22  # characters of the longest Python text of a non-negative fp32 number, as in 1.1754943508222875e-38
+DECODE_BLOCKS = 1 << 16  # blocks decoded at a time: bounds the temporaries to a few times 16 MB
+
+
+class Nf4(MatrixCodec):
+    """bitsandbytes NF4, block 64."""
+
+    format: Literal["nf4"] = "nf4"
+    double_quant: bool = False
+    scale: Literal["absmax", "mse"] = "absmax"
+
+    def parts(self, unit: Unit) -> dict[str, PartSpec]:
+        (spec,) = unit.specs
+        blocks = -(-spec.numel // BLOCK)
+        parts = {
+            "": PartSpec("U8", (-(-spec.numel // 2), 1)),
+            "absmax": PartSpec("U8" if self.double_quant else "F32", (blocks,)),
+            "quant_map": PartSpec("F32", (16,)),
+            STATE: PartSpec("U8", (len(_state(spec, 0.0 if self.double_quant else None)),)),
+        }
+        if self.double_quant:
+            parts["nested_absmax"] = PartSpec("F32", (-(-blocks // NESTED_BLOCK),))
+            parts["nested_quant_map"] = PartSpec("F32", (256,))
+        return {part_name(spec, key): part for key, part in parts.items()}
+
+    def begin(self, unit: Unit, source: Reader) -> Encoding:
+        return _Nf4Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+
+    def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """bf16(code book * absmax), the product in fp32: `bitsandbytes.functional.dequantize_4bit`, bit for bit."""
+        import torch
+
+        (spec,) = unit.specs
+        absmax = stored_absmax(self, spec, parts)
+        packed = parts[spec.name].reshape(-1)
+        pairs = _pair_values(packed.device)
+        out = torch.empty(packed.numel() * 2, dtype=torch.bfloat16, device=packed.device)
+        for first in range(0, absmax.numel(), DECODE_BLOCKS):
+            scale = absmax[first : first + DECODE_BLOCKS]
+            codes = packed[first * BLOCK // 2 : (first + scale.numel()) * BLOCK // 2]
+            values = pairs[codes.int()].reshape(-1)
+            scale = scale.repeat_interleave(BLOCK)[: values.numel()]
+            out[first * BLOCK : first * BLOCK + values.numel()] = (values * scale).bfloat16()
+        return {spec.name: out[: spec.numel].reshape(spec.shape)}
+
+
+def part_name(spec: TensorSpec, key: str) -> str:
+    """Full name of a part; the empty key is the weight itself."""
+    return f"{spec.name}.{key}" if key else spec.name
+
+
+def stored_absmax(codec: Nf4, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(B,) fp32 absmax of stored parts, un-nested. Raises CodecError if the parts are not those of `spec`."""
+    import torch
+
+    for name, part in codec.parts(Unit(spec.name, (spec,))).items():
+        if name not in parts or tuple(parts[name].shape) != part.shape:
+            found = list(parts[name].shape) if name in parts else "nothing"
+            raise CodecError(f"{name}: expected shape {list(part.shape)}, found {found}; the artifact is damaged.")
+    absmax = parts[part_name(spec, "absmax")]
+    offset = nested_offset(spec, parts)
+    if offset is None:
+        return absmax
+    nested = parts[part_name(spec, "nested_absmax")].repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+    values: torch.Tensor = parts[part_name(spec, "nested_quant_map")][absmax.int()] * nested
+    return values + torch.tensor(offset, dtype=torch.float32, device=values.device)
+
+
+def nested_offset(spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> float | None:
+    """The mean of absmax that double quantisation took out, None without it. Checks the quant_state on the way."""
+    text = bytes(parts[part_name(spec, STATE)].cpu().numpy())
+    try:
+        state = json.loads(text)
+    except ValueError as error:
+        raise CodecError(f"{spec.name}: its quant_state is not JSON ({error}); the artifact is damaged.") from error
+    offset: float | None = state.get("nested_offset")
+    if text.rstrip() != _state(spec, offset).rstrip():
+        raise CodecError(
+            f"{spec.name}: quant_state {text!r} does not describe an nf4 matrix of shape {list(spec.shape)}."
+        )
+    return offset
+
+
+@dataclass(slots=True, kw_only=True)
+class _Nf4Encoding(Encoding):
+    codec: Nf4
+    spec: TensorSpec
+    source: Reader
+
+    def chunks(self) -> Iterator[Chunk]:
+        import numpy as np
+
+        from bagel_compress.codecs.kernels.nf4_kernels import CODE_BOOK
+
+        spec, statistics = self.spec, []
+        size = min(CHUNK_ELEMENTS, spec.numel)
+        packed = np.empty(-(-size // 2), np.uint8)
+        for start in range(0, spec.numel, CHUNK_ELEMENTS):
+            words = read_words(self.source, spec, start, min(start + CHUNK_ELEMENTS, spec.numel))
+            absmax, sums = (
+                np.empty(-(-words.size // BLOCK), np.float32),
+                np.empty((-(-words.size // BLOCK), 5), np.float32),
+            )
+            written = packed[: -(-words.size // 2)]
+            _encode(words, self.codec.scale == "mse", written, absmax, sums)
+            if not np.isfinite(absmax).all():
+                raise not_finite(spec, self.codec)
+            self_check(spec, self.codec, not sums[:, 4].any())
+            yield Chunk(spec.name, start // 2, written)
+            if self.codec.double_quant:
+                statistics.append((absmax, sums))
+            else:
+                self._add_quality(sums, absmax, absmax)
+                yield self._chunk("absmax", absmax, start // BLOCK * 4)
+        yield self._chunk("quant_map", CODE_BOOK)
+        offset = (yield from self._nest(*map(np.concatenate, zip(*statistics, strict=True)))) if statistics else None
+        yield self._chunk(STATE, np.frombuffer(_state(spec, offset), np.uint8))
+
+    def _nest(self, absmax: np.ndarray, sums: np.ndarray) -> Generator[Chunk, None, float]:
+        from bagel_compress.codecs.kernels.nested_kernels import dequantize_absmax, dynamic_map, quantize_absmax
+
+        codes, nested, offset = quantize_absmax(absmax)
+        if not math.isfinite(offset):
+            raise CodecError(f"{self.spec.name}: weights of {absmax.max()} are too large for double_quant; use raw.")
+        self._add_quality(sums, absmax, dequantize_absmax(codes, nested, offset))
+        yield self._chunk("absmax", codes)
+        yield self._chunk("nested_absmax", nested)
+        yield self._chunk("nested_quant_map", dynamic_map())
+        return float(offset)
+
+    def _chunk(self, key: str, values: np.ndarray, start: int = 0) -> Chunk:
+        return Chunk(part_name(self.spec, key), start, values.view("uint8"))
+
+    def _add_quality(self, sums: np.ndarray, absmax: np.ndarray, stored: np.ndarray) -> None:
+        """Energies from sums in units of absmax, for codes that will be decoded with `stored` instead."""
+        import numpy as np
+
+        uu, ee, ec, cc = sums[:, :4].astype(np.float64).T
+        unit = absmax.astype(np.float64)
+        change = 1.0 - np.divide(stored, unit, out=np.ones_like(unit), where=unit > 0)
+        self.quality.add(float((uu * unit**2).sum()), float(((ee + change * (2 * ec + change * cc)) * unit**2).sum()))
+
+
+def _encode(words: np.ndarray, mse: bool, packed: np.ndarray, absmax: np.ndarray, sums: np.ndarray) -> None:
+    """Whole blocks on all threads, then the short last one."""
+    from bagel_compress.codecs.kernels.nf4_kernels import TILE, encode_blocks, encode_tail
+    from bagel_compress.codecs.kernels.threads import split
+
+    whole = words.size // BLOCK
+    blocks = words[: whole * BLOCK].reshape(whole, BLOCK)
+    pairs = packed[: whole * BLOCK // 2].reshape(whole, BLOCK // 2)
+    split(lambda a, b: encode_blocks(blocks[a:b], mse, pairs[a:b], absmax[a:b], sums[a:b]), whole, TILE)
+    if words.size % BLOCK:
+        packed[whole * BLOCK // 2 :], absmax[whole], sums[whole] = encode_tail(words[whole * BLOCK :])
+
+
+def _state(spec: TensorSpec, offset: float | None) -> bytes:
+    """The JSON of `QuantState.as_dict(packed=True)`; of fixed length for a shape."""
+    state: dict[str, object] = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": list(spec.shape)}
+    if offset is None:
+        return json.dumps(state).encode()
+    state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(state).encode().ljust(len(json.dumps(state | {"nested_offset": 0})) - 1 + OFFSET_TEXT)
+
+
+def _pair_values(device: torch.device) -> torch.Tensor:
+    """(256, 2) fp32: the two code book values of a packed byte."""
+    import torch
+
+    from bagel_compress.codecs.kernels.nf4_kernels import CODE_BOOK
+
+    book = torch.from_numpy(CODE_BOOK).to(device)
+    return torch.stack([book.repeat_interleave(16), book.repeat(16)], 1)

@@ -1,0 +1,187 @@
+"""nf4 against bitsandbytes: the same bytes, and stored parts that bitsandbytes loads without quantising again."""
+
+import json
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bagel_compress.codecs.base import Unit, dtype_code
+from bagel_compress.codecs.nf4 import STATE, Nf4
+from bagel_compress.errors import CodecError
+from bagel_compress.spec import TensorSpec
+
+bnb = pytest.importorskip("bitsandbytes")
+
+SHAPES = [(64, 64), (32, 96), (7, 33), (1, 1), (3, 1), (5, 128), (300, 250), (129, 4096)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """bitsandbytes' nested offset is a torch mean, whose last bit depends on the number of threads; ours is one's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def weight(*shape: int, seed: int = 0, scale: float = 0.02) -> torch.Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def unit_of(tensor: torch.Tensor) -> Unit:
+    return Unit("w.weight", (TensorSpec(dtype_code(tensor.dtype), tuple(tensor.shape), "w.weight"),))
+
+
+def by_bitsandbytes(tensor: torch.Tensor, double_quant: bool) -> dict[str, torch.Tensor]:
+    packed, state = bnb.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
+    return {"w.weight": packed} | {f"w.weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+
+
+def assert_same_parts(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, part in theirs.items():
+        if name.endswith(STATE):
+            assert bytes(ours[name].tolist()).rstrip(b" ") == bytes(part.tolist())
+        else:
+            assert ours[name].dtype == part.dtype, name
+            assert torch.equal(ours[name].view(torch.uint8), part.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bytes_equal_bitsandbytes(shape: tuple[int, int], double_quant: bool) -> None:
+    tensor = weight(*shape)
+    ours = Nf4(double_quant=double_quant).encode(unit_of(tensor), {"w.weight": tensor})
+    assert_same_parts(ours, by_bitsandbytes(tensor, double_quant))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bytes_equal_bitsandbytes_at_every_magnitude(double_quant: bool) -> None:
+    """One block for each exponent and a few mantissas of absmax, with zero, subnormal and huge blocks."""
+    end = 0x6000 if double_quant else 0x7F80  # a mean of larger ones overflows, in bitsandbytes too
+    words = torch.arange(0, end, 37, dtype=torch.int32)
+    top = (words << 16).view(torch.float32)
+    noise = torch.rand(len(words), 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    noise[:, 0] = 1
+    tensor = (noise * top[:, None]).bfloat16()
+    ours = Nf4(double_quant=double_quant).encode(unit_of(tensor), {"w.weight": tensor})
+    assert_same_parts(ours, by_bitsandbytes(tensor, double_quant))
+
+
+@pytest.mark.slow
+def test_codes_of_every_word_under_every_absmax() -> None:
+    """All bf16 weights up to an absmax, for each of the 128 mantissas that the threshold table knows."""
+    for mantissa in range(128):
+        top = 0x3F80 + mantissa
+        words = torch.arange(top + 1, dtype=torch.int32)
+        words = torch.cat([words, words + 0x8000])
+        rows = -(-len(words) // 63)
+        block = torch.full((rows, 64), top, dtype=torch.int32)
+        padded = torch.cat([words, words.new_zeros(rows * 63 - len(words))]).reshape(rows, 63)
+        block[:, 1:] = padded
+        tensor = (block << 16).view(torch.float32).bfloat16()
+        assert_same_parts(Nf4().encode(unit_of(tensor), {"w.weight": tensor}), by_bitsandbytes(tensor, False))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode_equals_bitsandbytes(shape: tuple[int, int], double_quant: bool) -> None:
+    tensor = weight(*shape)
+    unit, codec = unit_of(tensor), Nf4(double_quant=double_quant)
+    parts = codec.encode(unit, {"w.weight": tensor})
+    packed, state = bnb.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
+    with torch.compiler.set_stance("force_eager"):  # it compiles its fallback for odd shapes, which takes a minute
+        assert torch.equal(codec.decode(unit, parts)["w.weight"], bnb.functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bitsandbytes_reloads_without_requantising(double_quant: bool) -> None:
+    tensor, bias = weight(96, 128), weight(1, 96, seed=2)[0]
+    unit, codec = unit_of(tensor), Nf4(double_quant=double_quant)
+    parts = codec.encode(unit, {"w.weight": tensor})
+    module = _linear4bit(parts, bias, 128, 96)
+    x = weight(5, 128, seed=3, scale=1.0)
+    expected = torch.nn.functional.linear(x, codec.decode(unit, parts)["w.weight"], bias)
+    assert torch.equal(module.train()(x), expected)
+
+
+def test_an_eval_forward_of_bitsandbytes_leaves_stored_parts_alone() -> None:
+    """Its eval forward on some CPUs repacks the weight in place; our bytes must not be what it repacks."""
+    tensor = weight(64, 128)
+    parts = Nf4().encode(unit_of(tensor), {"w.weight": tensor})
+    before = {name: part.clone() for name, part in parts.items()}
+    copies = {name: part.clone() for name, part in parts.items()}
+    _linear4bit(copies, weight(1, 64, seed=2)[0], 128, 64).eval()(weight(3, 128, seed=3))
+    assert_same_parts(parts, before)
+    assert_same_parts(Nf4().encode(unit_of(tensor), {"w.weight": tensor}), before)
+
+
+def _linear4bit(parts: dict[str, torch.Tensor], bias: torch.Tensor, k: int, n: int) -> torch.nn.Module:
+    module = bnb.nn.Linear4bit(k, n, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+    statistics = {name.removeprefix("w.weight."): v for name, v in parts.items() if name != "w.weight"}
+    module.weight = bnb.nn.Params4bit.from_prequantized(parts["w.weight"], statistics, device="cpu", module=module)
+    module.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return module
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_plan_sizes_hold_whatever_the_offset(double_quant: bool) -> None:
+    codec = Nf4(double_quant=double_quant)
+    for scale in (1e-38, 1e-7, 0.02, 1.0, 1e36):
+        tensor = (torch.ones(8, 64) * scale).bfloat16()
+        parts = codec.encode(unit_of(tensor), {"w.weight": tensor})
+        assert sum(p.nbytes for p in parts.values()) == codec.nbytes(unit_of(tensor))
+        json.loads(bytes(parts[f"w.weight.{STATE}"].tolist()))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
+def test_quality_is_that_of_the_decoded_weights(scale: str, double_quant: bool) -> None:
+    tensor = weight(256, 512)
+    unit, codec = unit_of(tensor), Nf4(scale=scale, double_quant=double_quant)
+    encoding = codec.begin(unit, _Source(tensor))
+    for _ in encoding.chunks():
+        pass
+    decoded = codec.decode(unit, codec.encode(unit, {"w.weight": tensor}))["w.weight"]
+    noise = (tensor.double() - decoded.double()).square().sum().item()
+    expected = 10 * math.log10(tensor.double().square().sum().item() / noise)
+    assert encoding.quality.snr_db == pytest.approx(expected, abs=0.01)  # the rounding of decode to bf16 is not counted
+
+
+def test_searched_scales_lose_less_in_every_block() -> None:
+    tensor = weight(256, 512)
+    unit, errors = unit_of(tensor), {}
+    for scale in ("absmax", "mse"):
+        parts = Nf4(scale=scale).encode(unit, {"w.weight": tensor})
+        codes = torch.stack([parts["w.weight"] >> 4, parts["w.weight"] & 15], 1).reshape(-1, 64).long()
+        decoded = parts["w.weight.quant_map"][codes] * parts["w.weight.absmax"][:, None]  # fp32: before decode rounds
+        errors[scale] = (tensor.float().reshape(-1, 64) - decoded).square().sum(1)
+    assert errors["mse"].sum() < 0.95 * errors["absmax"].sum()
+    assert (errors["mse"] <= errors["absmax"] * 1.00001).all()
+
+
+def test_double_quantisation_refuses_what_it_would_overflow() -> None:
+    tensor = torch.full((16, 64), 3e38).bfloat16()
+    with pytest.raises(CodecError, match=r"w\.weight.*double_quant"):
+        Nf4(double_quant=True).encode(unit_of(tensor), {"w.weight": tensor})
+
+
+def test_damaged_state_is_refused() -> None:
+    tensor = weight(8, 64)
+    unit = unit_of(tensor)
+    parts = Nf4().encode(unit, {"w.weight": tensor})
+    name = f"w.weight.{STATE}"
+    for text in (b"{", json.dumps({"quant_type": "fp4"}).encode()):
+        damaged = parts | {name: torch.tensor(list(text.ljust(len(parts[name]))), dtype=torch.uint8)}
+        with pytest.raises(CodecError, match=r"w\.weight"):
+            Nf4().decode(unit, damaged)
+
+
+class _Source:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.flat = tensor.reshape(-1)
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        return self.flat[start:stop]
