@@ -1,0 +1,48 @@
+"""What an export target says about graphs and engines: runtime, precision, sizes. Part of exports/*.yaml; no torch."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Runtime = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+Precision = Literal["fp32", "fp16", "bf16"]
+TORCH_NAMES: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Range(BaseModel):
+    """Sizes of one symbolic axis: an engine is built for [min, max] and tuned for `opt`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: int = Field(ge=0)
+    opt: int = Field(ge=0)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"sizes are {self.min}, {self.opt}, {self.max}, expected min <= opt <= max")
+        return self
+
+
+class ExportSettings(BaseModel):
+    """How blocks become files of a runtime."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runtime: Runtime = "onnxruntime"
+    precision: Precision = Field("fp32", description="of activations, caches and uncompressed weights")
+    provider: Literal["cpu", "cuda"] = Field("cpu", description="onnxruntime: where the sampler runs")
+    int8: Literal["qdq", "dynamic"] = Field("qdq", description="how int8 codes are multiplied")
+    capabilities: tuple[str, ...] = Field((), description="tensorrt: compute capabilities of an engine, such as sm89")
+    axes: dict[str, Range] = Field(default_factory=dict, description="tensorrt: sizes of each symbolic axis")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.int8 == "dynamic" and (self.runtime != "onnxruntime" or self.precision != "fp32"):
+            raise ValueError("int8: dynamic quantises activations on onnxruntime in precision fp32 only; use qdq")
+        if self.runtime != "onnxruntime" and self.precision == "fp32":
+            raise ValueError("precision is fp32, but TensorRT's Attention runs in fp16 or bf16; choose one of them")
+        return self
