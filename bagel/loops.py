@@ -153,6 +153,8 @@ class Loops(ABC):
         `noise` replaces the draws of the seeded CPU generator: first one per input picture, then the initial x.
         """
         flow, text = flow or FlowSettings(), text or TextSettings()
+        if output == "image" and size is not None and all(isinstance(turn, str) for turn in turns):
+            self.grid(size)  # a size that cannot be is refused before any work
         generator = self.generator(seed)
         noise = noise or (lambda shape: self.normal(shape, generator))
         branches = Branches(self)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
 GROUPS = ("build", "sample", "judge", "ship", "demo")
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code: int = args.verb(args)
-    except BagelCompressError as error:
+    except (BagelCompressError, BagelError) as error:
         print(f"bagel-compress: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -1,9 +1,224 @@
-"""Verbs of the group "sample"."""
+"""Verbs that use a model: generate (text to image), edit (image and text to image), ask (text, maybe about images).
+
+MODEL is a full-precision checkpoint, an artifact, an ONNX export, or a Hub id of one of them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bagel_compress.cli import add_json, emit
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from bagel.loops import Loops, Result, Step
+    from bagel.settings import FlowSettings, TextSettings
+
+_MODEL = "checkpoint folder, artifact folder, ONNX export, or a Hub id (user/name)"
 
 
 def register(verbs: Any) -> None:
-    """Adds this group's parsers to `verbs` (an argparse sub-parsers action)."""
+    """Adds the parsers of generate, edit and ask."""
+    generate = _verb(
+        verbs, "generate", "draw a picture from a text",
+        'bagel-compress generate out/nf4 "a red cat on a roof" --size 1024x1024 --seed 7 --out cat.png\n'
+        '  bagel-compress generate out/nf4 "a poster for a jazz night" --think',
+    )  # fmt: skip
+    generate.add_argument("prompt", metavar="PROMPT", help="may be empty")
+    generate.add_argument(
+        "--size", type=_size, metavar="WxH", help="pixels, multiples of 16 (default: the largest square)"
+    )
+    _image_options(generate, {"cfg_img_scale": 1.0, "cfg_interval": (0.4, 1.0), "cfg_renorm_type": "global"})
+    generate.set_defaults(verb=_generate)
+
+    edit = _verb(
+        verbs, "edit", "change a picture by a text",
+        'bagel-compress edit out/nf4 photo.jpg "make it night" --out night.png',
+    )  # fmt: skip
+    edit.add_argument("image", metavar="IMAGE", type=Path)
+    edit.add_argument("prompt", metavar="PROMPT")
+    edit.add_argument("--also", metavar="IMAGE", type=Path, action="append", default=[], help="further input pictures")
+    _image_options(edit, {"cfg_img_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"})
+    edit.set_defaults(verb=_edit)
+
+    ask = _verb(
+        verbs, "ask", "answer a question, about a picture if there is one",
+        'bagel-compress ask out/nf4 photo.jpg "what is in the picture?"\n'
+        '  bagel-compress ask out/nf4 "why is the sky blue?" --think',
+    )  # fmt: skip
+    ask.add_argument("inputs", metavar="[IMAGE ...] QUESTION", nargs="+")
+    _text_options(ask, 512)
+    ask.set_defaults(verb=_ask)
+
+
+def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"examples:\n  {examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the CPU generator; the same seed gives the same picture"
+    )
+    parser.add_argument("--think", action="store_true", help="let the model plan in words first")
+    add_json(parser)
+    return parser
+
+
+def _image_options(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+    flow = parser.add_argument_group("sampler")
+    flow.add_argument("--steps", type=int, default=50, dest="num_timesteps", help="points of the schedule (50)")
+    flow.add_argument("--shift", type=float, default=3.0, dest="timestep_shift", help="timestep shift (3.0)")
+    flow.add_argument(
+        "--cfg-text", type=float, default=4.0, dest="cfg_text_scale", help="text guidance; 1 is off (4.0)"
+    )
+    flow.add_argument("--cfg-image", type=float, default=defaults["cfg_img_scale"], dest="cfg_img_scale",
+                      help="image guidance; 1 is off (%(default)s)")  # fmt: skip
+    flow.add_argument("--cfg-interval", type=float, nargs=2, default=defaults["cfg_interval"], metavar=("LOW", "HIGH"),
+                      help="guidance acts where LOW < t <= HIGH (%(default)s)")  # fmt: skip
+    flow.add_argument("--renorm", default=defaults["cfg_renorm_type"], dest="cfg_renorm_type",
+                      help="global, channel or text_channel (%(default)s)")  # fmt: skip
+    flow.add_argument(
+        "--renorm-min", type=float, default=0.0, dest="cfg_renorm_min", help="1 turns renormalisation off"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out.png"), metavar="PNG", help="where to write it (%(default)s)"
+    )
+    _text_options(parser, 1000)
+
+
+def _text_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    text = parser.add_argument_group("text")
+    text.add_argument("--max-tokens", type=int, default=max_tokens, help="at most this many (%(default)s)")
+    text.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+    text.add_argument("--temperature", type=float, default=0.3, help="of sampling (%(default)s)")
+
+
+def _size(value: str) -> tuple[int, int]:
+    """WxH -> (height, width)."""
+    width, cross, height = value.lower().partition("x")
+    if not (cross and width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a size; expected WIDTHxHEIGHT, as in 1024x576")
+    return int(height), int(width)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    flow, text = _flow(args), _text(args)
+    sampler = _opened(args)
+    size = args.size
+    if size is None:
+        side = min(1024, sampler.bagel.config.max_latent_size * sampler.bagel.config.image_stride)
+        size = (side, side)
+    return _picture(args, sampler, [args.prompt], flow, text, size)
+
+
+def _edit(args: argparse.Namespace) -> int:
+    flow, text = _flow(args), _text(args)
+    turns = [*(_read_image(path) for path in [args.image, *args.also]), args.prompt]
+    return _picture(args, _opened(args), turns, flow, text, None)
+
+
+def _picture(
+    args: argparse.Namespace,
+    sampler: Loops,
+    turns: Sequence[str | Image],
+    flow: FlowSettings,
+    text: TextSettings,
+    size: tuple[int, int] | None,
+) -> int:
+    begun = time.perf_counter()
+    with _progress(flow.num_timesteps - 1) as step:
+        result = sampler.run(turns, think=args.think, size=size, flow=flow, text=text, seed=args.seed, on_step=step)
+    assert result.image is not None
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    result.image.save(args.out, "PNG")
+    data = {
+        "image": str(args.out), "width": result.image.width, "height": result.image.height, "seed": args.seed,
+        "thoughts": result.text, "seconds": round(time.perf_counter() - begun, 3),
+    }  # fmt: skip
+    thoughts = f"{result.text}\n" if result.text else ""
+    emit(args, data, f"{thoughts}{args.out} ({result.image.width}x{result.image.height}, seed {args.seed})")
+    return 0
+
+
+def _ask(args: argparse.Namespace) -> int:
+    text = _text(args)
+    *paths, question = args.inputs
+    turns = [*(_read_image(Path(p)) for p in paths), question]
+    result: Result = _opened(args).run(turns, output="text", think=args.think, text=text, seed=args.seed)
+    emit(args, {"answer": result.text, "tokens": len(result.ids)}, result.text or "")
+    return 0
+
+
+def _flow(args: argparse.Namespace) -> FlowSettings:
+    from bagel.settings import FlowSettings
+
+    names = FlowSettings.__dataclass_fields__
+    return FlowSettings(**{**{n: getattr(args, n) for n in names}, "cfg_interval": tuple(args.cfg_interval)})
+
+
+def _text(args: argparse.Namespace) -> TextSettings:
+    from bagel.settings import TextSettings
+
+    return TextSettings(args.max_tokens, args.sample, args.temperature)
+
+
+def _read_image(path: Path) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    from bagel_compress.errors import TargetError
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise TargetError(f"{path} does not exist; expected a picture (PNG, JPEG, WebP, ...).") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise TargetError(f"{path} is not a readable picture ({error}); expected PNG, JPEG, WebP, ...") from None
+    return image
+
+
+def _opened(args: argparse.Namespace) -> Loops:
+    import torch
+
+    from bagel_compress.load import open_model
+
+    return open_model(args.model, device_of(args.device), {"bf16": None, "fp32": torch.float32}[args.dtype])
+
+
+def device_of(name: str) -> str:
+    """The torch device that --device means. Raises TargetError if it is not there."""
+    import torch
+
+    from bagel_compress.errors import TargetError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise TargetError(f"--device {name}: this machine has no CUDA device that torch can use; use --device cpu.")
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise TargetError(f"--device {name!r} is no device; expected auto, cpu, cuda or cuda:N.") from None
+    return name
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar over the denoising steps, on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="step", desc="denoise", leave=False) as bar:
+
+        def on_step(_: Step) -> None:
+            bar.update()
+
+        yield on_step

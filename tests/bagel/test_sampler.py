@@ -1,0 +1,214 @@
+"""The sampler's own promises: savings change nothing, contexts fork freely, seeds repeat, bad settings are refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel.errors import BagelError
+from bagel.flow import FlowSettings
+from bagel.inputs import THINK_IMAGE
+from bagel.layers import attention_kernel
+from bagel.sampler import EDIT_FLOW, Branches, Sampler, TextSettings
+
+FLOW = FlowSettings(num_timesteps=4)
+EDIT = FlowSettings(num_timesteps=3, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel")
+PICTURE = Image.effect_mandelbrot((80, 64), (-2.0, -1.5, 1.0, 1.5), 50).convert("RGB")
+
+
+def rel(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def plain_copy(sampler: Sampler) -> Sampler:
+    twin = copy.copy(sampler)
+    twin.bagel = copy.copy(sampler.bagel)
+    twin.bagel.skip_unused = False
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("turns", "flow", "think"),
+    [
+        (["a red cat"], FLOW, False),
+        (["a red cat"], FlowSettings(num_timesteps=4, cfg_img_scale=1.5), False),
+        (["a red cat"], FlowSettings(num_timesteps=4, cfg_img_scale=1.5), True),
+        ([PICTURE, "make it night"], EDIT, False),
+        (["make it night", PICTURE], EDIT, False),
+        ([PICTURE, "and", PICTURE, "make it night"], EDIT, True),
+        ([PICTURE, "make it night"], FlowSettings(num_timesteps=3, cfg_text_scale=1.0, cfg_img_scale=2.0), False),
+    ],
+)
+def test_savings_change_nothing(fp32: Sampler, turns: list, flow: FlowSettings, think: bool) -> None:
+    """Shared branches and skipped rows against filling and evaluating everything the official code does."""
+    text = TextSettings(max_tokens=5)
+    saved = fp32.run(turns, flow=flow, think=think, size=(64, 48), text=text, seed=3)
+    full = plain_copy(fp32)
+    generator = torch.Generator().manual_seed(3)
+    branches = Branches(full, plain=True)
+    last = full.read(branches, turns, "image", think, lambda shape: torch.randn(shape, generator=generator))
+    if think:
+        [ids] = full.decode_text(branches.cond, text)
+        branches.add_thoughts([full.text.answer(ids)])
+    grid = full.grid(last or (64, 48))
+    x = torch.randn((grid[0] * grid[1], full.bagel.config.latent_width), generator=generator)
+    for step in full.denoise(branches, x, [grid], flow, plain=True):
+        x = step.x_next
+    assert saved.latent is not None
+    assert rel(saved.latent, x) < 1e-5
+
+
+def test_t2i_evaluates_two_branches_not_three(fp32: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    inner = fp32.bagel.velocity
+    monkeypatch.setattr(fp32.bagel, "velocity", lambda *a, **k: calls.append(1) or inner(*a, **k), raising=False)
+    fp32.run(
+        ["a red cat"], flow=FlowSettings(num_timesteps=4, cfg_img_scale=1.5, cfg_interval=(0.0, 1.0)), size=(32, 32)
+    )
+    assert len(calls) == 2 * 3
+
+
+@pytest.mark.parametrize("turns", [["a red cat"], [PICTURE, "make it night"]])
+def test_merged_branches_agree(fp32: Sampler, turns: list) -> None:
+    merged = copy.copy(fp32)
+    merged.merge_branches = True
+    a = fp32.run(turns, flow=EDIT, size=(48, 64), seed=1).latent
+    b = merged.run(turns, flow=EDIT, size=(48, 64), seed=1).latent
+    assert a is not None
+    assert b is not None
+    assert rel(b, a) < 1e-5
+
+
+def test_exact_kernel_agrees(fp32: Sampler) -> None:
+    a = fp32.run([PICTURE, "make it night"], flow=EDIT, seed=1).latent
+    with attention_kernel("exact"):
+        b = fp32.run([PICTURE, "make it night"], flow=EDIT, seed=1).latent
+    assert a is not None
+    assert b is not None
+    assert 0 < rel(b, a) < 1e-5
+
+
+def test_batch_equals_single_samples(fp32: Sampler) -> None:
+    """Without renormalisation over the batch, samples of different sizes and prompts do not see each other."""
+    flow = FlowSettings(num_timesteps=3, cfg_renorm_type="channel")
+    prompts, grids = ["a red cat", "night over the old house"], [(2, 3), (4, 2)]
+    noises = [torch.randn((r * c, fp32.bagel.config.latent_width)) for r, c in grids]
+
+    def sampled(texts: list[str], noise: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        branches = Branches(fp32, batch=len(texts))
+        branches.add_text(texts)
+        x = noise
+        for step in fp32.denoise(branches, noise, sizes, flow):
+            x = step.x_next
+        return x
+
+    together = sampled(prompts, torch.cat(noises), grids)
+    apart = [sampled([p], n, [g]) for p, n, g in zip(prompts, noises, grids, strict=True)]
+    assert rel(together, torch.cat(apart)) < 1e-5
+
+
+def test_text_batch_equals_single_samples(fp32: Sampler) -> None:
+    prompts = ["a red cat", "man why", "night over the old house"]
+    settings = TextSettings(max_tokens=30)
+
+    def context(prompt: str) -> list:
+        contexts = [fp32.bagel.new_context()]
+        fp32.bagel.prefill_text(contexts, [fp32.text.turn(prompt)])
+        return contexts
+
+    together = fp32.decode_text([context(p)[0] for p in prompts], settings)
+    assert together == [fp32.decode_text(context(p), settings)[0] for p in prompts]
+    assert len({len(ids) for ids in together}) > 1, "the samples should stop at different lengths"
+
+
+def test_forks_share_and_do_not_disturb(fp32: Sampler) -> None:
+    """Two forks that append different text give what separate contexts give, and the first append copies nothing."""
+    model, turn = fp32.bagel, fp32.text.turn
+    root = model.new_context()
+    model.prefill_text([root], [turn("a red cat")])
+    forks = [root.fork(), root.fork()]
+    for fork, text in zip(forks, ("sits", "looks at the moon"), strict=True):
+        model.prefill_text([fork], [turn(text)])
+    for fork, text in zip(forks, ("sits", "looks at the moon"), strict=True):
+        alone = model.new_context()
+        model.prefill_text([alone], [turn("a red cat")])
+        model.prefill_text([alone], [turn(text)])
+        for layer in range(fork.layers):
+            for mine, other in zip(fork.keys_values(layer), alone.keys_values(layer), strict=True):
+                assert torch.equal(mine, other)
+    storages = [c.keys_values(0)[0].untyped_storage().data_ptr() for c in (root, *forks)]
+    assert storages[0] == storages[1] != storages[2]
+    assert root.length == len(turn("a red cat"))
+
+
+def test_many_tokens_outgrow_the_storage(fp32: Sampler) -> None:
+    context = fp32.bagel.new_context()
+    one = fp32.bagel.new_context()
+    ids = [5 + i % 300 for i in range(600)]
+    for part in (ids[:200], ids[200:201], ids[201:]):
+        fp32.bagel.prefill_text([context], [part])
+    fp32.bagel.prefill_text([one], [ids])
+    assert context.length == one.length == 600
+    assert rel(context.keys_values(2)[0], one.keys_values(2)[0]) < 1e-5
+
+
+def test_seed_repeats_and_differs(bf16: Sampler) -> None:
+    first, again, other = (bf16.run(["a cat"], flow=FLOW, size=(32, 32), seed=s).latent for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_sampling_text_is_seeded(fp32: Sampler) -> None:
+    hot = TextSettings(max_tokens=12, do_sample=True, temperature=2.0)
+    texts = [fp32.run(["a cat"], output="text", text=hot, seed=s).ids for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_nothing_global_is_touched(bf16: Sampler) -> None:
+    before = torch.random.get_rng_state()
+    bf16.run(["a cat"], flow=FLOW, size=(32, 32), seed=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_empty_prompt_is_two_tokens(bf16: Sampler) -> None:
+    assert bf16.text.turn("") == [bf16.text.bos, bf16.text.eos]
+    assert bf16.run([""], flow=FLOW, size=(32, 32)).image is not None
+
+
+def test_edit_takes_the_size_of_the_last_picture(bf16: Sampler) -> None:
+    wide = PICTURE.resize((96, 48))
+    image = bf16.run([PICTURE, wide, "mix"], flow=EDIT, size=(32, 32)).image
+    assert image is not None
+    assert image.size == (96, 48)
+
+
+def test_think_prompt_is_verbatim() -> None:
+    assert " \nThe planning process" in THINK_IMAGE
+    assert EDIT_FLOW.cfg_renorm_type == "text_channel"
+
+
+@pytest.mark.parametrize("size", [(65, 64), (64, 0), (64, 2048), (-16, 64)])
+def test_impossible_sizes(bf16: Sampler, size: tuple[int, int]) -> None:
+    with pytest.raises(BagelError, match="expected"):
+        bf16.run(["a cat"], size=size)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"cfg_renorm_type": "local"}, {"cfg_renorm_type": "x"}, {"num_timesteps": 1}, {"timestep_shift": 0.0}],
+)
+def test_impossible_flow_settings(settings: dict) -> None:
+    with pytest.raises(BagelError, match="expected"):
+        FlowSettings(**settings)
+
+
+def test_impossible_text_settings() -> None:
+    with pytest.raises(BagelError, match="expected"):
+        TextSettings(max_tokens=0)
+    with pytest.raises(BagelError, match="temperature"):
+        TextSettings(do_sample=True, temperature=0)
