@@ -21,9 +21,9 @@ from bagel_compress.artifact import MANIFEST, Artifact, FileEntry, sha256_file
 from bagel_compress.card import CARD, Origin, model_card
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.publish.evidence import Evidence, load_evidence
+from bagel_compress.publish.family import BUILD, build_of
 from bagel_compress.reports import REPORTS
 
-HTML_REPORT = "report.html"
 MARK = ".release"  # beside the folder: says that it was made here and may be made again
 
 
@@ -62,6 +62,8 @@ def make_release(
     _fresh(folder)
     files = _artifact_files(artifact, folder)
     files |= _report_files(artifact, evidence, folder)
+    build = build_of(artifact, evidence, origin.repo, origin.base_model)
+    files[BUILD] = _written(folder, BUILD, (build.model_dump_json(indent=1) + "\n").encode())
     reports = {path: entry for path, entry in files.items() if path.startswith(f"{REPORTS}/")}
     statement = provenance.statement_bytes(artifact, reports)
     files[provenance.PROVENANCE] = _written(folder, provenance.PROVENANCE, statement)

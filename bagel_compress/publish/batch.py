@@ -1,0 +1,234 @@
+"""batch: the same recipes over several checkpoints, one independent job each.
+
+A job builds one artifact and reads it back. Jobs share nothing, so they run in this process, in several, or on a Ray
+cluster (extra `ray`; the file's paths must mean the same on every node), with the same bytes as the result. A job that
+is finished is not done again and one that was interrupted goes on where it was, because builds do; one that fails does
+not stop the others.
+
+    out: out/family
+    sources:
+      - {name: echo, path: checkpoints/echo-4o, base: ByteDance-Seed/BAGEL-7B-MoT}
+      - {name: mine, path: ByteDance-Seed/BAGEL-7B-MoT, lora: my-adapter}
+    recipes: [nf4-12gb, recipes/my.yaml]
+
+Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bagel_compress.errors import BagelCompressError, MissingExtraError, RecipeError
+from bagel_compress.sizes import size_text
+from bagel_compress.writer import write_atomic
+
+Executor = Literal["local", "ray"]
+SUMMARY = "batch.json"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceItem(_Frozen):
+    """A checkpoint: folder, file or Hub id, with what it lacks."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    path: str
+    base: str | None = None
+    lora: str | None = None
+
+
+class Batch(_Frozen):
+    """The file."""
+
+    out: str
+    sources: tuple[SourceItem, ...] = Field(min_length=1)
+    recipes: tuple[str, ...] = Field(min_length=1)
+    folder: str = Field("", exclude=True)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [source.name for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources are called {twice[0]!r}")
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Batch:
+        """Raises RecipeError: file, key, what is wrong."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(f"batch {path} cannot be read ({' '.join(str(error).split())}).") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"{path} holds a {type(data).__name__}, expected the keys out, sources and recipes.")
+        try:
+            return cls.model_validate(data | {"folder": str(path.resolve().parent)})
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in fault["loc"]) or "sources"
+            raise RecipeError(f"{path}: {where}: {fault['msg'].lower()}; keys are out, sources and recipes.") from None
+
+    def jobs(self) -> list[Job]:
+        """Every source with every recipe. Raises RecipeError on a recipe that is not there or two of one name."""
+        from bagel_compress.recipe import Recipe
+        from bagel_compress.resources import find_recipe
+
+        base = Path(self.folder)
+        files = [find_recipe(str(base / name) if (base / name).is_file() else name) for name in self.recipes]
+        names = [Recipe.load(file).name for file in files]
+        if len(set(names)) < len(names):
+            raise RecipeError(f"two of the recipes are called {max(names, key=names.count)!r}; names must differ.")
+        return [
+            Job(f"{s.name}--{name}", self._place(s.path), self._place(s.base), self._place(s.lora), str(file),
+                str(base / self.out / f"{s.name}--{name}"))
+            for s in self.sources
+            for name, file in zip(names, files, strict=True)
+        ]  # fmt: skip
+
+    def _place(self, path: str | None) -> str | None:
+        """A path relative to the file, if there is such a thing; else what it was (a Hub id)."""
+        if path is None:
+            return None
+        here = Path(self.folder) / path
+        return str(here) if here.exists() else path
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to be built; plain strings, so that it travels to another process or machine."""
+
+    name: str
+    source: str | None
+    base: str | None
+    lora: str | None
+    recipe: str
+    out: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job. `error` is a sentence, None where it is done."""
+
+    job: str
+    out: str
+    artifact: str = ""
+    nbytes: int = 0
+    seconds: float = 0.0
+    resumed: bool = False  # the artifact was there already
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_batch(
+    batch: Batch,
+    processes: int = 1,
+    executor: Executor = "local",
+    cluster: str | None = None,
+    progress: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """Runs all jobs and returns their results in order; `cluster` is the address of a running Ray cluster.
+
+    Writes out/batch.json. Raises RecipeError on a bad file, MissingExtraError without the extra `ray`.
+    """
+    jobs, results = batch.jobs(), []
+    for result in _run(jobs, processes, executor, cluster):
+        results.append(result)
+        if progress is not None:
+            progress(result)
+    content = json.dumps([result.to_json() for result in results], indent=1) + "\n"
+    out = Path(batch.folder) / batch.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / SUMMARY, content.encode())
+    return results
+
+
+def _run(jobs: Sequence[Job], processes: int, executor: Executor, cluster: str | None) -> Iterator[Result]:
+    if executor == "ray":
+        return _on_ray(jobs, processes, cluster)
+    return _in_processes(jobs, processes) if processes > 1 else map(run_job, jobs)
+
+
+def run_job(job: Job) -> Result:
+    """Builds and reads back one artifact. What a user can cause is in the result, anything else is raised."""
+    from bagel_compress.checkpoint import Checkpoint
+    from bagel_compress.plan import make_plan
+    from bagel_compress.recipe import Recipe
+    from bagel_compress.stream import compress
+
+    began, there = time.monotonic(), (Path(job.out) / "manifest.json").exists()
+    try:
+        checkpoint = Checkpoint.open(str(job.source), job.base, job.lora)
+        artifact = compress(make_plan(checkpoint, Recipe.load(job.recipe)), checkpoint, job.out)
+        if not there and (faults := artifact.verify()):
+            return Result(job.name, job.out, error=f"{job.out}: {faults[0]}")
+    except BagelCompressError as error:
+        return Result(job.name, job.out, seconds=time.monotonic() - began, error=str(error))
+    nbytes = sum(entry.bytes for entry in artifact.manifest.files.values())
+    return Result(job.name, job.out, artifact.digest, nbytes, round(time.monotonic() - began, 3), there)
+
+
+def summary(results: Sequence[Result]) -> str:
+    """A line per job and a total."""
+    done = sum(r.error is None for r in results)
+    return "\n".join([*map(line, results), f"{done} of {len(results)} done"])
+
+
+def line(r: Result) -> str:
+    """One job."""
+    state = f"FAILED: {r.error}" if r.error else f"{'there' if r.resumed else 'built'}  artifact {r.artifact[:12]}"
+    return f"{r.job:<32}  {size_text(r.nbytes):>12}  {r.seconds:8.1f} s  {state}"
+
+
+def _in_processes(jobs: Sequence[Job], processes: int) -> Iterator[Result]:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent) as pool:
+        yield from pool.map(run_job, jobs)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it is gone, so that a killed batch leaves no builds running."""
+    import multiprocessing
+    import threading
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_ray(jobs: Sequence[Job], processes: int, cluster: str | None) -> Iterator[Result]:
+    """Joins the cluster at that address, or starts one on this machine with `processes` slots."""
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtraError(
+            "--executor ray needs the package ray; install it with: pip install 'bagel-compress[ray]'."
+        ) from None
+
+    own = {} if cluster else {"num_cpus": processes, "include_dashboard": False}
+    ray.init(address=cluster, log_to_driver=False, **own)
+    try:
+        for running in [ray.remote(run_job).remote(job) for job in jobs]:
+            yield ray.get(running)
+    finally:
+        ray.shutdown()

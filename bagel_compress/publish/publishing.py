@@ -1,0 +1,98 @@
+"""publish: gates -> release folder -> upload -> what arrived is verified -> receipts -> family. In that order."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagel_compress.artifact import Artifact
+from bagel_compress.card import CARD, Origin
+from bagel_compress.errors import PublishError
+from bagel_compress.hub import client, failures, split_revision
+from bagel_compress.publish.family import build_of, join
+from bagel_compress.publish.receipt import write_receipts
+from bagel_compress.publish.release import Release, make_release
+from bagel_compress.publish.upload import Progress, Uploaded, differences, look, upload
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for. `folder` None: beside the artifact. `collection` empty: none."""
+
+    artifact: Path
+    repo: str
+    base_model: str | None = None
+    license: str = "apache-2.0"
+    folder: Path | None = None
+    receipts: Path = Path("exports/receipts")
+    revision: str = "main"
+    private: bool = False
+    draft: bool = False
+    create_pr: bool = False
+    replace: bool = False
+    signing_key: Path | None = None
+    collection: str = ""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was done."""
+
+    release: Release
+    uploaded: Uploaded
+    receipts: tuple[Path, ...]
+    cards: tuple[str, ...]  # members of the family whose cards were renewed
+
+
+def publish(wish: Wish, progress: Progress | None = None) -> Published:
+    """Everything. Raises GateError, PublishError, ArtifactError; nothing is visible before the last commit."""
+    if wish.collection and (wish.draft or wish.create_pr or wish.revision != "main"):
+        raise PublishError("a collection shows what is on main; leave --collection out with a draft, PR or revision.")
+    release = prepare_release(wish)
+    uploaded = upload(
+        release,
+        wish.repo,
+        revision=wish.revision,
+        create_pr=wish.create_pr,
+        private=wish.private,
+        replace=wish.replace,
+        progress=progress,
+    )
+    receipts = write_receipts(release, uploaded, wish.receipts) if uploaded.pull_request is None else []
+    cards: list[str] = []
+    if wish.collection:
+        own = build_of(release.artifact, release.evidence, wish.repo, _origin(release.artifact, wish).base_model)
+        cards = join(client(), wish.collection, own)
+    return Published(release, uploaded, tuple(receipts), tuple(cards))
+
+
+def prepare_release(wish: Wish) -> Release:
+    """The folder that would be uploaded. Raises GateError unless the artifact may be published."""
+    split_revision(wish.repo)
+    if "@" in wish.repo:
+        raise PublishError(f"{wish.repo}: give the branch with --revision.")
+    artifact = Artifact.open(wish.artifact)
+    folder = wish.folder or artifact.path.with_name(artifact.path.name + ".release")
+    return make_release(artifact, folder, _origin(artifact, wish), wish.draft, wish.signing_key)
+
+
+def preview(release: Release, repo: str, revision: str) -> str:
+    """What an upload would change in the repository: a line per file, and the card as a diff."""
+    api = client()
+    remote = look(api, repo, revision)
+    marks = {"new": "+", "changed": "~", "same": "=", "only there": "?"}
+    lines = [f"{repo}: " + ("does not exist yet" if remote is None else f"compared with {remote.commit[:12]}")]
+    for path, state in differences(release, remote).items():
+        size = f"{release.files[path].bytes:>15,}" if path in release.files else " " * 15
+        lines.append(f"  {marks[state]} {size}  {path}")
+    if remote is not None and CARD in remote.files:
+        with failures(f"the card of {repo} cannot be read"):
+            old = Path(api.hf_hub_download(repo, CARD, revision=remote.commit)).read_text(encoding="utf-8")
+        new = (release.folder / CARD).read_text(encoding="utf-8")
+        lines += difflib.unified_diff(old.splitlines(), new.splitlines(), "card there", "card here", lineterm="", n=1)
+    return "\n".join(lines)
+
+
+def _origin(artifact: Artifact, wish: Wish) -> Origin:
+    return Origin.of(artifact, wish.repo, wish.base_model, wish.license)
