@@ -1,0 +1,120 @@
+"""verify() finds what was done to an artifact, and names it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pipeline_data import NF4
+
+from bagel_compress.artifact import MANIFEST, Artifact
+from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.cli import main
+from bagel_compress.errors import ArtifactError
+from bagel_compress.plan import make_plan
+from bagel_compress.recipe import Recipe
+from bagel_compress.stream import compress
+
+SHARD = "model-00003-of-00005.safetensors"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tiny: Checkpoint) -> Path:
+    out = tmp_path_factory.mktemp("artifact") / "a"
+    compress(make_plan(tiny, Recipe.parse(NF4, "x")), tiny, out)
+    return out
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def _flip_weight(folder: Path) -> None:
+    from bagel_compress.tensorfile import TensorFile
+
+    tensor = TensorFile.open(folder / SHARD).tensors["language_model.model.layers.1.mlp.up_proj.weight.absmax"]
+    flip(folder / SHARD, tensor.stop - 1)
+
+
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (_flip_weight, f"{SHARD} was changed: language_model.model.layers.1.mlp.up_proj.weight.absmax"),
+    (lambda folder: flip(folder / SHARD, 40), f"{SHARD} was changed: its header"),
+    (lambda folder: (folder / SHARD).unlink(), f"{SHARD} is missing"),
+    (lambda folder: (folder / SHARD).write_bytes(b"x"), f"{SHARD} has 1 bytes, the manifest says"),
+    (lambda folder: flip(folder / "llm_config.json", 20), "llm_config.json was changed"),
+    (lambda folder: flip(folder / "ae.safetensors", -1), "ae.safetensors was changed"),
+    (lambda folder: shutil.copyfile(folder / SHARD, folder / "extra.safetensors"), "extra.safetensors is not in"),
+    (lambda folder: (folder / "vae").mkdir() or (folder / "vae" / "x.bin").touch(), "vae/x.bin is not in"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), DAMAGE)
+def test_damage_is_found_and_named(folder: Path, damage: Callable[[Path], object], says: str) -> None:
+    assert Artifact.open(folder).verify() == []
+    damage(folder)
+    faults = Artifact.open(folder, check=False).verify()
+    assert len(faults) == 1
+    assert faults[0].startswith(says)
+
+
+def test_inspect_verify_is_a_gate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(folder), "--verify", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verified"] is True
+    assert report["snr_db"]["llm gen nf4"][0] > 19  # NF4 of normal weights: about 20.7 dB (rel. error 0.092)
+    _flip_weight(folder)
+    assert main(["inspect", str(folder), "--verify"]) == 1
+    assert "up_proj.weight.absmax" in capsys.readouterr().err
+    (folder / SHARD).unlink()
+    assert main(["inspect", str(folder), "--verify"]) == 1
+    assert main(["inspect", str(folder)]) == 2
+
+
+def test_reports_beside_an_artifact_are_no_damage(folder: Path) -> None:
+    (folder / "reports").mkdir()
+    for name in ("README.md", "SHA256SUMS", "reports/parity.json"):
+        (folder / name).write_text("x")
+    assert Artifact.open(folder).verify() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is damaged"),
+        ('{"format": 99}', "has format 99, this version reads 1"),
+        ('{"format": 1}', "is damaged at"),
+    ],
+)
+def test_broken_manifests(folder: Path, content: str, says: str) -> None:
+    (folder / MANIFEST).write_text(content)
+    with pytest.raises(ArtifactError, match=says):
+        Artifact.open(folder)
+
+
+def test_a_manifest_that_points_outside(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["../../x"] = {"bytes": 1, "sha256": ""}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="points outside its folder"):
+        Artifact.open(folder)
+
+
+def test_what_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="give one that compress wrote"):
+        Artifact.open(tmp_path)
+
+
+def test_an_artifact_is_no_checkpoint(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "nf4", "--source", str(original)]) == 2
+    assert "is an artifact of bagel-compress" in capsys.readouterr().err
