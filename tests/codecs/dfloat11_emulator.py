@@ -22,7 +22,7 @@ class KernelError(Exception):
 
 
 def launch(grid: int, threads: int, shared: int, args: list[int]) -> None:
-    """Arguments of the kernel: pointers to luts, stream, sign-mantissa, positions, gaps, output; rows, bytes, weights."""
+    """Pointers to luts, stream, sign-mantissa, positions, gaps and output; rows, bytes, weights."""
     luts, stream, rest, positions, gaps, out, rows, stream_bytes, weights = args
     if shared > SHARED_MEMORY:
         raise KernelError(f"{shared} bytes of shared memory")

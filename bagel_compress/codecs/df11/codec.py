@@ -48,6 +48,7 @@ class DF11(Codec):
     grouping: Grouping = Field("published", alias="units", description="which tensors share a code book")
     lossless: ClassVar[bool] = True
     exact: ClassVar[bool] = False
+    scans_folder: ClassVar[bool] = True
 
     @model_serializer
     def _entry(self) -> dict[str, Any]:

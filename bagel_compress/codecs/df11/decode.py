@@ -16,6 +16,7 @@ from bagel_compress.codecs.df11.layout import (
     FIRST_POINTER,
     GAP_BYTES,
     MAX_CODE_BITS,
+    MAX_LEVELS,
     MAX_TABLES,
     SUFFIXES,
 )
@@ -118,17 +119,34 @@ def _array(unit: str, suffix: str, parts: Mapping[str, torch.Tensor]) -> np.ndar
 
 
 def _check_tables(unit: str, luts: np.ndarray) -> None:
-    """Every pointer leads to a later table, every coded exponent is reached, and the lengths leave room for a code."""
+    """The tables are those of a complete prefix code: no slot, pointer or length is off, bar those of the padding."""
     tables = len(luts) - 1
     if luts.shape[1] != 256 or not 1 <= tables <= MAX_TABLES:
         raise _damaged(unit, f"luts is {luts.shape}, expected (2 to {MAX_TABLES + 1}, 256)")
     lengths, used = luts[-1].astype(int), np.flatnonzero(luts[-1])
     if used.size == 0 or used[-1] >= FIRST_POINTER or lengths.max() > MAX_CODE_BITS:
         raise _damaged(unit, "the last row of luts holds no code lengths")
-    if sum(2.0 ** -lengths[e] for e in used) >= 1.0:
-        raise _damaged(unit, "the code lengths in luts are no prefix code")
-    if not set(used.tolist()) <= set(np.unique(luts[:-1]).tolist()):
-        raise _damaged(unit, "luts lead to fewer exponents than have a length")
+    levels, missing, spare = {0: 0}, set(used.tolist()), []
+    for row in range(tables):
+        level = levels.get(row, MAX_LEVELS)
+        taken = 0
+        for value, slots in zip(*np.unique(luts[row], return_counts=True), strict=True):
+            if value >= FIRST_POINTER:
+                levels.setdefault(256 - int(value), level + 1)
+                taken += 1
+            elif value in missing and slots >= (share := _slots(lengths[value], level)) > 0:
+                missing.discard(int(value))
+                taken += share
+        if taken < 256:
+            spare.append((256 - taken) << (8 * (MAX_LEVELS - 1 - level)) if level < MAX_LEVELS else 0)
+    free = (1 << MAX_CODE_BITS) - sum(1 << (MAX_CODE_BITS - lengths[e]) for e in used)
+    if missing or sorted(levels) != list(range(tables)) or spare != [free] or free.bit_count() != 1:
+        raise _damaged(unit, "luts are no complete prefix code")
+
+
+def _slots(bits: int, level: int) -> int:
+    """Slots that a code takes in a table of this level; 0 if it does not end there."""
+    return 1 << (8 * level + 8 - bits) if 8 * level < bits <= 8 * level + 8 else 0
 
 
 def _damaged(unit: str, what: str) -> CodecError:

@@ -16,6 +16,7 @@ BLOCK_BITS = 8 * BLOCK_BYTES
 WINDOW_BITS = 8 * BYTES_PER_THREAD  # what one GPU thread decodes
 GAP_BYTES = THREADS_PER_BLOCK * 5 // 8  # packed 5-bit gaps of one block
 MAX_CODE_BITS = 32
+MAX_LEVELS = MAX_CODE_BITS // 8  # tables walked for one code
 MAX_TABLES = 17  # the root and 16 children: a table value of 240 or more is a pointer, 256 - row
 FIRST_POINTER = 240  # so exponents from here on (|w| >= 2^113, Inf, NaN) cannot be coded
 # The kernel's shared memory is 2052 + 2 * weights bytes and it asks for no more than the default 48 KiB.

@@ -251,6 +251,8 @@ def unpack_blocks(
         start = block * BLOCK_BITS
         end = min(start + BLOCK_BITS, 8 * stream_bytes)
         _unpack_gaps(packed_gaps, block, gaps)
+        if block == 0 and gaps[0] != 0:  # the first gap of any other block is checked by the block before
+            return BAD_GAP
         is_last = stop == rest.size
         status, at = _run(
             stream, start + gaps[0], end, stop - first, first, is_last, table, luts, gaps, start >> 6,
