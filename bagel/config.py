@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bagel.errors import BagelError
+from bagel.layout import Sizes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -88,6 +89,16 @@ class BagelConfig:
     def image_stride(self) -> int:
         """Pixels of an image side per latent token."""
         return self.vae_downsample * self.latent_patch_size
+
+    @property
+    def sizes(self) -> Sizes:
+        """What fixes the shapes of all tensors."""
+        llm, vit = self.llm, self.vit
+        return Sizes(
+            llm.hidden_size, llm.intermediate_size, llm.num_layers, llm.num_heads, llm.num_kv_heads, llm.vocab_size,
+            vit.hidden_size, vit.intermediate_size, vit.num_layers, vit.patch_size**2 * vit.num_channels,
+            self.latent_width, self.max_latent_size**2, self.vit_max_patches**2,
+        )  # fmt: skip
 
     @classmethod
     def from_dir(cls, folder: Path, shapes: Shapes, latent_channels: int, vae_downsample: int) -> BagelConfig:

@@ -17,6 +17,7 @@ from torch import nn
 
 from bagel.config import BagelConfig
 from bagel.errors import BagelError
+from bagel.layout import expected_tensors
 from bagel.model import Bagel
 from bagel.vae import SCALE_FACTOR, SHIFT_FACTOR, AutoEncoder, VAEConfig
 
@@ -39,7 +40,7 @@ _PREFIXES = (
 
 
 def parameter_path(name: str) -> str:
-    """Official tensor name -> path in `Bagel`: `...layers.3.mlp_moe_gen.up_proj.bias` -> `layers.3.gen.up_proj.bias`."""
+    """Official name -> path in `Bagel`: `...layers.3.mlp_moe_gen.up_proj.bias` -> `layers.3.gen.up_proj.bias`."""
     if match := _LAYER_PART.fullmatch(name):
         layer, mlp_gen, module, gen, part = match.groups()
         return f"layers.{layer}.{'gen' if mlp_gen or gen else 'und'}.{module}.{part}"
@@ -56,8 +57,8 @@ def load_bagel(folder: Path, device: torch.device, dtype: torch.dtype) -> Bagel:
     config = read_config(folder, shapes_of(files), vae_shapes)
     with torch.device("meta"):
         model = Bagel(config)
-    expected = dict(model.named_parameters())
-    fill(model, files, expected, device, dtype)
+    names = {parameter_path(name): name for name in expected_tensors(config.sizes)}
+    fill(model, files, names, device, dtype)
     return model.eval()
 
 
@@ -67,7 +68,7 @@ def load_vae(folder: Path, device: torch.device) -> AutoEncoder:
     files = dict.fromkeys(tensor_names(file), file)
     with torch.device("meta"):
         vae = AutoEncoder(vae_config(folder, shapes_of(files)))
-    fill(vae, files, dict(vae.named_parameters()), device, torch.float32)
+    fill(vae, files, {name: name for name, _ in vae.named_parameters()}, device, torch.float32)
     return vae.eval()
 
 
@@ -134,19 +135,23 @@ def shapes_of(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
 def fill(
     model: nn.Module,
     files: dict[str, Path],
-    expected: dict[str, nn.Parameter],
+    names: dict[str, str],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Puts every stored tensor at its place. Raises BagelError on the first missing, extra or misshapen one."""
+    """Puts every stored tensor at its place; `names` are the official names by path of all that must be there.
+
+    Raises BagelError on the first missing, extra or misshapen one.
+    """
+    expected = dict(model.named_parameters())
     paths = {parameter_path(name): name for name in files}
-    if missing := sorted(expected.keys() - paths.keys()):
+    if missing := sorted(names[p] for p in expected.keys() - paths.keys()):
         raise BagelError(f"the checkpoint lacks {len(missing)} tensors, first {missing[0]}; it is not complete.")
     if extra := sorted(paths[p] for p in paths.keys() - expected.keys()):
         raise BagelError(f"the checkpoint has {len(extra)} tensors BAGEL does not know, first {extra[0]}.")
-    for file, names in _by_file(files):
+    for file, stored in _by_file(files):
         with _opened(file) as handle:
-            for name in names:
+            for name in stored:
                 path = parameter_path(name)
                 tensor = handle.get_tensor(name)
                 if tensor.shape != (wanted := expected[path].shape):
