@@ -225,7 +225,7 @@ def _on_ray(jobs: Sequence[Job], processes: int, cluster: str | None) -> Iterato
             "--executor ray needs the package ray; install it with: pip install 'bagel-compress[ray]'."
         ) from None
 
-    own = {} if cluster else {"num_cpus": processes, "include_dashboard": False}
+    own: dict[str, Any] = {} if cluster else {"num_cpus": processes, "include_dashboard": False}
     ray.init(address=cluster, log_to_driver=False, **own)
     try:
         for running in [ray.remote(run_job).remote(job) for job in jobs]:

@@ -1,10 +1,11 @@
-"""Fixtures of the publishing tests: a local Hub, and a client that talks to nothing else."""
+"""Fixtures of the publishing tests: a local Hub, a client that talks to nothing else, and small artifacts."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,9 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from hub import Hub, User
+from publish_data import BASE, REPO, TOKEN, write_reports
 
-TOKEN = "hf_plantedtokenXYZ0123456789abcdef"
+from bagel_compress.artifact import Artifact
 
 
 @pytest.fixture
@@ -38,3 +40,56 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         clock = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
         monkeypatch.setattr(http, "time", clock)  # the client's back-off is not waited for
         yield server
+
+
+@pytest.fixture
+def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Path]:
+    """Gives the client an empty download cache, as a stranger has."""
+    import huggingface_hub.constants as constants
+
+    def empty() -> Path:
+        cache = tmp_path / f"cache{len(list(tmp_path.glob('cache*')))}"
+        cache.mkdir()
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        return cache
+
+    return empty
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Callable[[str], Artifact]:
+    """Artifacts of the tiny checkpoint by recipe, built once, without reports. Do not change them."""
+    from bagel_compress.checkpoint import Checkpoint
+    from bagel_compress.plan import make_plan
+    from bagel_compress.recipe import Recipe
+    from bagel_compress.resources import find_recipe
+    from bagel_compress.stream import compress
+
+    root = tmp_path_factory.mktemp("built")
+
+    def build(recipe: str) -> Artifact:
+        checkpoint = Checkpoint.open(tiny)
+        return compress(make_plan(checkpoint, Recipe.load(find_recipe(recipe))), checkpoint, root / recipe)
+
+    return build
+
+
+@pytest.fixture
+def artifact(built: Callable[[str], Artifact], tmp_path: Path) -> Artifact:
+    """An NF4 build with reports that pass, of this test's own."""
+    folder = tmp_path / "nf4"
+    shutil.copytree(built("nf4").path, folder)
+    return write_reports(Artifact.open(folder))
+
+
+@pytest.fixture
+def publish(tmp_path: Path) -> Callable[..., object]:
+    """publish() with the options that tests seldom change."""
+    from bagel_compress.publish.publishing import Published, Wish
+    from bagel_compress.publish.publishing import publish as run
+
+    def go(artifact: Artifact, repo: str = REPO, **options: object) -> Published:
+        settings = {"base_model": BASE, "receipts": tmp_path / "receipts", **options}
+        return run(Wish(artifact.path, repo, **settings))
+
+    return go

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import TOKEN
 from hub import Fault, Hub, User
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from publish_data import TOKEN
 
 REPO = "ann/BAGEL-7B-MoT-NF4"
 
