@@ -147,6 +147,72 @@ class ParityReport(_Frozen):
         return report
 
 
+class PhaseUse(_Frozen):
+    """Peak device memory of one phase of a task, in bytes, by what it is used for."""
+
+    name: str
+    parts: dict[str, Number]
+    measured: Number | None = None  # on the named card; None where there was none
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+class Timing(_Frozen):
+    """A measured time in seconds (median and 90 % quantile) and the reference's in the same process."""
+
+    what: str
+    median: Number
+    p90: Number
+    reference: Number | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        return None if not self.reference else self.median / self.reference
+
+
+class BudgetReport(_Frozen):
+    """What an artifact needs on a target. Predicted unless `measured_on` names the card."""
+
+    artifact: str  # sha256 of the manifest, or the plan's digest where nothing was built yet
+    name: str
+    target: str
+    device: str
+    limit: Number | None  # usable device memory in bytes
+    phases: tuple[PhaseUse, ...]
+    disk: Number = 0.0
+    disk_limit: Number | None = None
+    timings: tuple[Timing, ...] = ()
+    measured_on: str | None = None
+    advice: tuple[str, ...] = ()
+    overruns: tuple[str, ...] = ()  # one sentence per limit that does not hold
+
+    @property
+    def peak(self) -> float:
+        return max(p.total for p in self.phases)
+
+    @property
+    def broken(self) -> list[str]:
+        return list(self.overruns)
+
+    def save(self, folder: Path) -> Path:
+        """Writes reports/budget-TARGET.json under the artifact's folder."""
+        return write_json(self, folder / REPORTS / f"budget-{self.target}.json")
+
+
+def load_budgets(folder: Path, digest: str | None = None) -> list[BudgetReport]:
+    """The budget reports of an artifact. Raises ArtifactError on one that belongs to another build."""
+    reports = [read_json(BudgetReport, path) for path in sorted((folder / REPORTS).glob("budget-*.json"))]
+    for report in reports:
+        if digest is not None and report.artifact != digest:
+            raise ArtifactError(
+                f"{folder / REPORTS}/budget-{report.target}.json belongs to another build ({report.artifact[:12]}, this"
+                f" one is {digest[:12]}); run `bagel-compress budget` again."
+            )
+    return reports
+
+
 def sentence(row: Row) -> str:
     """A broken row in words."""
     where = f"case {row.case}: " if row.case else ""

@@ -1,0 +1,250 @@
+"""report.html: a parity report as one self-contained page. Verdict first, then numbers, pictures, curves and texts.
+
+Nothing is loaded from elsewhere and there is no script: pictures are embedded, charts are inline SVG. Everything that
+comes from prompts, texts and names is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from bagel_compress.limits import METRICS
+from bagel_compress.report_svg import bars, line_chart, stacked
+from bagel_compress.report_text import worst_rows
+from bagel_compress.reports import BudgetReport, CaseParity, ParityReport, Row, number
+
+WORST_MODULES = 12
+GIB = 2.0**30
+
+
+def render(report: ParityReport, pictures: Mapping[str, Sequence[bytes]], budgets: Sequence[BudgetReport] = ()) -> str:
+    """The page. `pictures`: case -> PNG files of reference, artifact and difference."""
+    sections = [
+        _head(report),
+        _verdict(report, budgets),
+        _budgets(budgets),
+        _summary(report),
+        _pictures(report, pictures),
+        _texts(report),
+        _steps(report),
+        _layers(report),
+        _shares(report),
+        _modules(report),
+        _colophon(report),
+    ]
+    template = files("bagel_compress").joinpath("report.html.in").read_text(encoding="utf-8")
+    return Template(template).substitute(title=escape(f"{report.name}: parity"), body="\n".join(filter(None, sections)))
+
+
+def _head(report: ParityReport) -> str:
+    return (
+        f"<h1>{escape(report.name)}</h1><p class='soft'>compared with {escape(report.source)}"
+        f" in {len(report.cases)} cases, class {escape(report.level)}, build {escape(report.artifact[:12])}</p>"
+    )
+
+
+def _verdict(report: ParityReport, budgets: Sequence[BudgetReport]) -> str:
+    reasons = [*report.faults, *report.broken, *(s for b in budgets for s in b.broken)]
+    if not reasons:
+        held = len(report.rows)
+        return (
+            f"<div class='verdict pass'><strong>Passed</strong><p>All {held} values are within their limits.</p></div>"
+        )
+    items = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
+    return f"<div class='verdict fail'><strong>Did not pass</strong><ul>{items}</ul></div>"
+
+
+def _summary(report: ParityReport) -> str:
+    """One line per metric with its worst case, then everything."""
+    worst = worst_rows(report)
+    details = "" if len(worst) == len(report.rows) else (
+        f"<details><summary>all {len(report.rows)} values</summary>{_table(report.rows, True)}</details>"
+    )  # fmt: skip
+    return (
+        "<h2>Parity</h2>" + _table(worst, False) + details
+        + "<p class='soft'><small>Floor: the reference against itself, under another attention kernel and in another"
+        " dtype (for a lossless class: run again in the same way).</small></p>"
+    )  # fmt: skip
+
+
+def _table(rows: Sequence[Row], sources: bool) -> str:
+    lines = []
+    for row in rows:
+        sense, words = METRICS[row.metric]
+        source = f"<small>{escape(row.source)}</small>" if sources else ""
+        floor = "" if row.floor is None else _show(row.floor)
+        lines.append(
+            f"<tr><td>{escape(words)}<small>{escape(row.case or 'all cases')}</small></td>"
+            f"<td class='n'>{_show(row.value)}</td><td class='n'>{floor}</td>"
+            f"<td class='n'>{'&le;' if sense == 'max' else '&ge;'} {_show(row.limit)}{source}</td>"
+            f"<td class='{'ok' if row.ok else 'no'}'>{'holds' if row.ok else 'broken'}</td></tr>"
+        )
+    head = "<tr><th>value</th><th class='n'>found</th><th class='n'>floor</th><th class='n'>limit</th><th></th></tr>"
+    return f"<div class='scroll'><table>{head}{''.join(lines)}</table></div>"
+
+
+def _show(value: float) -> str:
+    return "equal" if value == math.inf else escape(number(value))
+
+
+def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> str:
+    blocks = []
+    for case in report.cases:
+        if case.name not in pictures:
+            continue
+        images = "".join(
+            f"<figure><img alt='{escape(case.name)}: {what}' src='data:image/png;base64,{_base64(png)}'>"
+            f"<figcaption>{what}</figcaption></figure>"
+            for what, png in zip(("reference", "artifact", "difference &times;4"), pictures[case.name], strict=True)
+        )
+        metrics = case.metrics
+        caption = (
+            f"PSNR {_show(metrics['image.psnr'])} dB, SSIM {_show(metrics['image.ssim'])},"
+            f" mean difference {_show(metrics['image.mae'])} of 255"
+        ).replace("equal dB", "equal")
+        blocks.append(
+            f"<div class='case'><h3>{escape(case.name)} <small class='soft'>{escape(case.kind)}</small></h3>"
+            f"<p class='soft'>{escape(case.prompt)}</p><div class='three'>{images}</div>"
+            f"<p><small>{caption}</small></p></div>"
+        )
+    return "<h2>Pictures</h2>" + "".join(blocks) if blocks else ""
+
+
+def _texts(report: ParityReport) -> str:
+    blocks = []
+    for case in report.cases:
+        if case.text is None:
+            continue
+        same = (
+            "the same text"
+            if case.text.exact
+            else f"{case.text.prefix} of {case.text.length} tokens agree from the start"
+        )
+        divergence = case.metrics.get("logits.kl_mean")
+        forced = "" if divergence is None else f"; mean KL when fed the reference's text {number(divergence)}"
+        blocks.append(
+            f"<div class='text'><h3>{escape(case.name)} <small class='soft'>{escape(case.kind)}</small></h3>"
+            f"<p class='soft'>{escape(case.prompt)}</p><p><small>{same}{forced}</small></p><div class='two'>"
+            f"<div><small class='soft'>reference</small><pre>{_plain(case.text.reference)}</pre></div>"
+            f"<div><small class='soft'>artifact</small><pre>{_plain(case.text.found)}</pre></div></div></div>"
+        )
+    return "<h2>Texts</h2>" + "".join(blocks) if blocks else ""
+
+
+def _plain(text: str) -> str:
+    """Escaped, with control characters made visible."""
+    return escape("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)) or "&nbsp;"
+
+
+def _steps(report: ParityReport) -> str:
+    charts = []
+    for case in report.cases:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for step in case.steps:
+            lines.setdefault(step.branch, []).append((step.t, step.rel_l2))
+        limit = next((r.limit for r in report.rows if (r.case, r.metric) == (case.name, "velocity.rel_l2")), 0.0)
+        marks = {"limit": limit} | _floor_mark(case)
+        charts.append(line_chart(case.name, "time, from noise (1) to picture (0)", lines, marks, reverse=True))
+    drawn = "".join(filter(None, charts))
+    note = "<p class='soft'>Relative L2 error of the velocity at each recorded step, fed with the reference's x.</p>"
+    return f"<h2>Error along the denoising</h2>{note}<div class='charts'>{drawn}</div>" if drawn else ""
+
+
+def _floor_mark(case: CaseParity) -> dict[str, float]:
+    floors = [v for kind, v in case.floor.get("velocity.rel_l2", {}).items() if kind != "repeat"]
+    return {"floor": max(floors)} if floors else {}
+
+
+def _layers(report: ParityReport) -> str:
+    charts = []
+    for case in report.cases:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for state in case.states:
+            if state.name.startswith("layer"):
+                layer = float(state.name.removeprefix("layer"))
+                lines.setdefault(state.event.lstrip("0123456789_") or state.event, []).append((layer, state.rel_l2))
+        drift = f" (drift begins at {case.drift})" if case.drift else ""
+        charts.append(line_chart(case.name + drift, "layer", _distinct(case, lines)))
+    drawn = "".join(filter(None, charts))
+    note = "<p class='soft'>Relative L2 error of the state after each layer, at each event of a case.</p>"
+    return f"<h2>Error along the layers</h2>{note}<div class='charts'>{drawn}</div>" if drawn else ""
+
+
+def _distinct(case: CaseParity, lines: Mapping[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    """One line per event even where two events are of one kind."""
+    layers = len({s.name for s in case.states if s.name.startswith("layer")})
+    split: dict[str, list[tuple[float, float]]] = {}
+    for name, points in lines.items():
+        runs = [points[i : i + layers] for i in range(0, len(points), max(layers, 1))]
+        split |= {name if len(runs) == 1 else f"{name} {i + 1}": run for i, run in enumerate(runs)}
+    return split
+
+
+def _shares(report: ParityReport) -> str:
+    if not report.shares:
+        return ""
+    blocks = []
+    for title, field in (("velocities (mean relative L2)", "velocity"), ("logits (mean KL)", "logits")):
+        rows = [(s.component, getattr(s, field)) for s in report.shares]
+        if any(v is not None for _, v in rows):
+            text = [(c, v, "" if v is None else "0" if v == 0 else number(v)) for c, v in rows]
+            blocks.append(f"<h3>{title}</h3>{bars(text)}")
+    note = "<p class='soft'>The reference with this one component taken from the artifact, all else untouched.</p>"
+    return "<h2>What costs what</h2>" + note + "".join(blocks)
+
+
+def _modules(report: ParityReport) -> str:
+    ranked = sorted(report.modules, key=lambda m: -m.rel_l2)[:WORST_MODULES]
+    if not ranked or ranked[0].rel_l2 == 0:
+        return ""
+    lines = "".join(
+        f"<tr><td>{escape(m.module)}</td><td>{escape(m.codec)}</td><td class='n'>{number(m.rel_l2)}</td>"
+        f"<td class='n'>{m.gain:.4f}</td></tr>"
+        for m in ranked
+    )
+    head = "<tr><th>module</th><th>format</th><th class='n'>error</th><th class='n'>gain</th></tr>"
+    return (
+        f"<h2>Linear modules</h2><details><summary>the {len(ranked)} least exact of {len(report.modules)}</summary>"
+        f"<div class='scroll'><table>{head}{lines}</table></div></details>"
+    )
+
+
+def _budgets(budgets: Sequence[BudgetReport]) -> str:
+    blocks = []
+    for budget in budgets:
+        scale = max([p.total for p in budget.phases] + [budget.limit or 0.0]) * 1.02
+        rows = []
+        for phase in budget.phases:
+            measured = "" if phase.measured is None else f", measured {phase.measured / GIB:.2f}"
+            bar = stacked(list(phase.parts.items()), scale, budget.limit)
+            rows.append(f"<p><small>{escape(phase.name)}: {phase.total / GIB:.2f} GiB{measured}</small></p>{bar}")
+        names = list(dict.fromkeys(name for p in budget.phases for name in p.parts))
+        legend = "".join(
+            f"<span><i style='background:var(--c{i % 6})'></i>{escape(n)}</span>" for i, n in enumerate(names)
+        )
+        limit = "" if budget.limit is None else f", limit {budget.limit / GIB:.2f} GiB"
+        advice = "".join(f"<p>{escape(a)}</p>" for a in budget.advice)
+        blocks.append(
+            f"<h3>{escape(budget.target)} <small class='soft'>{escape(budget.device)}{limit}</small></h3>"
+            f"{''.join(rows)}<div class='legend'>{legend}</div>{advice}"
+        )
+    return "<h2>Memory</h2>" + "".join(blocks) if blocks else ""
+
+
+def _colophon(report: ParityReport) -> str:
+    environment = "; ".join(f"{name} {value}" for name, value in report.environment.items())
+    notes = "".join(f"<p class='soft'><small>{escape(note)}</small></p>" for note in report.notes)
+    return (
+        f"<h2>About</h2><p class='soft'><small>{escape(environment)}</small></p>{notes}"
+        f"<p class='soft'><small>source digest {escape(report.source_digest)}<br>"
+        f"manifest sha256 {escape(report.artifact)}</small></p>"
+    )
+
+
+def _base64(png: bytes) -> str:
+    return base64.b64encode(png).decode()

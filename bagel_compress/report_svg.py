@@ -1,0 +1,128 @@
+"""Small inline SVG charts: lines and bars. Colours are CSS variables, so that a page decides light or dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 340, 190
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 30
+COLOURS = 6  # --c0 .. --c5 in the page's style
+Points = Sequence[tuple[float, float]]
+
+
+def line_chart(
+    title: str,
+    x_label: str,
+    lines: Mapping[str, Points],
+    marks: Mapping[str, float] | None = None,
+    reverse: bool = False,
+) -> str:
+    """Lines over a logarithmic y axis; `marks` are labelled horizontal lines; `reverse` runs x from high to low.
+
+    Zeros lie on the lowest tick. A chart of nothing but zeros says so instead.
+    """
+    marks = {name: value for name, value in (marks or {}).items() if 0 < value < math.inf}
+    points = [p for line in lines.values() for p in line if math.isfinite(p[1])]
+    if not points:
+        return ""
+    if not any(y > 0 for _, y in points):
+        caption = f"<figcaption>{escape(title)}</figcaption>"
+        return f'<figure class="chart">{caption}<p class="equal">equal everywhere</p></figure>'
+    low, high = _decades([y for _, y in points if y > 0] + list(marks.values()))
+    xs = [x for x, _ in points]
+    place = _Place(min(xs), max(xs), low, high, reverse)
+    body = [_grid(place, low, high), _x_ticks(place, sorted(set(xs)), x_label)]
+    for name, value in marks.items():
+        y = place.y(value)
+        body.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{y - 3:.1f}" text-anchor="end">{escape(name)}</text>')
+    for index, line in enumerate(lines.values()):
+        body.append(_line(place, line, index))
+    legend = "".join(
+        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(name)}</span>' for i, name in enumerate(lines)
+    )
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
+        f'<div class="legend">{legend}</div></figure>'
+    )
+
+
+def bars(rows: Sequence[tuple[str, float | None, str]], scale: float | None = None) -> str:
+    """Horizontal bars: label, value, text behind the bar. None has no bar."""
+    top = scale or max((v for _, v, _ in rows if v is not None and math.isfinite(v)), default=0.0)
+    cells = []
+    for label, value, text in rows:
+        share = 0.0 if not top or value is None else min(1.0, value / top)
+        cells.append(
+            f'<div class="label">{escape(label)}</div><div class="bar"><i style="width:{share:.1%}"></i></div>'
+            f'<div class="num">{escape(text)}</div>'
+        )
+    return f'<div class="bars">{"".join(cells)}</div>'
+
+
+def stacked(parts: Sequence[tuple[str, float]], scale: float, limit: float | None) -> str:
+    """One bar of named parts, drawn against `scale`, with a mark at `limit`."""
+    pieces = "".join(
+        f'<i title="{escape(name)}" style="width:{value / scale:.2%};background:var(--c{i % COLOURS})"></i>'
+        for i, (name, value) in enumerate(parts)
+    )
+    mark = "" if limit is None else f'<b style="left:{min(1.0, limit / scale):.2%}"></b>'
+    return f'<div class="stack">{pieces}{mark}</div>'
+
+
+class _Place:
+    """From values to pixels."""
+
+    def __init__(self, x0: float, x1: float, low: float, high: float, reverse: bool) -> None:
+        self._x = (x1, x0) if reverse else (x0, x1)
+        self._y = (math.log10(low), math.log10(high))
+
+    def x(self, value: float) -> float:
+        start, stop = self._x
+        return LEFT + (WIDTH - LEFT - RIGHT) * (0.5 if start == stop else (value - start) / (stop - start))
+
+    def y(self, value: float) -> float:
+        low, high = self._y
+        share = 0.0 if value <= 0 else (math.log10(value) - low) / (high - low)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * max(0.0, min(1.0, share))
+
+
+def _decades(values: Sequence[float]) -> tuple[float, float]:
+    low = 10.0 ** math.floor(math.log10(min(values)))
+    high = 10.0 ** math.ceil(math.log10(max(values)))
+    return (low / 10 if low == high else low), high
+
+
+def _grid(place: _Place, low: float, high: float) -> str:
+    exponents = range(round(math.log10(low)), round(math.log10(high)) + 1)
+    step = max(1, len(exponents) // 5)
+    drawn = []
+    for exponent in exponents:
+        y = place.y(10.0**exponent)
+        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        if (exponent - exponents[0]) % step == 0:
+            drawn.append(
+                f'<text class="tick" x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{10.0**exponent:g}</text>'
+            )
+    return "".join(drawn)
+
+
+def _x_ticks(place: _Place, xs: Sequence[float], label: str) -> str:
+    step = max(1, math.ceil(len(xs) / 6))
+    ticks = "".join(
+        f'<text class="tick" x="{place.x(x):.1f}" y="{HEIGHT - BOTTOM + 12}" text-anchor="middle">{x:.3g}</text>'
+        for x in xs[::step]
+    )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    return ticks + f'<text class="tick" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(label)}</text>'
+
+
+def _line(place: _Place, line: Points, index: int) -> str:
+    kept = [(place.x(x), place.y(y)) for x, y in line if math.isfinite(y)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in kept)
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in kept)
+    colour = f"var(--c{index % COLOURS})"
+    return f'<g style="stroke:{colour};fill:{colour}"><polyline points="{path}" fill="none"/>{dots}</g>'
