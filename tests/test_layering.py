@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "spec", "limits"}),
     frozenset({"tensorfile", "words", "codecs", "metrics", "sizes", "resources", "download", "case"}),
-    frozenset({"recipe", "target", "checkpoint", "lora", "header", "reports", "synth_kernel"}),
+    frozenset({"recipe", "runtime", "target", "checkpoint", "lora", "header", "reports", "synth_kernel"}),
     frozenset({"plan", "artifact", "writer", "readers", "build", "synth", "hub"}),
     frozenset({"load", "stream", "trace", "observe", "comfyui", "residency"}),
     frozenset({"export"}),

@@ -1,14 +1,14 @@
 """What is exported: each block as a torch module with named inputs, outputs and symbolic axes.
 
-A decoder layer becomes two graphs over one set of weights. `und_layer` reads text and ViT images and decodes text, all rows
-through the understanding expert. `gen_layer` reads clean latents and denoises: the wrapper rows through the understanding
-expert, the latent rows through the generation expert, joined once for the shared attention and split again, without
-gather or scatter. Caches are inputs and outputs: a block never holds state.
+A decoder layer becomes two graphs over one set of weights. `und_layer` reads text and ViT images and decodes text, all
+rows through the understanding expert. `gen_layer` reads clean latents and denoises: the wrapper rows through the
+understanding expert, the latent rows through the generation expert, joined once for the shared attention and split
+again, without gather or scatter. Caches are inputs and outputs: a block never holds state.
 
-The modules are Bagel's own (built on the meta device, without data), only written with the operators that ONNX has a node
-for: RMSNormalization, RotaryEmbedding, Attention. Matrices are held as [in, out], the layout of ONNX MatMul.
+The modules are Bagel's own (built on the meta device, without data), only written with the operators that ONNX has a
+node for: RMSNormalization, RotaryEmbedding, Attention. Matrices are held as [in, out], the layout of ONNX MatMul.
 
-Axes: T rows, W wrapper rows, N latent rows, S cached rows, P patches, D hidden, H heads, K key/value heads, E head width.
+Axes: T rows, W wrapper rows, N latent rows, S cached rows, P patches, D hidden, K key/value heads, E head width.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ class LatentIn(nn.Module):
     def forward(self, latents_NC: Tensor, t_1: Tensor, ids_N: Tensor) -> Tensor:
         """latents and t in fp32, as the sampler holds them."""
         dtype = self.latent_pos_embed.pos_embed.dtype
-        features = TimeEmbedder.features(t_1).to(dtype)
-        return self.vae2llm(latents_NC.to(dtype)) + self.time_embedder.mlp(features) + self.latent_pos_embed(ids_N)  # type: ignore[no-any-return]
+        time_1D = self.time_embedder.mlp(TimeEmbedder.features(t_1).to(dtype))
+        return self.vae2llm(latents_NC.to(dtype)) + time_1D + self.latent_pos_embed(ids_N)  # type: ignore[no-any-return]
 
 
 class LatentOut(nn.Module):

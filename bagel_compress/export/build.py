@@ -1,8 +1,8 @@
 """From a source and settings to an export folder, one data file at a time.
 
-Per data file: every weight is written once (und_layer and gen_layer of a layer share one), then the graphs that refer to
-it. Memory holds one matrix and its turned copy. Files appear under their names when complete; a note per data file under
-.export/ lets an interrupted export go on; the manifest comes last and the notes go away.
+Per data file: every weight is written once (und_layer and gen_layer of a layer share one), then the graphs that refer
+to it. Memory holds one matrix and its turned copy. Files appear under their names when complete; a note per data file
+under .export/ lets an interrupted export go on; the manifest comes last and the notes go away.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
 
 from bagel_compress.errors import ExportError
 from bagel_compress.export.blocks import Block, all_blocks, matrices
@@ -29,11 +31,12 @@ from bagel_compress.export.manifest import (
     ExportManifest,
     FileEntry,
     PortEntry,
+    WeightEntry,
     config_dict,
     file_sha256,
 )
-from bagel_compress.export.settings import TORCH_NAMES, ExportSettings
 from bagel_compress.export.source import FOLDER_FILES, VAE_PREFIX, Source
+from bagel_compress.runtime import TORCH_NAMES, BlockKind, ExportSettings
 
 if TYPE_CHECKING:
     import onnx
@@ -45,16 +48,6 @@ PACKAGES = ("bagel-compress", "torch", "onnx", "onnxscript", "onnxruntime", "ten
 Progress = Callable[[str, int, int], None]  # data file, done, all
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Where an initialiser lies in its data file."""
-
-    elem_type: int
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
 @dataclass
 class Job:
     """One export: what is exported, how, and the templates made so far."""
@@ -63,7 +56,7 @@ class Job:
     settings: ExportSettings
     out: Path
     blocks: list[Block]
-    templates: dict[str, bytes] = field(default_factory=dict)
+    templates: dict[str, bytes]  # serialised, by kind and precision
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,13 +72,21 @@ class Job:
 
 
 def export(
-    source: Source, settings: ExportSettings, target: str, out: Path, progress: Progress | None = None
+    source: Source,
+    settings: ExportSettings,
+    target: str,
+    out: Path,
+    progress: Progress | None = None,
+    templates: dict[str, bytes] | None = None,
 ) -> ExportFolder:
-    """Writes the folder, or goes on where an interrupted export stopped. Raises ExportError before anything is written
-    if a codec cannot be carried, and if `out` holds something else."""
+    """Writes the folder, or goes on where an interrupted export stopped.
+
+    `templates` keeps graphs between exports of one model configuration. Raises ExportError before anything is written
+    if a codec cannot be carried, and if `out` holds something else.
+    """
     if (out / MANIFEST).exists():
         raise ExportError(f"{out} already holds a finished export; choose another folder or remove it.")
-    job = _begin(source, settings, target, out)
+    job = _begin(source, settings, target, out, {} if templates is None else templates)
     groups = list(job.groups())
     for done, (data, blocks) in enumerate(groups):
         if progress:
@@ -113,7 +114,7 @@ def plan_forms(source: Source, settings: ExportSettings, blocks: Sequence[Block]
 # --- start and end ----------------------------------------------------------------------------------------------------
 
 
-def _begin(source: Source, settings: ExportSettings, target: str, out: Path) -> Job:
+def _begin(source: Source, settings: ExportSettings, target: str, out: Path, templates: dict[str, bytes]) -> Job:
     identity = {"source": source.digest, "target": target, "settings": settings.model_dump(mode="json"), "opset": OPSET}
     note = out / NOTES / "identity.json"
     if out.exists() and any(out.iterdir()) and not note.exists():
@@ -124,7 +125,8 @@ def _begin(source: Source, settings: ExportSettings, target: str, out: Path) -> 
     try:
         source.copy_files(out)
         config, vae = source.configs(out)
-        job = Job(source, settings, out, list(all_blocks(config, vae)))
+        wanted = settings.blocks or get_args(BlockKind)
+        job = Job(source, settings, out, [b for b in all_blocks(config, vae) if b.kind in wanted], templates)
         plan_forms(source, settings, job.blocks)
     except BaseException:
         if not note.exists():
@@ -188,7 +190,7 @@ def _write_group(job: Job, data: str, blocks: list[Block], note: Path) -> None:
 
 def _write_data(
     job: Job, path: Path, names: dict[str, str], dense: set[str], forms: dict[str, FormName], wide: bool
-) -> tuple[dict[str, Piece], FileEntry]:
+) -> tuple[dict[str, WeightEntry], FileEntry]:
     """Writes all values of a data file. Returns initialiser name -> piece."""
     digest, position, pieces = hashlib.sha256(), 0, {}
     partial = path.with_suffix(".partial")
@@ -196,12 +198,13 @@ def _write_data(
         for source_path, name in names.items():
             for key, stored in _values(job, source_path, name, dense, forms, wide).items():
                 gap = b"\0" * (-position % ALIGN)
-                content = memoryview(stored.data).cast("B")
+                content = stored.data.view(np.uint8).reshape(-1).data
                 for part in (gap, content):
                     file.write(part)
                     digest.update(part)
                 position += len(gap) + len(content)
-                pieces[key] = Piece(stored.elem_type, stored.shape, position - len(content), len(content))
+                offset = position - len(content)
+                pieces[key] = WeightEntry(type=stored.elem_type, shape=stored.shape, offset=offset, bytes=len(content))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -222,13 +225,14 @@ def _values(
     return {name: plain(job.source.tensor(path), kept, label, transpose=name in dense)}
 
 
-def _instance(job: Job, block: Block, pieces: dict[str, Piece], forms: dict[str, FormName]) -> onnx.ModelProto:
+def _instance(job: Job, block: Block, pieces: dict[str, WeightEntry], forms: dict[str, FormName]) -> onnx.ModelProto:
     """The template with this block's weights in place of the template's weight inputs."""
     import onnx
 
-    if block.kind not in job.templates:
-        job.templates[block.kind] = template(block, job.dtype).SerializeToString()
-    model = onnx.ModelProto.FromString(job.templates[block.kind])
+    key = f"{block.kind}.{'fp32' if block.wide else job.settings.precision}"
+    if key not in job.templates:
+        job.templates[key] = template(block, job.dtype).SerializeToString()
+    model = onnx.ModelProto.FromString(job.templates[key])
     graph = model.graph
     graph.name = block.name
     ports = {p.name for p in block.inputs}
@@ -246,11 +250,11 @@ def _instance(job: Job, block: Block, pieces: dict[str, Piece], forms: dict[str,
     return model
 
 
-def _external(name: str, piece: Piece, block: Block) -> onnx.TensorProto:
+def _external(name: str, piece: WeightEntry, block: Block) -> onnx.TensorProto:
     from onnx import TensorProto
 
-    tensor = TensorProto(name=name, data_type=piece.elem_type, dims=piece.shape, data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", f"{block.data}.data"), ("offset", piece.offset), ("length", piece.nbytes)):
+    tensor = TensorProto(name=name, data_type=piece.type, dims=piece.shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", f"{block.data}.data"), ("offset", piece.offset), ("length", piece.bytes)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
 
@@ -266,7 +270,7 @@ def _check(path: Path, block: Block) -> None:
 
 
 def _block_entry(
-    block: Block, model: onnx.ModelProto, forms: dict[str, FormName], pieces: dict[str, Piece]
+    block: Block, model: onnx.ModelProto, forms: dict[str, FormName], pieces: dict[str, WeightEntry]
 ) -> BlockEntry:
     def ports(side: tuple) -> tuple[PortEntry, ...]:  # type: ignore[type-arg]
         return tuple(PortEntry(name=p.name, dtype=p.dtype, shape=p.shape) for p in side)
@@ -280,7 +284,7 @@ def _block_entry(
         outputs=ports(block.outputs),
         nodes=dict(sorted(Counter(n.op_type for n in model.graph.node).items())),
         forms=dict(sorted(Counter(forms[p] for p in block.weights.values() if p in forms).items())),
-        weights={name: (p.offset, p.nbytes) for name, p in sorted(pieces.items()) if name in own},
+        weights={name: p for name, p in sorted(pieces.items()) if name in own},
     )
 
 

@@ -1,8 +1,8 @@
 """How a weight is carried in a graph: plain, or as the codes of its codec with the nodes that read them.
 
     dense     the values in the export's precision (raw, and whatever is decoded first: DF11, quantised tables)
-    qdq       int8 or fp8 codes, DequantizeLinear per output channel, MatMul      standard ONNX; ONNX Runtime and TensorRT
-    int4      int4 codes, DequantizeLinear in blocks along the input, MatMul      standard ONNX; ONNX Runtime and TensorRT
+    qdq       int8 or fp8 codes, DequantizeLinear per output channel, MatMul      standard ONNX: every runtime
+    int4      int4 codes, DequantizeLinear in blocks along the input, MatMul      standard ONNX: every runtime
     bnb4      bitsandbytes' own bytes in com.microsoft::MatMulBnb4                ONNX Runtime only
     dynamic   int8 codes in MatMulInteger, rows quantised as they come            ONNX Runtime on CPU, fp32 only
 
@@ -13,12 +13,12 @@ out], so codes that are stored as rows of [out, in] are transposed, which change
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from bagel_compress.errors import ExportError
-from bagel_compress.export.settings import ExportSettings
+from bagel_compress.runtime import ExportSettings
 
 if TYPE_CHECKING:
     import onnx
@@ -115,7 +115,7 @@ def rewrite(graph: onnx.GraphProto, weight: str, form: FormName, shape: tuple[in
     from onnx import helper
 
     if form in ("qdq", "int4"):
-        attributes = {"axis": 0, "block_size": INT4_BLOCK} if form == "int4" else {"axis": 1}
+        attributes: dict[str, Any] = {"axis": 0, "block_size": INT4_BLOCK} if form == "int4" else {"axis": 1}
         inputs = [f"{weight}.codes", f"{weight}.scale"]
         node = helper.make_node("DequantizeLinear", inputs, [weight], f"{weight}.dequantize", **attributes)
         graph.node.insert(0, node)

@@ -1,7 +1,7 @@
 """From a block to an ONNX template: the graph with every weight still an input, made once per kind of block.
 
-Weights enter the trace as inputs, so that tracing needs no data and no memory, nothing is folded into them, and the same
-template serves every layer. `build` turns those inputs into initialisers, whose values lie in an external file.
+Weights enter the trace as inputs, so that tracing needs no data and no memory, nothing is folded into them, and the
+same template serves every layer. `build` turns those inputs into initialisers, whose values lie in an external file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from bagel_compress.export.blocks import Block, Port
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
-# Sizes of the traced example; distinct, and neither 0 nor 1, so that no axis is taken for a constant or for another one.
+# Sizes of the traced example; distinct, and neither 0 nor 1, so that no axis is taken for a constant or for another
+# one.
 EXAMPLE_SIZES = {
     "tokens": 5, "past_tokens": 7, "wrapper_tokens": 2, "latent_tokens": 6, "patches": 12, "height": 64, "width": 96,
     "latent_height": 8, "latent_width": 12,

@@ -1,7 +1,7 @@
 """The manifest of an export folder: what was exported from what, and the digest of every file. No torch, no onnx.
 
-It is written last: present means complete. Engines are listed with their sizes and digests like any file, but two builds
-of one engine differ in some bytes, so nothing compares the digests of two builds.
+It is written last: present means complete. Engines are listed with their sizes and digests like any file, but two
+builds of one engine differ in some bytes, so nothing compares the digests of two builds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
 from bagel_compress.errors import ArtifactError
-from bagel_compress.export.settings import ExportSettings
+from bagel_compress.runtime import ExportSettings
 
 MANIFEST = "export.json"
 FORMAT = 1
@@ -34,6 +34,15 @@ class PortEntry(_Entry):
     shape: tuple[int | str, ...]
 
 
+class WeightEntry(_Entry):
+    """An initialiser in the data file; `type` is ONNX's number of the element type."""
+
+    type: int
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
 class BlockEntry(_Entry):
     """One graph of the folder."""
 
@@ -45,7 +54,7 @@ class BlockEntry(_Entry):
     outputs: tuple[PortEntry, ...]
     nodes: dict[str, int]  # operator -> count
     forms: dict[str, int]  # form of the matrices -> count
-    weights: dict[str, tuple[int, int]]  # initialiser -> offset and bytes in the data file
+    weights: dict[str, WeightEntry]  # initialiser -> where it lies
 
 
 class FileEntry(_Entry):

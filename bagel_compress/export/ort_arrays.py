@@ -23,8 +23,8 @@ class Generator:
     def normal(self, shape: tuple[int, ...]) -> Floats:
         """`torch.randn(shape)` of 16 values or more, to the last digits of log and cosine.
 
-        torch (2.13, `normal_fill`): uniforms of 24 bits; in every 16 of them, Box-Muller of the first 8 with the last 8;
-        where the count is no multiple of 16, the last 16 values are drawn anew.
+        torch (2.13, `normal_fill`): uniforms of 24 bits; in every 16 of them, Box-Muller of the first 8 with the last
+        8; where the count is no multiple of 16, the last 16 values are drawn anew.
         """
         count = int(np.prod(shape))
         if count < 16:

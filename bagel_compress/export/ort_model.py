@@ -1,8 +1,8 @@
 """The model's passes over exported graphs: the counterpart of bagel.model.Bagel and bagel.context. No torch.
 
-Contexts are tuples of device values that are never changed: appending gives new ones, so a fork is a copy of references.
-Inside an image block the rows lie in another order than in Bagel (wrappers first); nothing can tell, since the rows of a
-block share one rope position and see each other, and later rows see all of them.
+Contexts are tuples of device values that are never changed: appending gives new ones, so a fork is a copy of
+references. Inside an image block the rows lie in another order than in Bagel (wrappers first); nothing can tell, since
+the rows of a block share one rope position and see each other, and later rows see all of them.
 """
 
 from __future__ import annotations

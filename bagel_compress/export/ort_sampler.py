@@ -29,8 +29,8 @@ from bagel_compress.export.ort_session import Sessions
 def open_onnx(path: str | Path, provider: str | None = None, threads: int = 0) -> GraphSampler:
     """The sampler of an export folder. `provider`: "cpu" or "cuda", by default the target's.
 
-    Raises ArtifactError if the folder is not a complete export, MissingExtraError without onnxruntime, ExportError if the
-    provider cannot run this export.
+    Raises ArtifactError if the folder is not a complete export, MissingExtraError without onnxruntime, ExportError if
+    the provider cannot run this export.
     """
     folder = ExportFolder.open(path)
     return GraphSampler(folder, Sessions(folder, provider, threads))

@@ -1,8 +1,8 @@
-"""ONNX Runtime sessions of an export folder: opened when first used, values kept on the device between blocks. No torch.
+"""ONNX Runtime sessions of an export folder: opened when first used, values stay on the device. No torch.
 
-Every run goes through IO binding, on CPU and on CUDA alike: rows and caches leave a block as device values and enter the
-next one untouched. Weights that several graphs name (und_layer and gen_layer of a layer) are read once and handed to
-both sessions, so that no expert lies in memory twice.
+Every run goes through IO binding, on CPU and on CUDA alike: rows and caches leave a block as device values and enter
+the next one untouched. Weights that several graphs name (und_layer and gen_layer of a layer) are read once and handed
+to both sessions, so that no expert lies in memory twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sessions:
     """The graphs of a folder as functions from named values to named values."""
 
     def __init__(self, folder: ExportFolder, provider: str | None = None, threads: int = 0) -> None:
-        """`threads`: of one pool that all sessions share; 0 means one per core. Raises MissingExtraError, ExportError."""
+        """`threads`: of the pool that all sessions share, 0 for one per core. Raises MissingExtraError, ExportError."""
         try:
             import onnxruntime
         except ImportError:
@@ -45,7 +45,8 @@ class Sessions:
         settings = self.folder.manifest.settings
         if PROVIDERS[self.device] not in self._ort.get_available_providers():
             raise ExportError(
-                f"onnxruntime here has no {PROVIDERS[self.device]}; install bagel-compress[onnx-gpu] in place of [onnx]."
+                f"onnxruntime here has no {PROVIDERS[self.device]};"
+                " install bagel-compress[onnx-gpu] in place of [onnx]."
             )
         if self.device == "cpu" and settings.precision == "bf16":
             raise ExportError(

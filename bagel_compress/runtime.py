@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Runtime = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16"]
+BlockKind = Literal[
+    "embed", "vit", "latent_in", "latent_out", "lm_head", "und_layer", "gen_layer", "vae_encoder", "vae_decoder"
+]
 TORCH_NAMES: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -36,6 +39,7 @@ class ExportSettings(BaseModel):
     precision: Precision = Field("fp32", description="of activations, caches and uncompressed weights")
     provider: Literal["cpu", "cuda"] = Field("cpu", description="onnxruntime: where the sampler runs")
     int8: Literal["qdq", "dynamic"] = Field("qdq", description="how int8 codes are multiplied")
+    blocks: tuple[BlockKind, ...] = Field((), description="kinds of blocks to export; empty: all, as a sampler needs")
     capabilities: tuple[str, ...] = Field((), description="tensorrt: compute capabilities of an engine, such as sm89")
     axes: dict[str, Range] = Field(default_factory=dict, description="tensorrt: sizes of each symbolic axis")
 
