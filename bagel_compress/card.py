@@ -16,12 +16,13 @@ import yaml
 
 from bagel_compress.artifact import Artifact
 from bagel_compress.limits import METRICS
-from bagel_compress.reports import ParityReport, Row, number
+from bagel_compress.report_text import worst_rows
+from bagel_compress.reports import BudgetReport, ParityReport, number
 from bagel_compress.sizes import Group, size_text
 from bagel_compress.snippets import snippets
 
 if TYPE_CHECKING:
-    from bagel_compress.publish.evidence import Budget, Evidence
+    from bagel_compress.publish.evidence import Evidence
 
 CARD = "README.md"
 FAMILY_START, FAMILY_END = "<!-- builds of this base -->", "<!-- end of builds -->"
@@ -125,17 +126,6 @@ def _results(parity: ParityReport) -> list[Any]:
     ]
 
 
-def worst_rows(parity: ParityReport) -> list[Row]:
-    """One row per metric: the one closest to, or furthest past, its limit."""
-    found: dict[str, Row] = {}
-    for row in parity.rows:
-        sign = 1.0 if METRICS.get(row.metric, ("max", ""))[0] == "max" else -1.0
-        held = found.get(row.metric)
-        if held is None or sign * row.value > sign * held.value:
-            found[row.metric] = row
-    return list(found.values())
-
-
 def _head(artifact: Artifact, origin: Origin, draft: bool) -> str:
     manifest = artifact.manifest
     stored, source = totals(artifact)
@@ -164,7 +154,10 @@ def totals(artifact: Artifact) -> tuple[int, int]:
 def _pictures(evidence: Evidence) -> str:
     if not evidence.pictures:
         return ""
-    lines = ["## Pictures", "Reference in bf16, this build, and their difference; same prompt, same noise."]
+    lines = [
+        "## Pictures",
+        "From left to right: the bf16 reference, this build, their difference (amplified); same prompt, same noise.",
+    ]
     for name, path in evidence.pictures.items():
         lines.append(f"**{plain(name)}** {plain(evidence.prompt(name))}\n\n![{plain(name)}](./{path})")
     return "\n\n".join(lines)
@@ -187,23 +180,33 @@ def _sizes(artifact: Artifact) -> str:
     )
 
 
-def _budgets(budgets: Sequence[Budget]) -> str:
+def _budgets(budgets: Sequence[BudgetReport]) -> str:
     lines = ["## Memory and speed"]
     if not budgets:
         return lines[0] + "\n\nNot predicted and not measured for any card."
-    head = ("card", "task", "peak, predicted", "peak, measured", "budget", "fits")
+    head = ("target", "peak, predicted", "in", "peak, measured", "usable there", "fits")
+    lines.append(table(head, [_peak(b) for b in budgets]))
+    timed = [(b, t) for b in budgets for t in b.timings]
+    if not timed:
+        return "\n\n".join([*lines, "Speed was not measured."])
     rows = [
-        [plain(b.target), plain(p.task), gib(p.predicted), gib(p.measured), gib(b.limit), "yes" if p.fits else "**no**"]
-        for b in budgets
-        for p in b.peaks
+        [plain(t.what), f"{number(t.median)} s", f"{number(t.p90)} s", "-" if t.ratio is None else f"{t.ratio:.2f}x",
+         plain(b.measured_on or b.device)]
+        for b, t in timed
+    ]  # fmt: skip
+    return "\n\n".join([*lines, table(("what", "median", "90 % below", "of the reference's", "measured on"), rows)])
+
+
+def _peak(budget: BudgetReport) -> list[str]:
+    """The row of a target: its worst phase."""
+    worst = max(budget.phases, key=lambda phase: phase.total)
+    measured = max((p.measured for p in budget.phases if p.measured is not None), default=None)
+    where = f" ({plain(budget.measured_on)})" if measured is not None and budget.measured_on else ""
+    limit = "no limit" if budget.limit is None else gib(budget.limit)
+    return [
+        *(plain(budget.target), gib(worst.total), plain(worst.name), gib(measured) + where),
+        *(limit, "**no**" if budget.broken else "yes"),
     ]
-    lines.append(table(head, rows))
-    speed = [[plain(s.what), plain(s.value), plain(s.reference), plain(b.device)] for b in budgets for s in b.speeds]
-    if speed:
-        lines.append(table(("what", "median", "against the bf16 reference", "measured on"), speed))
-    else:
-        lines.append("Speed was not measured.")
-    return "\n\n".join(lines)
 
 
 def gib(nbytes: float | None) -> str:
@@ -276,7 +279,12 @@ def _losses(artifact: Artifact, parity: ParityReport | None) -> str:
 
 
 def _recipe(artifact: Artifact) -> str:
-    text = yaml.safe_dump(_stated(artifact.manifest.recipe.model_dump(mode="json", by_alias=True)), sort_keys=False, allow_unicode=False, width=100).strip()
+    text = yaml.safe_dump(
+        _stated(artifact.manifest.recipe.model_dump(mode="json", by_alias=True)),
+        sort_keys=False,
+        allow_unicode=False,
+        width=100,
+    ).strip()
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"## Recipe\n\n{fence}yaml\n{text}\n{fence}"
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel_compress.artifact import Artifact
-from bagel_compress.card import CARD, FAMILY_END, FAMILY_START, gib, plain, table, totals, worst_rows
+from bagel_compress.card import CARD, FAMILY_END, FAMILY_START, gib, plain, table, totals
 from bagel_compress.errors import PublishError
 from bagel_compress.hub import failures, split_revision
 from bagel_compress.publish.evidence import Evidence
+from bagel_compress.report_text import worst_rows
 from bagel_compress.reports import Number, number
 from bagel_compress.sizes import size_text
 
@@ -45,7 +46,7 @@ class Build(BaseModel):
 
 def build_of(artifact: Artifact, evidence: Evidence, repo: str, base_model: str | None) -> Build:
     """The row of an artifact."""
-    peaks = {b.target: max((p.predicted or 0.0 for p in b.peaks), default=0.0) for b in evidence.budgets}
+    peaks = {b.target: b.peak for b in evidence.budgets}
     values = {row.metric: row.value for row in worst_rows(evidence.parity)} if evidence.parity else {}
     return Build(
         repo=repo,

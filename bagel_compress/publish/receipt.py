@@ -10,24 +10,16 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from bagel_compress.card import totals, worst_rows
+from bagel_compress.card import totals
 from bagel_compress.provenance import versions
-from bagel_compress.publish.evidence import Budget
 from bagel_compress.publish.release import Release
 from bagel_compress.publish.upload import Uploaded
-from bagel_compress.reports import Number, write_json
+from bagel_compress.report_text import worst_rows
+from bagel_compress.reports import BudgetReport, Number, Timing, write_json
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PeakEntry(_Frozen):
-    """Peak device memory of a task, bytes."""
-
-    predicted: Number | None
-    measured: Number | None
-    fits: bool
 
 
 class Receipt(_Frozen):
@@ -45,8 +37,11 @@ class Receipt(_Frozen):
     commit: str
     weights_bytes: int
     all_bytes: int
-    peaks: dict[str, PeakEntry]
-    speeds: dict[str, str]
+    peak_predicted: Number  # bytes, the worst phase
+    peak_measured: Number | None
+    measured_on: str | None
+    limit: Number | None
+    timings: tuple[Timing, ...]
     parity: dict[str, Number]
     versions: dict[str, str]
 
@@ -64,7 +59,7 @@ def write_receipts(release: Release, uploaded: Uploaded, folder: Path) -> list[P
     return [write_json(receipt, folder / receipt.name) for receipt in receipts]
 
 
-def _receipt(release: Release, uploaded: Uploaded, budget: Budget) -> Receipt:
+def _receipt(release: Release, uploaded: Uploaded, budget: BudgetReport) -> Receipt:
     manifest, parity = release.artifact.manifest, release.evidence.parity
     return Receipt(
         recipe=manifest.recipe.name,
@@ -79,8 +74,11 @@ def _receipt(release: Release, uploaded: Uploaded, budget: Budget) -> Receipt:
         commit=uploaded.commit,
         weights_bytes=totals(release.artifact)[0],
         all_bytes=sum(entry.bytes for entry in release.files.values()),
-        peaks={p.task: PeakEntry(predicted=p.predicted, measured=p.measured, fits=p.fits) for p in budget.peaks},
-        speeds={s.what: f"{s.value} ({s.reference} of the reference)" for s in budget.speeds},
+        peak_predicted=budget.peak,
+        peak_measured=max((p.measured for p in budget.phases if p.measured is not None), default=None),
+        measured_on=budget.measured_on,
+        limit=budget.limit,
+        timings=budget.timings,
         parity={row.metric: row.value for row in worst_rows(parity)} if parity else {},
         versions=versions(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bagel_compress.artifact import Artifact
-from bagel_compress.reports import CaseParity, ParityReport, Row
+from bagel_compress.reports import BudgetReport, CaseParity, ParityReport, PhaseUse, Row, Timing
 
 TOKEN = "hf_plantedtokenXYZ0123456789abcdef"
 REPO = "ann/BAGEL-7B-MoT-NF4"
@@ -25,19 +25,43 @@ def parity(artifact: Artifact, digest: str | None = None, ok: bool = True) -> Pa
         source_digest=artifact.manifest.source.digest,
         environment={"device": "cpu (x86_64)", "dtype": "bfloat16", "torch": "2.13"},
         rows=(row, psnr),
-        cases=(CaseParity(name="t2i_square", kind="t2i", prompt="a red | cat", metrics={"velocity.rel_l2": value}),),
+        cases=(
+            CaseParity(
+                name="t2i_square", kind="t2i", prompt="a red | cat", metrics={"velocity.rel_l2": value}, has_image=True
+            ),
+        ),
         notes=("LPIPS was not measured.",),
     )
 
 
+def budget(
+    artifact: Artifact, digest: str | None = None, target: str = "rtx4070-12gb", ok: bool = True
+) -> BudgetReport:
+    """A budget report; not `ok`: over its limit."""
+    return BudgetReport(
+        artifact=digest or artifact.digest,
+        name=artifact.manifest.recipe.name,
+        target=target,
+        device="NVIDIA GeForce RTX 4070",
+        limit=11.2 * 2**30,
+        phases=(
+            PhaseUse(name="prefill", parts={"weights": 8.0 * 2**30, "activations": 0.5 * 2**30}),
+            PhaseUse(name="denoise", parts={"weights": 8.0 * 2**30, "activations": 0.7 * 2**30}, measured=8.9 * 2**30),
+        ),
+        timings=(Timing(what="denoise step", median=0.41, p90=0.44, reference=0.52),),
+        measured_on="NVIDIA GeForce RTX 4070",
+        overruns=() if ok else ("denoise needs 12.40 GiB, the target has 11.20 GiB.",),
+    )
+
+
 def write_reports(artifact: Artifact) -> Artifact:
-    """Reports that let the artifact be published."""
+    """Reports that let the artifact be published, and the pictures that validation draws."""
     from PIL import Image
 
     parity(artifact).save(artifact.path)
-    pictures = artifact.path / "reports" / "pictures"
-    pictures.mkdir(exist_ok=True)
-    Image.linear_gradient("L").resize((96, 32)).convert("RGB").save(pictures / "t2i_square.png")
+    budget(artifact).save(artifact.path)
+    Image.linear_gradient("L").resize((96, 32)).convert("RGB").save(artifact.path / "reports" / "t2i_square.png")
+    (artifact.path / "report.html").write_text("<html></html>")
     return artifact
 
 

@@ -1,0 +1,133 @@
+"""The gates: what may not be published, and that what may is exactly the folder that was verified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from publish_data import BASE, REPO, budget, flip, parity
+
+from bagel_compress.artifact import Artifact, sha256_file
+from bagel_compress.card import Origin
+from bagel_compress.errors import ArtifactError, GateError, PublishError
+from bagel_compress.publish.release import Release, make_release
+from bagel_compress.recipe import Recipe
+
+ORIGIN = Origin(REPO, BASE)
+
+
+def release(artifact: Artifact, tmp_path: Path, **options: bool) -> Release:
+    return make_release(artifact, tmp_path / "release", ORIGIN, **options)
+
+
+def test_the_folder_holds_what_was_verified(artifact: Artifact, tmp_path: Path) -> None:
+    made = release(artifact, tmp_path)
+    present = {p.relative_to(made.folder).as_posix() for p in made.folder.rglob("*") if p.is_file()}
+    assert present == set(made.files)
+    assert {"README.md", "SHA256SUMS", "manifest.json", "report.html", "reports/provenance.json", "reports/build.json",
+            "reports/parity.json", "reports/budget-rtx4070-12gb.json", "reports/t2i_square.png"} <= present  # fmt: skip
+    for path, entry in made.files.items():
+        assert sha256_file(made.folder / path) == entry.sha256
+        assert (made.folder / path).stat().st_size == entry.bytes
+    assert release(artifact, tmp_path).files == made.files  # the same again, byte for byte
+
+
+def test_failed_parity(artifact: Artifact, tmp_path: Path) -> None:
+    parity(artifact, ok=False).save(artifact.path)
+    with pytest.raises(GateError, match=r"parity did not pass: case t2i_square: velocity.rel_l2 is 0.31, above"):
+        release(artifact, tmp_path)
+
+
+def test_missing_budget(artifact: Artifact, tmp_path: Path) -> None:
+    (artifact.path / "reports" / "budget-rtx4070-12gb.json").unlink()
+    with pytest.raises(GateError, match="it has no budget report"):
+        release(artifact, tmp_path)
+
+
+def test_budget_over_its_limit(artifact: Artifact, tmp_path: Path) -> None:
+    budget(artifact, ok=False).save(artifact.path)
+    with pytest.raises(GateError, match=r"budget of rtx4070-12gb: denoise needs 12.40 GiB"):
+        release(artifact, tmp_path)
+
+
+def test_a_promised_target_without_budget(artifact: Artifact, tmp_path: Path) -> None:
+    recipe = artifact.manifest.recipe.model_copy(update={"targets": ("rtx4070-12gb", "rtx3090-24gb")})
+    changed = artifact.manifest.model_copy(update={"recipe": recipe})
+    (artifact.path / "manifest.json").write_bytes(changed.to_bytes())
+    promised = Artifact.open(artifact.path)
+    parity(promised).save(promised.path)
+    budget(promised).save(promised.path)
+    with pytest.raises(GateError, match="no budget report for rtx3090-24gb"):
+        release(promised, tmp_path)
+
+
+@pytest.mark.parametrize("stale", ["parity", "budget"])
+def test_stale_reports(artifact: Artifact, tmp_path: Path, stale: str) -> None:
+    {"parity": parity, "budget": budget}[stale](artifact, "0" * 64).save(artifact.path)
+    with pytest.raises(GateError, match="belongs to another build"):
+        release(artifact, tmp_path)
+
+
+def test_a_changed_byte(artifact: Artifact, tmp_path: Path) -> None:
+    flip(artifact.path / artifact.manifest.shards[-1])
+    for draft in (False, True):
+        with pytest.raises(GateError, match=r"model-0000\d-of-0000\d.safetensors was changed: \S+"):
+            release(artifact, tmp_path, draft=draft)
+
+
+def test_everything_that_is_missing_is_listed(built: Callable[[str], Artifact], tmp_path: Path) -> None:
+    with pytest.raises(GateError) as error:
+        make_release(built("nf4"), tmp_path / "release", Origin(REPO, None))
+    for missing in ("no parity report", "no budget report", "--base-model"):
+        assert missing in str(error.value)
+    assert error.value.exit_code == 1
+
+
+def test_a_draft_needs_no_reports_and_says_so(built: Callable[[str], Artifact], tmp_path: Path) -> None:
+    draft = make_release(built("nf4"), tmp_path / "release", ORIGIN, draft=True)
+    card = (draft.folder / "README.md").read_text()
+    assert "**DRAFT.**" in card
+    assert "Not measured." in card
+
+
+def test_a_draft_does_not_carry_reports_of_another_build(artifact: Artifact, tmp_path: Path) -> None:
+    parity(artifact, "0" * 64).save(artifact.path)
+    draft = release(artifact, tmp_path, draft=True)
+    assert "reports/parity.json" not in draft.files
+    assert "reports/t2i_square.png" not in draft.files
+
+
+def test_a_folder_of_somebody_else_is_not_touched(artifact: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / "release"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(PublishError, match="was not made by publish"):
+        release(artifact, tmp_path)
+    assert (folder / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["../../etc/cron.d/x", "/etc/passwd", "a\\..\\b", "C:evil"])
+def test_a_manifest_that_leaves_its_folder(artifact: Artifact, name: str) -> None:
+    path = artifact.path / "manifest.json"
+    data = json.loads(path.read_bytes())
+    data["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    path.write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="points outside its folder"):
+        Artifact.open(artifact.path)
+
+
+def test_a_manifest_with_a_shard_elsewhere(artifact: Artifact) -> None:
+    path = artifact.path / "manifest.json"
+    data = json.loads(path.read_bytes())
+    next(iter(data["units"].values()))["shard"] = "../secret.safetensors"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="not among its files"):
+        Artifact.open(artifact.path)
+
+
+def test_the_recipe_on_the_card_is_the_recipe(artifact: Artifact, tmp_path: Path) -> None:
+    card = (release(artifact, tmp_path).folder / "README.md").read_text()
+    text = card.partition("```yaml\n")[2].partition("\n```")[0]
+    assert Recipe.parse(text, "card").digest == artifact.manifest.recipe_digest
