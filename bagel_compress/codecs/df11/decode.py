@@ -23,6 +23,7 @@ from bagel_compress.codecs.df11.layout import (
 from bagel_compress.codecs.df11.threads import Span, in_spans
 from bagel_compress.errors import CodecError
 
+SPAN = 16  # blocks that are worth a thread: about 200,000 weights
 _WRONG = {
     unpack.BAD_CODE: "encoded_exponent holds bits that are no code of its luts",
     unpack.BAD_GAP: "gaps and encoded_exponent do not agree",
@@ -77,7 +78,7 @@ def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
             stored.gaps, stored.positions, stored.rest, words,
         )  # fmt: skip
 
-    statuses = in_spans(inner, lambda span: blocks(span, stream))
+    statuses = in_spans(inner, lambda span: blocks(span, stream), SPAN)
     statuses.append(blocks((inner, stored.blocks), tail))
     for status in statuses:
         if status != unpack.OK:

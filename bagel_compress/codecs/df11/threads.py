@@ -15,12 +15,15 @@ Span = tuple[int, int]
 _TASKS_PER_THREAD = 4  # so that a core that is busy elsewhere holds up little
 
 
-def in_spans(count: int, task: Callable[[Span], T]) -> list[T]:
-    """`task` on consecutive (first, stop) that cover range(count); results in order. See `numba.set_num_threads`."""
+def in_spans(count: int, task: Callable[[Span], T], least: int = 1) -> list[T]:
+    """`task` on consecutive (first, stop) that cover range(count); results in order.
+
+    A span has at least `least` items, so that small work is not handed around. Threads: `numba.set_num_threads`.
+    """
     threads = numba.get_num_threads()
-    if threads == 1 or count <= 1:
+    tasks = min(count // least, threads * _TASKS_PER_THREAD)
+    if threads == 1 or tasks <= 1:
         return [task((0, count))]
-    tasks = min(count, threads * _TASKS_PER_THREAD)
     bounds = [count * k // tasks for k in range(tasks + 1)]
     return list(_pool(threads).map(task, pairwise(bounds)))
 

@@ -66,7 +66,7 @@ def pattern_dict(units: Iterable[Unit]) -> dict[str, list[str]]:
     A pattern is for `re.fullmatch` on a module's name; each module of `units` matches exactly one.
     """
     families: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for unit in units:
+    for unit in sorted(units, key=lambda unit: _between(unit.name)):
         paths = tuple(path for spec in unit.specs if (path := attribute(unit.name, spec.name)))
         families.setdefault((_NUMBER.sub("#", unit.name, count=1), paths), []).append(unit.name)
     complete = {key for key in families if [other for other, _ in families].count(key[0]) == 1}
