@@ -41,7 +41,9 @@ def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
         return _cached(repo, revision, error)
     if MANIFEST not in names:
         raise ArtifactError(f"{repo} has no {MANIFEST}: it is no artifact of bagel-compress, or not a finished one.")
-    manifest_path = _get(repo, commit, [MANIFEST])[MANIFEST]
+    manifest_path = _get(repo, revision or "main", [MANIFEST])[MANIFEST]  # by its name: the cache then knows the name
+    if manifest_path.parent.name != commit:  # somebody published in this moment
+        commit, names = listing(repo, manifest_path.parent.name)
     manifest = parse_manifest(manifest_path.read_bytes(), Path(repo))
     missing = manifest.files.keys() - names
     if missing:
@@ -147,12 +149,12 @@ def _status(error: Exception) -> str:
     return scrubbed(first_line(error))
 
 
-def _get(repo: str, commit: str, names: Iterable[str]) -> dict[str, Path]:
-    """Files of one commit, from the cache or the Hub, by name."""
+def _get(repo: str, revision: str, names: Iterable[str]) -> dict[str, Path]:
+    """Files of one revision, from the cache or the Hub, by name."""
     from huggingface_hub import hf_hub_download
 
     def one(name: str) -> tuple[str, Path]:
-        return name, Path(hf_hub_download(repo, name, revision=commit))
+        return name, Path(hf_hub_download(repo, name, revision=revision))
 
     with failures(f"the download of {repo} broke off"), ThreadPoolExecutor(4, "download") as pool:
         return dict(pool.map(one, names))

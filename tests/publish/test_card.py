@@ -1,0 +1,133 @@
+"""The card: the Hub's own parser reads it, hostile names stay names, numbers are those of the reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hub import Hub
+from huggingface_hub import HfApi, ModelCard
+from markdown_it import MarkdownIt
+from publish_data import BASE, REPO, TOKEN, budget, parity
+
+from bagel_compress.artifact import Artifact
+from bagel_compress.card import Origin, code, model_card, plain
+from bagel_compress.publish.evidence import Evidence, load_evidence
+
+HOSTILE = [
+    "x\n---\nlicense: evil\n---\n# pwned",
+    'a"\nbase_model: evil/model',
+    "`rm -rf /` | <script>alert(1)</script>",
+    "[click](javascript:alert(1)) ![x](http://evil/x.png) **bold** http://evil.example",
+    "- item\n1. one\n> quote\n# head\n```\nfence",
+    "\u202egnp.exe \x1b[31m \x00",
+    "{{ jinja }} ${shell} &lt;b&gt; &#x3c;b&#x3e;",
+]
+
+
+class Tags(HTMLParser):
+    """Tags and links of rendered Markdown, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def rendered(markdown: str) -> Tags:
+    return Tags(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(markdown))
+
+
+def card_of(artifact: Artifact, origin: Origin | None = None) -> str:
+    return model_card(artifact, load_evidence(artifact)[0], origin or Origin(REPO, BASE))
+
+
+def test_front_matter(artifact: Artifact) -> None:
+    data = ModelCard(card_of(artifact)).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "bagel-mot", "any-to-any")
+    assert (data.base_model, data.to_dict()["base_model_relation"]) == (BASE, "quantized")
+    assert data.to_dict()["quantized_by"] == "ann"
+    assert {"nf4", "4-bit", "bagel"} <= set(data.tags or ())
+    assert {(r.metric_type, r.metric_value) for r in data.eval_results or ()} == {
+        ("velocity.rel_l2", 0.11), ("image.psnr", 24.5),
+    }  # fmt: skip
+
+
+def test_a_lossless_build_is_called_so(built: Callable[[str], Artifact]) -> None:
+    card = model_card(built("raw"), Evidence(), Origin(REPO, BASE))
+    assert "No weight was changed" in card
+    assert "4-bit" not in (ModelCard(card).data.tags or [])
+
+
+def test_the_numbers_are_those_of_the_reports(artifact: Artifact) -> None:
+    page = rendered(card_of(artifact).partition("\n---\n")[2])
+    for shown in ("0.11", "0.004", "24.5", "8.70 GiB", "8.90 GiB", "11.20 GiB", "0.41 s", "0.79x", "a red | cat",
+                  "NVIDIA GeForce RTX 4070", "LPIPS was not measured", artifact.digest, "20.5 dB"):  # fmt: skip
+        assert shown in page.text, shown
+    assert "./reports/t2i_square.png" in page.links
+    for title in ("Size", "Memory and speed", "Parity with the reference", "Use it", "Limits and known losses",
+                  "Recipe", "Provenance", "Licence and attribution"):  # fmt: skip
+        assert title in page.text
+
+
+def test_what_was_not_measured_is_called_so(artifact: Artifact) -> None:
+    report = budget(artifact)
+    phases = tuple(p.model_copy(update={"measured": None}) for p in report.phases)
+    report.model_copy(update={"phases": phases, "timings": (), "measured_on": None}).save(artifact.path)
+    card = card_of(artifact)
+    assert "| not measured |" in card
+    assert "Speed was not measured." in card
+
+
+def test_limits_that_do_not_hold_are_shown_on_a_draft(artifact: Artifact) -> None:
+    parity(artifact, ok=False).save(artifact.path)
+    budget(artifact, ok=False).save(artifact.path)
+    assert card_of(artifact).count("**no**") == 2
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text(text: str) -> None:
+    for markdown in (plain(text), f"| {plain(text)} | x |\n| --- | --- |", f"before {code(text)} after", code(text)):
+        page = rendered(markdown)
+        assert set(page.tags) <= {"p", "table", "thead", "tr", "th", "code"}, (markdown, page.tags)
+        assert page.links == []
+        assert "\n" not in markdown.partition("\n| ---")[0]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_source_name(artifact: Artifact, hub: Hub, name: str) -> None:
+    """A fine-tune of such a name, asked onto a card: the Hub's check and the parser see our front matter only."""
+    path = artifact.path / "manifest.json"
+    data = json.loads(path.read_bytes())
+    data["source"] |= {"name": name, "revision": name}
+    data["recipe"] |= {"summary": name, "card": name}
+    path.write_text(json.dumps(data))
+    hostile = Artifact.open(artifact.path)
+    card = model_card(hostile, Evidence(), Origin(REPO, None), draft=True)
+    read = ModelCard(card).data
+    assert (read.license, read.base_model) == ("apache-2.0", None)
+    page = rendered(card.partition("\n---\n")[2])
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert not [link for link in page.links if "evil" in link or link.startswith("javascript")]
+    assert page.tags.count("h1") == 1
+    HfApi(endpoint=hub.url, token=TOKEN)._validate_yaml(card, repo_type="model")
+
+
+def test_a_base_that_is_no_repository_is_refused_by_the_hub(hub: Hub, artifact: Artifact, tmp_path: Path) -> None:
+    card = model_card(artifact, Evidence(), Origin(REPO, "no repo\n---\nx: y"))
+    assert ModelCard(card).data.to_dict().keys().isdisjoint({"x"})
+    with pytest.raises(ValueError, match="base_model"):
+        HfApi(endpoint=hub.url, token=TOKEN)._validate_yaml(card, repo_type="model")

@@ -1,0 +1,196 @@
+"""verify and fetch: a stranger with an empty cache gets exactly the build, or is told what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hub import Fault, Hub
+from publish_data import REPO, flip, parity
+
+from bagel_compress.artifact import Artifact
+from bagel_compress.errors import ArtifactError, PublishError
+from bagel_compress.hub import fetch, open_artifact
+from bagel_compress.publish.verify import verify_folder, verify_repo
+
+Publish = Callable[..., object]
+Cache = Callable[[], Path]
+
+
+@pytest.fixture
+def online(hub: Hub, artifact: Artifact, publish: Publish, fresh_cache: Cache) -> Artifact:
+    publish(artifact)
+    hub.requests.clear()
+    fresh_cache()
+    return artifact
+
+
+def damage(hub: Hub, name: str, at: int = -1) -> None:
+    """One byte of a stored file changes on the Hub's disks; what it lists stays the same."""
+    oid = hub.store.repos[REPO].head("main").files[name].oid
+    data = bytearray(hub.store.objects[oid])
+    data[at] ^= 1
+    hub.store.objects[oid] = bytes(data)
+
+
+def test_fetch_brings_what_is_needed_and_nothing_else(hub: Hub, online: Artifact) -> None:
+    folder = fetch(REPO)
+    got = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    assert got == {*online.manifest.files, "manifest.json"}
+    assert open_artifact(REPO).digest == online.digest
+    before = len(hub.requests)
+    fetch(REPO)
+    assert len([r for r in hub.requests[before:] if r.startswith("GET") and ("/cdn/" in r or "/resolve/" in r)]) == 0
+
+
+def test_everything(online: Artifact) -> None:
+    folder = fetch(REPO, kind="everything")
+    assert (folder / "reports" / "t2i_square.png").exists()
+    assert verify_folder(folder).faults == ()
+
+
+def test_a_branch_and_a_commit(hub: Hub, artifact: Artifact, publish: Publish) -> None:
+    publish(artifact, revision="v2")
+    commit = hub.store.repos[REPO].refs["v2"]
+    for name in ("v2", commit):
+        assert open_artifact(f"{REPO}@{name}").digest == artifact.digest
+    with pytest.raises(ArtifactError, match=r"no manifest\.json"):
+        fetch(REPO)
+
+
+def test_a_damaged_transfer_is_loaded_again(hub: Hub, online: Artifact) -> None:
+    hub.faults = [Fault("GET /cdn/", "flip", times=2)]
+    assert Artifact.open(fetch(REPO)).verify() == []
+    assert hub.faults[0].times == 0
+
+
+def test_a_cut_transfer_goes_on(hub: Hub, online: Artifact) -> None:
+    hub.faults = [Fault("GET /cdn/", "cut", times=2), Fault("HEAD .*/resolve/", times=1)]
+    assert Artifact.open(fetch(REPO)).verify() == []
+
+
+def test_a_file_that_is_damaged_on_the_hub(hub: Hub, online: Artifact, fresh_cache: Cache) -> None:
+    shard = online.manifest.shards[0]
+    damage(hub, shard)
+    with pytest.raises(ArtifactError, match=rf"{shard} of {REPO} is damaged"):
+        fetch(REPO)
+    cached = [p for p in fresh_cache().parent.rglob(shard) if "snapshots" in p.parts]
+    assert cached == []  # nothing is left that another program could take for good
+
+
+def test_without_network_the_cache_serves(hub: Hub, online: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fetch(REPO)
+    hub.faults = [Fault(".", "cut", times=10**6)]
+    assert fetch(REPO) == folder
+    flip((folder / online.manifest.shards[0]).resolve())
+    with pytest.raises(ArtifactError, match="is damaged in the cache"):
+        fetch(REPO)
+
+
+def test_without_network_and_without_cache(hub: Hub, online: Artifact) -> None:
+    hub.faults = [Fault(".", "cut", times=10**6)]
+    with pytest.raises(PublishError, match="cannot be reached"):
+        fetch(REPO)
+
+
+@pytest.mark.parametrize(
+    ("repo", "message"),
+    [("ann/nothing", "no such repository"), ("../../etc", "neither a folder here"), ("a/b/c", "neither a folder"),
+     ("ann/..", "neither a folder")],
+)  # fmt: skip
+def test_names_that_are_none(hub: Hub, repo: str, message: str) -> None:
+    with pytest.raises(PublishError, match=message):
+        fetch(repo)
+
+
+def test_verify_folder_names_what_is_wrong(online: Artifact) -> None:
+    folder = online.path.with_name("nf4.release")
+    good = verify_folder(folder)
+    assert (good.faults, good.signature) == ((), "none")
+    flip(folder / "reports" / "t2i_square.png")
+    (folder / "extra.bin").write_bytes(b"x")
+    (folder / "vocab.json").unlink()
+    with pytest.raises(ArtifactError, match=r"vocab\.json is missing"):
+        verify_folder(folder)
+    (folder / "vocab.json").write_bytes((online.path / "vocab.json").read_bytes())
+    assert verify_folder(folder).faults == ("reports/t2i_square.png was changed", "extra.bin is not in SHA256SUMS")
+
+
+def test_verify_an_artifact_that_was_never_published(artifact: Artifact) -> None:
+    assert verify_folder(artifact.path).faults == ()
+    flip(artifact.path / artifact.manifest.shards[0])
+    assert "was changed" in verify_folder(artifact.path).faults[0]
+
+
+def test_sums_and_manifest_that_disagree(online: Artifact) -> None:
+    """Whoever changes a file and SHA256SUMS with it still has the manifest against them."""
+    import hashlib
+
+    folder, shard = online.path.with_name("nf4.release"), online.manifest.shards[0]
+    flip(folder / shard)
+    sums = folder / "SHA256SUMS"
+    old = online.manifest.files[shard].sha256
+    new = hashlib.sha256((folder / shard).read_bytes()).hexdigest()
+    text = sums.read_text().replace(old, new)
+    sums.unlink()
+    sums.write_text(text)
+    assert verify_folder(folder).faults == (f"{shard} has another digest in SHA256SUMS than in the manifest",)
+
+
+def test_stale_reports_are_a_fault(artifact: Artifact) -> None:
+    parity(artifact, "0" * 64).save(artifact.path)
+    assert "belongs to another build" in verify_folder(artifact.path).faults[0]
+
+
+def test_verify_repo_reads_no_weights(hub: Hub, online: Artifact) -> None:
+    verdict = verify_repo(REPO)
+    assert (verdict.faults, verdict.artifact) == ((), online.digest)
+    assert not any("/cdn/" in line for line in hub.requests)
+
+
+def test_verify_repo_sees_what_was_swapped(hub: Hub, online: Artifact) -> None:
+    from hub_store import File
+
+    files = hub.store.repos[REPO].head("main").files
+    shard = online.manifest.shards[0]
+    files[shard] = File("0" * 64, files[shard].size, lfs=True)
+    files["config.json"] = hub.store.keep(b"{}", lfs=False)
+    files["evil.py"] = hub.store.keep(b"import os", lfs=False)
+    del files["merges.txt"]
+    faults = verify_repo(REPO).faults
+    assert set(faults) == {
+        f"{shard} is not what was released", "config.json is not what was released", "merges.txt is missing",
+        "evil.py is not in SHA256SUMS",
+    }  # fmt: skip
+
+
+def test_an_edited_card_is_no_fault(hub: Hub, online: Artifact) -> None:
+    files = hub.store.repos[REPO].head("main").files
+    files["README.md"] = hub.store.keep(b"---\nlicense: apache-2.0\n---\nbetter words\n", lfs=False)
+    assert verify_repo(REPO).faults == ()
+
+
+def test_verify_full_reads_every_byte(hub: Hub, online: Artifact, fresh_cache: Cache) -> None:
+    assert verify_repo(REPO, full=True).how == "every byte read"
+    fresh_cache()
+    damage(hub, "report.html")
+    assert verify_repo(REPO).faults == ("report.html is not what was released",)  # small files are read in any case
+
+
+def test_sums_that_leave_the_folder(online: Artifact) -> None:
+    folder = online.path.with_name("nf4.release")
+    with (folder / "SHA256SUMS").open("a") as sums:
+        sums.write(f"{'0' * 64}  ../../outside\n")
+    with pytest.raises(ArtifactError, match="names no file here"):
+        verify_folder(folder)
+
+
+def test_a_manifest_on_the_hub_that_leaves_the_cache(hub: Hub, online: Artifact) -> None:
+    files = hub.store.repos[REPO].head("main").files
+    data = json.loads(hub.store.read(REPO, "manifest.json"))
+    data["files"]["../../../evil"] = {"bytes": 1, "sha256": "0" * 64}
+    files["manifest.json"] = hub.store.keep(json.dumps(data).encode(), lfs=False)
+    with pytest.raises(ArtifactError, match="points outside its folder"):
+        fetch(REPO)
