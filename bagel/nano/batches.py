@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.inputs import THINK_IMAGE, TextCodec, resized, to_tensor
+from bagel.images import resized
+from bagel.inputs import to_tensor
 from bagel.nano import language
 from bagel.nano.forward import Branch, Item, Latent, Seen, Text
 from bagel.nano.language import Edit, Plan
 from bagel.nano.model import CONFIG
 from bagel.nano.scenes import Scene, render, sample_scene
 from bagel.nano.vae_train import to_tensor as images_to_tensor
+from bagel.text import THINK_IMAGE, TextCodec
 from bagel.vae import AutoEncoder
 from bagel.vit import patchify
 
@@ -36,9 +38,9 @@ class Mix:
     """Samples of each task in one step, noised copies of each generated picture, questions about each seen one."""
 
     draw: int = 24
-    ask: int = 12
+    ask: int = 8
     edit: int = 10
-    think: int = 4
+    think: int = 3
     draw_copies: int = 3
     edit_copies: int = 2
     questions: int = 3

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bagel.inputs import TextCodec, grid_ids
+from bagel.inputs import grid_ids
 from bagel.layers import rope_table
 from bagel.model import Bagel
+from bagel.text import TextCodec
 from bagel.training import shifted_times
 
 IGNORE = -100

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from bagel.inputs import QWEN2_SPLIT, THINK_IMAGE, THINK_TEXT
 from bagel.nano.language import vocabulary
+from bagel.text import QWEN2_SPLIT, THINK_IMAGE, THINK_TEXT
 
 # The special tokens of Qwen2.5, in the order of their ids; BAGEL uses im_start, im_end, vision_start and vision_end.
 SPECIAL = (

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bagel.inputs import TextCodec
 from bagel.model import Bagel
 from bagel.nano import vit_train
 from bagel.nano.batches import Mix, Pool, Tasks
 from bagel.nano.forward import Losses, forward, grouped
 from bagel.nano.model import CONFIG, LATENT_TOKENS, build, inner_matrices, trained
 from bagel.nano.optim import Average, Optimizer, Schedule
+from bagel.text import TextCodec
 
 PHASES = ("vit", "und", "mix")
 
@@ -44,7 +44,7 @@ class ModelRecipe:
     """What determines the trained weights, given the latents, the machine and the thread count."""
 
     vit: Phase = Phase(800, 2e-3, 50, 0.5, 0.05)
-    und: Phase = Phase(600, 2e-3, 100, 0.3, 0.3)
+    und: Phase = Phase(200, 2e-3, 50, 0.0, 1.0)
     mix: Phase = Phase(2800, 2e-3, 150, 0.4, 0.02)
     vit_batch: int = 32
     und_batch: Mix = field(default_factory=lambda: Mix(ask=24))

@@ -10,7 +10,7 @@ than the plain background: by PSNR alone a discs-for-squares autoencoder looks g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,7 @@ MOMENT_WEIGHT = 0.05
 class Recipe:
     """What determines the trained autoencoder, given machine and thread count."""
 
-    steps: int = 3000
+    steps: int = 2200
     batch: int = 8
     lr: float = 2e-3
     seed: int = 1
@@ -93,7 +93,7 @@ class VAETrainer:
             **{f"optimizer.{n}": t for n, t in self.optimizer.state().items()},
         }
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes what `state` gave."""
         self.step = int(state["step"])
         with torch.no_grad():
