@@ -12,6 +12,7 @@ out], so codes that are stored as rows of [out, in] are transposed, which change
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,25 +83,54 @@ def coded(form: FormName, item: Coded, dtype: torch.dtype) -> dict[str, Stored]:
     """What a coded matrix becomes in the file: suffix -> values. `dtype` is the export's precision."""
     from onnx import TensorProto
 
-    carried = item.codec.export_linear(item.spec, item.parts)
+    codes, scale = CARRIED[item.codec.format](item)
     rows, columns = item.spec.shape
-    codes = carried["codes"]
+    values = plain(scale, dtype, f"{item.spec.name} (its scales)", transpose=form == "int4")
     if form == "bnb4":
-        absmax = plain(_tensor(carried["absmax"]), dtype, item.spec.name)
-        return {".codes": Stored(TensorProto.UINT8, (codes.size,), codes.reshape(-1)), ".absmax": absmax}
-    scale = plain(_tensor(carried["scale"]), dtype, item.spec.name, transpose=form == "int4")
-    if form == "int4":
-        unpacked = np.ascontiguousarray(codes.reshape(rows, columns).T).reshape(-1)
-        return {".codes": Stored(TensorProto.INT4, (columns, rows), pack_int4(unpacked)), ".scale": scale}
+        return {".codes": Stored(TensorProto.UINT8, (codes.size,), codes), ".absmax": values}
     turned = np.ascontiguousarray(codes.reshape(rows, columns).T)
+    if form == "int4":
+        return {".codes": Stored(TensorProto.INT4, (columns, rows), pack_int4(turned.reshape(-1))), ".scale": values}
     kind = TensorProto.FLOAT8E4M3FN if item.codec.format == "fp8" else TensorProto.INT8
-    return {".codes": Stored(kind, (columns, rows), turned), ".scale": scale}
+    return {".codes": Stored(kind, (columns, rows), turned), ".scale": values}
 
 
-def _tensor(values: np.ndarray) -> torch.Tensor:
+def _nf4(item: Coded) -> tuple[np.ndarray, torch.Tensor]:
+    """bitsandbytes' packed bytes as they are, and absmax, un-nested, (blocks,)."""
+    from bagel_compress.codecs.nf4 import Nf4, stored_absmax
+
+    assert isinstance(item.codec, Nf4)
+    return item.parts[item.spec.name].reshape(-1).numpy(), stored_absmax(item.codec, item.spec, item.parts).float()
+
+
+def _int4(item: Coded) -> tuple[np.ndarray, torch.Tensor]:
+    """Codes -8..7 (N, K) and scales (N, K/32)."""
+    from bagel_compress.codecs.int4 import unpack
+
+    name = item.spec.name
+    return unpack(item.parts[f"{name}_packed"]).numpy(), item.parts[f"{name}_scale"].float()
+
+
+def _int8(item: Coded) -> tuple[np.ndarray, torch.Tensor]:
+    """Codes (N, K) and scales (N,); bitsandbytes stores 127 times the scale."""
+    from bagel_compress.codecs.int8 import PER_127, scb_name
+
+    return item.parts[item.spec.name].numpy(), item.parts[scb_name(item.spec)].float() * PER_127
+
+
+def _fp8(item: Coded) -> tuple[np.ndarray, torch.Tensor]:
+    """Codes (N, K) as bytes and scales (N,); a scale per tensor is repeated."""
     import torch
 
-    return torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: mapped files are read-only
+    from bagel_compress.codecs.fp8 import scale_name
+
+    scale = item.parts[scale_name(item.spec)].float().reshape(-1)
+    return item.parts[item.spec.name].view(torch.uint8).numpy(), scale.expand(item.spec.shape[0])
+
+
+CARRIED: dict[str, Callable[[Coded], tuple[np.ndarray, torch.Tensor]]] = {
+    "nf4": _nf4, "int4": _int4, "int8": _int8, "fp8": _fp8,
+}  # fmt: skip
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:

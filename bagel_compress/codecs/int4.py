@@ -1,0 +1,173 @@
+"""int4: signed four-bit codes, one bf16 scale per 32 weights of a row: compressed-tensors' "pack-quantized" W4A16.
+
+Parts of `X.weight` of shape (N, K), K a multiple of 32 (compressed-tensors 0.20, `pack_to_int32`):
+
+    X.weight_packed    I32  (N, K/8)     eight codes a word, first in the lowest bits, stored as code + 8
+    X.weight_scale     BF16 (N, K/32)
+    X.weight_shape     I64  (2,)         N, K
+
+The format of TensorRT and of standard ONNX for four bits (DequantizeLinear with blocks of 32); NF4 is closer to the
+weights at the same size, but has no operator there. Scale "absmax" is compressed-tensors' own rule, absmax / 7.5;
+"mse" tries smaller ones and keeps what leaves the least squared error in each block. Codes are rounded with the bf16
+scale that is stored. Zero blocks get the scale 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
+from bagel_compress.codecs.matrix import MatrixCodec, not_finite
+from bagel_compress.errors import CodecError, PlanError
+from bagel_compress.spec import PartSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 32  # weights per scale
+CHUNK_ELEMENTS = 1 << 20  # coded at a time; a search holds some fp32 copies of it
+LEVELS = 7.5  # half of the 15 steps between -8 and 7
+SHRINK = {"absmax": (1.0,), "mse": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}  # factors on absmax that are tried
+WIDE = 3.0e38  # blocks beyond it use codes -7..7, so that no decoded value overflows
+
+
+class Int4(MatrixCodec):
+    """Symmetric INT4, block 32 along the input."""
+
+    format: Literal["int4"] = "int4"
+    scale: Literal["absmax", "mse"] = "absmax"
+
+    def check(self, unit: Unit) -> None:
+        super().check(unit)
+        for spec in unit.specs:
+            if spec.shape[1] % BLOCK:
+                raise PlanError(
+                    f"{spec.name}: codec int4 needs rows of a multiple of {BLOCK} weights, found {spec.shape[1]};"
+                    " give it codec int8 or raw in the recipe."
+                )
+
+    def parts(self, unit: Unit) -> dict[str, PartSpec]:
+        (spec,) = unit.specs
+        rows, columns = spec.shape
+        return {
+            f"{spec.name}_packed": PartSpec("I32", (rows, columns // 8)),
+            f"{spec.name}_scale": PartSpec("BF16", (rows, columns // BLOCK)),
+            f"{spec.name}_shape": PartSpec("I64", (2,)),
+        }
+
+    def begin(self, unit: Unit, source: Reader) -> Encoding:
+        return _Int4Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+
+    def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """bf16(code * scale), the product in fp32."""
+        import torch
+
+        (spec,) = unit.specs
+        codes, scale = self._stored(spec, parts)
+        out = torch.empty(spec.shape, dtype=torch.bfloat16, device=codes.device)
+        step = max(1, CHUNK_ELEMENTS // spec.shape[1])
+        for row in range(0, spec.shape[0], step):
+            blocks = unpack(codes[row : row + step]).unflatten(1, (-1, BLOCK)).float()
+            out[row : row + step] = (blocks * scale[row : row + step].float()[..., None]).flatten(1).bfloat16()
+        return {spec.name: out}
+
+    def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
+        weights = {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": BLOCK,
+            "dynamic": False,
+        }
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        return {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "quantization_status": "compressed",
+                "config_groups": {"group_0": group},
+                "ignore": list(others),
+                "kv_cache_scheme": None,
+            }
+        }
+
+    def _stored(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        for name, part in self.parts(Unit(spec.name, (spec,))).items():
+            found = tuple(parts[name].shape) if name in parts else None
+            if found != part.shape:
+                raise CodecError(f"{name}: expected shape {list(part.shape)}, found {found}; the artifact is damaged.")
+        shape = tuple(parts[f"{spec.name}_shape"].tolist())
+        if shape != spec.shape:
+            raise CodecError(f"{spec.name}: weight_shape says {shape}, expected {spec.shape}; the artifact is damaged.")
+        return parts[f"{spec.name}_packed"], parts[f"{spec.name}_scale"]
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """(N, K/8) int32 -> (N, K) int8 codes in -8..7."""
+    import torch
+
+    pairs = packed.contiguous().view(torch.uint8)
+    codes = torch.stack([pairs & 0x0F, pairs >> 4], dim=-1).flatten(1)
+    return codes.view(torch.int8) - 8
+
+
+@dataclass(slots=True)
+class _Int4Encoding(Encoding):
+    spec: TensorSpec = None  # type: ignore[assignment]
+    source: Reader = None  # type: ignore[assignment]
+
+    def chunks(self) -> Iterator[Chunk]:
+        import numpy as np
+        import torch
+
+        codec, spec = self.codec, self.spec
+        assert isinstance(codec, Int4)
+        rows, columns = spec.shape
+        step = max(1, CHUNK_ELEMENTS // columns)
+        for row in range(0, rows, step):
+            stop = min(row + step, rows)
+            weights = self.source.read(spec, row * columns, stop * columns).float().reshape(-1, BLOCK)
+            if not bool(torch.isfinite(weights).all()):
+                raise not_finite(spec, codec)
+            codes, scale = _quantised(weights, SHRINK[codec.scale])
+            self.quality.add(float(weights.double().square().sum()), _error(weights, codes, scale))
+            nibbles = (codes.flatten() + 8).to(torch.uint8)
+            packed = nibbles[0::2] | (nibbles[1::2] << 4)
+            yield Chunk(f"{spec.name}_packed", row * columns // 2, packed.numpy())
+            yield Chunk(f"{spec.name}_scale", row * columns // BLOCK * 2, scale.view(torch.uint8).numpy())
+        yield Chunk(f"{spec.name}_shape", 0, np.array(spec.shape, np.int64).view(np.uint8))
+
+
+def _quantised(weights: torch.Tensor, shrink: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks (B, 32) fp32 -> codes (B, 32) and bf16 scales (B,) of least squared error among the factors."""
+    import torch
+
+    absmax = weights.abs().amax(1)
+    best_codes, best_scale = _rounded(weights, absmax)
+    best = (weights - best_codes * best_scale.float()[:, None]).square().sum(1)
+    for factor in shrink[1:]:
+        codes, scale = _rounded(weights, absmax * factor)
+        error = (weights - codes * scale.float()[:, None]).square().sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_codes = torch.where(better[:, None], codes, best_codes)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_codes, best_scale
+
+
+def _rounded(weights: torch.Tensor, top: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    scale = (top / LEVELS).bfloat16()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    low = torch.where(top > WIDE, -7.0, -8.0)[:, None]
+    return torch.maximum((weights / scale.float()[:, None]).round().clamp(max=7.0), low), scale
+
+
+def _error(weights: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> float:
+    """Squared error of what `decode` will give."""
+    decoded = (codes * scale.float()[:, None]).bfloat16()
+    return float((weights - decoded.float()).double().square().sum())
