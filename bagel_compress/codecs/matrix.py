@@ -6,6 +6,7 @@ absolute maxima and finiteness are integer questions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from bagel_compress.codecs.base import Codec, Reader, Unit
@@ -14,6 +15,7 @@ from bagel_compress.spec import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 INFINITY_WORD = 0x7F80  # bf16: exponent all ones
 CHUNK_ELEMENTS = 1 << 22  # 8 MB of bf16: large enough for full disk speed, small enough to bound memory
@@ -43,6 +45,44 @@ def read_words(source: Reader, spec: TensorSpec, start: int, stop: int) -> np.nd
             f"{spec.name}: expected {stop - start} bf16 values, the source gave {values.numel()} {values.dtype}."
         )
     return values.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def read_rows(source: Reader, spec: TensorSpec) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, words (R, K)) over the whole matrix, in whole rows of about CHUNK_ELEMENTS."""
+    rows, columns = spec.shape
+    step = max(1, CHUNK_ELEMENTS // columns)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        yield first, read_words(source, spec, first * columns, last * columns).reshape(last - first, columns)
+
+
+def absmax_words(words: np.ndarray, spec: TensorSpec, codec: Codec) -> np.ndarray:
+    """(R,) uint16: the largest magnitude word of each row. Raises CodecError on NaN and Inf."""
+    import numpy as np
+
+    from bagel_compress.codecs.kernels.rows_kernels import absmax_rows
+    from bagel_compress.codecs.kernels.threads import split
+
+    tops = np.empty(len(words), np.uint16)
+    split(lambda a, b: absmax_rows(words[a:b], tops[a:b]), len(words), 1)
+    if (tops >= INFINITY_WORD).any():
+        raise not_finite(spec, codec)
+    return tops
+
+
+def as_floats(words: np.ndarray) -> np.ndarray:
+    """bf16 words -> fp32 values."""
+    import numpy as np
+
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def check_shapes(codec: Codec, unit: Unit, parts: Mapping[str, torch.Tensor]) -> None:
+    """Raises CodecError if a stored part is missing or has another shape than the unit calls for."""
+    for name, part in codec.parts(unit).items():
+        found = list(parts[name].shape) if name in parts else "nothing"
+        if found != list(part.shape):
+            raise CodecError(f"{name}: expected shape {list(part.shape)}, found {found}; the artifact is damaged.")
 
 
 def not_finite(spec: TensorSpec, codec: Codec) -> CodecError:

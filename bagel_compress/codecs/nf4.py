@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
-from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, not_finite, read_words, self_check
+from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, check_shapes, not_finite, read_words, self_check
 from bagel_compress.errors import CodecError
 from bagel_compress.spec import PartSpec, TensorSpec
 
@@ -93,10 +93,7 @@ def stored_absmax(codec: Nf4, spec: TensorSpec, parts: Mapping[str, torch.Tensor
     """(B,) fp32 absmax of stored parts, un-nested. Raises CodecError if the parts are not those of `spec`."""
     import torch
 
-    for name, part in codec.parts(Unit(spec.name, (spec,))).items():
-        if name not in parts or tuple(parts[name].shape) != part.shape:
-            found = list(parts[name].shape) if name in parts else "nothing"
-            raise CodecError(f"{name}: expected shape {list(part.shape)}, found {found}; the artifact is damaged.")
+    check_shapes(codec, Unit(spec.name, (spec,)), parts)
     absmax = parts[part_name(spec, "absmax")]
     offset = nested_offset(spec, parts)
     if offset is None:

@@ -1,16 +1,14 @@
 """nf4 against bitsandbytes: the same bytes, and stored parts that bitsandbytes loads without quantising again."""
 
 import json
-import math
 from collections.abc import Iterator
 
 import pytest
 import torch
+from codec_weights import decoded, encoded, quality_of, same_bytes, snr_db, unit_of, weight
 
-from bagel_compress.codecs.base import Unit, dtype_code
 from bagel_compress.codecs.nf4 import STATE, Nf4
 from bagel_compress.errors import CodecError
-from bagel_compress.spec import TensorSpec
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -26,14 +24,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def weight(*shape: int, seed: int = 0, scale: float = 0.02) -> torch.Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
-
-
-def unit_of(tensor: torch.Tensor) -> Unit:
-    return Unit("w.weight", (TensorSpec(dtype_code(tensor.dtype), tuple(tensor.shape), "w.weight"),))
-
-
 def by_bitsandbytes(tensor: torch.Tensor, double_quant: bool) -> dict[str, torch.Tensor]:
     packed, state = bnb.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
     return {"w.weight": packed} | {f"w.weight.{k}": v for k, v in state.as_dict(packed=True).items()}
@@ -45,15 +35,14 @@ def assert_same_parts(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Ten
         if name.endswith(STATE):
             assert bytes(ours[name].tolist()).rstrip(b" ") == bytes(part.tolist())
         else:
-            assert ours[name].dtype == part.dtype, name
-            assert torch.equal(ours[name].view(torch.uint8), part.contiguous().view(torch.uint8)), name
+            assert same_bytes(ours[name], part), name
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bytes_equal_bitsandbytes(shape: tuple[int, int], double_quant: bool) -> None:
     tensor = weight(*shape)
-    ours = Nf4(double_quant=double_quant).encode(unit_of(tensor), {"w.weight": tensor})
+    ours = encoded(Nf4(double_quant=double_quant), tensor)
     assert_same_parts(ours, by_bitsandbytes(tensor, double_quant))
 
 
@@ -66,7 +55,7 @@ def test_bytes_equal_bitsandbytes_at_every_magnitude(double_quant: bool) -> None
     noise = torch.rand(len(words), 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     noise[:, 0] = 1
     tensor = (noise * top[:, None]).bfloat16()
-    ours = Nf4(double_quant=double_quant).encode(unit_of(tensor), {"w.weight": tensor})
+    ours = encoded(Nf4(double_quant=double_quant), tensor)
     assert_same_parts(ours, by_bitsandbytes(tensor, double_quant))
 
 
@@ -82,7 +71,7 @@ def test_codes_of_every_word_under_every_absmax() -> None:
         padded = torch.cat([words, words.new_zeros(rows * 63 - len(words))]).reshape(rows, 63)
         block[:, 1:] = padded
         tensor = (block << 16).view(torch.float32).bfloat16()
-        assert_same_parts(Nf4().encode(unit_of(tensor), {"w.weight": tensor}), by_bitsandbytes(tensor, False))
+        assert_same_parts(encoded(Nf4(), tensor), by_bitsandbytes(tensor, False))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -90,7 +79,7 @@ def test_codes_of_every_word_under_every_absmax() -> None:
 def test_decode_equals_bitsandbytes(shape: tuple[int, int], double_quant: bool) -> None:
     tensor = weight(*shape)
     unit, codec = unit_of(tensor), Nf4(double_quant=double_quant)
-    parts = codec.encode(unit, {"w.weight": tensor})
+    parts = encoded(codec, tensor)
     packed, state = bnb.functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=double_quant)
     with torch.compiler.set_stance("force_eager"):  # it compiles its fallback for odd shapes, which takes a minute
         assert torch.equal(codec.decode(unit, parts)["w.weight"], bnb.functional.dequantize_4bit(packed, state))
@@ -100,7 +89,7 @@ def test_decode_equals_bitsandbytes(shape: tuple[int, int], double_quant: bool) 
 def test_bitsandbytes_reloads_without_requantising(double_quant: bool) -> None:
     tensor, bias = weight(96, 128), weight(1, 96, seed=2)[0]
     unit, codec = unit_of(tensor), Nf4(double_quant=double_quant)
-    parts = codec.encode(unit, {"w.weight": tensor})
+    parts = encoded(codec, tensor)
     module = _linear4bit(parts, bias, 128, 96)
     x = weight(5, 128, seed=3, scale=1.0)
     expected = torch.nn.functional.linear(x, codec.decode(unit, parts)["w.weight"], bias)
@@ -110,12 +99,12 @@ def test_bitsandbytes_reloads_without_requantising(double_quant: bool) -> None:
 def test_an_eval_forward_of_bitsandbytes_leaves_stored_parts_alone() -> None:
     """Its eval forward on some CPUs repacks the weight in place; our bytes must not be what it repacks."""
     tensor = weight(64, 128)
-    parts = Nf4().encode(unit_of(tensor), {"w.weight": tensor})
+    parts = encoded(Nf4(), tensor)
     before = {name: part.clone() for name, part in parts.items()}
     copies = {name: part.clone() for name, part in parts.items()}
     _linear4bit(copies, weight(1, 64, seed=2)[0], 128, 64).eval()(weight(3, 128, seed=3))
     assert_same_parts(parts, before)
-    assert_same_parts(Nf4().encode(unit_of(tensor), {"w.weight": tensor}), before)
+    assert_same_parts(encoded(Nf4(), tensor), before)
 
 
 def _linear4bit(parts: dict[str, torch.Tensor], bias: torch.Tensor, k: int, n: int) -> torch.nn.Module:
@@ -131,7 +120,7 @@ def test_plan_sizes_hold_whatever_the_offset(double_quant: bool) -> None:
     codec = Nf4(double_quant=double_quant)
     for scale in (1e-38, 1e-7, 0.02, 1.0, 1e36):
         tensor = (torch.ones(8, 64) * scale).bfloat16()
-        parts = codec.encode(unit_of(tensor), {"w.weight": tensor})
+        parts = encoded(codec, tensor)
         assert sum(p.nbytes for p in parts.values()) == codec.nbytes(unit_of(tensor))
         json.loads(bytes(parts[f"w.weight.{STATE}"].tolist()))
 
@@ -140,21 +129,16 @@ def test_plan_sizes_hold_whatever_the_offset(double_quant: bool) -> None:
 @pytest.mark.parametrize("scale", ["absmax", "mse"])
 def test_quality_is_that_of_the_decoded_weights(scale: str, double_quant: bool) -> None:
     tensor = weight(256, 512)
-    unit, codec = unit_of(tensor), Nf4(scale=scale, double_quant=double_quant)
-    encoding = codec.begin(unit, _Source(tensor))
-    for _ in encoding.chunks():
-        pass
-    decoded = codec.decode(unit, codec.encode(unit, {"w.weight": tensor}))["w.weight"]
-    noise = (tensor.double() - decoded.double()).square().sum().item()
-    expected = 10 * math.log10(tensor.double().square().sum().item() / noise)
-    assert encoding.quality.snr_db == pytest.approx(expected, abs=0.01)  # the rounding of decode to bf16 is not counted
+    codec = Nf4(scale=scale, double_quant=double_quant)
+    # the rounding of decode to bf16 is not counted
+    assert quality_of(codec, tensor).snr_db == pytest.approx(snr_db(tensor, decoded(codec, tensor)), abs=0.01)
 
 
 def test_searched_scales_lose_less_in_every_block() -> None:
     tensor = weight(256, 512)
-    unit, errors = unit_of(tensor), {}
+    errors = {}
     for scale in ("absmax", "mse"):
-        parts = Nf4(scale=scale).encode(unit, {"w.weight": tensor})
+        parts = encoded(Nf4(scale=scale), tensor)
         codes = torch.stack([parts["w.weight"] >> 4, parts["w.weight"] & 15], 1).reshape(-1, 64).long()
         decoded = parts["w.weight.quant_map"][codes] * parts["w.weight.absmax"][:, None]  # fp32: before decode rounds
         errors[scale] = (tensor.float().reshape(-1, 64) - decoded).square().sum(1)
@@ -165,23 +149,25 @@ def test_searched_scales_lose_less_in_every_block() -> None:
 def test_double_quantisation_refuses_what_it_would_overflow() -> None:
     tensor = torch.full((16, 64), 3e38).bfloat16()
     with pytest.raises(CodecError, match=r"w\.weight.*double_quant"):
-        Nf4(double_quant=True).encode(unit_of(tensor), {"w.weight": tensor})
+        encoded(Nf4(double_quant=True), tensor)
+
+
+def test_bytes_that_do_not_decode_to_the_weights_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bagel_compress.codecs.kernels import nf4_kernels
+
+    wrong = nf4_kernels.thresholds().copy()
+    wrong[:, 12] += 96  # three quarters of an octave: some weights get a code too low
+    monkeypatch.setattr(nf4_kernels, "thresholds", lambda: wrong)
+    with pytest.raises(CodecError, match=r"w\.weight.*do not decode"):
+        encoded(Nf4(), weight(64, 64))
 
 
 def test_damaged_state_is_refused() -> None:
     tensor = weight(8, 64)
     unit = unit_of(tensor)
-    parts = Nf4().encode(unit, {"w.weight": tensor})
+    parts = encoded(Nf4(), tensor)
     name = f"w.weight.{STATE}"
     for text in (b"{", json.dumps({"quant_type": "fp4"}).encode()):
         damaged = parts | {name: torch.tensor(list(text.ljust(len(parts[name]))), dtype=torch.uint8)}
         with pytest.raises(CodecError, match=r"w\.weight"):
             Nf4().decode(unit, damaged)
-
-
-class _Source:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.flat = tensor.reshape(-1)
-
-    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
-        return self.flat[start:stop]

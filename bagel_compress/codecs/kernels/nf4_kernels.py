@@ -79,7 +79,8 @@ def encode_tail(words: np.ndarray) -> tuple[np.ndarray, np.float32, np.ndarray]:
     """The last, short block, for which bitsandbytes divides by absmax (at least TINY): packed bytes, absmax, sums."""
     values = _floats(words.astype(np.uint32) << 16)
     absmax = np.maximum(np.abs(values).max(), TINY)
-    u = values / absmax
+    with np.errstate(invalid="ignore"):  # a block that is not finite; the caller refuses it by its absmax
+        u = values / absmax
     codes = np.searchsorted(MIDPOINTS, u, side="left").astype(np.uint8)
     even = np.append(codes, np.uint8(7)) if codes.size % 2 else codes  # the pad is the code of 0
     c = CODE_BOOK[codes]

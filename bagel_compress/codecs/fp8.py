@@ -1,0 +1,177 @@
+"""fp8: e4m3fn weights with a bf16 scale, as compressed-tensors' "float-quantized" stores them.
+
+Parts of `X.weight` of shape (N, K):
+
+    X.weight          F8_E4M3 (N, K)
+    X.weight_scale    BF16    (N, 1) with granularity "channel", (1,) with "tensor"
+
+The scale is absmax/448 rounded to bf16 before anything is coded with it; codes are w/scale in fp32, rounded to nearest
+even, clamped to +-448. Decoding is compressed-tensors' own: bf16(code) * scale, rounded to bf16. A row of zeros has
+scale 1. Scale "mse" takes the scale of least squared error among a few around absmax/448.
+
+ComfyUI's "fp8 scaled" files hold the same weights of granularity "tensor" under the same names, with an fp32 scalar
+for a scale and a list of the layers in the file's metadata: `comfy_scale` and `comfy_metadata`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
+from bagel_compress.codecs.matrix import (
+    MatrixCodec,
+    absmax_words,
+    as_floats,
+    check_shapes,
+    read_rows,
+    self_check,
+)
+from bagel_compress.errors import ExportError
+from bagel_compress.spec import PartSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+FP8_MAX = 448.0  # largest e4m3fn number
+# Words of the smallest normal bf16 number (scales below are too coarse to bring absmax under 448) and of the largest
+# scale whose 448-fold is a bf16 number: 3.3895e38 / 448, rounded down.
+SCALE_WORDS = (0x0080, 0x7B11)
+SEARCH = (0, *range(-40, 0, 8), *range(8, 96, 8))  # bf16 words from absmax/448: about 0.7 to 1.7 of it, itself first
+
+
+class Fp8(MatrixCodec):
+    """e4m3fn with one scale per output channel or per tensor."""
+
+    format: Literal["fp8"] = "fp8"
+    granularity: Literal["channel", "tensor"] = "channel"
+    scale: Literal["absmax", "mse"] = "absmax"
+
+    def parts(self, unit: Unit) -> dict[str, PartSpec]:
+        (spec,) = unit.specs
+        shape = (spec.shape[0], 1) if self.granularity == "channel" else (1,)
+        return {spec.name: PartSpec("F8_E4M3", spec.shape), scale_name(spec): PartSpec("BF16", shape)}
+
+    def begin(self, unit: Unit, source: Reader) -> Encoding:
+        return _Fp8Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+
+    def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """bf16(code) * scale, in bf16: `compressed_tensors.quantization.dequantize`, bit for bit."""
+        (spec,) = unit.specs
+        check_shapes(self, unit, parts)
+        return {spec.name: parts[spec.name].bfloat16().mul_(parts[scale_name(spec)])}
+
+
+def scale_name(spec: TensorSpec) -> str:
+    return f"{spec.name}_scale"
+
+
+def comfy_scale(codec: Fp8, spec: TensorSpec, scale: torch.Tensor) -> torch.Tensor:
+    """The stored scale as ComfyUI wants it: an fp32 scalar. Raises ExportError for a scale per channel."""
+    if codec.granularity != "tensor":
+        raise ExportError(
+            f"{spec.name}: ComfyUI reads one scale per tensor, this artifact has one per channel; "
+            "compress with codec {format: fp8, granularity: tensor}."
+        )
+    return scale.float().reshape(())
+
+
+def comfy_metadata(weights: Iterable[str]) -> dict[str, str]:
+    """Safetensors metadata of a ComfyUI file whose tensors `weights` (X.weight) are fp8.
+
+    Source: QUANTIZATION.md of Comfy-Org/ComfyUI, format_version 1.0.
+    """
+    layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in weights}
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+@dataclass(slots=True, kw_only=True)
+class _Fp8Encoding(Encoding):
+    codec: Fp8
+    spec: TensorSpec
+    source: Reader
+
+    def chunks(self) -> Iterator[Chunk]:
+        import numpy as np
+
+        from bagel_compress.codecs.kernels.rows_kernels import fp8_rows
+        from bagel_compress.codecs.kernels.threads import split
+
+        spec, columns = self.spec, self.spec.shape[1]
+        whole = self._tensor_scale() if self.codec.granularity == "tensor" else None
+        codes = np.empty(0, np.uint8)
+        for first, words in read_rows(self.source, spec):
+            codes = np.empty(words.shape, np.uint8) if len(codes) < len(words) else codes[: len(words)]
+            scales = self._channel_scales(words) if whole is None else np.full(len(words), whole, np.float32)
+            sums = np.empty((len(words), 3), np.float32)
+            split(lambda a, b: fp8_rows(words[a:b], scales[a:b], codes[a:b], sums[a:b]), len(words), 1)  # noqa: B023
+            self_check(spec, self.codec, not sums[:, 2].any())
+            energy = sums[:, :2].astype(np.float64) * scales.astype(np.float64)[:, None] ** 2
+            self.quality.add(*energy.sum(0).tolist())
+            yield Chunk(spec.name, first * columns, codes.reshape(-1))
+            if whole is None:
+                yield Chunk(scale_name(spec), first * 2, _bf16_words(scales).view(np.uint8))
+        if whole is not None:
+            yield Chunk(scale_name(spec), 0, _bf16_words(np.array([whole], np.float32)).view(np.uint8))
+
+    def _channel_scales(self, words: np.ndarray) -> np.ndarray:
+        """(R,) fp32 values that bf16 can hold."""
+        import numpy as np
+
+        scales = _absmax_scales(absmax_words(words, self.spec, self.codec))
+        if self.codec.scale == "absmax":
+            return scales
+        tried = _candidates(scales)
+        best = _noise(words, tried).argmin(1)[:, None]
+        return np.take_along_axis(tried, best, 1)[:, 0].copy()
+
+    def _tensor_scale(self) -> np.float32:
+        """Reads the tensor once for its absmax, and once more to search."""
+        import numpy as np
+
+        tops = [absmax_words(words, self.spec, self.codec).max() for _, words in read_rows(self.source, self.spec)]
+        scale = _absmax_scales(np.array([max(tops)], np.uint16))
+        if self.codec.scale == "absmax":
+            return np.float32(scale[0])
+        tried, noise = _candidates(scale), np.zeros(len(SEARCH))
+        for _, words in read_rows(self.source, self.spec):
+            noise += _noise(words, np.repeat(tried, len(words), 0)).sum(0, dtype=np.float64)
+        return np.float32(tried[0, noise.argmin()])
+
+
+def _absmax_scales(tops: np.ndarray) -> np.ndarray:
+    """absmax words -> absmax/448 as bf16 can hold it, 1 for zero."""
+    import numpy as np
+
+    words = _bf16_words(as_floats(tops) / np.float32(FP8_MAX)).clip(*SCALE_WORDS)
+    return np.where(tops == 0, np.float32(1), as_floats(words))
+
+
+def _candidates(scales: np.ndarray) -> np.ndarray:
+    """(R, len(SEARCH)) scales around those given."""
+    import numpy as np
+
+    tried = _bf16_words(scales).astype(np.int32)[:, None] + np.array(SEARCH)
+    return as_floats(tried.clip(*SCALE_WORDS).astype(np.uint16))
+
+
+def _noise(words: np.ndarray, tried: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    from bagel_compress.codecs.kernels.rows_kernels import fp8_search
+    from bagel_compress.codecs.kernels.threads import split
+
+    noise = np.empty(tried.shape, np.float64)
+    split(lambda a, b: fp8_search(words[a:b], tried[a:b], noise[a:b]), len(words), 1)
+    return noise
+
+
+def _bf16_words(values: np.ndarray) -> np.ndarray:
+    """Finite fp32 -> bf16 words, to nearest even."""
+    import numpy as np
+
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

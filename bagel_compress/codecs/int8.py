@@ -1,0 +1,123 @@
+"""int8: bitsandbytes' LLM.int8 rows.
+
+Parts of `X.weight` of shape (N, K) (bitsandbytes 0.50.2, `Linear8bitLt.state_dict()`):
+
+    X.weight           I8  (N, K)    round(127 * w / SCB)
+    X.SCB              F32 (N,)      the row's absmax
+    X.weight_format    U8  ()        0, which means rows
+
+With scale "absmax" every byte equals what bitsandbytes makes of the row on CPU. It goes through fp16, so a weight that
+fp16 cannot hold is refused here (bitsandbytes would store SCB = inf). A row of zeros has SCB 0 and codes 0. Scale "mse"
+takes the SCB of least squared error among absmax and a few smaller; larger weights are clipped to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
+from bagel_compress.codecs.matrix import (
+    MatrixCodec,
+    absmax_words,
+    check_shapes,
+    read_rows,
+    self_check,
+)
+from bagel_compress.errors import CodecError
+from bagel_compress.spec import PartSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+HALF_OVERFLOW_WORD = 0x4780  # bf16 of 65536: the first that fp16 (up to 65504) cannot hold
+PER_127 = 7.874015718698502e-3  # 1/127 as bitsandbytes' int8_vectorwise_dequant writes it
+SEARCH = tuple(1 - 0.02 * step for step in range(16))  # of absmax, itself first
+DECODE_ELEMENTS = 1 << 22  # decoded at a time: bounds the fp32 temporary to 16 MB
+
+
+class Int8(MatrixCodec):
+    """Symmetric int8 with one fp32 scale per output channel."""
+
+    format: Literal["int8"] = "int8"
+    scale: Literal["absmax", "mse"] = "absmax"
+
+    def parts(self, unit: Unit) -> dict[str, PartSpec]:
+        (spec,) = unit.specs
+        return {
+            spec.name: PartSpec("I8", spec.shape),
+            scb_name(spec): PartSpec("F32", spec.shape[:1]),
+            f"{spec.name}_format": PartSpec("U8", ()),
+        }
+
+    def begin(self, unit: Unit, source: Reader) -> Encoding:
+        return _Int8Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+
+    def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """bf16(code * SCB / 127) in fp32, as `bitsandbytes.functional.int8_vectorwise_dequant` does it, then bf16."""
+        import torch
+
+        (spec,) = unit.specs
+        check_shapes(self, unit, parts)
+        if int(parts[f"{spec.name}_format"]) != 0:
+            raise CodecError(f"{spec.name}: weight_format is not 0 (rows); the artifact is damaged.")
+        codes, scb = parts[spec.name], parts[scb_name(spec)]
+        out = torch.empty(spec.shape, dtype=torch.bfloat16, device=codes.device)
+        step = max(1, DECODE_ELEMENTS // spec.shape[1])
+        for first in range(0, spec.shape[0], step):
+            rows = slice(first, first + step)
+            out[rows] = codes[rows] * scb[rows, None] * PER_127
+        return {spec.name: out}
+
+
+def scb_name(spec: TensorSpec) -> str:
+    return f"{spec.name.removesuffix('weight')}SCB"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Int8Encoding(Encoding):
+    codec: Int8
+    spec: TensorSpec
+    source: Reader
+
+    def chunks(self) -> Iterator[Chunk]:
+        import numpy as np
+
+        from bagel_compress.codecs.kernels.rows_kernels import int8_rows
+        from bagel_compress.codecs.kernels.threads import split
+
+        spec, columns = self.spec, self.spec.shape[1]
+        codes = np.empty(0, np.int8)
+        for first, words in read_rows(self.source, spec):
+            codes = np.empty(words.shape, np.int8) if len(codes) < len(words) else codes[: len(words)]
+            scb = self._scales(words)
+            sums = np.empty((len(words), 3), np.float32)
+            split(lambda a, b: int8_rows(words[a:b], scb[a:b], codes[a:b], sums[a:b]), len(words), 1)  # noqa: B023
+            self_check(spec, self.codec, not sums[:, 2].any())
+            self.quality.add(*sums[:, :2].sum(0, dtype=np.float64).tolist())
+            yield Chunk(spec.name, first * columns, codes.reshape(-1).view(np.uint8))
+            yield Chunk(scb_name(spec), first * 4, scb.view(np.uint8))
+        yield Chunk(f"{spec.name}_format", 0, np.zeros(1, np.uint8))
+
+    def _scales(self, words: np.ndarray) -> np.ndarray:
+        """(R,) fp32: SCB of each row."""
+        import numpy as np
+
+        from bagel_compress.codecs.kernels.rows_kernels import half_of, int8_search
+        from bagel_compress.codecs.kernels.threads import split
+
+        tops = absmax_words(words, self.spec, self.codec)
+        if (tops >= HALF_OVERFLOW_WORD).any():
+            raise CodecError(
+                f"{self.spec.name}: holds a weight over 65504, the largest fp16 number, and int8 goes through fp16; "
+                "give this tensor codec fp8 or raw."
+            )
+        scb = np.array([half_of(top) for top in tops], np.float32)
+        if self.codec.scale == "absmax":
+            return scb
+        tried = scb[:, None] * np.array(SEARCH, np.float32)
+        noise = np.empty(tried.shape, np.float32)
+        split(lambda a, b: int8_search(words[a:b], tried[a:b], noise[a:b]), len(words), 1)
+        return np.take_along_axis(tried, noise.argmin(1)[:, None], 1)[:, 0].copy()
