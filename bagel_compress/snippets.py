@@ -25,12 +25,124 @@ class Snippet:
 
 def snippets(artifact: Artifact, repo: str) -> list[Snippet]:
     """All that apply, ours first."""
-    found = [
-        Snippet(
-            "bagel-compress",
-            f'pip install bagel-compress\nbagel-compress generate {repo} "a red teapot on a table" --out teapot.png',
-            (),
-            "sh",
-        )
-    ]
+    formats = {unit.codec.format for unit in artifact.manifest.units.values()}
+    found = [_command(repo), _python(repo)]
+    if "nf4" in formats:
+        found.append(_nf4(artifact, repo))
+    if "int8" in formats:
+        found.append(_int8(artifact, repo))
+    found += [_compressed_tensors(artifact, repo, name) for name in ("fp8", "int4") if name in formats]
+    if formats - {"raw"} == {"df11"}:
+        found += [_dfloat11(repo), _comfyui(repo)]
     return found
+
+
+def _command(repo: str) -> Snippet:
+    text = f"""
+pip install bagel-compress
+bagel-compress generate {repo} "a red teapot on a wooden table" --out teapot.png
+"""
+    note = "Downloads what is needed, checks every digest, draws a picture. `edit` and `ask` take pictures."
+    return Snippet("Command line", text, (), "sh", note)
+
+
+def _python(repo: str) -> Snippet:
+    text = f"""
+from bagel.settings import TextSettings
+from bagel_compress.load import open_model
+
+sampler = open_model("{repo}")  # device="cuda" where there is one
+print(sampler.run(["why is the sky blue?"], output="text", text=TextSettings(max_tokens=64)).text)
+"""
+    return Snippet("Python", text, ("torch",), note="`pip install bagel-compress`")
+
+
+def _nf4(artifact: Artifact, repo: str) -> Snippet:
+    name, shard = _example(artifact, "nf4")
+    text = f"""
+import bitsandbytes as bnb
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+
+name = "{name}"
+with safe_open(hf_hub_download("{repo}", "{shard}"), "pt") as shard:
+    stored = {{key.removeprefix(name + "."): shard.get_tensor(key) for key in shard.keys() if key.startswith(name)}}
+weight = bnb.nn.Params4bit.from_prequantized(stored.pop(name), stored, device="cpu")
+print(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+"""
+    return Snippet("bitsandbytes", text, ("bitsandbytes",), note=_part("4-bit weight"))
+
+
+def _int8(artifact: Artifact, repo: str) -> Snippet:
+    name, shard = _example(artifact, "int8")
+    text = f"""
+import bitsandbytes as bnb
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+
+name = "{name}"
+with safe_open(hf_hub_download("{repo}", "{shard}"), "pt") as shard:
+    codes, scale = shard.get_tensor(name), shard.get_tensor(name.removesuffix("weight") + "SCB")
+layer = bnb.nn.Linear8bitLt(codes.shape[1], codes.shape[0], bias=False, has_fp16_weights=False, device="meta")
+layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale)
+print(layer)
+"""
+    return Snippet("bitsandbytes", text, ("bitsandbytes",), note=_part("8-bit layer"))
+
+
+def _compressed_tensors(artifact: Artifact, repo: str, form: str) -> Snippet:
+    name, shard = _example(artifact, form)
+    if form == "fp8":
+        compressor, scheme = (
+            "FloatQuantizationCompressor",
+            f'num_bits=8, type="float", strategy="{_granularity(artifact, name)}"',
+        )
+    else:
+        compressor, scheme = "PackedQuantizationCompressor", 'num_bits=4, type="int", strategy="group", group_size=32'
+    text = f"""
+from compressed_tensors.compressors import {compressor}
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+
+name = "{name}"
+with safe_open(hf_hub_download("{repo}", "{shard}"), "pt") as shard:
+    found = {{key.removeprefix(name): shard.get_tensor(key) for key in shard.keys() if key.startswith(name)}}
+stored = {{"weight" + suffix: tensor for suffix, tensor in found.items()}}
+scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs({scheme}))
+print({compressor}.decompress(stored, scheme)["weight"])
+"""
+    return Snippet(f"compressed-tensors ({form})", text, ("compressed_tensors",), note=_part("weight"))
+
+
+def _dfloat11(repo: str) -> Snippet:
+    text = f"""
+from dfloat11 import DFloat11Model
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{repo}", allow_patterns=["*.json", "model-*.safetensors"])
+DFloat11Model.from_pretrained(folder, bfloat16_model=model, device="cpu", device_map=None)
+"""
+    note = "`model` is the official `Bagel` in bfloat16 without weights; they are decoded on the GPU as they are used."
+    return Snippet("dfloat11", text, ("dfloat11",), note=note, cuda=True)
+
+
+def _comfyui(repo: str) -> Snippet:
+    name = repo.partition("/")[2]
+    folder = name if "df11" in name.lower() or "dfloat11" in name.lower() else f"{name}-DF11"
+    note = "The ComfyUI-BAGEL nodes know this format by the folder's name; run this where ComfyUI is."
+    return Snippet("ComfyUI", f"hf download {repo} --local-dir models/bagel/{folder}", (), "sh", note)
+
+
+def _part(what: str) -> str:
+    return f"One {what}, read without decoding or quantising anything again."
+
+
+def _example(artifact: Artifact, form: str) -> tuple[str, str]:
+    """The first tensor in a format, and its shard."""
+    unit = next(unit for unit in artifact.manifest.units.values() if unit.codec.format == form)
+    return next(iter(unit.tensors)), unit.shard
+
+
+def _granularity(artifact: Artifact, name: str) -> str:
+    return str(artifact.manifest.units[artifact.manifest.unit_of[name]].codec.model_dump()["granularity"])

@@ -1,0 +1,133 @@
+"""Every snippet of the card runs: the very text that stands there, against the local Hub, with an empty cache.
+
+What needs CUDA to compute is run as far as it goes without: the dfloat11 package loads through the stub of its kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hub import Hub
+from publish_data import BASE
+
+from bagel_compress.artifact import Artifact
+from bagel_compress.card import Origin
+from bagel_compress.publish.release import make_release
+from bagel_compress.publish.upload import upload
+from bagel_compress.snippets import Snippet, snippets
+
+CASES = [
+    ("nf4", "Command line"), ("nf4", "Python"), ("nf4", "bitsandbytes"), ("int8-24gb", "bitsandbytes"),
+    ("fp8-24gb", "compressed-tensors (fp8)"), ("mixed-16gb", "bitsandbytes"), ("mixed-16gb", "compressed-tensors (fp8)"),
+    ("df11", "Python"), ("df11", "dfloat11"), ("df11", "ComfyUI"),
+]  # fmt: skip
+Online = Callable[[str], tuple[Artifact, str]]
+
+
+@pytest.fixture
+def online(
+    hub: Hub, built: Callable[[str], Artifact], fresh_cache: Callable[[], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Online:  # fmt: skip
+    """Publishes a build of a recipe (as a draft: reports are not the matter here) and gives it and its repository."""
+
+    def go(recipe: str) -> tuple[Artifact, str]:
+        artifact, repo = built(recipe), f"ann/BAGEL-7B-MoT-{recipe}"
+        upload(make_release(artifact, tmp_path / "release", Origin(repo, BASE), draft=True), repo)
+        fresh_cache()
+        monkeypatch.chdir(tmp_path)
+        return artifact, repo
+
+    return go
+
+
+def find(artifact: Artifact, repo: str, title: str) -> Snippet:
+    return next(s for s in snippets(artifact, repo) if s.title == title)
+
+
+@pytest.mark.parametrize(("recipe", "title"), CASES)
+def test_it_runs(
+    recipe: str, title: str, online: Online, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    artifact, repo = online(recipe)
+    snippet = find(artifact, repo, title)
+    for package in snippet.needs:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    if snippet.language == "sh":
+        run_shell(snippet.text, cli)
+        if title == "ComfyUI":
+            folder = tmp_path / "models" / "bagel" / f"BAGEL-7B-MoT-{recipe}"
+            assert (folder / "vae" / "ae.safetensors").exists()
+            assert Artifact.open(folder).verify() == []
+        else:
+            assert (tmp_path / "teapot.png").exists()
+        return
+    found = run_python(snippet, artifact)
+    if title == "bitsandbytes" and recipe != "int8-24gb":
+        expected = decoded(artifact, found["name"])
+        shown = found["bnb"].functional.dequantize_4bit(found["weight"].data, found["weight"].quant_state)
+        assert torch.equal(shown, expected)
+    if title.startswith("compressed-tensors"):
+        compressor = next(value for key, value in found.items() if key.endswith("Compressor"))
+        theirs = compressor.decompress(found["stored"], found["scheme"])["weight"]
+        assert torch.equal(theirs, decoded(artifact, found["name"]))
+    if title == "bitsandbytes" and recipe == "int8-24gb":
+        x = torch.eye(found["codes"].shape[1], dtype=torch.bfloat16)
+        theirs = found["layer"](x).T.float()
+        expected = decoded(artifact, found["name"]).float()
+        assert (theirs - expected).norm() < 0.02 * expected.norm()
+
+
+def decoded(artifact: Artifact, name: str) -> torch.Tensor:
+    return artifact.decode(artifact.manifest.unit_of[name])[name]
+
+
+def run_shell(text: str, cli: Callable[..., tuple[int, str, str]]) -> None:
+    """Runs the lines of a shell snippet; what is installed already is not installed again."""
+    for line in text.strip().splitlines():
+        program, *arguments = shlex.split(line)
+        if program == "bagel-compress":
+            code, _, err = cli(*arguments)
+            assert code == 0, err
+        elif program == "hf":
+            command = Path(sys.executable).with_name("hf")
+            subprocess.run([command if command.exists() else shutil.which("hf"), *arguments], check=True, timeout=120)
+        else:
+            assert line == "pip install bagel-compress"
+
+
+def run_python(snippet: Snippet, artifact: Artifact) -> dict[str, object]:
+    names: dict[str, object] = {}
+    if snippet.title == "dfloat11":
+        sys.path.append(str(Path(__file__).parents[1] / "codecs"))
+        from dfloat11_official import package
+        from test_df11_loader import official_model
+
+        package()
+        names["model"] = official_model(fill=False)
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        exec(compile(snippet.text, snippet.title, "exec"), names)
+    if snippet.title == "dfloat11":
+        x = torch.linspace(-2, 2, 8).bfloat16()
+        assert torch.equal(names["model"](x), official_model()(x))  # type: ignore[operator]
+    else:
+        assert shown.getvalue().strip()
+    return names
+
+
+def test_all_snippets_of_all_recipes_are_covered(built: Callable[[str], Artifact]) -> None:
+    """A snippet that is offered for a shipped recipe and not run above would be a promise nobody checked."""
+    ran = {title for _, title in CASES}
+    for recipe in ("nf4", "int8-24gb", "fp8-24gb", "mixed-16gb", "mixed-24gb", "df11", "raw"):
+        assert {s.title for s in snippets(built(recipe), "ann/x")} <= ran
