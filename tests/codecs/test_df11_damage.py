@@ -33,11 +33,12 @@ UNITS = [stored(0, (30, 40), 0.3), stored(1, (150, 300), 0.3), stored(2, (200, 2
 def attempt(unit: Unit, parts: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """What the decoder gives, or None if it refused; checks that nothing behind the buffer was touched."""
     out = torch.full((unit.numel + GUARD,), 3.0, dtype=torch.bfloat16)
+    flat, refusal = None, "a.layer"
     try:
         flat = decode_into(check_parts(unit, parts), out)
     except CodecError as error:
-        assert "a.layer" in str(error)
-        flat = None
+        refusal = str(error)
+    assert "a.layer" in refusal
     assert (out[unit.numel :] == 3.0).all()
     return flat
 
@@ -48,7 +49,7 @@ def test_sound_units_decode() -> None:
     assert len(UNITS[2][2]["a.layer.luts"]) > 3
 
 
-@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.integers(0, len(UNITS) - 1),
     st.sampled_from(SUFFIXES),

@@ -103,6 +103,14 @@ class DF11(Codec):
 
         return decode_unit(unit, parts)
 
+    def linears(
+        self, unit: Unit, parts: Mapping[str, torch.Tensor], biases: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.nn.Module]:
+        """Modules that decode the unit they share when they are called (see `runtime.py`)."""
+        from bagel_compress.codecs.df11.runtime import linears
+
+        return linears(unit, parts, biases)
+
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
         """What `DFloat11Model.from_pretrained` reads: kernel constants and the modules' patterns."""
         return {
