@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bagel_compress.errors import BagelCompressError, CheckpointError
 from bagel_compress.spec import DTYPE_BYTES, PartSpec
@@ -79,13 +79,13 @@ class TensorFile:
         return (status.st_size, status.st_mtime_ns) != self.stamp
 
 
-def lay_out(parts: Mapping[str, PartSpec]) -> tuple[bytes, dict[str, int]]:
+def lay_out(parts: Mapping[str, PartSpec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
     """Header bytes (length prefix included) and the offset of each part from the start of the file.
 
     Byte-identical to `safetensors.torch.save_file(..., metadata={"format": "pt"})`: parts by dtype, then by name;
-    compact JSON; spaces up to a multiple of 8 bytes.
+    compact JSON; spaces up to a multiple of 8 bytes. `metadata` is added to the "format" entry.
     """
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     position = 0
     for name in sorted(parts, key=lambda n: (DTYPE_ORDER[parts[n].dtype], n)):
         part = parts[name]
@@ -143,7 +143,7 @@ def _stored(name: str, row: Mapping[str, Any], base: int, path: Path, error: typ
     return StoredTensor(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
-def _naturals(values: Any) -> bool:
+def _naturals(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
 
 

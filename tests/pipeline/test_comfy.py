@@ -1,0 +1,51 @@
+"""The ComfyUI file parses, and its dequantised weights are the artifact's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.comfy import comfyui_file
+from bagel_compress.errors import ExportError
+from bagel_compress.plan import make_plan
+from bagel_compress.recipe import Recipe
+from bagel_compress.resources import find_recipe
+from bagel_compress.stream import compress
+
+
+def test_the_file_holds_the_artifacts_weights(tiny: Checkpoint, tmp_path: Path) -> None:
+    recipe = Recipe.load(find_recipe("fp8-comfyui"))
+    artifact = compress(make_plan(tiny, recipe), tiny, tmp_path / "a")
+    size = comfyui_file(artifact, tmp_path / "m.safetensors")
+    assert size == (tmp_path / "m.safetensors").stat().st_size
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        table = json.loads(file.metadata()["_quantization_metadata"])
+        assert table["format_version"] == "1.0"
+        assert len(table["layers"]) == 42  # 7 matrices, 2 experts, 3 layers
+        for spec in tiny.specs:
+            weight = file.get_tensor(spec.name)
+            layer = spec.name.removesuffix(".weight")
+            if layer in table["layers"]:
+                assert table["layers"][layer] == {"format": "float8_e4m3fn"}
+                scale = file.get_tensor(f"{layer}.weight_scale")
+                assert (scale.dtype, scale.shape) == (torch.float32, ())
+                weight = (weight.float() * scale).bfloat16()
+            assert weight.equal(artifact.decode(spec.name)[spec.name])
+        assert len(file.keys()) == len(tiny.specs) + 42
+
+
+def test_what_comfyui_cannot_read(tiny: Checkpoint, nf4: Recipe, tmp_path: Path) -> None:
+    channel = Recipe.load(find_recipe("fp8-24gb"))
+    for name, recipe, says in (("n", nf4, "is nf4"), ("c", channel, "per channel")):
+        artifact = compress(make_plan(tiny, recipe), tiny, tmp_path / name)
+        with pytest.raises(ExportError, match=says):
+            comfyui_file(artifact, tmp_path / "m.safetensors")
+    assert not list(tmp_path.glob("m.*"))
+    (tmp_path / "m.safetensors").touch()
+    with pytest.raises(ExportError, match="exists"):
+        comfyui_file(artifact, tmp_path / "m.safetensors")
