@@ -16,9 +16,9 @@ for a scale and a list of the layers in the file's metadata: `comfy_scale` and `
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.matrix import (
@@ -62,7 +62,36 @@ class Fp8(MatrixCodec):
         """bf16(code) * scale, in bf16: `compressed_tensors.quantization.dequantize`, bit for bit."""
         (spec,) = unit.specs
         check_shapes(self, unit, parts)
-        return {spec.name: parts[spec.name].bfloat16().mul_(parts[scale_name(spec)])}
+        return {spec.name: decode_codes(parts[spec.name], parts[scale_name(spec)])}
+
+    def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
+        """compressed-tensors' `quantization_config`: these weights, activations to e4m3fn by token as they come."""
+        numbers = {"num_bits": 8, "type": "float", "symmetric": True}
+        weights = numbers | {"strategy": self.granularity, "dynamic": False}
+        group = {"targets": ["Linear"], "weights": weights, "output_activations": None}
+        return {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "quantization_status": "compressed",
+                "config_groups": {
+                    "group_0": group | {"input_activations": numbers | {"strategy": "token", "dynamic": True}}
+                },
+                "ignore": list(others),
+                "kv_cache_scheme": None,
+            }
+        }
+
+    def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
+        from bagel_compress.codecs.linears import Fp8Linear
+
+        check_shapes(self, Unit(spec.name, (spec,)), parts)
+        return Fp8Linear(spec, parts, bias)
+
+
+def decode_codes(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(N, K) e4m3fn and (N, 1) or (1,) bf16 -> (N, K) bf16."""
+    return codes.bfloat16().mul_(scale)
 
 
 def scale_name(spec: TensorSpec) -> str:

@@ -13,9 +13,9 @@ takes the SCB of least squared error among absmax and a few smaller; larger weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.matrix import (
@@ -57,19 +57,43 @@ class Int8(MatrixCodec):
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code * SCB / 127) in fp32, as `bitsandbytes.functional.int8_vectorwise_dequant` does it, then bf16."""
-        import torch
-
         (spec,) = unit.specs
         check_shapes(self, unit, parts)
         if int(parts[f"{spec.name}_format"]) != 0:
             raise CodecError(f"{spec.name}: weight_format is not 0 (rows); the artifact is damaged.")
-        codes, scb = parts[spec.name], parts[scb_name(spec)]
-        out = torch.empty(spec.shape, dtype=torch.bfloat16, device=codes.device)
-        step = max(1, DECODE_ELEMENTS // spec.shape[1])
-        for first in range(0, spec.shape[0], step):
-            rows = slice(first, first + step)
-            out[rows] = codes[rows] * scb[rows, None] * PER_127
-        return {spec.name: out}
+        return {spec.name: decode_rows(parts[spec.name], parts[scb_name(spec)])}
+
+    def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
+        """`transformers.BitsAndBytesConfig.to_dict()`, without its private keys."""
+        return {
+            "quantization_config": {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": False,
+                "load_in_8bit": True,
+                "llm_int8_threshold": 6.0,
+                "llm_int8_has_fp16_weight": False,
+                "llm_int8_enable_fp32_cpu_offload": False,
+                "llm_int8_skip_modules": list(others),
+            }
+        }
+
+    def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
+        from bagel_compress.codecs.linears import Int8Linear
+
+        check_shapes(self, Unit(spec.name, (spec,)), parts)
+        return Int8Linear(spec, parts, bias)
+
+
+def decode_rows(codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
+    """(N, K) int8 and (N,) fp32 -> (N, K) bf16."""
+    import torch
+
+    out = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    step = max(1, DECODE_ELEMENTS // codes.shape[1])
+    for first in range(0, codes.shape[0], step):
+        rows = slice(first, first + step)
+        out[rows] = codes[rows] * scb[rows, None] * PER_127
+    return out
 
 
 def scb_name(spec: TensorSpec) -> str:

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, check_shapes, not_finite, read_words, self_check
@@ -68,20 +68,29 @@ class Nf4(MatrixCodec):
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code book * absmax), the product in fp32: `bitsandbytes.functional.dequantize_4bit`, bit for bit."""
-        import torch
-
         (spec,) = unit.specs
-        absmax = stored_absmax(self, spec, parts)
-        packed = parts[spec.name].reshape(-1)
-        pairs = _pair_values(packed.device)
-        out = torch.empty(packed.numel() * 2, dtype=torch.bfloat16, device=packed.device)
-        for first in range(0, absmax.numel(), DECODE_BLOCKS):
-            scale = absmax[first : first + DECODE_BLOCKS]
-            codes = packed[first * BLOCK // 2 : (first + scale.numel()) * BLOCK // 2]
-            values = pairs[codes.int()].reshape(-1)
-            scale = scale.repeat_interleave(BLOCK)[: values.numel()]
-            out[first * BLOCK : first * BLOCK + values.numel()] = (values * scale).bfloat16()
-        return {spec.name: out[: spec.numel].reshape(spec.shape)}
+        return {spec.name: decode_codes(parts[spec.name], stored_absmax(self, spec, parts), spec.shape)}
+
+    def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
+        """`transformers.BitsAndBytesConfig.to_dict()`, without its private keys."""
+        return {
+            "quantization_config": {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "load_in_8bit": False,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": self.double_quant,
+                "bnb_4bit_compute_dtype": "bfloat16",
+                "bnb_4bit_quant_storage": "uint8",
+                "llm_int8_skip_modules": list(others),
+            }
+        }
+
+    def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
+        from bagel_compress.codecs.linears import Nf4Linear
+
+        check_shapes(self, Unit(spec.name, (spec,)), parts)
+        return Nf4Linear(spec, parts, bias)
 
 
 def part_name(spec: TensorSpec, key: str) -> str:
@@ -94,13 +103,32 @@ def stored_absmax(codec: Nf4, spec: TensorSpec, parts: Mapping[str, torch.Tensor
     import torch
 
     check_shapes(codec, Unit(spec.name, (spec,)), parts)
-    absmax = parts[part_name(spec, "absmax")]
-    offset = nested_offset(spec, parts)
+    absmax, offset = parts[part_name(spec, "absmax")], nested_offset(spec, parts)
     if offset is None:
         return absmax
-    nested = parts[part_name(spec, "nested_absmax")].repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
-    values: torch.Tensor = parts[part_name(spec, "nested_quant_map")][absmax.int()] * nested
-    return values + torch.tensor(offset, dtype=torch.float32, device=values.device)
+    nested, values = parts[part_name(spec, "nested_absmax")], parts[part_name(spec, "nested_quant_map")]
+    return unnest(absmax, nested, values, torch.tensor(offset, dtype=torch.float32, device=absmax.device))
+
+
+def unnest(codes: torch.Tensor, nested: torch.Tensor, values: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """(B,) uint8 codes, (B/256,) nested absmax, (256,) values -> (B,) fp32 absmax; each step rounded to fp32."""
+    return values[codes.int()] * nested.repeat_interleave(NESTED_BLOCK)[: codes.numel()] + offset
+
+
+def decode_codes(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Packed codes and fp32 absmax -> bf16 of `shape`."""
+    import torch
+
+    packed = packed.reshape(-1)
+    pairs = _pair_values(packed.device)
+    out = torch.empty(packed.numel() * 2, dtype=torch.bfloat16, device=packed.device)
+    for first in range(0, absmax.numel(), DECODE_BLOCKS):
+        scale = absmax[first : first + DECODE_BLOCKS]
+        codes = packed[first * BLOCK // 2 : (first + scale.numel()) * BLOCK // 2]
+        values = pairs[codes.int()].reshape(-1)
+        scale = scale.repeat_interleave(BLOCK)[: values.numel()]
+        out[first * BLOCK : first * BLOCK + values.numel()] = values * scale
+    return out[: math.prod(shape)].reshape(shape)
 
 
 def nested_offset(spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> float | None:
