@@ -19,6 +19,7 @@ from bagel_compress.report_text import worst_rows
 from bagel_compress.reports import BudgetReport, CaseParity, ParityReport, Row, number
 
 WORST_MODULES = 12
+BRANCHES = ("guided", "cond", "text", "image")  # velocities of a step, in the order of their colours
 GIB = 2.0**30
 
 
@@ -43,8 +44,9 @@ def render(report: ParityReport, pictures: Mapping[str, Sequence[bytes]], budget
 
 def _head(report: ParityReport) -> str:
     return (
-        f"<h1>{escape(report.name)}</h1><p class='soft'>compared with {escape(report.source)}"
-        f" in {len(report.cases)} cases, class {escape(report.level)}, build {escape(report.artifact[:12])}</p>"
+        f"<h1>{escape(report.name)}</h1><p class='soft'>compared with its source"
+        f" ({escape(report.source)}) in {len(report.cases)} cases,"
+        f" class {escape(report.level)}, build {escape(report.artifact[:12])}</p>"
     )
 
 
@@ -80,16 +82,16 @@ def _table(rows: Sequence[Row], sources: bool) -> str:
         floor = "" if row.floor is None else _show(row.floor)
         lines.append(
             f"<tr><td>{escape(words)}<small>{escape(row.case or 'all cases')}</small></td>"
-            f"<td class='n'>{_show(row.value)}</td><td class='n'>{floor}</td>"
-            f"<td class='n'>{'&le;' if sense == 'max' else '&ge;'} {_show(row.limit)}{source}</td>"
+            f"<td class='n' data-is='found'>{_show(row.value)}</td><td class='n' data-is='floor'>{floor}</td>"
+            f"<td class='n' data-is='limit'>{'&le;' if sense == 'max' else '&ge;'} {_show(row.limit)}{source}</td>"
             f"<td class='{'ok' if row.ok else 'no'}'>{'holds' if row.ok else 'broken'}</td></tr>"
         )
     head = "<tr><th>value</th><th class='n'>found</th><th class='n'>floor</th><th class='n'>limit</th><th></th></tr>"
-    return f"<div class='scroll'><table>{head}{''.join(lines)}</table></div>"
+    return f"<div class='scroll'><table class='rows'>{head}{''.join(lines)}</table></div>"
 
 
 def _show(value: float) -> str:
-    return "equal" if value == math.inf else escape(number(value))
+    return "equal" if value == math.inf else f"{value:.3g}"
 
 
 def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> str:
@@ -144,9 +146,9 @@ def _plain(text: str) -> str:
 def _steps(report: ParityReport) -> str:
     charts = []
     for case in report.cases:
-        lines: dict[str, list[tuple[float, float]]] = {}
+        lines: dict[str, list[tuple[float, float]]] = {branch: [] for branch in BRANCHES}
         for step in case.steps:
-            lines.setdefault(step.branch, []).append((step.t, step.rel_l2))
+            lines[step.branch].append((step.t, step.rel_l2))
         limit = next((r.limit for r in report.rows if (r.case, r.metric) == (case.name, "velocity.rel_l2")), 0.0)
         marks = {"limit": limit} | _floor_mark(case)
         charts.append(line_chart(case.name, "time, from noise (1) to picture (0)", lines, marks, reverse=True))
@@ -168,7 +170,7 @@ def _layers(report: ParityReport) -> str:
             if state.name.startswith("layer"):
                 layer = float(state.name.removeprefix("layer"))
                 lines.setdefault(state.event.lstrip("0123456789_") or state.event, []).append((layer, state.rel_l2))
-        drift = f" (drift begins at {case.drift})" if case.drift else ""
+        drift = f" (drift begins at {case.drift})" if case.drift and not report.passed else ""
         charts.append(line_chart(case.name + drift, "layer", _distinct(case, lines)))
     drawn = "".join(filter(None, charts))
     note = "<p class='soft'>Relative L2 error of the state after each layer, at each event of a case.</p>"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 30
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 12, 30
 COLOURS = 6  # --c0 .. --c5 in the page's style
 Points = Sequence[tuple[float, float]]
 
@@ -21,7 +21,7 @@ def line_chart(
 ) -> str:
     """Lines over a logarithmic y axis; `marks` are labelled horizontal lines; `reverse` runs x from high to low.
 
-    Zeros lie on the lowest tick. A chart of nothing but zeros says so instead.
+    Zeros lie on the lowest tick, an empty line keeps its colour free. A chart of nothing but zeros says so instead.
     """
     marks = {name: value for name, value in (marks or {}).items() if 0 < value < math.inf}
     points = [p for line in lines.values() for p in line if math.isfinite(p[1])]
@@ -41,7 +41,9 @@ def line_chart(
     for index, line in enumerate(lines.values()):
         body.append(_line(place, line, index))
     legend = "".join(
-        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(name)}</span>' for i, name in enumerate(lines)
+        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(name)}</span>'
+        for i, (name, line) in enumerate(lines.items())
+        if line
     )
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
