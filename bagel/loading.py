@@ -62,9 +62,9 @@ def load_bagel(folder: Path, device: torch.device, dtype: torch.dtype) -> Bagel:
     return model.eval()
 
 
-def load_vae(folder: Path, device: torch.device) -> AutoEncoder:
-    """The autoencoder, in fp32 whatever it is stored in."""
-    file = vae_file(folder)
+def load_vae(folder: Path, device: torch.device, file: Path | None = None) -> AutoEncoder:
+    """The autoencoder, in fp32 whatever it is stored in; `file` says where it is if not in the folder."""
+    file = file or vae_file(folder)
     files = dict.fromkeys(tensor_names(file), file)
     with torch.device("meta"):
         vae = AutoEncoder(vae_config(folder, shapes_of(files)))

@@ -7,13 +7,16 @@ A census says what each module really holds, and a compressed weight that is not
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from bagel.layout import official_role
 from bagel_compress.artifact import MANIFEST, Artifact
+from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.errors import ArtifactError, CheckpointError
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
     from bagel.model import Bagel
     from bagel.sampler import Sampler
+
+VAE = "ae.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +45,39 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     `dtype` None is bf16, the models' own. Any other dtype gives an artifact's decoded weights in that dtype, without
     the run-time modules. Raises CheckpointError, ArtifactError or BagelError.
     """
-    import torch
-
-    from bagel.sampler import Sampler
-
-    folder = _folder(path)
+    folder = Path(path)
+    if not folder.exists():
+        folder = _downloaded(str(path))
     if (folder / MANIFEST).exists():
         return load(Artifact.open(folder), device, dtype)
-    return Sampler.from_dir(folder, device, dtype or torch.bfloat16)
+    return load_checkpoint(Checkpoint.open(folder), device, dtype)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Sampler:
+    """The sampler of a checkpoint in any layout: prefixes, shards, dtypes, adapter and base as opened."""
+    import torch
+
+    from bagel.loading import load_vae, parameter_path, put, read_config
+    from bagel.model import Bagel
+    from bagel.sampler import Sampler
+    from bagel.text import TextCodec
+
+    device, dtype = torch.device(device), dtype or torch.bfloat16
+    with TemporaryDirectory() as gathered:
+        folder = Path(gathered)
+        for name, file in checkpoint.files.items():
+            if name != VAE:
+                shutil.copyfile(file, folder / name)
+        vae_shapes = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
+        with torch.device("meta"):
+            bagel = Bagel(read_config(folder, checkpoint.shapes, vae_shapes))
+        for spec in checkpoint.specs:
+            values = checkpoint.read(spec, 0, spec.numel).reshape(spec.shape)
+            put(bagel, parameter_path(spec.name), _parameter(values.to(device, dtype, copy=True)))
+        vae = load_vae(folder, device, checkpoint.files[VAE])
+        return Sampler(bagel.eval(), vae, TextCodec.from_dir(folder))
 
 
 def load(artifact: Artifact, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Sampler:
@@ -143,12 +173,10 @@ def _is_linear(tensor: str) -> bool:
     return official_role(tensor).kind in ("linear", "head")
 
 
-def _folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
-        from bagel_compress.hub import fetch
+def _downloaded(name: str) -> Path:
+    """The folder of a published artifact, or of a full-precision repository."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name} is neither a folder nor a Hub id (user/name).")
+    from bagel_compress.hub import fetch
 
-        return fetch(str(path))
-    raise CheckpointError(f"{path} is neither a folder nor a Hub id (user/name).")
+    return fetch(name)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bagel-compress: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("bagel-compress: interrupted; finished work is kept, the same command goes on from there.", file=sys.stderr)
+        print("bagel-compress: interrupted; the same command goes on from there.", file=sys.stderr)
         return 130
     return code
 

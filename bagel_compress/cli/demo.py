@@ -1,9 +1,109 @@
-"""Verbs of the group "demo"."""
+"""Verbs that go the whole way: run (plan, compress, trace, validate, report) and demo (the same, built-in model)."""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bagel_compress.cli import add_json, emit
+from bagel_compress.cli.build import open_checkpoint, progress_bar
+from bagel_compress.cli.judge import table
+
+if TYPE_CHECKING:
+    from bagel_compress.artifact import Artifact
+    from bagel_compress.checkpoint import Checkpoint
+    from bagel_compress.reports import ParityReport
+
+FULL_LATENT_ROWS = 4096  # of the 7B model's latent table; a smaller table cannot hold the full-size cases
 
 
 def register(verbs: Any) -> None:
-    """Adds this group's parsers to `verbs` (an argparse sub-parsers action)."""
+    """Adds the parsers of run and demo."""
+    run = verbs.add_parser(
+        "run",
+        help="plan, compress, trace, validate and report in one go; run again to go on",
+        description="Plan, compress, trace the reference, validate against it and report. Finished parts are kept. "
+        "Exit 1 if a limit of the recipe is broken.",
+        epilog="examples:\n  bagel-compress run recipes/nf4.yaml --source BAGEL-7B-MoT --out out/nf4 --device cuda\n"
+        "  bagel-compress run nf4 --source BAGEL-7B-MoT --out out/nf4 --trace bagel.trace.safetensors",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("recipe", metavar="RECIPE", help="recipe file, or the name of one that comes with the package")
+    run.add_argument("--source", required=True, metavar="SRC", help="full-precision checkpoint: folder or Hub id")
+    run.add_argument("--base", metavar="SRC", help="where configs, tokenizer and VAE are taken from if SRC lacks them")
+    run.add_argument("--lora", metavar="DIR", help="peft adapter folder to merge while reading")
+    run.add_argument("--out", required=True, metavar="DIR", help="folder of the artifact; the trace lies beside it")
+    run.add_argument("--trace", metavar="FILE", help="trace of the source to use (default: DIR.trace.safetensors)")
+    run.add_argument("--cases", metavar="CASE", nargs="+", help="cases to trace (default: those that come with it)")
+    run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
+    add_json(run)
+    run.set_defaults(verb=_run)
+
+    demo = verbs.add_parser(
+        "demo",
+        help="compress, validate and report a small built-in BAGEL",
+        description="Compresses the BAGEL that comes with the package, compares it with its full-precision self and "
+        "writes a report with pictures. Needs no download and no GPU.",
+        epilog="examples:\n  bagel-compress demo\n  bagel-compress demo --out /tmp/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument("--out", default="out/demo", metavar="DIR", help="where it is written (%(default)s)")
+    add_json(demo)
+    demo.set_defaults(verb=_demo)
+
+
+def _run(args: argparse.Namespace) -> int:
+    checkpoint = open_checkpoint(args)
+    artifact = _compress(args.recipe, checkpoint, Path(args.out), quiet=args.json)
+    trace = Path(args.trace or f"{Path(args.out)}.trace.safetensors")
+    report = _judge(artifact, checkpoint, trace, args)
+    page = artifact.path / "report.html"
+    emit(args, report.model_dump(mode="json") | {"passed": report.passed, "page": str(page)}, table(report, page))
+    return 0 if report.passed else 1
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from bagel_compress.resources import resource
+
+    args.source, args.base, args.lora = str(resource("tiny")), None, None
+    args.recipe, args.out, args.trace, args.cases, args.device = "nf4", f"{args.out}/nf4", None, None, "cpu"
+    return _run(args)
+
+
+def _compress(recipe_name: str, checkpoint: Checkpoint, out: Path, quiet: bool) -> Artifact:
+    """Plans and builds; the plan's table is printed first, unless `quiet`."""
+    from bagel_compress.plan import make_plan
+    from bagel_compress.recipe import Recipe
+    from bagel_compress.resources import find_recipe
+    from bagel_compress.stream import compress
+
+    plan = make_plan(checkpoint, Recipe.load(find_recipe(recipe_name)))
+    if not quiet:
+        print(plan.table(), end="\n\n", flush=True)
+    with progress_bar(plan) as step:
+        return compress(plan, checkpoint, out, step)
+
+
+def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argparse.Namespace) -> ParityReport:
+    """Records what is not yet recorded, then compares."""
+    from bagel_compress.case import load_cases
+    from bagel_compress.validate.judge import record_source, validate_artifact
+
+    if args.trace is None:
+        record_source(checkpoint, load_cases(args.cases or [_cases(checkpoint)]), trace, args.device, progress=_say)
+    return validate_artifact(artifact.path, [trace], checkpoint, args.device, _say)
+
+
+def _cases(checkpoint: Checkpoint) -> Path:
+    """The packaged cases of the checkpoint's size."""
+    from bagel_compress.resources import resource
+
+    cases = resource("exports") / "cases"
+    small = checkpoint.shapes["latent_pos_embed.pos_embed"][0] < FULL_LATENT_ROWS
+    return cases / "tiny" if small else cases
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from bagel_compress.case import Case
 from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.errors import TraceError
 from bagel_compress.limits import resolve
-from bagel_compress.load import load, open_model
+from bagel_compress.load import load, load_checkpoint
 from bagel_compress.report_html import render
 from bagel_compress.report_text import junit, markdown
 from bagel_compress.reports import REPORTS, ParityReport, load_budgets
@@ -38,7 +38,7 @@ DIFFERENCE_GAIN = 4
 
 
 def record_source(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     cases: Sequence[tuple[Case, Path]],
     out: str | Path,
     device: str = "cpu",
@@ -47,15 +47,15 @@ def record_source(
     progress: Progress | None = None,
 ) -> TraceFile:
     """Records cases on a full-precision checkpoint folder. See record_cases."""
-    checkpoint = Checkpoint.open(source)
-    sampler = open_model(source, device, dtype)
+    checkpoint = _opened(source)
+    sampler = load_checkpoint(checkpoint, device, dtype)
     return record_cases(sampler, checkpoint.name, checkpoint.digest, cases, out, floors, progress)
 
 
 def validate_artifact(
     path: str | Path,
     traces: Sequence[str | Path],
-    source: str | Path | None = None,
+    source: str | Path | Checkpoint | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> ParityReport:
@@ -73,9 +73,10 @@ def validate_artifact(
     dtype = _dtype(files)
     reference = None
     if source is not None:
+        checkpoint = _opened(source)
         for file in files:
-            file.expect_source(Checkpoint.open(source).digest, str(source))
-        reference = open_model(source, device, dtype)
+            file.expect_source(checkpoint.digest, checkpoint.name)
+        reference = load_checkpoint(checkpoint, device, dtype)
     sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
     subject = Subject(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, formats(artifact))
     found = compare(subject, files, reference, progress)
@@ -137,6 +138,10 @@ def _png(image: Image.Image) -> bytes:
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
     return data.getvalue()
+
+
+def _opened(source: str | Path | Checkpoint) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else Checkpoint.open(source)
 
 
 def _dtype(files: Sequence[TraceFile]) -> torch.dtype:
