@@ -28,7 +28,8 @@ from bagel_compress.snippets import Snippet, snippets
 
 CASES = [
     ("nf4", "Command line"), ("nf4", "Python"), ("nf4", "bitsandbytes"), ("int8-24gb", "bitsandbytes"),
-    ("fp8-24gb", "compressed-tensors (fp8)"), ("mixed-16gb", "bitsandbytes"), ("mixed-16gb", "compressed-tensors (fp8)"),
+    ("fp8-24gb", "compressed-tensors (fp8)"), ("mixed-16gb", "bitsandbytes"),
+    ("mixed-16gb", "compressed-tensors (fp8)"),
     ("df11", "Python"), ("df11", "dfloat11"), ("df11", "ComfyUI"),
 ]  # fmt: skip
 Online = Callable[[str], tuple[Artifact, str]]

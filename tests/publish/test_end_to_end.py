@@ -1,0 +1,133 @@
+"""From a checkpoint to a stranger's picture: compress, validate, publish through faults, pull, verify, generate."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hub import Fault, Hub, User
+from publish_data import BASE, REPO, TOKEN, budget
+
+from bagel_compress.artifact import Artifact
+
+Cli = Callable[..., tuple[int, str, str]]
+PROMPT, FLAGS = "a red teapot", ("--steps", 4, "--size", "64x64", "--seed", 7)
+
+
+def validated(artifact: Artifact, tiny: Path, trace: Path) -> Artifact:
+    """Real traces of one case, a real parity report; the budget is of no matter here."""
+    from bagel_compress.case import load_cases
+    from bagel_compress.resources import resource
+    from bagel_compress.validate.judge import record_source, validate_artifact
+
+    cases = load_cases([resource("exports") / "cases" / "tiny" / "t2i_square.yaml"])
+    record_source(tiny, cases, trace, floors=())
+    report = validate_artifact(artifact.path, [trace])
+    assert report.passed, report.broken
+    budget(artifact).save(artifact.path)
+    return artifact
+
+
+def test_the_same_picture_after_the_journey(
+    hub: Hub, tiny: Path, tmp_path: Path, cli: Cli, fresh_cache: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "build"
+    assert cli("compress", "raw", "--source", tiny, "--out", out)[0] == 0
+    validated(Artifact.open(out), tiny, tmp_path / "trace.safetensors")
+    assert cli("generate", out, PROMPT, *FLAGS, "--out", "before.png")[0] == 0
+
+    hub.faults = [Fault("PUT /lfs/", times=2), Fault("PUT /lfs/", "cut")]
+    code, text, _ = cli("publish", out, REPO, "--base-model", BASE, "--json")
+    assert code == 0
+    assert all(fault.times == 0 for fault in hub.faults)
+    assert (tmp_path / "exports" / "receipts" / "raw--rtx4070-12gb.json").exists()
+
+    shutil.rmtree(out)
+    fresh_cache()
+    code, text, err = cli("verify", REPO, "--full")
+    assert code == 0, text + err
+    assert cli("generate", REPO, PROMPT, *FLAGS, "--out", "after.png")[0] == 0
+    assert (tmp_path / "before.png").read_bytes() == (tmp_path / "after.png").read_bytes()
+
+
+def test_refusals_on_the_command_line(hub: Hub, artifact: Artifact, cli: Cli, tmp_path: Path) -> None:
+    (artifact.path / "reports" / "parity.json").unlink()
+    code, out, err = cli("publish", artifact.path, REPO)
+    assert (code, out) == (1, "")
+    assert "no parity report" in err
+    assert "--base-model" in err
+    code, _, err = cli("publish", artifact.path, "not a repository")
+    assert code == 2
+    assert cli("verify", tmp_path / "nowhere")[0] == 2
+    assert not hub.store.repos
+
+
+def test_dry_run(hub: Hub, artifact: Artifact, cli: Cli, publish: Callable[..., object]) -> None:
+    code, out, _ = cli("publish", artifact.path, REPO, "--base-model", BASE, "--dry-run")
+    assert code == 0
+    assert "does not exist yet" in out
+    assert not hub.store.repos
+    assert not any(line.startswith(("PUT", "POST")) for line in hub.requests)
+    publish(artifact)
+    code, out, _ = cli("publish", artifact.path, REPO, "--base-model", BASE, "--license", "mit", "--dry-run")
+    changed = [line.split()[-1] for line in out.splitlines() if line.startswith("  ~")]
+    assert changed == ["README.md"]
+    assert "-license: apache-2.0" in out
+    assert "+license: mit" in out
+    folder = artifact.path.with_name("nf4.release")
+    assert "license: mit" in (folder / "README.md").read_text()
+
+
+def test_card_prints_without_publishing(hub: Hub, artifact: Artifact, cli: Cli) -> None:
+    code, out, _ = cli("card", artifact.path, REPO, "--base-model", BASE)
+    assert code == 0
+    assert "DRAFT" not in out
+    (artifact.path / "reports" / "parity.json").unlink()
+    assert "DRAFT" in cli("card", artifact.path, REPO)[1]
+    assert not hub.requests
+
+
+def test_verify_exits_with_one(
+    hub: Hub, artifact: Artifact, publish: Callable[..., object], cli: Cli, fresh_cache: Callable[[], Path]
+) -> None:
+    publish(artifact)
+    assert cli("verify", REPO)[0] == 0
+    fresh_cache()
+    files = hub.store.repos[REPO].head("main").files
+    files["config.json"] = hub.store.keep(b"{}", lfs=False)
+    code, out, _ = cli("verify", REPO)
+    assert code == 1
+    assert "config.json is not what was released" in out
+
+
+@pytest.mark.parametrize("fault", [None, "expired", "read", "echo", "down", "forbidden"])
+def test_the_token_is_nowhere(
+    hub: Hub, artifact: Artifact, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None,
+    caplog: pytest.LogCaptureFixture, fresh_cache: Callable[[], Path],
+) -> None:  # fmt: skip
+    """Everything printed, logged or written by publish and verify, in success and in failure, is searched for it."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    if fault in ("expired", "read"):
+        hub.store.users[TOKEN] = User("ann", expired=fault == "expired", role="read" if fault == "read" else "write")
+    if fault == "down":
+        hub.faults = [Fault("POST .*/objects/batch", times=100)]
+    if fault == "forbidden":
+        hub.faults = [Fault("POST .*/commit/", status=403)]
+    if fault == "echo":  # a server that sends the token back in its message
+        from hub_store import RefusedError, Store
+
+        def refuse(*_: object) -> None:
+            raise RefusedError(418, "", f"Bearer {TOKEN} is not welcome")
+
+        monkeypatch.setattr(Store, "commit", refuse)
+    code, out, err = cli("publish", artifact.path, REPO, "--base-model", BASE, "--receipts", "receipts")
+    assert code == (0 if fault is None else 2), err
+    texts = [out, err, caplog.text, *cli("verify", REPO)[1:]]
+    assert not [text for text in texts if TOKEN in text or TOKEN[3:] in text]
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(written) > 20
+    assert not [p for p in written if TOKEN.encode() in p.read_bytes()]
