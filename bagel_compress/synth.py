@@ -15,7 +15,7 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from math import isqrt
@@ -152,34 +152,38 @@ def _write_tokenizer(out: Path, vocab: int) -> None:
 
 
 def _write(path: Path, specs: Mapping[str, PartSpec], seed: int, progress: Progress) -> None:
-    """One file, front to back: chunks are made by all cores while the one before is written."""
+    """One file, front to back: chunks are made by all cores, in reused buffers, while the one before is written."""
+    import numpy as np
+
     header, offsets = lay_out(specs)
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    workers = os.cpu_count() or 1
+    free = [np.empty(CHUNK, np.uint16) for _ in range(workers + 1)]
+    ahead: deque[tuple[np.ndarray, Future[np.ndarray]]] = deque()
+
+    def write_first() -> None:
+        buffer, made = ahead.popleft()
+        progress(file.write(made.result().data))
+        free.append(buffer)
+
+    with partial.open("wb") as file, ThreadPoolExecutor(workers) as pool:
         file.write(header)
-        ahead: deque[Future[np.ndarray]] = deque()
-        jobs = _jobs(
-            [TensorSpec(specs[n].dtype, specs[n].shape, n) for n in sorted(specs, key=offsets.__getitem__)], seed
-        )
-        for job in jobs:
-            ahead.append(pool.submit(job))
-            if len(ahead) > (os.cpu_count() or 1):
-                progress(file.write(ahead.popleft().result().data))
-        for future in ahead:
-            progress(file.write(future.result().data))
+        for name in sorted(specs, key=offsets.__getitem__):
+            spec = TensorSpec(specs[name].dtype, specs[name].shape, name)
+            make = _tensor(spec, seed)
+            for start in range(0, spec.numel, CHUNK):
+                if not free:
+                    write_first()
+                buffer = free.pop()
+                out = buffer[: min(CHUNK, spec.numel - start)]
+                ahead.append((buffer, pool.submit(make, start, out)))
+        while ahead:
+            write_first()
     partial.replace(path)
 
 
-def _jobs(specs: list[TensorSpec], seed: int) -> Iterator[Callable[[], np.ndarray]]:
-    for spec in specs:
-        make = _tensor(spec, seed)
-        for start in range(0, spec.numel, CHUNK):
-            stop = min(start + CHUNK, spec.numel)
-            yield lambda make=make, start=start, stop=stop: make(start, stop)  # type: ignore[misc]
-
-
-def _tensor(spec: TensorSpec, seed: int) -> Callable[[int, int], np.ndarray]:
-    """What gives elements [start, stop) of a tensor as stored words (uint16 for BF16, uint32 for F32)."""
+def _tensor(spec: TensorSpec, seed: int) -> Callable[[int, np.ndarray], np.ndarray]:
+    """What fills a uint16 array with the bf16 words from `start` on, and gives what to store (uint32 for F32)."""
     import numpy as np
 
     from bagel_compress.synth_kernel import fill
@@ -198,8 +202,7 @@ def _tensor(spec: TensorSpec, seed: int) -> Callable[[int, int], np.ndarray]:
     rows = _log_normal(spec.shape[0] if matrix else 1, key ^ 0x2545F491, ROW_SIGMA if matrix else 0.0)
     table = _normal_table()
 
-    def make(start: int, stop: int) -> np.ndarray:
-        out = np.empty(stop - start, np.uint16)
+    def make(start: int, out: np.ndarray) -> np.ndarray:
         fill(out, start, np.uint64(key), table, rows, scales, columns, np.float32(one), matrix)
         return out if spec.dtype == "BF16" else out.astype(np.uint32) << 16
 
@@ -224,7 +227,7 @@ def _normal_table() -> np.ndarray:
     return np.round(np.array([-4.5, *inner, 4.5]), 6).astype(np.float32)
 
 
-def _sin_cos(rows: int, width: int) -> Callable[[int, int], np.ndarray]:
+def _sin_cos(rows: int, width: int) -> Callable[[int, np.ndarray], np.ndarray]:
     """The fixed position table: first half the column, second half the row; each half sines then cosines.
 
     position * 10000^(-k / (width / 4)), k = 0 .. width / 4 - 1 (the formula of MAE's 2-D sin-cos embedding).
@@ -238,4 +241,4 @@ def _sin_cos(rows: int, width: int) -> Callable[[int, int], np.ndarray]:
     half = rounded(np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32).reshape(-1)).reshape(side, -1)
     cells = np.arange(rows)
     table = np.concatenate([half[cells % side], half[cells // side]], 1).reshape(-1)
-    return lambda start, stop: table[start:stop]
+    return lambda start, out: table[start : start + out.size]
