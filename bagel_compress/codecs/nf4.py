@@ -69,7 +69,8 @@ class Nf4(MatrixCodec):
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code book * absmax), the product in fp32: `bitsandbytes.functional.dequantize_4bit`, bit for bit."""
         (spec,) = unit.specs
-        return {spec.name: decode_codes(parts[spec.name], stored_absmax(self, spec, parts), spec.shape)}
+        absmax = stored_absmax(self, spec, parts)
+        return {spec.name: decode_codes(parts[spec.name], absmax, spec.shape)}
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
         """`transformers.BitsAndBytesConfig.to_dict()`, without its private keys."""
@@ -162,12 +163,8 @@ class _Nf4Encoding(Encoding):
         packed = np.empty(-(-size // 2), np.uint8)
         for start in range(0, spec.numel, CHUNK_ELEMENTS):
             words = read_words(self.source, spec, start, min(start + CHUNK_ELEMENTS, spec.numel))
-            absmax, sums = (
-                np.empty(-(-words.size // BLOCK), np.float32),
-                np.empty((-(-words.size // BLOCK), 5), np.float32),
-            )
             written = packed[: -(-words.size // 2)]
-            _encode(words, self.codec.scale == "mse", written, absmax, sums)
+            absmax, sums = _encode(words, self.codec.scale == "mse", written)
             if not np.isfinite(absmax).all():
                 raise not_finite(spec, self.codec)
             self_check(spec, self.codec, not sums[:, 4].any())
@@ -178,19 +175,26 @@ class _Nf4Encoding(Encoding):
                 self._add_quality(sums, absmax, absmax)
                 yield self._chunk("absmax", absmax, start // BLOCK * 4)
         yield self._chunk("quant_map", CODE_BOOK)
-        offset = (yield from self._nest(*map(np.concatenate, zip(*statistics, strict=True)))) if statistics else None
+        offset = (yield from self._nest(statistics)) if statistics else None
         yield self._chunk(STATE, np.frombuffer(_state(spec, offset), np.uint8))
 
-    def _nest(self, absmax: np.ndarray, sums: np.ndarray) -> Generator[Chunk, None, float]:
+    def _nest(self, statistics: Sequence[tuple[np.ndarray, np.ndarray]]) -> Generator[Chunk, None, float]:
+        """From (absmax, sums) of all chunks. Only absmax is joined, the sums of a large tensor are 20 bytes a block."""
+        import numpy as np
+
         from bagel_compress.codecs.kernels.nested_kernels import dequantize_absmax, dynamic_map, quantize_absmax
 
+        absmax = np.concatenate([part for part, _ in statistics])
         codes, nested, offset = quantize_absmax(absmax)
         if not math.isfinite(offset):
             raise CodecError(f"{self.spec.name}: weights of {absmax.max()} are too large for double_quant; use raw.")
-        self._add_quality(sums, absmax, dequantize_absmax(codes, nested, offset))
         yield self._chunk("absmax", codes)
         yield self._chunk("nested_absmax", nested)
         yield self._chunk("nested_quant_map", dynamic_map())
+        stored, first = dequantize_absmax(codes, nested, offset), 0
+        for part, sums in statistics:
+            self._add_quality(sums, part, stored[first : first + len(part)])
+            first += len(part)
         return float(offset)
 
     def _chunk(self, key: str, values: np.ndarray, start: int = 0) -> Chunk:
@@ -206,17 +210,21 @@ class _Nf4Encoding(Encoding):
         self.quality.add(float((uu * unit**2).sum()), float(((ee + change * (2 * ec + change * cc)) * unit**2).sum()))
 
 
-def _encode(words: np.ndarray, mse: bool, packed: np.ndarray, absmax: np.ndarray, sums: np.ndarray) -> None:
-    """Whole blocks on all threads, then the short last one."""
+def _encode(words: np.ndarray, mse: bool, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whole blocks on all threads, then the short last one, into `packed`. Returns absmax (B,) and sums (B, 5)."""
+    import numpy as np
+
     from bagel_compress.codecs.kernels.nf4_kernels import TILE, encode_blocks, encode_tail
     from bagel_compress.codecs.kernels.threads import split
 
-    whole = words.size // BLOCK
+    count, whole = -(-words.size // BLOCK), words.size // BLOCK
+    absmax, sums = np.empty(count, np.float32), np.empty((count, 5), np.float32)
     blocks = words[: whole * BLOCK].reshape(whole, BLOCK)
-    pairs = packed[: whole * BLOCK // 2].reshape(whole, BLOCK // 2)
-    split(lambda a, b: encode_blocks(blocks[a:b], mse, pairs[a:b], absmax[a:b], sums[a:b]), whole, TILE)
-    if words.size % BLOCK:
+    codes = packed[: whole * BLOCK // 2].reshape(whole, BLOCK // 2)
+    split(lambda a, b: encode_blocks(blocks[a:b], mse, codes[a:b], absmax[a:b], sums[a:b]), whole, TILE)
+    if count > whole:
         packed[whole * BLOCK // 2 :], absmax[whole], sums[whole] = encode_tail(words[whole * BLOCK :])
+    return absmax, sums
 
 
 def _state(spec: TensorSpec, offset: float | None) -> bytes:
