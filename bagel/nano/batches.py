@@ -57,7 +57,7 @@ class Pool:
     after: Tensor
 
 
-def make_pool(vae: AutoEncoder, seed: int, scenes: int = 8000, edits: int = 6000) -> Pool:
+def make_pool(vae: AutoEncoder, seed: int, scenes: int = 5000, edits: int = 2400) -> Pool:
     """Draws scenes and edits and encodes them. Edit kinds take turns."""
     rng = np.random.default_rng((seed, 1))
     drawn = [sample_scene(rng) for _ in range(scenes)]

@@ -1,6 +1,6 @@
 """The nano model's sizes and its fresh weights.
 
-Hidden 192 in 6 layers with two experts, a ViT of three layers on a 6 x 6 grid: a 4 x 4 grid hid shape and place.
+Hidden 128 in 6 layers with two experts, a ViT of three layers on a 6 x 6 grid: a 4 x 4 grid hid shape and place.
 Weights start at 1/sqrt(fan in), the outputs of attention and MLP smaller by sqrt(2 * layers), and embeddings near the
 size of the sin-cos rows (about 0.7), so that neither drowns the other. The ViT's own position rows start large for the
 same reason.
@@ -21,7 +21,7 @@ from bagel.nano.vae_train import CONFIG as VAE
 VOCAB = 512  # 503 tokens, padded to a multiple of 64
 VIT_SIDE = 84  # 6 x 6 patches
 CONFIG = BagelConfig(
-    llm=LLMConfig(192, 384, 6, 6, 2, VOCAB),
+    llm=LLMConfig(128, 320, 6, 4, 2, VOCAB),
     vit=ViTConfig(128, 256, 3, 4),
     latent_patch_size=2,
     latent_channels=VAE.z_channels,

@@ -30,8 +30,8 @@ class NanoRecipe:
 
     vae: vae_train.Recipe = field(default_factory=vae_train.Recipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)
-    scenes: int = 8000
-    edits: int = 6000
+    scenes: int = 5000
+    edits: int = 2400
     pool_seed: int = 1
 
 

@@ -44,8 +44,8 @@ class ModelRecipe:
     """What determines the trained weights, given the latents, the machine and the thread count."""
 
     vit: Phase = Phase(800, 2e-3, 50, 0.5, 0.05)
-    und: Phase = Phase(200, 2e-3, 50, 0.0, 1.0)
-    mix: Phase = Phase(2800, 2e-3, 150, 0.4, 0.02)
+    und: Phase = Phase(80, 2e-3, 50, 0.0, 1.0)
+    mix: Phase = Phase(2000, 2e-3, 60, 0.4, 0.02)
     vit_batch: int = 32
     und_batch: Mix = field(default_factory=lambda: Mix(ask=24))
     mix_batch: Mix = field(default_factory=Mix)

@@ -1,0 +1,206 @@
+"""Every recipe on BAGEL-nano: bytes, step errors, pictures, answers and scores; and what each component costs.
+
+    python benchmarks/nano_table.py [--quick] [--out docs/nano_table.md]
+
+Weights are coded and decoded by the codecs and computed in fp32, so that only the coding error is seen: the table says
+what a format does to the model, not what a kernel does. Ends in one JSON line. About a minute a row on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from bagel import training
+from bagel.inputs import to_tensor
+from bagel.model import Bagel
+from bagel.nano import language
+from bagel.nano.batches import images_to_tensor
+from bagel.nano.scenes import render, sample_scene
+from bagel.sampler import Sampler
+from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.load import open_model
+from bagel_compress.metrics import kl_divergence, rel_l2
+from bagel_compress.plan import make_plan
+from bagel_compress.recipe import Recipe
+from bagel_compress.resources import resource
+from bagel_compress.stream import compress
+from bagel_compress.validate.nano import nano_benchmark
+from bagel_compress.validate.scores import Scores, compare, picture_psnr, run, same_answers
+
+SOURCE = Path(__file__).resolve().parents[1] / "bagel_compress" / "data" / "BAGEL-nano"
+SHOWN = ("one", "two", "ask", "edit", "think")
+# Component tables: one part of the model in NF4 or INT3-like damage, the rest untouched.
+PARTS = {
+    "both experts": "{component: llm, kind: linear}",
+    "und expert": "{component: llm, kind: linear, expert: und}",
+    "gen expert": "{component: llm, kind: linear, expert: gen}",
+    "bridges": "{component: [latent, time, connector], kind: linear}",
+    "ViT": "{component: vit, kind: linear}",
+    "lm_head": "{kind: head}",
+    "everything linear": "{kind: [linear, head]}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One variant against the bf16 original."""
+
+    name: str
+    bytes: int
+    velocity: float  # relative L2 of predicted velocities, teacher-forced
+    kl: float  # mean KL of next-token distributions, teacher-forced, nats
+    psnr: float  # dB of free-running pictures, median
+    same: float  # share of equal texts
+    scores: dict[str, tuple[float, float, float]]  # category -> value, low and high of the difference
+
+
+class Probe:
+    """A fixed teacher-forced batch: noised pictures and answers, and the original's outputs on it."""
+
+    def __init__(self, sampler: Sampler, samples: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        generator = torch.Generator().manual_seed(seed)
+        items: list[list[training.Item]] = []
+        for _ in range(samples):
+            scene = sample_scene(rng)
+            pixels = images_to_tensor(render(scene)[None])
+            side = pixels.shape[-1] // sampler.vae.config.downsample
+            with torch.no_grad():
+                noise = torch.randn((1, sampler.vae.config.z_channels, side, side), generator=generator)
+                latent = sampler.vae.encode(pixels, noise)[0]
+            draws = [float(d) for d in torch.randn(3, generator=generator)]
+            items.append([training.TextItem(language.caption(scene)), *(training.LatentItem(latent, d) for d in draws)])
+            seen = training.ViTItem(_vit_pixels(sampler, scene))
+            for kind in language.kinds_for(scene)[:4]:
+                question = language.question(scene, kind, rng)
+                items.append([seen, training.TextItem(question.text), training.TextItem(question.answer, loss=True)])
+        self._batch = training.pack(sampler.bagel, sampler.text, items)
+        self._noise = torch.randn(self._batch.latents.shape, generator=generator)
+        self.velocity, self.logits = self.outputs(sampler.bagel)
+
+    @torch.no_grad()
+    def outputs(self, model: Bagel) -> tuple[torch.Tensor, torch.Tensor]:
+        """Velocities of the noised tokens and logits of the answers' tokens."""
+        hidden = training.forward(model, self._batch, self._noise).hidden
+        return model.llm2vae(hidden[self._batch.mse_rows]), model.lm_head(hidden[self._batch.ce_rows])
+
+
+def _vit_pixels(sampler: Sampler, scene) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    from PIL import Image
+
+    from bagel.images import resized
+
+    return to_tensor(resized(Image.fromarray(render(scene)), sampler.bagel.config.vit_rule))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=SOURCE)
+    parser.add_argument("--out", type=Path, help="Markdown file to write (default: standard output)")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the prompts")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    share = 5 if args.quick else 1
+    benchmark = nano_benchmark(240 // share, 168 // share, 100 // share, 60 // share)
+    checkpoint = Checkpoint.open(args.source)
+    original = open_model(args.source, dtype=torch.float32)
+    probe = Probe(original, 32, seed=7)
+    reference = run(benchmark, original)
+    recipes = [Recipe.load(path) for path in sorted(resource("recipes").glob("*.yaml"))]
+    rows, parts = [], []
+    for recipe in recipes:
+        rows.append(_row(recipe, checkpoint, probe, benchmark, reference))
+        print(f"{rows[-1].name}: {rows[-1].psnr:.1f} dB", file=sys.stderr)
+    for codec in ("nf4", "int4"):
+        for name, match in PARTS.items():
+            recipe = Recipe.parse(_partial(match, codec), "table")
+            row = _row(recipe, checkpoint, probe, benchmark, reference)
+            parts.append(
+                Row(f"{codec.upper()} {name}", row.bytes, row.velocity, row.kl, row.psnr, row.same, row.scores)
+            )
+            print(f"{parts[-1].name}: {parts[-1].psnr:.1f} dB", file=sys.stderr)
+    text = _markdown(rows, parts, reference, len(benchmark.prompts))
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+    print(json.dumps({"benchmark": "nano_table", "prompts": len(benchmark.prompts), **_summary(rows)}))
+    return 0
+
+
+def _partial(match: str, codec: str) -> str:
+    return f"{{name: part, rules: [{{match: {match}, codec: {codec}}}, {{match: {{}}, codec: raw}}]}}"
+
+
+def _row(recipe: Recipe, checkpoint: Checkpoint, probe: Probe, benchmark, reference: Scores) -> Row:  # type: ignore[no-untyped-def]
+    plan = make_plan(checkpoint, recipe)
+    with TemporaryDirectory() as folder:
+        artifact = compress(plan, checkpoint, Path(folder) / "artifact")
+        sampler = open_model(artifact.path, dtype=torch.float32)
+        velocity, logits = probe.outputs(sampler.bagel)
+        scores = run(benchmark, sampler)
+    differences = {d.category: d for d in compare(scores, reference)}
+    return Row(
+        recipe.name,
+        plan.nbytes,
+        rel_l2(velocity, probe.velocity),
+        float(kl_divergence(logits, probe.logits).mean()),
+        float(np.median(picture_psnr(scores, reference))),
+        same_answers(scores, reference),
+        {name: (differences[name].candidate, differences[name].low, differences[name].high) for name in SHOWN},
+    )
+
+
+def _markdown(rows: list[Row], parts: list[Row], reference: Scores, prompts: int) -> str:
+    base = " | ".join(f"{100 * reference.mean(name):.1f}" for name in SHOWN)
+    lines = [
+        f"Scores in percent over {prompts} prompts; in brackets the 95 % interval of the paired difference to bf16.",
+        "PSNR is the median over all pictures, to the picture that the original draws from the same noise.",
+        "",
+        *_head(),
+        f"| bf16 original | | | | | | {base} |",
+        *(_line(row) for row in rows),
+        "",
+        "One part of the model in four bits, everything else untouched:",
+        "",
+        *_head(),
+        *(_line(row) for row in parts),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _head() -> list[str]:
+    names = ["variant", "MB", "velocity error", "logits KL", "PSNR dB", "equal texts", *SHOWN]
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+
+
+def _line(row: Row) -> str:
+    scores = [f"{100 * v:.1f} ({100 * low:+.1f}..{100 * high:+.1f})" for v, low, high in row.scores.values()]
+    psnr = "equal" if math.isinf(row.psnr) else f"{row.psnr:.1f}"
+    cells = [row.name, f"{row.bytes / 1e6:.2f}", f"{row.velocity:.4f}", f"{row.kl:.5f}", psnr, f"{100 * row.same:.1f}"]
+    return "| " + " | ".join([*cells, *scores]) + " |"
+
+
+def _summary(rows: list[Row]) -> dict[str, dict[str, float | None]]:
+    return {
+        row.name: {
+            "mb": row.bytes / 1e6,
+            "psnr": None if math.isinf(row.psnr) else row.psnr,
+            "two": row.scores["two"][0],
+        }
+        for row in rows
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
