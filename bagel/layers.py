@@ -43,11 +43,8 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 def linear_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype a linear module computes in: of its weight, or what a compressed module says in `compute_dtype`."""
-    declared = getattr(module, "compute_dtype", None)
-    if declared is not None:
-        return declared  # type: ignore[no-any-return]
-    return module.weight.dtype  # type: ignore[return-value,union-attr]
+    """The dtype a linear wants its input in: of its weight; bf16 for modules that keep their weight in another form."""
+    return module.weight.dtype if isinstance(module, nn.Linear) else torch.bfloat16
 
 
 def rope_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
