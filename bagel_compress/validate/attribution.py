@@ -33,7 +33,7 @@ COMPONENTS = {
     "latent and time": r"vae2llm|llm2vae|latent_pos_embed|time_embedder",
     "head": r"lm_head|norm_und|norm_gen",
 }
-STEPS, LOGITS = 2, 16  # what is replayed per case: enough to rank components
+STEPS, LOGITS = 2, 8  # what is replayed per case: enough to rank components
 
 
 def attribute(reference: Sampler, artifact: Sampler, traces: Sequence[Trace]) -> tuple[Share, ...]:

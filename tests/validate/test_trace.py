@@ -17,8 +17,6 @@ from bagel_compress.trace import TraceFile, image_tensor
 from bagel_compress.validate import recording
 
 
-
-
 def test_a_replay_of_the_reference_gives_the_same_bits(reference, trace_file):
     for name in trace_file.header.cases:
         trace = trace_file.read(name)
@@ -41,7 +39,14 @@ def test_a_free_run_is_what_the_sampler_itself_does(reference, trace_file):
 def test_branches_steps_taps_and_logits_are_recorded(trace_file):
     trace = trace_file.read("edit")
     assert trace.steps == [0, 2, 4]
-    assert {"step0/v_cond", "step0/v_text", "step0/v_image", "step0/v", "vae_latent0", "picture0"} <= trace.tensors.keys()
+    assert {
+        "step0/v_cond",
+        "step0/v_text",
+        "step0/v_image",
+        "step0/v",
+        "vae_latent0",
+        "picture0",
+    } <= trace.tensors.keys()
     events = {name.split("/")[1] for name in trace.tensors if name.startswith("tap/")}
     assert events == {"01_vae", "02_vit", "03_text", "step0", "step2"}
     assert trace_file.read("understand").tensors["logits"].shape[0] == len(trace_file.read("understand").tensors["ids"])
@@ -160,7 +165,14 @@ def test_the_shipped_suites_load_and_cover_the_modes():
     for folder in ("exports/cases", "exports/cases/tiny"):
         cases = [c for c, _ in load_cases([ROOT / folder])]
         kinds = {(c.kind, c.think) for c in cases}
-        assert {("t2i", False), ("edit", False), ("understand", False), ("chat", False), ("t2i", True), ("edit", True)} <= kinds
+        assert {
+            ("t2i", False),
+            ("edit", False),
+            ("understand", False),
+            ("chat", False),
+            ("t2i", True),
+            ("edit", True),
+        } <= kinds
         assert any(len(c.pictures) == 2 for c in cases)
         assert any(c.size and c.size[0] != c.size[1] for c in cases)
 
