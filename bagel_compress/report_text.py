@@ -11,7 +11,7 @@ from bagel_compress.reports import BudgetReport, ParityReport, Row, number, sent
 
 def junit(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
     """One test case per limit, one per fault and per overrun of a budget."""
-    suite = ElementTree.Element("testsuite", name=f"bagel-compress {report.name}")
+    suite = ElementTree.Element("testsuite", name=_xml(f"bagel-compress {report.name}"))
     tests = [(row.case or "all cases", row.metric, "" if row.ok else sentence(row)) for row in report.rows]
     tests += [("diagnosis", f"fault {i + 1}", fault) for i, fault in enumerate(report.faults)]
     for budget in budgets:
