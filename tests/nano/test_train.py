@@ -1,0 +1,78 @@
+"""Training repeats bit by bit, goes on where it was cut, and lowers both losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bagel.nano.batches import Mix
+from bagel.nano.reproduce import NAME, NanoRecipe, reproduce
+from bagel.nano.train import ModelRecipe, Phase, Progress
+from bagel.nano.vae_train import Recipe
+from bagel.sampler import Sampler
+from bagel.settings import FlowSettings
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def recipe(vae: int, vit: int, und: int, mix: int, share: int) -> NanoRecipe:
+    """A short run with batches that are 1/share of the real ones."""
+    small = Mix(draw=24 // share, ask=8 // share, edit=10 // share, think=max(1, 3 // share))
+    model = ModelRecipe(
+        vit=Phase(vit, 2e-3, 2, 0.5, 0.05),
+        und=Phase(und, 2e-3, 2, 0.0, 1.0),
+        mix=Phase(mix, 2e-3, 2, 0.4, 0.02),
+        vit_batch=32 // share,
+        und_batch=Mix(ask=24 // share),
+        mix_batch=small,
+    )
+    return NanoRecipe(Recipe(steps=vae, batch=max(2, 8 // share)), model, scenes=240 // share, edits=120 // share)
+
+
+def test_a_cut_run_ends_where_an_uncut_one_does(tmp_path: Path) -> None:
+    plan = recipe(vae=2, vit=2, und=2, mix=3, share=8)
+    steps = [(p.phase, p.step) for p in reproduce(tmp_path / "whole", plan)]
+    assert steps == [
+        ("vae", 1),
+        ("vae", 2),
+        ("vit", 1),
+        ("vit", 2),
+        ("und", 1),
+        ("und", 2),
+        *(("mix", i) for i in (1, 2, 3)),
+    ]
+    for limit in (1, 3, 4, 2):  # cut four times, in every stage
+        run = reproduce(tmp_path / "cut", plan, save_seconds=0.0)
+        for _ in range(limit + 1):  # the state of a step is written when the next one is asked for
+            if next(run, None) is None:
+                break
+        run.close()
+    list(reproduce(tmp_path / "cut", plan))
+    for file in ("ema.safetensors", "ae.safetensors"):
+        assert (tmp_path / "whole" / NAME / file).read_bytes() == (tmp_path / "cut" / NAME / file).read_bytes()
+    sampler = Sampler.from_dir(tmp_path / "cut" / NAME, dtype=torch.float32)
+    assert sampler.run(["a red circle"], size=(32, 32), flow=FlowSettings(num_timesteps=3)).image is not None
+
+
+@pytest.mark.slow
+def test_three_minutes_lower_both_losses_and_repeat(tmp_path: Path) -> None:
+    plan = recipe(vae=40, vit=60, und=40, mix=30, share=2)
+    runs = [list(reproduce(tmp_path / name, plan)) for name in ("first", "second")]
+    for phase, metric in (("vae", "loss"), ("vit", "loss"), ("und", "ce"), ("mix", "mse")):
+        values = _values(runs[0], phase, metric)
+        assert sum(values[-5:]) < 0.9 * sum(values[:5]), (phase, metric)
+        assert values == _values(runs[1], phase, metric)
+    for file in ("ema.safetensors", "ae.safetensors"):
+        assert (tmp_path / "first" / NAME / file).read_bytes() == (tmp_path / "second" / NAME / file).read_bytes()
+
+
+def _values(run: list[Progress], phase: str, metric: str) -> list[float]:
+    return [p.metrics[metric] for p in run if p.phase == phase]
