@@ -86,8 +86,10 @@ def finished(out: Path, plan: Plan) -> Artifact | None:
     if not (out / MANIFEST).exists():
         return None
     _refuse_foreign(out, plan)
-    if (out / STATE).exists() and not (out / STATE / "lock").exists():
-        shutil.rmtree(out / STATE)  # killed between the manifest and the clearing
+    if (out / STATE).exists():  # killed between the manifest and the clearing
+        if (out / STATE / "lock").exists():
+            _remove_if_stale(out / STATE / "lock")
+        shutil.rmtree(out / STATE)
     return Artifact.open(out)
 
 
