@@ -42,7 +42,7 @@ def layer_units(layers: int = 3, width: int = 32) -> dict[str, tuple[StoredUnit,
     units = {}
     for unit in CODEC.units(specs):
         tensors = {s.name: torch.from_numpy(rng.normal(0, 0.02, s.shape)).bfloat16() for s in unit.specs}
-        stored = StoredUnit.of(unit, CODEC.encode(unit, tensors))
+        stored = StoredUnit(unit, CODEC.encode(unit, tensors))
         flat = torch.cat([tensors[s.name].flatten() for s in unit.specs])
         units[unit.name.removeprefix("language_model.model.layers.")] = (stored, flat)
     return units

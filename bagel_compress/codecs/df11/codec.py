@@ -99,7 +99,7 @@ class DF11(Codec):
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors of the unit, views of one buffer. Checks every size, code, gap and block position on the way."""
-        from bagel_compress.codecs.df11.decode import decode_unit
+        from bagel_compress.codecs.df11.device import decode_unit
 
         return decode_unit(unit, parts)
 

@@ -34,52 +34,37 @@ _WRONG = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The parts of one unit as numpy arrays, checked for everything but the stream itself."""
+    """The parts of one unit on their device, checked for everything but the stream itself; the small ones as numpy."""
 
     name: str
     luts: np.ndarray  # uint8 [tables + 1, 256]
-    stream: np.ndarray  # uint8
-    rest: np.ndarray  # uint8 [weights]
     positions: np.ndarray  # int64 [blocks + 1]
-    gaps: np.ndarray  # uint8, packed
+    stream: torch.Tensor  # uint8
+    rest: torch.Tensor  # uint8 [weights]
+    gaps: torch.Tensor  # uint8, packed
 
     @property
     def blocks(self) -> int:
         return len(self.positions) - 1
 
 
-def decode_unit(unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a unit by name: views of one new buffer."""
-    return split(unit, decode_into(check_parts(unit, parts), torch.empty(unit.numel, dtype=torch.bfloat16)))
-
-
-def split(unit: Unit, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A unit's tensors as views of its flat bf16 buffer."""
-    tensors, start = {}, 0
-    for spec in unit.specs:
-        tensors[spec.name] = flat[start : start + spec.numel].view(spec.shape)
-        start += spec.numel
-    return tensors
-
-
 def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
     """Decodes into the front of a 1-D bf16 CPU buffer; returns that front. Raises CodecError on a damaged stream."""
-    flat = out[: stored.rest.size]
+    stream, rest, gaps = (part.numpy() for part in (stored.stream, stored.rest, stored.gaps))
+    flat = out[: rest.size]
     words = flat.view(torch.int16).numpy().view(np.uint16)
     table = unpack.lookup_table(stored.luts)
     # The kernel reads a few bytes past a block: the last two blocks are decoded from a padded copy.
     inner = max(0, stored.blocks - 2)
-    end = np.concatenate([stored.stream[inner * BLOCK_BYTES :], np.zeros(unpack.READ_SLACK, np.uint8)])
-    stream, tail = stored.stream.ctypes.data, end.ctypes.data - inner * BLOCK_BYTES
+    end = np.concatenate([stream[inner * BLOCK_BYTES :], np.zeros(unpack.READ_SLACK, np.uint8)])
 
-    def blocks(span: Span, stream: int) -> int:
+    def blocks(span: Span, address: int) -> int:
         return unpack.unpack_blocks(
-            span, stream, stored.stream.size, table, stored.luts,
-            stored.gaps, stored.positions, stored.rest, words,
+            span, address, stream.size, table, stored.luts, gaps, stored.positions, rest, words
         )  # fmt: skip
 
-    statuses = in_spans(inner, lambda span: blocks(span, stream), SPAN)
-    statuses.append(blocks((inner, stored.blocks), tail))
+    statuses = in_spans(inner, lambda span: blocks(span, stream.ctypes.data), SPAN)
+    statuses.append(blocks((inner, stored.blocks), end.ctypes.data - inner * BLOCK_BYTES))
     for status in statuses:
         if status != unpack.OK:
             raise _damaged(stored.name, _WRONG[status])
@@ -88,35 +73,35 @@ def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
 
 def check_parts(unit: Unit, parts: Mapping[str, torch.Tensor]) -> Stored:
     """Names, dtypes and sizes of the six parts, block positions, tables. Raises CodecError."""
-    arrays = {suffix: _array(unit.name, suffix, parts) for suffix in SUFFIXES}
-    stream, rest, gaps, luts = (arrays[s] for s in ("encoded_exponent", "sign_mantissa", "gaps", "luts"))
-    blocks = -(-stream.size // BLOCK_BYTES)
+    tensors = {suffix: _part(unit.name, suffix, parts) for suffix in SUFFIXES}
+    stream, rest, gaps = (tensors[s] for s in ("encoded_exponent", "sign_mantissa", "gaps"))
+    blocks = -(-stream.numel() // BLOCK_BYTES)
     ends = np.cumsum([spec.numel for spec in unit.specs])[:-1]
     for suffix, found, expected in (
-        ("sign_mantissa", rest.shape, (unit.numel,)),
-        ("gaps", gaps.shape, (GAP_BYTES * blocks,)),
-        ("output_positions", arrays["output_positions"].shape, (4 * (blocks + 1),)),
-        ("split_positions", arrays["split_positions"].tolist(), ends.tolist()),
+        ("sign_mantissa", rest.numel(), unit.numel),
+        ("gaps", gaps.numel(), GAP_BYTES * blocks),
+        ("output_positions", tensors["output_positions"].numel(), 4 * (blocks + 1)),
+        ("split_positions", tensors["split_positions"].tolist(), ends.tolist()),
     ):
         if found != expected:
             raise _damaged(unit.name, f"{suffix} is {found}, expected {expected}")
-    positions = arrays["output_positions"].view("<u4").astype(np.int64)
+    positions = tensors["output_positions"].cpu().numpy().view("<u4").astype(np.int64)
     steps = np.diff(positions)
     if positions[0] != 0 or positions[-1] != unit.numel or (steps < 0).any() or (steps > BLOCK_BITS).any():
         raise _damaged(unit.name, "output_positions do not rise from 0 to the number of weights")
+    luts = tensors["luts"].cpu().numpy()
     _check_tables(unit.name, luts)
-    return Stored(unit.name, luts, stream, rest, positions, gaps)
+    return Stored(unit.name, luts, positions, stream, rest, gaps)
 
 
-def _array(unit: str, suffix: str, parts: Mapping[str, torch.Tensor]) -> np.ndarray:
+def _part(unit: str, suffix: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     name, dtype = f"{unit}.{suffix}", torch.int64 if suffix == "split_positions" else torch.uint8
     if name not in parts:
         raise _damaged(unit, f"{suffix} is missing")
     tensor = parts[name]
     if tensor.dtype != dtype or tensor.dim() != (2 if suffix == "luts" else 1):
         raise _damaged(unit, f"{suffix} is {tensor.dtype} of {tensor.dim()} dimensions, expected {dtype}")
-    array: np.ndarray = tensor.detach().cpu().contiguous().numpy()
-    return array
+    return tensor.detach().contiguous()
 
 
 def _check_tables(unit: str, luts: np.ndarray) -> None:

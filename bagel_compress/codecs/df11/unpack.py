@@ -45,19 +45,19 @@ def _walk(luts: np.ndarray, bits: int) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
-def lookup_table(luts: np.ndarray) -> np.ndarray:
-    """uint64 [4096] for the next 12 bits: six exponents of 8 bits, 12 bits of code ends, 4 bits of total length.
+def lookup_table(luts: np.ndarray, lookup_bits: int = LOOKUP_BITS) -> np.ndarray:
+    """uint64 [2^bits] for the next (at most 12) bits: six exponents of 8 bits, 12 bits of code ends, 4 of their length.
 
-    Length 0: the first code is longer than 12 bits, or none.
+    Length 0: the first code is longer than that, or none.
     """
-    table = np.zeros(1 << LOOKUP_BITS, np.uint64)
-    for index in range(1 << LOOKUP_BITS):
+    table = np.zeros(1 << lookup_bits, np.uint64)
+    for index in range(1 << lookup_bits):
         used, entry = 0, _U(0)
         for k in range(_PER_LOOKUP):
-            left = (_U(index) << _U(32 - LOOKUP_BITS + used)) & _U(0xFFFFFFFF)
+            left = (_U(index) << _U(32 - lookup_bits + used)) & _U(0xFFFFFFFF)
             exponent, length = _walk(luts, left)
-            other, _ = _walk(luts, left | ((_U(1) << _U(32 - LOOKUP_BITS + used)) - _U(1)))
-            if length == 0 or used + length > LOOKUP_BITS or exponent != other:  # slots below EOF repeat neighbours
+            other, _ = _walk(luts, left | ((_U(1) << _U(32 - lookup_bits + used)) - _U(1)))
+            if length == 0 or used + length > lookup_bits or exponent != other:  # slots below EOF repeat neighbours
                 break
             used += length
             entry |= (_U(exponent) << _U(8 * k)) | (_U(1) << _U(47 + used))
