@@ -66,19 +66,28 @@ def join(api: HfApi, title: str, own: Build) -> list[str]:
     Returns the repositories whose cards were written. Raises PublishError if a member belongs to another base.
     """
     owner = own.repo.partition("/")[0]
+    builds = [*members(api, title, own), own]
     with failures(f"collection {title!r} of {owner} cannot be written"):
         collection = api.create_collection(title, namespace=owner, exists_ok=True)
         api.add_collection_item(collection.slug, own.repo, "model", exists_ok=True)
+    text = comparison(builds)
+    return [b.repo for b in builds if b.repo.partition("/")[0] == owner and _renew(api, b.repo, text)]
+
+
+def members(api: HfApi, title: str, own: Build) -> list[Build]:
+    """The other builds of the collection. Raises PublishError if one of them is of another base."""
+    owner = own.repo.partition("/")[0]
+    with failures(f"collection {title!r} of {owner} cannot be written"):
+        collection = api.create_collection(title, namespace=owner, exists_ok=True)
         repos = [i.item_id for i in api.get_collection(collection.slug).items if i.item_type == "model"]
-    builds = [own if repo == own.repo else build for repo in repos if (build := _build(api, repo)) is not None]
+    builds = [build for repo in repos if repo != own.repo and (build := _build(api, repo)) is not None]
     for build in builds:
         if build.base_model != own.base_model:
             raise PublishError(
                 f"collection {title!r} holds {build.repo}, a build of {build.base_model or 'an unnamed base'};"
                 f" this one is of {own.base_model}. Choose another collection."
             )
-    text = comparison(builds)
-    return [b.repo for b in builds if b.repo.partition("/")[0] == owner and _renew(api, b.repo, text)]
+    return builds
 
 
 def comparison(builds: Sequence[Build]) -> str:
@@ -106,6 +115,11 @@ def spliced(card: str, text: str) -> str:
     if start < 0 or end < start:
         raise PublishError(f"the card has no place for the table ({FAMILY_START} ... {FAMILY_END}); put it back.")
     return card[: start + len(FAMILY_START)] + "\n" + text + "\n" + card[end:]
+
+
+def table_of(card: str) -> str:
+    """What stands between the markers of a card, empty if nothing does."""
+    return card.partition(FAMILY_START)[2].partition(FAMILY_END)[0].strip()
 
 
 def _build(api: HfApi, repo: str) -> Build | None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bagel_compress.artifact import Artifact
+from bagel_compress.artifact import Artifact, FileEntry
 from bagel_compress.card import CARD, Origin
 from bagel_compress.errors import PublishError
 from bagel_compress.hub import client, failures, split_revision
-from bagel_compress.publish.family import build_of, join
+from bagel_compress.publish.family import build_of, join, members, spliced, table_of
 from bagel_compress.publish.receipt import write_receipts
 from bagel_compress.publish.release import Release, make_release
 from bagel_compress.publish.upload import Progress, Uploaded, differences, look, upload
@@ -50,6 +51,10 @@ def publish(wish: Wish, progress: Progress | None = None) -> Published:
     if wish.collection and (wish.draft or wish.create_pr or wish.revision != "main"):
         raise PublishError("a collection shows what is on main; leave --collection out with a draft, PR or revision.")
     release = prepare_release(wish)
+    own = build_of(release.artifact, release.evidence, wish.repo, _origin(release.artifact, wish).base_model)
+    if wish.collection:
+        members(client(), wish.collection, own)  # refused before anything is sent
+    release = with_table(release, wish.repo, wish.revision)
     uploaded = upload(
         release,
         wish.repo,
@@ -62,7 +67,6 @@ def publish(wish: Wish, progress: Progress | None = None) -> Published:
     receipts = write_receipts(release, uploaded, wish.receipts) if uploaded.pull_request is None else []
     cards: list[str] = []
     if wish.collection:
-        own = build_of(release.artifact, release.evidence, wish.repo, _origin(release.artifact, wish).base_model)
         cards = join(client(), wish.collection, own)
     return Published(release, uploaded, tuple(receipts), tuple(cards))
 
@@ -77,9 +81,26 @@ def prepare_release(wish: Wish) -> Release:
     return make_release(artifact, folder, _origin(artifact, wish), wish.draft, wish.signing_key)
 
 
+def with_table(release: Release, repo: str, revision: str) -> Release:
+    """The release with the comparison table that the repository's card has already, if it has one."""
+    api = client()
+    remote = look(api, repo, revision)
+    if remote is None or CARD not in remote.files:
+        return release
+    with failures(f"the card of {repo} cannot be read"):
+        there = Path(api.hf_hub_download(repo, CARD, revision=remote.commit)).read_text(encoding="utf-8")
+    if not (text := table_of(there)):
+        return release
+    path = release.folder / CARD
+    content = spliced(path.read_text(encoding="utf-8"), text).encode()
+    path.write_bytes(content)
+    entry = FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return replace(release, files={**release.files, CARD: entry})
+
+
 def preview(release: Release, repo: str, revision: str) -> str:
     """What an upload would change in the repository: a line per file, and the card as a diff."""
-    api = client()
+    release, api = with_table(release, repo, revision), client()
     remote = look(api, repo, revision)
     marks = {"new": "+", "changed": "~", "same": "=", "only there": "?"}
     lines = [f"{repo}: " + ("does not exist yet" if remote is None else f"compared with {remote.commit[:12]}")]

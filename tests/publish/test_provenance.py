@@ -1,0 +1,151 @@
+"""Provenance: SHA256SUMS for sha256sum, an in-toto statement that other tools read, signatures that hold or do not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from publish_data import BASE, REPO, flip
+
+from bagel_compress import provenance
+from bagel_compress.artifact import Artifact
+from bagel_compress.card import Origin
+from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
+from bagel_compress.publish.release import Release, make_release
+from bagel_compress.publish.verify import verify_folder
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """A P-256 key pair as PEM files: private, public."""
+    pytest.importorskip("model_signing")
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+    private.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+def release(artifact: Artifact, tmp_path: Path, key: Path | None = None) -> Release:
+    return make_release(artifact, tmp_path / "release", Origin(REPO, BASE), signing_key=key)
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is not installed")
+def test_sha256sum_accepts_the_file(artifact: Artifact, tmp_path: Path) -> None:
+    made = release(artifact, tmp_path)
+    run = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(run, cwd=made.folder).returncode == 0
+    flip(made.folder / "reports" / "parity.json")
+    assert subprocess.run(run, cwd=made.folder, capture_output=True).returncode == 1
+
+
+def test_every_file_but_the_card_is_covered(artifact: Artifact, tmp_path: Path) -> None:
+    made = release(artifact, tmp_path)
+    listed = provenance.read_sums((made.folder / "SHA256SUMS").read_text())
+    assert set(made.files) - set(listed) == {"README.md", "SHA256SUMS"}
+
+
+def test_the_statement(artifact: Artifact, tmp_path: Path) -> None:
+    made = release(artifact, tmp_path)
+    found = json.loads((made.folder / provenance.PROVENANCE).read_text())
+    assert (found["_type"], found["predicateType"]) == (
+        "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1",
+    )  # fmt: skip
+    subjects = {s["name"]: s["digest"]["sha256"] for s in found["subject"]}
+    assert subjects["manifest.json"] == artifact.digest
+    assert {n: e.sha256 for n, e in artifact.manifest.files.items()}.items() <= subjects.items()
+    definition = found["predicate"]["buildDefinition"]
+    assert definition["externalParameters"]["recipe_sha256"] == artifact.manifest.recipe_digest
+    assert definition["resolvedDependencies"][0]["digest"]["sha256"] == artifact.manifest.source.data_sha256
+    assert "torch" in found["predicate"]["runDetails"]["builder"]["version"]
+    judged = {b["name"] for b in found["predicate"]["runDetails"]["byproducts"]}
+    assert {"reports/parity.json", "reports/budget-rtx4070-12gb.json"} <= judged
+
+
+def test_in_toto_reads_the_statement(artifact: Artifact, tmp_path: Path) -> None:
+    statement_pb2 = pytest.importorskip("in_toto_attestation.v1.statement_pb2")
+    from google.protobuf import json_format
+    from in_toto_attestation.v1.statement import Statement
+
+    text = (release(artifact, tmp_path).folder / provenance.PROVENANCE).read_text()
+    parsed = json_format.Parse(text, statement_pb2.Statement())
+    Statement.copy_from_pb(parsed).validate()
+
+
+def test_the_same_build_gives_the_same_statement(artifact: Artifact, tmp_path: Path) -> None:
+    first = (release(artifact, tmp_path).folder / provenance.PROVENANCE).read_bytes()
+    assert (release(artifact, tmp_path).folder / provenance.PROVENANCE).read_bytes() == first
+
+
+def test_a_signature_holds(artifact: Artifact, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    made = release(artifact, tmp_path, keys[0])
+    assert "model.sig" in made.files
+    assert "--key" in (made.folder / "README.md").read_text()
+    verdict = verify_folder(made.folder, keys[1])
+    assert (verdict.signature, verdict.faults) == ("valid", ())
+    (made.folder / "README.md").write_text("an edited card")
+    assert verify_folder(made.folder, keys[1]).signature == "valid"
+    assert verify_folder(made.folder).signature == "not checked (give --key)"
+
+
+def test_a_signature_over_other_bytes(artifact: Artifact, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    made = release(artifact, tmp_path, keys[0])
+    flip(made.folder / "vocab.json", at=10)
+    verdict = verify_folder(made.folder, keys[1])
+    assert verdict.signature == "not valid"
+    assert any("vocab.json" in fault for fault in verdict.faults)
+
+
+def test_a_signature_by_somebody_else(artifact: Artifact, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    made = release(artifact, tmp_path, keys[0])
+    other = ec.generate_private_key(ec.SECP256R1()).public_key()
+    keys[1].write_bytes(other.public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
+    assert verify_folder(made.folder, keys[1]).signature == "not valid"
+
+
+def test_no_signature_where_one_is_asked_for(artifact: Artifact, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    made = release(artifact, tmp_path)
+    assert verify_folder(made.folder, keys[1]).faults == (f"{made.folder} is not signed: it has no model.sig",)
+
+
+def test_keys_that_are_none(artifact: Artifact, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    keys[0].write_text("no key")
+    with pytest.raises(ArtifactError, match="cannot sign"):
+        release(artifact, tmp_path, keys[0])
+    made = release(artifact, tmp_path)
+    (made.folder / "model.sig").write_text("{}")
+    keys[1].write_text("no key")
+    with pytest.raises((ArtifactError, GateError)):
+        provenance.check_signature(made.folder, keys[1])
+
+
+def test_without_the_extra(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "model_signing.signing", None)
+    with pytest.raises(MissingExtraError, match=r"bagel-compress\[sign\]"):
+        release(artifact, tmp_path, tmp_path / "key.pem")
+
+
+def test_a_signed_release_through_the_hub(
+    hub: object, artifact: Artifact, keys: tuple[Path, Path], cli: Cli, tmp_path: Path, fresh_cache: Callable[[], Path]
+) -> None:
+    receipts = tmp_path / "receipts"
+    code, _, err = cli("publish", artifact.path, REPO, "--base-model", BASE, "--sign", keys[0], "--receipts", receipts)
+    assert code == 0, err
+    fresh_cache()
+    code, out, err = cli("verify", REPO, "--key", keys[1])
+    assert code == 0, out + err
+    assert "signature: valid" in out
