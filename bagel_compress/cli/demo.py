@@ -65,8 +65,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    import torch
+
     from bagel_compress.resources import resource
 
+    torch.set_num_threads(1)  # the model is so small that waking a second thread costs more than it does
     args.source, args.base, args.lora = str(resource("tiny")), None, None
     args.recipe, args.out, args.trace, args.cases, args.device = "nf4", f"{args.out}/nf4", None, None, "cpu"
     return _run(args)
