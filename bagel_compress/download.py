@@ -34,7 +34,7 @@ def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequen
             f"{repo} cannot be read from the Hub ({first_line(error)}); check its name and your access."
         ) from None
     except unreachable as error:
-        return _cached(repo, revision, weights, error)
+        return _cached(repo, revision, small, weights, error)
     names = [s.rfilename for s in info.siblings or ()]
     chosen = next((name for name in weights if name in names), None)
     if weights and chosen is None:
@@ -42,31 +42,32 @@ def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequen
     wanted = [name for name in small if name in names]
     try:
         if chosen is not None:
-            wanted += [chosen, *_shards(Path(hf_hub_download(repo, chosen, revision=info.sha)), chosen)]
-        folder = snapshot_download(repo, revision=info.sha, allow_patterns=[_escaped(name) for name in wanted])
+            wanted += [chosen, *_shards(Path(hf_hub_download(repo, chosen, revision=revision)), chosen)]
+        # By the name that was asked for, not by its commit: the cache then knows the name without network too.
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[_escaped(name) for name in wanted]))
     except interrupted as error:
         reason = first_line(error)
         raise CheckpointError(
             f"the download of {repo} broke off ({reason}); the same command goes on from there."
         ) from None
-    return Path(folder), str(info.sha)
-
-
-def _cached(repo: str, revision: str | None, weights: Sequence[str], cause: Exception) -> tuple[Path, str]:
-    """What an earlier download left, used when the Hub cannot be reached."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (OSError, LocalEntryNotFoundError):
-        folder = None
-    if folder is None or (weights and not any((folder / name).exists() for name in weights)):
-        raise CheckpointError(
-            f"{repo} is not a folder here and the Hub cannot be reached ({first_line(cause)});"
-            " connect to the network, or download it elsewhere and give its folder."
-        ) from None
     return folder, folder.name
+
+
+def _cached(
+    repo: str, revision: str | None, small: Sequence[str], weights: Sequence[str], cause: Exception
+) -> tuple[Path, str]:
+    """What an earlier download left, used when the Hub cannot be reached."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in weights or small:
+        path = try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(path, str):
+            folder = Path(path).parents[name.count("/")]
+            return folder, folder.name
+    raise CheckpointError(
+        f"{repo} is not a folder here and the Hub cannot be reached ({first_line(cause)});"
+        " connect to the network, or download it elsewhere and give its folder."
+    ) from None
 
 
 def _shards(path: Path, name: str) -> list[str]:
