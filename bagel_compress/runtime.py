@@ -38,15 +38,19 @@ class ExportSettings(BaseModel):
     runtime: Runtime = "onnxruntime"
     precision: Precision = Field("fp32", description="of activations, caches and uncompressed weights")
     provider: Literal["cpu", "cuda"] = Field("cpu", description="onnxruntime: where the sampler runs")
-    int8: Literal["qdq", "dynamic"] = Field("qdq", description="how int8 codes are multiplied")
+    activations: Literal["float", "blocks", "dynamic"] = Field(
+        "float",
+        description="onnxruntime on CPU, with int8 or int4 weights: float multiplies in the export's precision; blocks"
+        " rounds each row to 8 bits in blocks of 32; dynamic rounds to 8 bits with one scale for all rows (int8 only)",
+    )
     blocks: tuple[BlockKind, ...] = Field((), description="kinds of blocks to export; empty: all, as a sampler needs")
     capabilities: tuple[str, ...] = Field((), description="tensorrt: compute capabilities of an engine, such as sm89")
     axes: dict[str, Range] = Field(default_factory=dict, description="tensorrt: sizes of each symbolic axis")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.int8 == "dynamic" and (self.runtime != "onnxruntime" or self.precision != "fp32"):
-            raise ValueError("int8: dynamic quantises activations on onnxruntime in precision fp32 only; use qdq")
+        if self.activations == "dynamic" and (self.runtime != "onnxruntime" or self.precision != "fp32"):
+            raise ValueError("activations: dynamic needs runtime onnxruntime and precision fp32; use float or blocks")
         if self.runtime != "onnxruntime" and self.precision == "fp32":
             raise ValueError("precision is fp32, but TensorRT's Attention runs in fp16 or bf16; choose one of them")
         return self

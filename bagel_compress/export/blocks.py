@@ -62,11 +62,12 @@ class Block:
         return self.kind.startswith("vae_")
 
 
-class Dense(nn.Module):
+class Dense(nn.Linear):
     """x @ weight + bias with the weight as [in, out]."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = nn.Parameter(linear.weight.t(), requires_grad=False)
         self.bias = linear.bias
 
@@ -78,7 +79,7 @@ class Dense(nn.Module):
 def export_form(module: nn.Module) -> nn.Module:
     """Replaces every nn.Linear below `module` by a Dense, in place."""
     for name, child in module.named_children():
-        setattr(module, name, Dense(child) if isinstance(child, nn.Linear) else export_form(child))
+        setattr(module, name, Dense(child) if type(child) is nn.Linear else export_form(child))
     return module
 
 

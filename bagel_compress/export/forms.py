@@ -32,6 +32,9 @@ FormName = Literal["dense", "qdq", "int4", "bnb4", "dynamic"]
 BNB4_BLOCK = 64
 BNB4_NF4 = 1  # quant_type of MatMulBnb4: 0 is FP4, 1 is NF4 (onnxruntime, contrib operators)
 INT4_BLOCK = 32
+# MatMulInteger gets int8 codes as uint8 around 128: with signed codes, CPUs without VNNI add pairs of products in 16
+# bits, which saturates (6 % error on random codes, onnxruntime 1.32).
+SHIFT = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ def form_of(codec: Codec, settings: ExportSettings, name: str) -> FormName:
         case "int4":
             return "int4"
         case "int8":
-            return "dynamic" if settings.int8 == "dynamic" else "qdq"
+            return "dynamic" if settings.activations == "dynamic" else "qdq"
         case "fp8":
             return "qdq"
     raise ExportError(f"{name}: codec {codec.format} has no ONNX form; use raw, df11, nf4, int4, int8 or fp8.")
@@ -91,6 +94,10 @@ def coded(form: FormName, item: Coded, dtype: torch.dtype) -> dict[str, Stored]:
     turned = np.ascontiguousarray(codes.reshape(rows, columns).T)
     if form == "int4":
         return {".codes": Stored(TensorProto.INT4, (columns, rows), pack_int4(turned.reshape(-1))), ".scale": values}
+    if form == "dynamic":
+        zero = Stored(TensorProto.UINT8, (), np.array([SHIFT], np.uint8))
+        shifted = turned.view(np.uint8) ^ np.uint8(SHIFT)
+        return {".codes": Stored(TensorProto.UINT8, (columns, rows), shifted), ".zero": zero, ".scale": values}
     kind = TensorProto.FLOAT8E4M3FN if item.codec.format == "fp8" else TensorProto.INT8
     return {".codes": Stored(kind, (columns, rows), turned), ".scale": values}
 
@@ -175,7 +182,7 @@ def _dynamic(x: str, y: str, weight: str) -> list[onnx.NodeProto]:
     q, s, z, wide = (f"{weight}.{part}" for part in ("x", "x_scale", "x_zero", "sum"))
     return [
         helper.make_node("DynamicQuantizeLinear", [x], [q, s, z], f"{weight}.quantize"),
-        helper.make_node("MatMulInteger", [q, f"{weight}.codes", z], [wide], f"{weight}.product"),
+        helper.make_node("MatMulInteger", [q, f"{weight}.codes", z, f"{weight}.zero"], [wide], f"{weight}.product"),
         helper.make_node("Cast", [wide], [f"{wide}_f"], f"{weight}.cast", to=TensorProto.FLOAT),
         helper.make_node("Mul", [s, f"{weight}.scale"], [f"{weight}.scales"], f"{weight}.join_scales"),
         helper.make_node("Mul", [f"{wide}_f", f"{weight}.scales"], [y], f"{weight}.rescale"),

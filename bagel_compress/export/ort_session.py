@@ -96,7 +96,9 @@ class Sessions:
         options = self._ort.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 3
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # 4 bits: integer products
+        # onnxruntime's own default is 4, rows of 8 bits; 1 is fp32.
+        level = "1" if self.folder.manifest.settings.activations == "float" else "4"
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
         return options
 
     def _failures(self) -> tuple[type[Exception], ...]:
