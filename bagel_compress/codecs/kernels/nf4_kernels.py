@@ -103,7 +103,7 @@ def _encode_plain(words, table, midpoints, pairs, packed, absmax, sums):  # type
             top = _absmax_word(words[first + j])
             absmax[first + j] = _as_float(top)
             _codes(words[first + j], top, table, midpoints, codes[j])
-        _store(words, codes, values, pairs, first, count, packed, absmax, sums)
+        _store(words, codes, values, pairs, first, count, False, packed, absmax, sums)
 
 
 @_strict
@@ -115,17 +115,21 @@ def _encode_searching(words, table, book, midpoints, pairs, packed, absmax, sums
         for j in range(count):
             top = _absmax_word(words[first + j])
             absmax[first + j] = _as_float(_search(words[first + j], top, table, midpoints, book, codes[j]))
-        _store(words, codes, values, pairs, first, count, packed, absmax, sums)
+        _store(words, codes, values, pairs, first, count, True, packed, absmax, sums)
 
 
 @_strict
-def _store(words, codes, values, pairs, first, count, packed, absmax, sums):  # type: ignore[no-untyped-def]
+def _store(words, codes, values, pairs, first, count, clipped, packed, absmax, sums):  # type: ignore[no-untyped-def]
     """Packs a tile of codes, decodes the packed bytes and measures the error."""
     tile = packed[first : first + count].reshape(-1)
     _pack(codes.reshape(-1).view(np.uint32), tile)
     _unpack(tile, pairs, values.reshape(-1).view(np.uint64))
     for j in range(count):
-        _measure(words[first + j], values[j], absmax[first + j], sums[first + j])
+        scale = absmax[first + j]
+        beyond = np.float32(0)
+        if clipped:
+            beyond = max(_as_float(_absmax_word(words[first + j])) / max(scale, TINY) - np.float32(1), beyond)
+        _measure(words[first + j], values[j], scale, beyond, sums[first + j])
 
 
 @_strict
@@ -247,10 +251,10 @@ def _unpack(packed, pairs, out):  # type: ignore[no-untyped-def]
 
 
 @_sums
-def _measure(x, values, absmax, sums):  # type: ignore[no-untyped-def]
-    """In units of absmax, so that nothing overflows: u = w/absmax against its code book value c."""
+def _measure(x, values, absmax, beyond_scale, sums):  # type: ignore[no-untyped-def]
+    """In units of the scale, so that nothing overflows: u = w/scale against its code book value c."""
     inverse = np.float32(1) / max(absmax, TINY)
-    limit = HALF_GAP + max(_as_float(_absmax_word(x)) * inverse - np.float32(1), np.float32(0))
+    limit = HALF_GAP + beyond_scale
     uu, ee, ec, cc, beyond = np.float32(0), np.float32(0), np.float32(0), np.float32(0), np.int32(0)
     for i in range(x.shape[0]):
         u, c = _as_float(x[i]) * inverse, values[i]
@@ -259,5 +263,5 @@ def _measure(x, values, absmax, sums):  # type: ignore[no-untyped-def]
         ee += e * e
         ec += e * c
         cc += c * c
-        beyond += abs(e) > limit
+        beyond = np.int32(beyond + np.int32(abs(e) > limit))  # 32 bits: as many lanes as the sums
     sums[0], sums[1], sums[2], sums[3], sums[4] = uu, ee, ec, cc, beyond

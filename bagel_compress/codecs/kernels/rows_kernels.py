@@ -1,8 +1,9 @@
 """FP8 and INT8 with one scale per row, on bf16 words. Arithmetic in fp32, rounding to nearest even.
 
-Rounding is done with integers and with magic constants (adding 1.5 * 2^k leaves the rounded value in the low bits), so
-that every loop runs in vector registers. Functions marked `_strict` are exact; `_sums` may reorder sums of errors. What
-was written is decoded from the bytes, rounded to bf16 as `decode` does, and compared with the weights.
+Rounding is done with integers and with magic constants (adding 1.5 * 2^k leaves the rounded value in the low bits), and
+counts are kept in 32 bits, so that every loop runs in vector registers. Functions marked `_strict` are exact; `_sums`
+may reorder sums of errors. What was written is decoded from the bytes, rounded to bf16 as `decode` does, and compared
+with the weights.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def _fp8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
         uu += u * u
         ee += e * e
         # e4m3fn has 3 bits after the leading one: half of the last is 2^-4 of the value, and 2^-8 for bf16
-        beyond += abs(e) > abs(u) * np.float32(0.0665) + smallest + max(abs(u) - FP8_MAX, np.float32(0))
+        limit = abs(u) * np.float32(0.0665) + smallest + max(abs(u) - FP8_MAX, np.float32(0))
+        beyond = np.int32(beyond + np.int32(abs(e) > limit))
     sums[0], sums[1], sums[2] = uu, ee, beyond
 
 
@@ -144,7 +146,8 @@ def _int8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
         ee += e * e
         # half a step; 2^-8 for bf16; 2^-24 for fp16 subnormals; and what a smaller scale clips
         limit = step * np.float32(0.501) + abs(w) * np.float32(0.004) + np.float32(6e-8)
-        beyond += abs(e) > limit + max(abs(w) - scale, np.float32(0))
+        limit += max(abs(w) - scale, np.float32(0))
+        beyond = np.int32(beyond + np.int32(abs(e) > limit))
     sums[0], sums[1], sums[2] = ww, ee, beyond
 
 
