@@ -1,0 +1,106 @@
+"""The verbs that use a model, and what every verb promises: one sentence and exit 2 on wrong input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+Cli = Callable[..., tuple[int, str, str]]
+FAST = ("--steps", "3")
+
+
+def test_generate_writes_a_png_and_repeats(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "a.png", tmp_path / "b" / "c.png"]
+    for file in files:
+        code, out, _ = cli(
+            "generate", tiny, "a red cat", *FAST, "--size", "64x48", "--seed", 7, "--out", file, "--json"
+        )
+        assert code == 0
+        assert json.loads(out)["image"] == str(file)
+    assert Image.open(files[0]).size == (64, 48)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_generate_with_an_empty_prompt_and_thoughts(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    options = ("--size", "32x32", "--think", "--max-tokens", "4", "--json", "--out", tmp_path / "x.png")
+    code, out, _ = cli("generate", tiny, "", *FAST, *options)
+    assert code == 0
+    assert json.loads(out)["thoughts"]
+
+
+def test_edit_and_ask(cli: Cli, tiny: Path, golden: Path, tmp_path: Path) -> None:
+    picture = golden / "traces" / "img_b.png"
+    code, _, _ = cli("edit", tiny, picture, "make it night", *FAST, "--out", tmp_path / "x.png")
+    assert code == 0
+    assert Image.open(tmp_path / "x.png").size == (48, 80)
+    code, out, _ = cli("ask", tiny, picture, "what is it?", "--max-tokens", "5", "--json")
+    assert code == 0
+    assert json.loads(out)["tokens"] <= 5
+    assert cli("ask", tiny, "why?", "--max-tokens", "3")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("generate", "{tiny}", "x", "--size", "65x64"), "multiple of 16"),
+        (("generate", "{tiny}", "x", "--size", "64x2048"), "at most 128"),
+        (("generate", "{tiny}", "x", "--size", "big"), "WIDTHxHEIGHT"),
+        (("generate", "{tiny}", "x", "--renorm", "local"), "'channel'"),
+        (("generate", "{tiny}", "x", "--steps", "1"), "at least 2"),
+        (("generate", "{tmp}/none", "x"), "neither a folder"),
+        (("generate", "{tmp}", "x"), "{tmp}"),
+        (("generate", "{tiny}", "x", "--device", "abacus"), "abacus"),
+        (("edit", "{tiny}", "{tmp}/none.png", "x"), "none.png"),
+        (("edit", "{tiny}", "{tiny}/config.json", "x"), "not a readable picture"),
+        (("ask", "{tiny}", "x", "--max-tokens", "0"), "at least 1"),
+        (("ask", "{tiny}", "x", "--sample", "--temperature", "0"), "temperature"),
+    ],
+)
+def test_wrong_input(cli: Cli, tiny: Path, tmp_path: Path, argv: tuple[str, ...], said: str) -> None:
+    target = tmp_path / "out.png"
+    words = [a.format(tiny=tiny, tmp=tmp_path) for a in argv]
+    options = ("--out", target) if words[0] != "ask" else ()
+    code, _, err = cli(*words, *options)
+    assert code == 2
+    assert said.format(tmp=tmp_path) in err
+    assert "Traceback" not in err
+    assert not target.exists()
+
+
+def test_run_ends_with_a_report_and_repeats(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """plan, compress, trace, validate, report in one verb; twice gives the same artifact; a tight limit fails it."""
+    case = tmp_path / "case.yaml"
+    case.write_text("name: small\nkind: t2i\nturns: [a red cat]\nsize: [32, 32]\nflow: {num_timesteps: 3}\n")
+    builds = [tmp_path / "one", tmp_path / "two"]
+    for out in builds:
+        code, printed, err = cli("run", "nf4", "--source", tiny, "--out", out, "--cases", case)
+        assert code == 0, err
+        assert "passed" in printed
+        assert (out / "report.html").exists()
+    files = {p.relative_to(builds[0]) for p in builds[0].rglob("*") if p.is_file()}
+    for file in files - {f for f in files if f.parts[0] in ("reports", "report.html")}:
+        assert (builds[0] / file).read_bytes() == (builds[1] / file).read_bytes(), file
+
+    recipe = tmp_path / "strict.yaml"
+    text = (Path(__file__).parents[1] / "recipes" / "nf4.yaml").read_text(encoding="utf-8")
+    assert "limits: {class: 4-bit}" in text
+    recipe.write_text(
+        text.replace("limits: {class: 4-bit}", "limits: {class: 4-bit, overrides: {velocity.rel_l2: 0.06}}")
+    )
+    code, printed, _ = cli("run", recipe, "--source", tiny, "--out", tmp_path / "strict", "--cases", case)
+    assert code == 1
+    assert "did not pass" in printed
+
+
+def test_verbs_have_help_with_examples(cli: Cli) -> None:
+    code, out, _ = cli("--help")
+    assert code == 0
+    for verb in ("plan", "compress", "inspect", "trace", "validate", "run", "generate", "edit", "ask", "demo"):
+        assert verb in out
+        code, text, _ = cli(verb, "--help")
+        assert code == 0
+        assert "example" in text, verb
