@@ -1,0 +1,232 @@
+"""Budget: the peak memory of a build on a target, predicted without a GPU, phase by phase.
+
+The sampler itself runs over fake tensors of the true shape (fake.py) and every storage is counted (memory.py), so that
+caches of all guidance branches, activations and decoded weights are what the code really makes. To them come the
+weights as they are stored and the CUDA context.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bagel.context import GROW_TOKENS, Context
+from bagel.flow import FlowSettings, euler, guide
+from bagel.loops import Branches
+from bagel.sampler import Sampler
+from bagel.vae import to_uint8
+from bagel_compress.reports import BudgetReport, PhaseUse
+from bagel_compress.target import GIB, MIB, Part, Phase, Target, Task
+from bagel_compress.validate.fake import Build, check_sizes, fake_sampler, ring_bytes, text_of
+from bagel_compress.validate.memory import Peak, Tracker
+
+# What a weight belongs to, by its attribute path in bagel.Bagel; the VAE is a module of its own.
+PARTS: tuple[tuple[Part, str], ...] = (
+    ("und", r"layers\.\d+\.und\."),
+    ("gen", r"layers\.\d+\.gen\."),
+    ("embed", r"embed_tokens\."),
+    ("head", r"lm_head\."),
+    ("vit", r"(vit|connector|vit_pos_embed)\."),
+    ("bridges", r""),
+)
+# How parts are shown: the bars of a report have one colour for each.
+SHOWN: dict[str, tuple[Part, ...]] = {
+    "understanding expert": ("und",),
+    "generation expert": ("gen",),
+    "embeddings and head": ("embed", "head"),
+    "ViT, bridges, VAE": ("vit", "bridges", "vae"),
+}
+CACHES, ACTIVATIONS, CONTEXT = "caches", "activations and scratch", "CUDA context"
+EDIT_FLOW = FlowSettings(cfg_img_scale=2.0, cfg_renorm_type="text_channel")
+T2I_FLOW = FlowSettings()
+
+
+def predict(build: Build, target: Target) -> BudgetReport:
+    """Peak memory of every phase of every task of the target. Raises TargetError on sizes the model cannot make."""
+    check_sizes(build, target.sizes.image)
+    with FakeTensorMode():
+        sampler = fake_sampler(build)
+        weights = weight_bytes(sampler)
+        phases = tuple(
+            _use(task, peak, weights, ring_bytes(build), target)
+            for task in target.tasks
+            for peak in run_task(sampler, task, target)
+        )
+    return judged(build, target, phases)
+
+
+def judged(build: Build, target: Target, phases: tuple[PhaseUse, ...]) -> BudgetReport:
+    """The phases with the verdict on the target's limits."""
+    report = BudgetReport(
+        artifact=build.digest,
+        name=build.name,
+        target=target.name,
+        device=target.device.name,
+        limit=target.limit,
+        phases=phases,
+        disk=build.disk,
+        disk_limit=None if target.budget.disk_gb is None else target.budget.disk_gb * 1e9,
+    )
+    return report.model_copy(update={"overruns": tuple(_overruns(report)), "advice": tuple(_advice(report, target))})
+
+
+def weight_bytes(sampler: Sampler) -> dict[Part, int]:
+    """Bytes of weights by part, as they are held, each storage once and rounded as the allocator does."""
+    tracker = Tracker(lambda tensor: "")
+    found: dict[Part, int] = {}
+    for path, tensor in _tensors(sampler.bagel):
+        part = next(part for part, pattern in PARTS if re.match(pattern, path))
+        found[part] = found.get(part, 0) + tracker.hold([tensor])
+    found["vae"] = tracker.hold(tensor for _, tensor in _tensors(sampler.vae))
+    return found
+
+
+def run_task(sampler: Sampler, task: Task, target: Target, rounding: int | None = None) -> list[Peak]:
+    """Runs the passes of a task once, on whatever tensors the sampler has, and returns the peak of each phase."""
+    size = sampler.bagel.config.llm
+    shape = (size.num_layers, 2, size.num_kv_heads, size.head_dim)
+
+    def category(tensor: Tensor) -> str:
+        is_cache = tensor.dim() == 5 and (*tensor.shape[:3], tensor.shape[4]) == shape
+        return CACHES if is_cache else ACTIVATIONS
+
+    tracker = Tracker(category) if rounding is None else Tracker(category, rounding)
+    tracker.hold(tensor for module in (sampler.bagel, sampler.vae) for _, tensor in _tensors(module))
+    with torch.no_grad(), tracker:
+        _passes(sampler, task, target, tracker.enter)
+    return tracker.peaks
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[str], None]) -> None:
+    """One task from its first token to its picture or its last token. Loops run once: their steps are alike."""
+    sizes = target.sizes
+    branches = _Phases(sampler, enter)
+    makes_image = task != "understand"
+    turns: list[str | Image.Image] = [text_of(sizes.prompt_tokens)]
+    if task in ("edit", "understand"):
+        turns.insert(0, Image.new("RGB", (sizes.input_image[1], sizes.input_image[0])))
+    sampler.read(branches, turns, "image" if makes_image else "text", task == "think", torch.randn)
+    if task in ("understand", "think"):
+        enter("decode")
+        _decode(sampler, branches.cond, sizes.answer_tokens if task == "understand" else sizes.think_tokens)
+    if task == "think":
+        branches.add_thoughts([text_of(sizes.think_tokens)])
+    if makes_image:
+        _draw(sampler, branches, EDIT_FLOW if task == "edit" else T2I_FLOW, sizes.image, enter)
+
+
+def _decode(sampler: Sampler, contexts: Sequence[Context], tokens: int) -> None:
+    """The last token of a text of this length; the cache grows there as it would token by token."""
+    forks = [context.fork() for context in contexts]
+    for fork in forks:
+        left = tokens - 1
+        while left > 0:
+            count = min(left, GROW_TOKENS)
+            fork.reserve(count)
+            fork.advance(count, count)
+            left -= count
+    sampler.bagel.next_logits(forks, [0] * len(forks))
+
+
+def _draw(
+    sampler: Sampler, branches: Branches, flow: FlowSettings, size: tuple[int, int], enter: Callable[[str], None]
+) -> None:
+    enter("denoise")
+    grid = sampler.grid(size)
+    x = torch.randn(grid[0] * grid[1], sampler.bagel.config.latent_width)
+    v, v_text, v_image = sampler.velocities(
+        branches, x, torch.tensor(0.9), [grid], flow.cfg_text_scale > 1, flow.cfg_img_scale > 1
+    )
+    x = euler(x, guide(v, v if v_text is None else v_text, v_image, flow), torch.tensor(0.1))
+    del v, v_text, v_image
+    enter("vae_decode")
+    to_uint8(sampler.vae.decode(sampler.bagel.unpack_latent(x, *grid)[None]))
+
+
+class _Phases(Branches):
+    """Branches that say which phase begins."""
+
+    def __init__(self, sampler: Sampler, enter: Callable[[str], None]) -> None:
+        super().__init__(sampler)
+        self._enter = enter
+
+    def add_image(self, images: Sequence[Image.Image], noise: Callable[..., Tensor] | None) -> None:
+        if noise is not None:
+            self._enter("vae_encode")
+        super().add_image(images, noise)
+
+    def prefill_text(self, contexts: list[Context], texts: Sequence[str]) -> None:
+        self._enter("text")
+        super().prefill_text(contexts, texts)
+
+    def prefill_latent(self, contexts: list[Context], latents: list[Tensor]) -> None:
+        self._enter("latent")
+        super().prefill_latent(contexts, latents)
+
+    def prefill_vit(self, contexts: list[Context], images: list[Tensor]) -> None:
+        self._enter("vit")
+        super().prefill_vit(contexts, images)
+
+
+def _use(task: Task, peak: Peak, weights: dict[Part, int], ring: int, target: Target) -> PhaseUse:
+    resident = target.resident(cast(Phase, peak.name))
+    parts = {
+        shown: float(sum(weights.get(part, 0) for part in own if resident is None or part in resident))
+        for shown, own in SHOWN.items()
+    }
+    parts[CACHES] = float(peak.by_category.get(CACHES, 0))
+    parts[ACTIVATIONS] = float(peak.by_category.get(ACTIVATIONS, 0) + ring)
+    parts[CONTEXT] = float(target.device.context_mib * MIB)
+    return PhaseUse(name=f"{task}: {peak.name.replace('_', ' ')}", parts=parts)
+
+
+def _overruns(report: BudgetReport) -> Iterator[str]:
+    if report.limit is not None and report.peak > report.limit:
+        worst = max(report.phases, key=lambda p: p.total)
+        yield (
+            f"{report.target}: {worst.name} needs {worst.total / GIB:.2f} GiB, {report.limit / GIB:.2f} GiB are usable"
+            f" on {report.device}."
+        )
+    if report.disk_limit is not None and report.disk > report.disk_limit:
+        limit = report.disk_limit / 1e9
+        yield f"{report.target}: the files take {report.disk / 1e9:.2f} GB, the limit is {limit:g} GB."
+
+
+def _advice(report: BudgetReport, target: Target) -> Iterator[str]:
+    """What would make it fit: parts that can wait in host memory, or fewer bits where most bytes are."""
+    if report.limit is None or report.peak <= report.limit:
+        return
+    worst = max(report.phases, key=lambda p: p.total)
+    over = worst.total - report.limit
+    idle = sum(worst.parts[name] for name in _idle(worst.name)) if target.residency is None else 0.0
+    if idle >= over:
+        yield (
+            f"It would fit if {' and '.join(_idle(worst.name))} ({idle / GIB:.2f} GiB) waited in host memory during"
+            " this phase: give the target a residency plan."
+        )
+    largest = max(("understanding expert", "generation expert"), key=lambda name: worst.parts[name])
+    yield (
+        f"{over / GIB:.2f} GiB too much; the {largest} is the largest part with {worst.parts[largest] / GIB:.2f} GiB:"
+        " a recipe with fewer bits there would save most."
+    )
+
+
+def _idle(phase: str) -> list[str]:
+    """Shown parts that a phase does not compute with."""
+    name = phase.split(": ")[1]
+    if name == "denoise":
+        return ["embeddings and head", "ViT, bridges, VAE"]
+    if name in ("vae encode", "vae decode"):
+        return ["understanding expert", "generation expert", "embeddings and head"]
+    return ["generation expert"]

@@ -1,0 +1,91 @@
+"""Counting device memory: every storage that lives, by what it is for, and the peak of each phase.
+
+Works the same under fake tensors (a prediction) and on real CPU tensors (its proof): a dispatch mode adds the
+storage of every result once and takes it away when it dies. What an operator allocates and frees inside itself is not
+seen; nor are the CUDA context, fragmentation and the workspaces of libraries.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CUDA_ROUNDING = 512  # bytes; kMinBlockSize of torch's CUDA caching allocator
+
+
+@dataclass(slots=True)
+class Peak:
+    """Largest sum of living storages in a phase, by category, without the static ones."""
+
+    name: str
+    total: int = 0
+    by_category: dict[str, int] = field(default_factory=dict)
+
+
+class Tracker(TorchDispatchMode):
+    """Counts storages made while it is active. `category` says what a new tensor is for."""
+
+    def __init__(self, category: Callable[[Tensor], str], rounding: int = CUDA_ROUNDING) -> None:
+        super().__init__()
+        self.peaks: list[Peak] = []
+        self._category, self._rounding = category, rounding
+        self._living: dict[int, tuple[str, int]] = {}
+        self._now: dict[str, int] = {}
+        self._static: set[int] = set()
+
+    def hold(self, tensors: Iterable[Tensor]) -> int:
+        """Storages that are not counted, as weights; returns their bytes."""
+        total = 0
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key not in self._static:
+                self._static.add(key)
+                total += self._rounded(tensor)
+        return total
+
+    def enter(self, phase: str) -> None:
+        """From here on peaks are of this phase; what lives goes on counting."""
+        self.peaks.append(Peak(phase))
+        self._mark()
+
+    @property
+    def total(self) -> int:
+        return sum(self._now.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._living or key in self._static:
+            return
+        category, size = self._category(tensor), self._rounded(tensor)
+        self._living[key] = (category, size)
+        self._now[category] = self._now.get(category, 0) + size
+        weakref.finalize(storage, self._free, key)
+        self._mark()
+
+    def _free(self, key: int) -> None:
+        category, size = self._living.pop(key, ("", 0))
+        if size:
+            self._now[category] -= size
+
+    def _mark(self) -> None:
+        if self.peaks and self.total >= self.peaks[-1].total:
+            self.peaks[-1].total = self.total
+            self.peaks[-1].by_category = dict(self._now)
+
+    def _rounded(self, tensor: Tensor) -> int:
+        return -(-tensor.untyped_storage().nbytes() // self._rounding) * self._rounding
