@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import platform
 import sys
 import time
@@ -26,7 +27,6 @@ from importlib.metadata import version
 from statistics import median
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
@@ -45,7 +45,7 @@ def main() -> None:
     bench = Bench(weights, args.repeats, time.process_time if args.clock == "cpu" else time.perf_counter)
     rows: dict[str, float] = {}
     for threads in (1, 2):
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(threads)
         rows |= {
             f"encode {threads}t": bench.rate(bench.encode_only),
             f"encode + verify {threads}t": bench.rate(bench.encode),
@@ -195,7 +195,7 @@ def cpu() -> str:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []
-    return f"{names[0] if names else platform.processor()}, {numba.config.NUMBA_NUM_THREADS} cores"
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def _arguments() -> argparse.Namespace:

@@ -20,10 +20,10 @@ from bagel_compress.codecs.df11.layout import (
     MAX_TABLES,
     SUFFIXES,
 )
-from bagel_compress.codecs.df11.threads import Span, in_spans
+from bagel_compress.codecs.kernels.threads import split
 from bagel_compress.errors import CodecError
 
-SPAN = 16  # blocks that are worth a thread: about 200,000 weights
+GRAIN = 16  # blocks that are worth a thread: about 200,000 weights
 _WRONG = {
     unpack.BAD_CODE: "encoded_exponent holds bits that are no code of its luts",
     unpack.BAD_GAP: "gaps and encoded_exponent do not agree",
@@ -58,13 +58,14 @@ def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
     inner = max(0, stored.blocks - 2)
     end = np.concatenate([stream[inner * BLOCK_BYTES :], np.zeros(unpack.READ_SLACK, np.uint8)])
 
-    def blocks(span: Span, address: int) -> int:
-        return unpack.unpack_blocks(
-            span, address, stream.size, table, stored.luts, gaps, stored.positions, rest, words
-        )  # fmt: skip
+    args = (stream.size, table, stored.luts, gaps, stored.positions, rest, words)
+    statuses: list[int] = []
 
-    statuses = in_spans(inner, lambda span: blocks(span, stream.ctypes.data), SPAN)
-    statuses.append(blocks((inner, stored.blocks), end.ctypes.data - inner * BLOCK_BYTES))
+    def blocks(start: int, stop: int, address: int = stream.ctypes.data) -> None:
+        statuses.append(unpack.unpack_blocks((start, stop), address, *args))
+
+    split(blocks, inner, GRAIN)
+    blocks(inner, stored.blocks, end.ctypes.data - inner * BLOCK_BYTES)
     for status in statuses:
         if status != unpack.OK:
             raise _damaged(stored.name, _WRONG[status])

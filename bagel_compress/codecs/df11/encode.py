@@ -29,7 +29,7 @@ from bagel_compress.codecs.df11.layout import (
     Sizes,
 )
 from bagel_compress.codecs.df11.pack import CHUNK
-from bagel_compress.codecs.df11.threads import Span, in_spans
+from bagel_compress.codecs.kernels.threads import split
 from bagel_compress.errors import CodecError
 
 BATCH = 1 << 22  # weights read, packed, verified and handed on at a time
@@ -90,12 +90,12 @@ def survey(unit: Unit, source: Reader) -> Survey:
     chunks = np.zeros((sum(-(-spec.numel // CHUNK) for spec in unit.specs), 256), np.uint32)
     for batch in _batches(unit, source):
         out = chunks[batch.chunk :]
-        in_spans(batch.chunks, partial(_count, batch.words, out))
+        split(partial(_count, batch.words, out), batch.chunks, 1)
     return Survey(chunks.sum(axis=0, dtype=np.int64), chunks)
 
 
-def _count(words: np.ndarray, out: np.ndarray, span: Span) -> None:
-    pack.count_chunks(span, words, np.empty((8, 256), np.uint32), out)
+def _count(words: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
+    pack.count_chunks((start, stop), words, np.empty((8, 256), np.uint32), out)
 
 
 def choose_book(unit: Unit, source: Reader, found: Survey) -> Book:
@@ -177,12 +177,8 @@ class _Packer:
         """Packs and verifies a batch. Returns the bytes of the stream that it completed, a view of the workspace."""
         space, encoding = self._space, self._encoding
         bits = encoding.bits[batch.chunk : batch.chunk + batch.chunks + 1]
-        in_spans(
-            batch.chunks,
-            lambda span: pack.pack_chunks(
-                span, batch.words, batch.first, bits, *self._book, space.rest, space.rows, self._gaps, self.positions
-            ),
-        )
+        args = (batch.words, batch.first, bits, *self._book, space.rest, space.rows, self._gaps, self.positions)
+        split(lambda start, stop: pack.pack_chunks((start, stop), *args), batch.chunks, 1)
         space.stream[0] = self._begun
         pack.join(space.rows, bits, space.stream)
         size = int((bits[-1] >> 3) - (bits[0] >> 3))
@@ -225,14 +221,16 @@ class _Packer:
     def _verify(self, batch: _Batch, bits: np.ndarray) -> None:
         encoding, words = self._encoding, batch.words
         stream = self._space.stream.ctypes.data - (int(bits[0]) >> 3)
-        slack = CHUNK + unpack.SCRATCH_SLACK
-        for status in in_spans(
-            batch.chunks,
-            lambda span: unpack.verify_chunks(
-                span, words, CHUNK, stream, batch.first, encoding.unit.numel, bits, self._space.rest, self._lookup,
-                encoding.book.luts, self._gaps, self.positions, np.empty(slack, np.uint8),
-            ),
-        ):  # fmt: skip
+        args = (words, CHUNK, stream, batch.first, encoding.unit.numel, bits, self._space.rest)
+        book = (self._lookup, encoding.book.luts, self._gaps, self.positions)
+        statuses: list[int] = []
+
+        def verify(start: int, stop: int) -> None:
+            scratch = np.empty(CHUNK + unpack.SCRATCH_SLACK, np.uint8)
+            statuses.append(unpack.verify_chunks((start, stop), *args, *book, scratch))
+
+        split(verify, batch.chunks, 1)
+        for status in statuses:
             if status != unpack.OK:
                 raise CodecError(
                     f"{encoding.unit.name}: {_WRONG[status]} did not come back as it was coded, near weight "
