@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,23 +38,31 @@ class Schedule:
 
 
 class Optimizer:
-    """Steps named parameters in place. Names in `matrices` go to Muon, the others to AdamW."""
+    """Steps named parameters in place. Names in `matrices` go to Muon, the others to AdamW.
+
+    `rates`: factors of the learning rate by name, 1 where there is none.
+    """
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
         matrices: set[str],
         lr: float,
+        rates: Mapping[str, float] | None = None,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.98),
         momentum: float = 0.95,
     ) -> None:
         self.lr, self.weight_decay, self.betas, self.momentum = lr, weight_decay, betas, momentum
+        rates = rates or {}
         self._plain = {n: p for n, p in parameters.items() if n not in matrices}
-        self._groups: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
+        self._plain_groups: dict[float, list[str]] = defaultdict(list)
+        for name in self._plain:
+            self._plain_groups[rates.get(name, 1.0)].append(name)
+        self._groups: dict[tuple[int, int, float], dict[str, Tensor]] = defaultdict(dict)
         for name in sorted(matrices):
             p = parameters[name]
-            self._groups[p.shape[0], p.numel() // p.shape[0]][name] = p
+            self._groups[p.shape[0], p.numel() // p.shape[0], rates.get(name, 1.0)][name] = p
         self._first = {n: torch.zeros_like(p) for n, p in parameters.items()}
         self._second = {n: torch.zeros_like(p) for n, p in self._plain.items()}
         self._steps = 0
@@ -65,9 +73,10 @@ class Optimizer:
         self._steps += 1
         everything = [*self._plain.values(), *(p for g in self._groups.values() for p in g.values())]
         norm = torch.nn.utils.clip_grad_norm_(everything, clip)
-        self._adam(self.lr * factor)
-        for shape, group in self._groups.items():
-            self._muon(shape, group, self.lr * factor)
+        for rate, names in self._plain_groups.items():
+            self._adam(names, self.lr * factor * rate)
+        for (rows, columns, rate), group in self._groups.items():
+            self._muon((rows, columns), group, self.lr * factor * rate)
         for p in everything:
             p.grad = None
         return float(norm)
@@ -88,9 +97,9 @@ class Optimizer:
         for n, t in self._second.items():
             t.copy_(state[f"second.{n}"])
 
-    def _adam(self, lr: float) -> None:
+    def _adam(self, candidates: Sequence[str], lr: float) -> None:
         beta1, beta2 = self.betas
-        names = [n for n, p in self._plain.items() if p.grad is not None]
+        names = [n for n in candidates if self._plain[n].grad is not None]
         params = [self._plain[n] for n in names]
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         first, second = [self._first[n] for n in names], [self._second[n] for n in names]

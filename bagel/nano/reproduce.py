@@ -54,10 +54,10 @@ def _vae_steps(trainer: VAETrainer) -> Iterator[Progress]:
 
 
 def _model_steps(trainer: ModelTrainer, recipe: NanoRecipe, vae: VAETrainer) -> Iterator[Progress]:
-    """The phases from the current one on; latents are encoded when the mix begins (or is resumed)."""
+    """The phases from the current one on; latents are encoded when drawing begins (or is resumed)."""
+    pool: Pool | None = None
     for phase in PHASES[PHASES.index(trainer.phase) :]:
-        pool: Pool | None = None
-        if phase == "mix":
+        if phase in ("draw", "mix") and pool is None:
             pool = make_pool(vae.averaged(), recipe.pool_seed, recipe.scenes, recipe.edits)
         yield from trainer.steps(phase, pool)
 

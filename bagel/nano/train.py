@@ -1,8 +1,9 @@
-"""Training the model in three phases: the ViT sees, the und expert answers, then all tasks together.
+"""Training the model in four phases: the ViT sees, the und expert answers, drawing is learnt, then all tasks together.
 
     vit    the ViT alone, taught patch by patch (vit_train.py)
     und    describe and answer: needs no latents and no generation expert, so a step costs little
-    mix    draw, answer, edit and think; the moving average of the weights is what is kept
+    draw   all tasks, most of the work on drawing, which is learnt first
+    mix    all tasks, most of the work on answers and edits; the moving average of the weights is what is kept
 
 `ModelTrainer` is a loop that yields: whoever runs it prints, saves and stops. It is deterministic on one machine and
 thread count, and its state, plain tensors, lets it go on exactly where it was.
@@ -25,18 +26,20 @@ from bagel.nano.model import CONFIG, LATENT_TOKENS, build, inner_matrices, train
 from bagel.nano.optim import Average, Optimizer, Schedule
 from bagel.text import TextCodec
 
-PHASES = ("vit", "und", "mix")
+PHASES = ("vit", "und", "draw", "mix")
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Length and learning rate of a phase."""
+    """Length, learning rate and its schedule, and how the losses weigh. `vit_rate`: the ViT's share of the rate."""
 
     steps: int
     lr: float
     warmup: int
     decay: float
     floor: float
+    ce_weight: float = 1.0
+    vit_rate: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +48,12 @@ class ModelRecipe:
 
     vit: Phase = Phase(800, 2e-3, 50, 0.5, 0.05)
     und: Phase = Phase(80, 2e-3, 50, 0.0, 1.0)
-    mix: Phase = Phase(2000, 2e-3, 60, 0.4, 0.02)
+    draw: Phase = Phase(626, 2e-3, 60, 0.0, 1.0, ce_weight=0.3)
+    mix: Phase = Phase(2000, 2e-3, 30, 0.4, 0.02, vit_rate=0.3)
     vit_batch: int = 32
     und_batch: Mix = field(default_factory=lambda: Mix(ask=24))
-    mix_batch: Mix = field(default_factory=Mix)
-    ce_weight: float = 0.3
+    draw_batch: Mix = field(default_factory=lambda: Mix(24, 8, 10, 3))
+    mix_batch: Mix = field(default_factory=lambda: Mix(10, 14, 16, 4, edit_copies=3, questions=4))
     average: float = 0.998
     seed: int = 1
 
@@ -80,12 +84,12 @@ class ModelTrainer:
             self._enter(phase)
         plan: Phase = getattr(self.recipe, phase)
         schedule = Schedule(plan.steps, plan.warmup, plan.decay, plan.floor)
-        tasks = Tasks(self._text, pool, self.recipe.mix_batch if pool else self.recipe.und_batch, self.recipe.seed)
+        tasks = Tasks(self._text, pool, self._batch(), self.recipe.seed)
         while self.step < plan.steps:
             loss, metrics = self._vit_loss() if phase == "vit" else self._loss(tasks)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = self.optimizer.step(schedule(self.step))
-            if phase == "mix":
+            if pool is not None:
                 self.average.update(self.step)
             self.step += 1
             yield Progress(phase, self.step, plan.steps, {**metrics, "norm": norm})
@@ -125,8 +129,12 @@ class ModelTrainer:
         if phase == "vit":
             named = {n: p for n, p in named.items() if n.startswith(("vit.", "head."))}
         matrices = inner_matrices(self.model) & named.keys()
-        self.optimizer = Optimizer(named, matrices, plan.lr)
+        rates = {n: plan.vit_rate for n in named if n.startswith("vit.")}
+        self.optimizer = Optimizer(named, matrices, plan.lr, rates)
         self.average = Average(trained(self.model), self.recipe.average)
+
+    def _batch(self) -> Mix:
+        return {"draw": self.recipe.draw_batch, "mix": self.recipe.mix_batch}.get(self.phase, self.recipe.und_batch)
 
     def _named(self) -> dict[str, Tensor]:
         return {**trained(self.model), **{f"head.{n}": p for n, p in self.head.named_parameters()}}
@@ -147,4 +155,5 @@ class ModelTrainer:
         if not len(losses.mse):
             return ce, metrics
         mse = losses.mse.mean()
-        return mse + self.recipe.ce_weight * ce, {**metrics, "mse": float(mse.detach())}
+        plan: Phase = getattr(self.recipe, self.phase)
+        return mse + plan.ce_weight * ce, {**metrics, "mse": float(mse.detach())}

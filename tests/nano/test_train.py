@@ -23,33 +23,28 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def recipe(vae: int, vit: int, und: int, mix: int, share: int) -> NanoRecipe:
+def recipe(vae: int, vit: int, und: int, draw: int, mix: int, share: int) -> NanoRecipe:
     """A short run with batches that are 1/share of the real ones."""
     small = Mix(draw=24 // share, ask=8 // share, edit=10 // share, think=max(1, 3 // share))
     model = ModelRecipe(
         vit=Phase(vit, 2e-3, 2, 0.5, 0.05),
         und=Phase(und, 2e-3, 2, 0.0, 1.0),
-        mix=Phase(mix, 2e-3, 2, 0.4, 0.02),
+        draw=Phase(draw, 2e-3, 2, 0.0, 1.0, ce_weight=0.3),
+        mix=Phase(mix, 2e-3, 2, 0.4, 0.02, vit_rate=0.3),
         vit_batch=32 // share,
         und_batch=Mix(ask=24 // share),
+        draw_batch=small,
         mix_batch=small,
     )
     return NanoRecipe(Recipe(steps=vae, batch=max(2, 8 // share)), model, scenes=240 // share, edits=120 // share)
 
 
 def test_a_cut_run_ends_where_an_uncut_one_does(tmp_path: Path) -> None:
-    plan = recipe(vae=2, vit=2, und=2, mix=3, share=8)
+    plan = recipe(vae=2, vit=2, und=2, draw=2, mix=3, share=8)
     steps = [(p.phase, p.step) for p in reproduce(tmp_path / "whole", plan)]
-    assert steps == [
-        ("vae", 1),
-        ("vae", 2),
-        ("vit", 1),
-        ("vit", 2),
-        ("und", 1),
-        ("und", 2),
-        *(("mix", i) for i in (1, 2, 3)),
-    ]
-    for limit in (1, 3, 4, 2):  # cut four times, in every stage
+    lengths = {"vae": 2, "vit": 2, "und": 2, "draw": 2, "mix": 3}
+    assert steps == [(phase, i + 1) for phase, length in lengths.items() for i in range(length)]
+    for limit in (1, 3, 4, 2, 1):  # cut four times, in every stage
         run = reproduce(tmp_path / "cut", plan, save_seconds=0.0)
         for _ in range(limit + 1):  # the state of a step is written when the next one is asked for
             if next(run, None) is None:
@@ -64,9 +59,9 @@ def test_a_cut_run_ends_where_an_uncut_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_three_minutes_lower_both_losses_and_repeat(tmp_path: Path) -> None:
-    plan = recipe(vae=40, vit=60, und=40, mix=30, share=2)
+    plan = recipe(vae=40, vit=60, und=40, draw=30, mix=10, share=2)
     runs = [list(reproduce(tmp_path / name, plan)) for name in ("first", "second")]
-    for phase, metric in (("vae", "loss"), ("vit", "loss"), ("und", "ce"), ("mix", "mse")):
+    for phase, metric in (("vae", "loss"), ("vit", "loss"), ("und", "ce"), ("draw", "mse")):
         values = _values(runs[0], phase, metric)
         assert sum(values[-5:]) < 0.9 * sum(values[:5]), (phase, metric)
         assert values == _values(runs[1], phase, metric)
