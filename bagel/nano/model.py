@@ -41,14 +41,14 @@ def build(seed: int) -> Bagel:
     model = Bagel(CONFIG)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.requires_grad:
+            if not name.endswith("pos_embed.pos_embed"):
                 p.copy_(_fresh(name, p, generator))
     return model
 
 
 def trained(model: Bagel) -> dict[str, Tensor]:
-    """The parameters that are trained, by their path in the model."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+    """The parameters that are trained, by their path in the model: all but the two position tables."""
+    return {n: p for n, p in model.named_parameters() if not n.endswith("pos_embed.pos_embed")}
 
 
 def inner_matrices(model: Bagel) -> set[str]:

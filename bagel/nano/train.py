@@ -31,7 +31,11 @@ PHASES = ("vit", "und", "draw", "mix")
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Length, learning rate and its schedule, and how the losses weigh. `vit_rate`: the ViT's share of the rate."""
+    """Length, learning rate and its schedule, and how the losses weigh. `vit_rate`: the ViT's share of the rate.
+
+    The ViT is frozen after its lessons: Muon gives a matrix a full-size update however faint its gradient is, and what
+    no loss asks for yet (shapes, before the decoder can bind them) is washed out within a hundred steps.
+    """
 
     steps: int
     lr: float
@@ -39,17 +43,17 @@ class Phase:
     decay: float
     floor: float
     ce_weight: float = 1.0
-    vit_rate: float = 1.0
+    vit_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRecipe:
     """What determines the trained weights, given the latents, the machine and the thread count."""
 
-    vit: Phase = Phase(800, 2e-3, 50, 0.5, 0.05)
+    vit: Phase = Phase(800, 2e-3, 50, 0.5, 0.05, vit_rate=1.0)
     und: Phase = Phase(80, 2e-3, 50, 0.0, 1.0)
     draw: Phase = Phase(626, 2e-3, 60, 0.0, 1.0, ce_weight=0.3)
-    mix: Phase = Phase(2000, 2e-3, 30, 0.4, 0.02, vit_rate=0.3)
+    mix: Phase = Phase(2000, 2e-3, 30, 0.4, 0.02)
     vit_batch: int = 32
     und_batch: Mix = field(default_factory=lambda: Mix(ask=24))
     draw_batch: Mix = field(default_factory=lambda: Mix(24, 8, 10, 3))
@@ -129,6 +133,7 @@ class ModelTrainer:
         if phase == "vit":
             named = {n: p for n, p in named.items() if n.startswith(("vit.", "head."))}
         matrices = inner_matrices(self.model) & named.keys()
+        self.model.vit.requires_grad_(plan.vit_rate > 0)
         rates = {n: plan.vit_rate for n in named if n.startswith("vit.")}
         self.optimizer = Optimizer(named, matrices, plan.lr, rates)
         self.average = Average(trained(self.model), self.recipe.average)

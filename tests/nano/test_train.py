@@ -27,10 +27,10 @@ def recipe(vae: int, vit: int, und: int, draw: int, mix: int, share: int) -> Nan
     """A short run with batches that are 1/share of the real ones."""
     small = Mix(draw=24 // share, ask=8 // share, edit=10 // share, think=max(1, 3 // share))
     model = ModelRecipe(
-        vit=Phase(vit, 2e-3, 2, 0.5, 0.05),
+        vit=Phase(vit, 2e-3, 2, 0.5, 0.05, vit_rate=1.0),
         und=Phase(und, 2e-3, 2, 0.0, 1.0),
         draw=Phase(draw, 2e-3, 2, 0.0, 1.0, ce_weight=0.3),
-        mix=Phase(mix, 2e-3, 2, 0.4, 0.02, vit_rate=0.3),
+        mix=Phase(mix, 2e-3, 2, 0.4, 0.02),
         vit_batch=32 // share,
         und_batch=Mix(ask=24 // share),
         draw_batch=small,
