@@ -22,6 +22,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from statistics import median
@@ -43,18 +44,22 @@ def main() -> None:
     args = _arguments()
     weights = mixed(args.rows, args.columns)
     bench = Bench(weights, args.repeats, time.process_time if args.clock == "cpu" else time.perf_counter)
-    rows: dict[str, float] = {}
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        rows |= {
-            f"encode {threads}t": bench.rate(bench.encode_only),
-            f"encode + verify {threads}t": bench.rate(bench.encode),
-            f"decode {threads}t": bench.rate(bench.decode),
-        }
-    rows |= zipnn_rates(bench)
-    rows["np.copyto"] = bench.rate(lambda: np.copyto(bench.copy, bench.words))
+    works = [work for threads in (1, 2) for work in bench.works(threads)]
+    peers, bits = zipnn_works(bench)
+    works += [*peers, Work("np.copyto", lambda: np.copyto(bench.copy, bench.words))]
+    rows = bench.rates(works)
     rows["dfloat11 1t"], theirs = official_rate(bench)
-    report(args, bench, rows, theirs)
+    report(args, bench, rows, bits, theirs)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed; `prepare` is not."""
+
+    name: str
+    run: Callable[[], Any]
+    prepare: Callable[[], None] = lambda: None
+    threads: int = 1
 
 
 class Bench:
@@ -70,15 +75,28 @@ class Bench:
         self.words = weights.view(torch.int16).numpy().reshape(-1)
         self.copy = np.zeros_like(self.words)
 
-    def rate(self, work: Callable[[], Any], prepare: Callable[[], None] = lambda: None) -> float:
-        """bf16 bytes per second, median; one run before to warm up; `prepare` is not timed."""
-        seconds = []
-        for _ in range(self.repeats + 1):
-            prepare()
-            start = self.clock()
-            work()
-            seconds.append(self.clock() - start)
-        return self.weights.numel() * 2 / median(seconds[1:])
+    def works(self, threads: int) -> list[Work]:
+        return [
+            Work(f"{name} {threads}t", work, threads=threads)
+            for name, work in (
+                ("encode", self.encode_only),
+                ("encode + verify", self.encode),
+                ("decode", self.decode),
+            )
+        ]
+
+    def rates(self, works: list[Work]) -> dict[str, float]:
+        """bf16 bytes per second, medians; all take turns, so that a busy moment of the machine hits all alike."""
+        seconds: dict[str, list[float]] = {work.name: [] for work in works}
+        for turn in range(self.repeats + 1):
+            for work in works:
+                torch.set_num_threads(work.threads)
+                work.prepare()
+                start = self.clock()
+                work.run()
+                if turn:  # the first one warms up
+                    seconds[work.name].append(self.clock() - start)
+        return {name: self.weights.numel() * 2 / median(times) for name, times in seconds.items()}
 
     def encode(self) -> None:
         for _ in self.codec.begin(self.unit, self.source).chunks():
@@ -106,28 +124,27 @@ def mixed(rows: int, columns: int) -> torch.Tensor:
     return torch.from_numpy(weights).bfloat16()
 
 
-def zipnn_rates(bench: Bench) -> dict[str, float]:
+def zipnn_works(bench: Bench) -> tuple[list[Work], float]:
+    """Its encoder and decoder, and its bits per weight."""
     if importlib.util.find_spec("zipnn") is None:
-        return {}
+        return [], float("nan")
     from zipnn import ZipNN
 
-    rates: dict[str, float] = {}
-    data = bench.words.tobytes()
-    fresh = bytearray(len(data))
+    works, data = [], bench.words.tobytes()
+    fresh = bytearray(data)
 
     def refresh() -> None:  # compress() moves the sign bits of its input in place
         fresh[:] = data
 
     for threads in (1, 2):
         coder = ZipNN(bytearray_dtype="bfloat16", input_format="byte", threads=threads)
-        rates[f"zipnn encode {threads}t"] = bench.rate(partial(coder.compress, fresh), refresh)
         refresh()
         packed = coder.compress(fresh)
         if coder.decompress(packed) != data:
             raise SystemExit("zipnn did not give the tensor back; its figures would mean nothing")
-        rates[f"zipnn decode {threads}t"] = bench.rate(partial(coder.decompress, packed))
-        rates["zipnn bits"] = 8 * len(packed) / bench.weights.numel()
-    return rates
+        works.append(Work(f"zipnn encode {threads}t", partial(coder.compress, fresh), refresh))
+        works.append(Work(f"zipnn decode {threads}t", partial(coder.decompress, packed)))
+    return works, 8 * len(packed) / bench.weights.numel()
 
 
 def official_rate(bench: Bench) -> tuple[float, bool | None]:
@@ -157,8 +174,8 @@ def official_rate(bench: Bench) -> tuple[float, bool | None]:
     return bench.weights.numel() * 2 / seconds, same
 
 
-def report(args: argparse.Namespace, bench: Bench, rows: dict[str, float], theirs: bool | None) -> None:
-    official, bits = rows["dfloat11 1t"], rows.pop("zipnn bits", float("nan"))
+def report(args: argparse.Namespace, bench: Bench, rows: dict[str, float], bits: float, theirs: bool | None) -> None:
+    official = rows["dfloat11 1t"]
     print(f"{args.rows} x {args.columns} bf16, {bench.weights.numel() * 2 / 1e6:.1f} MB, {cpu()}, {args.clock} time")
     for name, rate in rows.items():
         print(f"{name:20s} {rate / 1e6:10.1f} MB/s {rate / official:9.1f} x dfloat11")
