@@ -34,7 +34,13 @@ def snippets(artifact: Artifact, repo: str) -> list[Snippet]:
     found += [_compressed_tensors(artifact, repo, name) for name in ("fp8", "int4") if name in formats]
     if formats - {"raw"} == {"df11"}:
         found += [_dfloat11(repo), _comfyui(repo)]
-    return found
+    if (
+        formats <= {"raw", "fp8"}
+        and "fp8" in formats
+        and _granularity(artifact, _example(artifact, "fp8")[0]) == "tensor"
+    ):
+        found.append(_comfyui_file(repo))
+    return [*found, _onnx(repo)]
 
 
 def _command(repo: str) -> Snippet:
@@ -132,6 +138,35 @@ def _comfyui(repo: str) -> Snippet:
     folder = name if "df11" in name.lower() or "dfloat11" in name.lower() else f"{name}-DF11"
     note = "The ComfyUI-BAGEL nodes know this format by the folder's name; run this where ComfyUI is."
     return Snippet("ComfyUI", f"hf download {repo} --local-dir models/bagel/{folder}", (), "sh", note)
+
+
+def _comfyui_file(repo: str) -> Snippet:
+    text = f"""
+from pathlib import Path
+from bagel_compress.comfy import comfyui_file
+from bagel_compress.hub import open_artifact
+
+comfyui_file(open_artifact("{repo}"), Path("{repo.partition("/")[2]}_fp8_e4m3fn_scaled.safetensors"))
+"""
+    return Snippet("ComfyUI", text, (), note="Writes the single `fp8_scaled` file that ComfyUI's loaders read.")
+
+
+def _onnx(repo: str) -> Snippet:
+    text = f"""
+from pathlib import Path
+from bagel.settings import TextSettings
+from bagel_compress.export.build import export
+from bagel_compress.export.ort_sampler import open_onnx
+from bagel_compress.export.source import Source
+from bagel_compress.hub import fetch
+from bagel_compress.runtime import ExportSettings
+
+export(Source.open(fetch("{repo}")), ExportSettings(), "onnxruntime-cpu", Path("bagel-onnx"))
+sampler = open_onnx("bagel-onnx")
+print(sampler.run(["why is the sky blue?"], output="text", text=TextSettings(max_tokens=64)).text)
+"""
+    note = "Compressed weights stay compressed in the graphs. `pip install 'bagel-compress[onnx]'`"
+    return Snippet("ONNX Runtime", text, ("onnx", "onnxscript", "onnxruntime"), note=note)
 
 
 def _part(what: str) -> str:

@@ -78,7 +78,7 @@ def test_six_builds_and_a_summary(
     assert cli("batch", file)[1].count("there") == 6
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_and_resumed(file: Path, expected: dict[str, str], jobs: int) -> None:
     command = [sys.executable, "-m", "bagel_compress", "batch", str(file), "--jobs", str(jobs)]
     victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

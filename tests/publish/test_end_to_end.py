@@ -35,7 +35,7 @@ def test_the_same_picture_after_the_journey(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "build"
-    assert cli("compress", "raw", "--source", tiny, "--out", out)[0] == 0
+    assert cli("compress", "int8-24gb", "--source", tiny, "--out", out)[0] == 0
     validated(Artifact.open(out), tiny, tmp_path / "trace.safetensors")
     assert cli("generate", out, PROMPT, *FLAGS, "--out", "before.png")[0] == 0
 
@@ -43,7 +43,7 @@ def test_the_same_picture_after_the_journey(
     code, text, _ = cli("publish", out, REPO, "--base-model", BASE, "--json")
     assert code == 0
     assert all(fault.times == 0 for fault in hub.faults)
-    assert (tmp_path / "exports" / "receipts" / "raw--rtx4070-12gb.json").exists()
+    assert (tmp_path / "exports" / "receipts" / "int8-24gb--rtx4070-12gb.json").exists()
 
     shutil.rmtree(out)
     fresh_cache()

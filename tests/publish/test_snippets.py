@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import shlex
 import shutil
 import subprocess
@@ -27,11 +28,12 @@ from bagel_compress.publish.upload import upload
 from bagel_compress.snippets import Snippet, snippets
 
 CASES = [
-    ("nf4", "Command line"), ("nf4", "Python"), ("nf4", "bitsandbytes"), ("int8-24gb", "bitsandbytes"),
+    ("raw", "Command line"), ("nf4", "Python"), ("nf4", "bitsandbytes"), ("int8-24gb", "bitsandbytes"),
     ("fp8-24gb", "compressed-tensors (fp8)"), ("mixed-16gb", "bitsandbytes"),
-    ("mixed-16gb", "compressed-tensors (fp8)"),
+    ("mixed-16gb", "compressed-tensors (fp8)"), ("fp8-comfyui", "compressed-tensors (fp8)"), ("fp8-comfyui", "ComfyUI"),
     ("df11", "Python"), ("df11", "dfloat11"), ("df11", "ComfyUI"),
 ]  # fmt: skip
+SLOW = [("int8-24gb", "ONNX Runtime"), ("mixed-16gb", "ONNX Runtime")]
 Online = Callable[[str], tuple[Artifact, str]]
 
 
@@ -56,7 +58,7 @@ def find(artifact: Artifact, repo: str, title: str) -> Snippet:
     return next(s for s in snippets(artifact, repo) if s.title == title)
 
 
-@pytest.mark.parametrize(("recipe", "title"), CASES)
+@pytest.mark.parametrize(("recipe", "title"), [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)])
 def test_it_runs(
     recipe: str, title: str, online: Online, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -75,6 +77,8 @@ def test_it_runs(
             assert (tmp_path / "teapot.png").exists()
         return
     found = run_python(snippet, artifact)
+    if recipe == "fp8-comfyui" and title == "ComfyUI":
+        comfyui_reads(tmp_path / "BAGEL-7B-MoT-fp8-comfyui_fp8_e4m3fn_scaled.safetensors", artifact)
     if title == "bitsandbytes" and recipe != "int8-24gb":
         expected = decoded(artifact, found["name"])
         shown = found["bnb"].functional.dequantize_4bit(found["weight"].data, found["weight"].quant_state)
@@ -88,6 +92,18 @@ def test_it_runs(
         theirs = found["layer"](x).T.float()
         expected = decoded(artifact, found["name"]).float()
         assert (theirs - expected).norm() < 0.02 * expected.norm()
+
+
+def comfyui_reads(path: Path, artifact: Artifact) -> None:
+    """What ComfyUI's loader does with such a file: layers from the metadata, weight times scale."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        layers = json.loads(file.metadata()["_quantization_metadata"])["layers"]
+        for layer in layers:
+            weight, scale = file.get_tensor(f"{layer}.weight"), file.get_tensor(f"{layer}.weight_scale")
+            assert torch.equal(weight.bfloat16() * scale.bfloat16(), decoded(artifact, f"{layer}.weight"))
+    assert len(layers) == sum(u.codec.format == "fp8" for u in artifact.manifest.units.values())
 
 
 def decoded(artifact: Artifact, name: str) -> torch.Tensor:
@@ -122,13 +138,13 @@ def run_python(snippet: Snippet, artifact: Artifact) -> dict[str, object]:
     if snippet.title == "dfloat11":
         x = torch.linspace(-2, 2, 8).bfloat16()
         assert torch.equal(names["model"](x), official_model()(x))  # type: ignore[operator]
-    else:
+    elif snippet.title != "ComfyUI":
         assert shown.getvalue().strip()
     return names
 
 
 def test_all_snippets_of_all_recipes_are_covered(built: Callable[[str], Artifact]) -> None:
     """A snippet that is offered for a shipped recipe and not run above would be a promise nobody checked."""
-    ran = {title for _, title in CASES}
-    for recipe in ("nf4", "int8-24gb", "fp8-24gb", "mixed-16gb", "mixed-24gb", "df11", "raw"):
+    ran = {title for _, title in CASES + SLOW}
+    for recipe in ("nf4", "int8-24gb", "fp8-24gb", "mixed-16gb", "mixed-24gb", "df11", "raw", "fp8-comfyui"):
         assert {s.title for s in snippets(built(recipe), "ann/x")} <= ran
