@@ -11,11 +11,14 @@ from dfloat11_official import compress, emulate
 
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import InMemory, Unit
-from bagel_compress.codecs.df11.book import make_book
+from bagel_compress.codecs.df11 import pack
+from bagel_compress.codecs.df11.book import make_book, stalls
 from bagel_compress.codecs.df11.layout import SUFFIXES
+from bagel_compress.errors import CodecError, PlanError
 from bagel_compress.spec import TensorSpec
 
 CODEC = DF11()
+pytestmark = pytest.mark.filterwarnings("ignore:pkg_resources", "ignore:The given NumPy array is not writable")
 
 
 def unit_of(*tensors: torch.Tensor, name: str = "m") -> tuple[Unit, dict[str, torch.Tensor]]:
@@ -69,10 +72,10 @@ def test_small_tensors_equal_the_official_bytes(kind: str) -> None:
     for _ in range(120):
         tensor = small(kind, rng)
         ours = coded(tensor)
+        assert torch.equal(emulate(ours).view(torch.int16), tensor.view(torch.int16)[0])
         try:
             theirs = compress(tensor)
         except UnboundLocalError:  # the root has no key 0
-            assert torch.equal(emulate(ours).view(torch.int16), tensor.view(torch.int16)[0])
             continue
         assert_same(ours, theirs)
         compared += 1
@@ -194,3 +197,64 @@ def test_no_weights_stay_raw() -> None:
     unit, named = unit_of(torch.empty(0, 4, dtype=torch.bfloat16))
     assert CODEC.begin(unit, InMemory(named)).codec.format == "raw"
     assert CODEC.encode(unit, named)["m.weight"].shape == (0, 4)
+
+
+class Changing:
+    """A source whose second reading differs from the first."""
+
+    def __init__(self, *readings: torch.Tensor) -> None:
+        self._readings = list(readings)
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        return self._readings.pop(0).flatten()[start:stop]
+
+
+@pytest.mark.parametrize("other", [mixed(40, 60) * 64, mixed(40, 60).flip(0) * 1.5, from_exponents(np.full(2400, 3))])
+def test_a_source_that_changes_between_the_passes_is_refused(other: torch.Tensor) -> None:
+    unit, named = unit_of(mixed(40, 60))
+    encoding = CODEC.begin(unit, Changing(named["m.weight"], other))
+    with pytest.raises(CodecError, match=r"^m: the source changed"):
+        list(encoding.chunks())
+
+
+def test_a_wrong_code_does_not_pass_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    def join_badly(rows: np.ndarray, bits: np.ndarray, out: np.ndarray) -> None:
+        join(rows, bits, out)
+        out[100] ^= 1
+
+    join = pack.join
+    monkeypatch.setattr(pack, "join", join_badly)
+    unit, named = unit_of(mixed(40, 60))
+    with pytest.raises(CodecError, match=r"^m: .* did not come back"):
+        CODEC.encode(unit, named)
+
+
+def test_weights_are_checked_from_the_header() -> None:
+    for spec in (
+        TensorSpec("F32", (4, 4), "m.weight"),
+        TensorSpec("BF16", (4,), "n.weight"),
+        TensorSpec("BF16", (4, 4), "p"),
+    ):
+        with pytest.raises(PlanError, match=spec.name):
+            CODEC.check(Unit("m", (spec,)))
+    with pytest.raises(PlanError, match="finer"):
+        CODEC.check(Unit("m", (TensorSpec("BF16", (1 << 16, 1 << 15), "m.weight"),)))
+
+
+@pytest.mark.parametrize("make", [lambda: mixed(300, 400), lambda: from_exponents(CASES["every exponent"]())])
+def test_sizes_are_bounded_from_the_header_and_close_by_a_sample(make: Callable[[], torch.Tensor]) -> None:
+    tensor = make()
+    unit, named = unit_of(tensor)
+    stored = sum(part.nbytes for part in CODEC.encode(unit, named).values())
+    assert stored <= CODEC.nbytes(unit)
+    assert stored <= CODEC.sampled(unit, InMemory(named)) <= 1.1 * stored + 20 * 256
+
+
+def test_a_window_on_which_the_official_kernel_would_not_end() -> None:
+    luts = np.full((2, 256), 7, np.uint8)
+    luts[1] = 0
+    assert stalls(luts, 0, 0)
+    luts[1, 7] = 8
+    assert not stalls(luts, 0, 0)
+    book = make_book(np.bincount([1, 1, 2, 3, 5, 8, 13], minlength=256))
+    assert not stalls(book.without_pointers().luts, 0, 0)

@@ -26,6 +26,7 @@ from bagel_compress.recipe import Recipe
 from bagel_compress.spec import TensorSpec
 from bagel_compress.stream import compress
 
+pytestmark = pytest.mark.filterwarnings("ignore:pkg_resources", "ignore:The given NumPy array is not writable")
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "checkpoint"
 RECIPES = Path(__file__).parents[2] / "recipes"
 

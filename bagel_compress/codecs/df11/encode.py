@@ -178,7 +178,12 @@ class _Packer:
         space, encoding = self._space, self._encoding
         bits = encoding.bits[batch.chunk : batch.chunk + batch.chunks + 1]
         args = (batch.words, batch.first, bits, *self._book, space.rest, space.rows, self._gaps, self.positions)
-        split(lambda start, stop: pack.pack_chunks((start, stop), *args), batch.chunks, 1)
+        packed: list[bool] = []
+        split(lambda start, stop: packed.append(pack.pack_chunks((start, stop), *args)), batch.chunks, 1)
+        if not all(packed):
+            raise CodecError(
+                f"{encoding.unit.name}: the source changed while it was read, near weight {batch.first}; start again."
+            )
         space.stream[0] = self._begun
         pack.join(space.rows, bits, space.stream)
         size = int((bits[-1] >> 3) - (bits[0] >> 3))

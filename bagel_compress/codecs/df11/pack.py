@@ -83,20 +83,24 @@ def pack_chunks(
     rows: np.ndarray,
     gaps: np.ndarray,
     positions: np.ndarray,
-) -> None:
+) -> bool:
     """Both planes of the `chunks` of uint16 `words`, which are weights `first`... of the unit.
 
     `rest` gets sign and mantissa, one byte each. `rows` [k] gets the codes of chunk k, which starts at bit `bits` [k]
     of the unit's stream, from the byte of that bit on (earlier bits of that byte are 0). Where a code ends in another
     64-bit window than it began, `gaps` [window] and, at a block's first window, `positions` [block] get what follows.
+    Returns whether every chunk had the bits it was planned with; if not, the source has changed since the first pass.
     """
     for k in range(chunks[0], chunks[1]):
         begin = k * CHUNK
         chunk = words[begin : begin + CHUNK]
         _split(chunk, rest[begin : begin + CHUNK])
-        _pack(
-            chunk, first + begin, bits[k], values, lengths, pair_values, pair_lengths, rows[k], gaps, positions
-        )  # fmt: skip
+        if not _pack(
+            chunk, first + begin, bits[k], bits[k + 1], values, lengths, pair_values, pair_lengths, rows[k], gaps,
+            positions,
+        ):  # fmt: skip
+            return False
+    return True
 
 
 @njit(nogil=True, cache=True)
@@ -119,6 +123,7 @@ def _pack(
     words: np.ndarray,
     first: int,
     bit: int,
+    stop: int,
     values: np.ndarray,
     lengths: np.ndarray,
     pair_values: np.ndarray,
@@ -126,7 +131,7 @@ def _pack(
     row: np.ndarray,
     gaps: np.ndarray,
     positions: np.ndarray,
-) -> None:
+) -> bool:
     source, target = np.int64(words.ctypes.data), np.int64(row.ctypes.data)
     held, filled, at = _U(0), _U(bit & 7), _U(bit)
     whole = words.size // 8 * 8
@@ -146,6 +151,8 @@ def _pack(
             held, filled, target = _append(piece, bits, held, filled, target)
             end = at + bits
             if (end >> _U(6)) != (at >> _U(6)):
+                if end > _U(stop):
+                    return False
                 over = end & _U(63)
                 ends = (((joined_a >> _HALF) << bits_b) | (joined_b >> _HALF)) & ((_U(2) << over) - _U(1))
                 gaps[end >> _U(6)] = np.uint8(over - (_U(63) - leading_zeros(ends)))
@@ -155,12 +162,13 @@ def _pack(
         else:
             for j in range(i, i + 8):
                 held, filled, target, at = _pack_one(
-                    words[j], first + j + 1, values, lengths, held, filled, target, at, gaps, positions
+                    words[j], first + j + 1, values, lengths, held, filled, target, at, stop, gaps, positions
                 )
     for j in range(whole, words.size):
         held, filled, target, at = _pack_one(
-            words[j], first + j + 1, values, lengths, held, filled, target, at, gaps, positions
+            words[j], first + j + 1, values, lengths, held, filled, target, at, stop, gaps, positions
         )
+    return at == _U(stop)
 
 
 @njit(nogil=True, cache=True)
@@ -173,6 +181,7 @@ def _pack_one(
     filled: int,
     target: int,
     at: int,
+    stop: int,
     gaps: np.ndarray,
     positions: np.ndarray,
 ) -> tuple[int, int, int, int]:
@@ -180,7 +189,7 @@ def _pack_one(
     bits = _U(lengths[exponent])
     held, filled, target = _append(_U(values[exponent]), bits, held, filled, target)
     end = at + bits
-    if (end >> _U(6)) != (at >> _U(6)):
+    if (end >> _U(6)) != (at >> _U(6)) and end <= _U(stop):
         gaps[end >> _U(6)] = np.uint8(end & _U(63))
         if ((end >> _U(6)) & _U(511)) == _U(0):
             positions[end >> _U(15)] = following
@@ -217,6 +226,6 @@ def mark_blocks(words: np.ndarray, first: int, bit: int, lengths: np.ndarray, po
     at = bit
     for i in range(words.size):
         end = at + lengths[(words[i] >> np.uint16(7)) & np.uint16(255)]
-        if (end >> 15) != (at >> 15):
+        if (end >> 15) != (at >> 15) and end >> 15 < positions.size:
             positions[end >> 15] = first + i + 1
         at = end
