@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint test-slow test-gpu bench clean
+.PHONY: demo test lint test-slow test-gpu bench nano nano-table clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,10 +26,16 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m pytest -m gpu
 
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+nano: $(READY)
+	$(BIN)/bagel-compress train-nano --out out/BAGEL-nano
+
+nano-table: $(READY)
+	$(BIN)/python benchmarks/nano_table.py
 
 clean:
 	rm -rf out

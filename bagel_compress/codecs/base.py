@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
-from bagel_compress.errors import ExportError
 from bagel_compress.spec import DTYPE_BYTES, PartSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -161,12 +160,6 @@ class Codec(BaseModel, ABC):
     ) -> dict[str, torch.nn.Module]:
         """Run-time modules of all weights of a unit of linear weights, by tensor name; `biases` by weight name."""
         return {spec.name: self.linear(spec, parts, biases.get(spec.name)) for spec in unit.specs}
-
-    def export_linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """The form an ONNX graph can carry. Default: this format has none."""
-        raise ExportError(
-            f"{spec.name}: codec {self.format} has no ONNX form; export from a raw, nf4, int8 or fp8 artifact."
-        )
 
 
 class InMemory:
