@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +38,7 @@ from bagel_compress.plan import Placement, Plan
 from bagel_compress.readers import config_json, index_json
 from bagel_compress.spec import PartSpec, TensorSpec
 from bagel_compress.words import as_words
-from bagel_compress.writer import ShardWriter, WrittenShard, sync_folder, write_atomic
+from bagel_compress.writer import PARTIAL, ShardWriter, WrittenShard, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -187,10 +188,13 @@ def _finish(build: Build, checkpoint: Checkpoint, records: dict[str, ShardRecord
 
 
 def _copied(source: Path, target: Path) -> FileEntry:
-    """Copies a file unless an earlier run did; atomic like everything else."""
+    """Copies a file; it appears in full, and on the disk."""
     target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    shutil.copyfile(source, partial)
+    partial = target.with_name(target.name + PARTIAL)
+    with source.open("rb") as original, partial.open("wb") as file:
+        shutil.copyfileobj(original, file, 1 << 20)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(target)
     sync_folder(target.parent)
     return FileEntry(bytes=target.stat().st_size, sha256=sha256_file(target))
