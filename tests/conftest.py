@@ -16,6 +16,8 @@ import torch
 
 from bagel.sampler import Sampler
 
+torch.set_num_threads(1)  # tiny models: waking more threads costs more than they do
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TINY = GOLDEN / "checkpoint"
 

@@ -152,7 +152,8 @@ class Codec(BaseModel, ABC):
         weight = self.decode(Unit(spec.name, (spec,)), parts)[spec.name]
         module = torch.nn.Linear(spec.shape[1], spec.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
         module.weight = torch.nn.Parameter(weight, requires_grad=False)
-        module.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        if bias is not None:
+            module.bias = torch.nn.Parameter(bias, requires_grad=False)
         return module
 
     def linears(
