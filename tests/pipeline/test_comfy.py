@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.cli import main
 from bagel_compress.comfy import comfyui_file
 from bagel_compress.errors import ExportError
 from bagel_compress.plan import make_plan
@@ -49,3 +50,11 @@ def test_what_comfyui_cannot_read(tiny: Checkpoint, nf4: Recipe, tmp_path: Path)
     (tmp_path / "m.safetensors").touch()
     with pytest.raises(ExportError, match="exists"):
         comfyui_file(artifact, tmp_path / "m.safetensors")
+
+
+def test_the_verb(tiny: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compress(make_plan(tiny, Recipe.load(find_recipe("fp8-comfyui"))), tiny, tmp_path / "a")
+    out = tmp_path / "m.safetensors"
+    assert main(["comfyui", str(tmp_path / "a"), "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == out.stat().st_size
+    assert main(["comfyui", str(tmp_path / "a"), "--out", str(out)]) == 2
