@@ -7,6 +7,7 @@ sources, prompts, texts of recipes) is escaped on its way into Markdown, so that
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def _results(parity: ParityReport) -> list[Any]:
             metric_value=float(row.value),
         )
         for row in worst_rows(parity)
+        if math.isfinite(row.value)  # the Hub takes no infinity (the PSNR of equal pictures)
     ]
 
 
@@ -258,7 +260,7 @@ def _losses(artifact: Artifact, parity: ParityReport | None) -> str:
         for name, values in sorted(by_format.items()):
             values.sort()
             lines.append(
-                f"- {len(values)} weights in {code(name)} carry rounding noise: signal-to-noise ratio"
+                f"- {len(values)} matrices in {code(name)} carry rounding noise: signal-to-noise ratio"
                 f" {values[0]:.1f} dB at worst, {values[len(values) // 2]:.1f} dB in the middle."
             )
         lines.append(f"- The other {len(units) - len(lossy)} groups of weights are exact.")

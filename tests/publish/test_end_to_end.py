@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hub import Fault, Hub, User
-from publish_data import BASE, REPO, TOKEN, budget
+from publish_data import BASE, REPO, TOKEN
 
 from bagel_compress.artifact import Artifact
 
@@ -16,8 +16,16 @@ Cli = Callable[..., tuple[int, str, str]]
 PROMPT, FLAGS = "a red teapot", ("--steps", 4, "--size", "64x64", "--seed", 7)
 
 
-def validated(artifact: Artifact, tiny: Path, trace: Path) -> Artifact:
-    """Real traces of one case, a real parity report; the budget is of no matter here."""
+TARGET = """
+name: small
+device: {name: NVIDIA GeForce RTX 3060 12GB, memory_mib: 12288, reserved_mib: 700}
+sizes: {image: [64, 64], input_image: [56, 56], prompt_tokens: 16, think_tokens: 16, answer_tokens: 16}
+tasks: [t2i]
+"""
+
+
+def validated(artifact: Artifact, tiny: Path, trace: Path, cli: Cli) -> Artifact:
+    """Real traces of one case, a real parity report, a real prediction of the memory on a card."""
     from bagel_compress.case import load_cases
     from bagel_compress.resources import resource
     from bagel_compress.validate.judge import record_source, validate_artifact
@@ -26,7 +34,9 @@ def validated(artifact: Artifact, tiny: Path, trace: Path) -> Artifact:
     record_source(tiny, cases, trace, floors=())
     report = validate_artifact(artifact.path, [trace])
     assert report.passed, report.broken
-    budget(artifact).save(artifact.path)
+    trace.with_name("small.yaml").write_text(TARGET)
+    code, _, err = cli("budget", artifact.path, "--target", trace.with_name("small.yaml"))
+    assert code == 0, err
     return artifact
 
 
@@ -36,14 +46,14 @@ def test_the_same_picture_after_the_journey(
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "build"
     assert cli("compress", "int8-24gb", "--source", tiny, "--out", out)[0] == 0
-    validated(Artifact.open(out), tiny, tmp_path / "trace.safetensors")
+    validated(Artifact.open(out), tiny, tmp_path / "trace.safetensors", cli)
     assert cli("generate", out, PROMPT, *FLAGS, "--out", "before.png")[0] == 0
 
     hub.faults = [Fault("PUT /lfs/", times=2), Fault("PUT /lfs/", "cut")]
     code, text, _ = cli("publish", out, REPO, "--base-model", BASE, "--json")
     assert code == 0
     assert all(fault.times == 0 for fault in hub.faults)
-    assert (tmp_path / "exports" / "receipts" / "int8-24gb--rtx4070-12gb.json").exists()
+    assert (tmp_path / "exports" / "receipts" / "int8-24gb--small.json").exists()
 
     shutil.rmtree(out)
     fresh_cache()
