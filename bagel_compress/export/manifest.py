@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
 from bagel_compress.errors import ArtifactError
-from bagel_compress.runtime import ExportSettings
+from bagel_compress.runtime import ExportSettings, Range
 
 MANIFEST = "export.json"
+NOTES = ".export"  # folder of an export that is not finished
 FORMAT = 1
 
 
@@ -73,6 +74,7 @@ class ExportManifest(_Entry):
     source: dict[str, str]  # kind, name, digest
     target: str
     settings: ExportSettings
+    axes: dict[str, Range]  # sizes that engines are built for
     opset: int
     config: dict[str, Any]  # BagelConfig
     blocks: dict[str, BlockEntry]
@@ -109,7 +111,7 @@ class ExportFolder:
         try:
             content = (folder / MANIFEST).read_bytes()
         except OSError:
-            begun = (folder / ".export").exists()
+            begun = (folder / NOTES).exists()
             hint = "its export did not finish, run the same command again" if begun else "give one that export wrote"
             raise ArtifactError(f"{folder} is no export: it has no {MANIFEST}; {hint}.") from None
         opened = cls(folder, _parse(content, folder), hashlib.sha256(content).hexdigest())

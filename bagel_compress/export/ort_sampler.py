@@ -27,12 +27,16 @@ from bagel_compress.export.ort_session import Sessions
 
 
 def open_onnx(path: str | Path, provider: str | None = None, threads: int = 0) -> GraphSampler:
-    """The sampler of an export folder. `provider`: "cpu" or "cuda", by default the target's.
+    """The sampler of an export folder. `provider` of graphs: "cpu" or "cuda", by default what the target says.
 
     Raises ArtifactError if the folder is not a complete export, MissingExtraError without onnxruntime, ExportError if
     the provider cannot run this export.
     """
     folder = ExportFolder.open(path)
+    if folder.manifest.settings.runtime != "onnxruntime":
+        from bagel_compress.export.trt_runner import Engines
+
+        return GraphSampler(folder, Engines(folder))
     return GraphSampler(folder, Sessions(folder, provider, threads))
 
 

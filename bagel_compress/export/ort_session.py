@@ -1,8 +1,8 @@
 """ONNX Runtime sessions of an export folder: opened when first used, values stay on the device. No torch.
 
 Every run goes through IO binding, on CPU and on CUDA alike: rows and caches leave a block as device values and enter
-the next one untouched. Weights that several graphs name (und_layer and gen_layer of a layer) are read once and handed
-to both sessions, so that no expert lies in memory twice.
+the next one untouched. und_layer and gen_layer read the same bytes of one data file, but each session keeps its own
+copy of the understanding expert; `keep_both=False` closes the sessions of one kind when the other is needed.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ if TYPE_CHECKING:
 Value = Any  # onnxruntime.OrtValue
 # ONNX element types (onnx.proto, TensorProto.DataType) by precision; onnx itself is not needed to run.
 ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16}
+EXCLUSIVE = ("und_layer", "gen_layer")  # kinds that no pass uses together
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Sessions:
     """The graphs of a folder as functions from named values to named values."""
 
-    def __init__(self, folder: ExportFolder, provider: str | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, folder: ExportFolder, provider: str | None = None, threads: int = 0, keep_both: bool = True
+    ) -> None:
         """`threads`: of the pool that all sessions share, 0 for one per core. Raises MissingExtraError, ExportError."""
         try:
             import onnxruntime
         except ImportError:
             raise MissingExtraError("running an export needs onnxruntime; install bagel-compress[onnx].") from None
         self._ort: Any = onnxruntime
-        self.folder = folder
+        self.folder, self._keep_both = folder, keep_both
         self.device = provider or folder.manifest.settings.provider
         self._check_provider()
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -81,6 +84,11 @@ class Sessions:
         """The session of a block, made when first asked for."""
         if block not in self._sessions:
             entry = self.folder.manifest.blocks[block]
+            if not self._keep_both and entry.kind in EXCLUSIVE:
+                kinds = {b: self.folder.manifest.blocks[b].kind for b in self._sessions}
+                self._sessions = {
+                    b: s for b, s in self._sessions.items() if kinds[b] not in {*EXCLUSIVE} - {entry.kind}
+                }
             options = self._options()
             path = str(self.folder.path / entry.model)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,24 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+from export_targets import target
+
+from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.export.build import export
 from bagel_compress.export.manifest import ExportFolder
 from bagel_compress.export.source import Source
-from bagel_compress.runtime import ExportSettings
+from bagel_compress.plan import make_plan
+from bagel_compress.recipe import Recipe
+from bagel_compress.stream import compress
 
-LAYERS = ("und_layer", "gen_layer")
+RECIPE = """
+name: test
+rules:
+  - match: {{component: llm, kind: linear}}
+    codec: {codec}
+  - match: {{}}
+    codec: raw
+"""
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +40,19 @@ def templates() -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory, templates: dict[str, bytes]) -> ExportFolder:
     """The whole tiny model in fp32."""
-    out = tmp_path_factory.mktemp("export") / "fp32"
-    return export(Source.open(tiny), ExportSettings(), "ort-cpu", out, templates=templates)
+    return export(Source.open(tiny), target(), tmp_path_factory.mktemp("export") / "fp32", templates=templates)
+
+
+@pytest.fixture(scope="session")
+def artifact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @cache
+    def build(codec: str) -> Path:
+        out = tmp_path_factory.mktemp("artifact") / codec
+        checkpoint = Checkpoint.open(tiny)
+        compress(make_plan(checkpoint, Recipe.parse(RECIPE.format(codec=codec), codec)), checkpoint, out)
+        return out
+
+    return build
 
 
 @pytest.fixture
@@ -36,6 +60,6 @@ def make(tmp_path: Path, templates: dict[str, bytes]) -> Callable[..., ExportFol
     """Exports a source with settings given as keywords."""
 
     def make(source: Source, name: str = "out", **settings: object) -> ExportFolder:
-        return export(source, ExportSettings.model_validate(settings), "test", tmp_path / name, templates=templates)
+        return export(source, target(**settings), tmp_path / name, templates=templates)
 
     return make

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 
 from bagel.sampler import Sampler
 from bagel_compress.artifact import Artifact
-from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.errors import ExportError
 from bagel_compress.export.forms import form_of, pack_int4
@@ -21,33 +19,10 @@ from bagel_compress.export.manifest import ExportFolder
 from bagel_compress.export.ort_session import Sessions
 from bagel_compress.export.source import Source
 from bagel_compress.load import open_model
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
 from bagel_compress.runtime import ExportSettings
-from bagel_compress.stream import compress
 
-RECIPE = """
-name: test
-rules:
-  - match: {{component: llm, kind: linear}}
-    codec: {codec}
-  - match: {{}}
-    codec: raw
-"""
 LAYERS = ("und_layer", "gen_layer")
 MARGIN = 1.1  # a graph may err this much more than the codec's own decode
-
-
-@pytest.fixture(scope="session")
-def artifact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    @cache
-    def build(codec: str) -> Path:
-        out = tmp_path_factory.mktemp("artifact") / codec
-        checkpoint = Checkpoint.open(tiny)
-        compress(make_plan(checkpoint, Recipe.parse(RECIPE.format(codec=codec), codec)), checkpoint, out)
-        return out
-
-    return build
 
 
 def layer_inputs(fp32: Sampler) -> dict[str, np.ndarray]:
