@@ -81,6 +81,9 @@ class Target(_Frozen):
     residency: dict[Phase, tuple[Part, ...]] | None = Field(
         default=None, description="parts on the card in each phase; the others wait in host memory. None: all, always"
     )
+    vae_on_host: bool = Field(
+        default=False, description="encode and decode pictures on the CPU, as the official app does"
+    )
     export: ExportSettings | None = None
 
     @model_validator(mode="after")

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from bagel_compress.cli import add_json, emit
 
 if TYPE_CHECKING:
-    from bagel_compress.reports import ParityReport
+    from bagel_compress.reports import BudgetReport, ParityReport
+
+_SHORT = {
+    "understanding expert": "und", "generation expert": "gen", "embeddings and head": "embed, head",
+    "ViT, bridges, VAE": "vit, vae", "activations and scratch": "activations", "CUDA context": "context",
+}  # fmt: skip
 
 
 def register(verbs: Any) -> None:
@@ -39,6 +44,31 @@ def register(verbs: Any) -> None:
     _artifact_and_traces(validate)
     validate.add_argument("--source", metavar="DIR", help="the checkpoint, to attribute errors to components")
     validate.set_defaults(verb=_validate)
+
+    check = _verb(
+        verbs, "check", "validate and budget in one, for CI; exit 1 and a sentence per broken limit",
+        "bagel-compress check out/nf4 --trace bagel.trace.safetensors --target 12gb",
+    )  # fmt: skip
+    _artifact_and_traces(check)
+    check.add_argument(
+        "--target", required=True, nargs="+", metavar="T", help="target file, or the name of a packaged one"
+    )
+    check.set_defaults(verb=_check)
+
+    budget = _verb(
+        verbs, "budget", "peak memory on a card, phase by phase; needs no GPU; exit 1 if it does not fit",
+        "bagel-compress budget nf4 --target 12gb 16gb\n  bagel-compress budget out/nf4 --target h100 --device cuda",
+    )  # fmt: skip
+    budget.add_argument("build", metavar="ARTIFACT|RECIPE", help="artifact folder; recipe file or packaged name")
+    budget.add_argument(
+        "--target", required=True, nargs="+", metavar="T", help="target file, or the name of a packaged one"
+    )
+    budget.add_argument(
+        "--source", metavar="SRC", help="with a recipe: plan for this checkpoint (default: the released one)"
+    )
+    budget.add_argument("--device", metavar="D", help="also measure on this CUDA device, if it is the target's")
+    add_json(budget)
+    budget.set_defaults(verb=_budget)
 
     report = _verb(
         verbs, "report", "draw report.html again from the reports beside an artifact", "bagel-compress report out/nf4"
@@ -94,6 +124,46 @@ def _validate(args: argparse.Namespace) -> int:
     page = Path(args.artifact) / "report.html"
     emit(args, report.model_dump(mode="json") | {"passed": report.passed, "page": str(page)}, table(report, page))
     return 0 if report.passed else 1
+
+
+def _check(args: argparse.Namespace) -> int:
+    from bagel_compress.validate.gate import check
+
+    report, budgets = check(args.artifact, args.trace, args.target, args.device, _say)
+    page = Path(args.artifact) / "report.html"
+    passed = report.passed and not any(b.broken for b in budgets)
+    data = {"passed": passed, "parity": report.model_dump(mode="json"), "page": str(page)}
+    text = "\n\n".join([table(report, page), *map(budget_table, budgets)])
+    emit(args, data | {"budgets": [b.model_dump(mode="json") for b in budgets]}, text)
+    return 0 if passed else 1
+
+
+def _budget(args: argparse.Namespace) -> int:
+    from bagel_compress.validate.gate import budgets_of
+
+    reports = budgets_of(args.build, args.target, args.source, args.device)
+    emit(args, {"budgets": [r.model_dump(mode="json") for r in reports]}, "\n\n".join(map(budget_table, reports)))
+    return 1 if any(r.broken for r in reports) else 0
+
+
+def budget_table(report: BudgetReport) -> str:
+    """Peaks by phase as text, in GiB, with the verdict and what would make it fit."""
+    names = list(report.phases[0].parts)
+    short = [_SHORT.get(name, name) for name in names]
+    how = f"measured on {report.measured_on}" if report.measured_on else "predicted"
+    lines = [
+        f"{report.name} on {report.target} ({report.device}), {how}, GiB; disk {report.disk / 1e9:.2f} GB",
+        f"{'phase':<24}{'peak':>8}" + "".join(f"{name:>12}" for name in short),
+    ]
+    for phase in report.phases:
+        parts = "".join(f"{phase.parts[name] / 2**30:>12.2f}" for name in names)
+        measured = "" if phase.measured is None else f"   measured {phase.measured / 2**30:.2f}"
+        lines.append(f"{phase.name:<24}{phase.total / 2**30:>8.2f}{parts}{measured}")
+    for t in report.timings:
+        ratio = "" if t.ratio is None else f", {t.ratio:.2f} times the reference"
+        lines.append(f"{t.what}: median {t.median:.4g} s, 90 % {t.p90:.4g} s{ratio}")
+    fits = f"fits: {report.peak / 2**30:.2f} of {(report.limit or 0) / 2**30:.2f} GiB" if not report.broken else ""
+    return "\n".join([*lines, *filter(None, [fits, *report.broken, *report.advice])])
 
 
 def _report(args: argparse.Namespace) -> int:

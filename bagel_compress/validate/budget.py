@@ -8,7 +8,7 @@ weights as they are stored and the CUDA context.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -23,8 +23,8 @@ from bagel.sampler import Sampler
 from bagel.vae import to_uint8
 from bagel_compress.reports import BudgetReport, PhaseUse
 from bagel_compress.target import GIB, MIB, Part, Phase, Target, Task
-from bagel_compress.validate.fake import Build, check_sizes, fake_sampler, ring_bytes, text_of
-from bagel_compress.validate.memory import Peak, Tracker
+from bagel_compress.validate.fake import RING, Build, check_sizes, fake_model, ring_bytes, text_of
+from bagel_compress.validate.memory import CUDA_ROUNDING, Peak, Tracker
 
 # What a weight belongs to, by its attribute path in bagel.Bagel; the VAE is a module of its own.
 PARTS: tuple[tuple[Part, str], ...] = (
@@ -47,16 +47,19 @@ EDIT_FLOW = FlowSettings(cfg_img_scale=2.0, cfg_renorm_type="text_channel")
 T2I_FLOW = FlowSettings()
 
 
-def predict(build: Build, target: Target) -> BudgetReport:
-    """Peak memory of every phase of every task of the target. Raises TargetError on sizes the model cannot make."""
+def predict(build: Build, target: Target, every_layer: bool = False) -> BudgetReport:
+    """Peak memory of every phase of every task of the target. Raises TargetError on sizes the model cannot make.
+
+    `every_layer` makes all layers instead of one of each kind: slower, with the same result.
+    """
     check_sizes(build, target.sizes.image)
     with FakeTensorMode():
-        sampler = fake_sampler(build)
-        weights = weight_bytes(sampler)
+        model = fake_model(build, every_layer)
+        weights = weight_bytes(model.sampler, model.times)
         phases = tuple(
             _use(task, peak, weights, ring_bytes(build), target)
             for task in target.tasks
-            for peak in run_task(sampler, task, target)
+            for peak in run_task(model.sampler, task, target, cache_scale=model.cache_scale)
         )
     return judged(build, target, phases)
 
@@ -73,21 +76,35 @@ def judged(build: Build, target: Target, phases: tuple[PhaseUse, ...]) -> Budget
         disk=build.disk,
         disk_limit=None if target.budget.disk_gb is None else target.budget.disk_gb * 1e9,
     )
-    return report.model_copy(update={"overruns": tuple(_overruns(report)), "advice": tuple(_advice(report, target))})
+    return judged_again(report, target)
 
 
-def weight_bytes(sampler: Sampler) -> dict[Part, int]:
-    """Bytes of weights by part, as they are held, each storage once and rounded as the allocator does."""
+def judged_again(report: BudgetReport, target: Target) -> BudgetReport:
+    """The report with its verdict and advice made from its numbers."""
+    overruns = (*_overruns(report), *_too_slow(report, target))
+    return report.model_copy(update={"overruns": overruns, "advice": tuple(_advice(report, target))})
+
+
+def weight_bytes(sampler: Sampler, times: Mapping[str, int]) -> dict[Part, int]:
+    """Bytes of weights by part, as they are held, each storage once and rounded as the allocator does.
+
+    `times`: path of a layer -> how many layers it stands for.
+    """
     tracker = Tracker(lambda tensor: "")
     found: dict[Part, int] = {}
     for path, tensor in _tensors(sampler.bagel):
+        if path.endswith(RING):
+            continue
         part = next(part for part, pattern in PARTS if re.match(pattern, path))
-        found[part] = found.get(part, 0) + tracker.hold([tensor])
+        many = next((count for layer, count in times.items() if path.startswith(layer)), 1)
+        found[part] = found.get(part, 0) + many * tracker.hold([tensor])
     found["vae"] = tracker.hold(tensor for _, tensor in _tensors(sampler.vae))
     return found
 
 
-def run_task(sampler: Sampler, task: Task, target: Target, rounding: int | None = None) -> list[Peak]:
+def run_task(
+    sampler: Sampler, task: Task, target: Target, rounding: int = CUDA_ROUNDING, cache_scale: float = 1.0
+) -> list[Peak]:
     """Runs the passes of a task once, on whatever tensors the sampler has, and returns the peak of each phase."""
     size = sampler.bagel.config.llm
     shape = (size.num_layers, 2, size.num_kv_heads, size.head_dim)
@@ -96,10 +113,10 @@ def run_task(sampler: Sampler, task: Task, target: Target, rounding: int | None 
         is_cache = tensor.dim() == 5 and (*tensor.shape[:3], tensor.shape[4]) == shape
         return CACHES if is_cache else ACTIVATIONS
 
-    tracker = Tracker(category) if rounding is None else Tracker(category, rounding)
+    tracker = Tracker(category, rounding, {CACHES: cache_scale})
     tracker.hold(tensor for module in (sampler.bagel, sampler.vae) for _, tensor in _tensors(module))
     with torch.no_grad(), tracker:
-        _passes(sampler, task, target, tracker.enter)
+        run_passes(sampler, task, target, tracker.enter)
     return tracker.peaks
 
 
@@ -108,8 +125,11 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[str], None]) -> None:
-    """One task from its first token to its picture or its last token. Loops run once: their steps are alike."""
+def run_passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[str], None]) -> None:
+    """One task from its first token to its picture or its last token; `enter` is told each phase as it begins.
+
+    Loops run once: their steps are alike. The sampler's tokenizer is FakeText.
+    """
     sizes = target.sizes
     branches = _Phases(sampler, enter)
     makes_image = task != "understand"
@@ -144,14 +164,15 @@ def _draw(
 ) -> None:
     enter("denoise")
     grid = sampler.grid(size)
-    x = torch.randn(grid[0] * grid[1], sampler.bagel.config.latent_width)
+    x = torch.randn(grid[0] * grid[1], sampler.bagel.config.latent_width).to(sampler.bagel.device)
     v, v_text, v_image = sampler.velocities(
         branches, x, torch.tensor(0.9), [grid], flow.cfg_text_scale > 1, flow.cfg_img_scale > 1
     )
     x = euler(x, guide(v, v if v_text is None else v_text, v_image, flow), torch.tensor(0.1))
     del v, v_text, v_image
     enter("vae_decode")
-    to_uint8(sampler.vae.decode(sampler.bagel.unpack_latent(x, *grid)[None]))
+    latent = sampler.bagel.unpack_latent(x, *grid)[None]
+    to_uint8(sampler.vae.decode(latent.to(next(sampler.vae.parameters()).device)))
 
 
 class _Phases(Branches):
@@ -181,6 +202,10 @@ class _Phases(Branches):
 
 def _use(task: Task, peak: Peak, weights: dict[Part, int], ring: int, target: Target) -> PhaseUse:
     resident = target.resident(cast(Phase, peak.name))
+    if target.vae_on_host and peak.name.startswith("vae"):
+        peak = Peak(peak.name, 0, {CACHES: peak.by_category.get(CACHES, 0)})
+    if target.vae_on_host:
+        weights = weights | {"vae": 0}
     parts = {
         shown: float(sum(weights.get(part, 0) for part in own if resident is None or part in resident))
         for shown, own in SHOWN.items()
@@ -201,6 +226,20 @@ def _overruns(report: BudgetReport) -> Iterator[str]:
     if report.disk_limit is not None and report.disk > report.disk_limit:
         limit = report.disk_limit / 1e9
         yield f"{report.target}: the files take {report.disk / 1e9:.2f} GB, the limit is {limit:g} GB."
+
+
+def _too_slow(report: BudgetReport, target: Target) -> Iterator[str]:
+    """Times are limited only where they were measured on the target's card."""
+    times = {t.what: t for t in report.timings} if report.measured_on else {}
+    token, limit = times.get("decoded token"), target.budget.tokens_per_second
+    if token is not None and limit is not None and 1 / token.median < limit:
+        yield f"{report.target}: {1 / token.median:.1f} tokens per second, the limit is {limit:g}."
+    step, ratio = times.get("denoising step"), target.budget.step_ratio
+    if step is not None and ratio is not None and (step.ratio or 0) > ratio:
+        yield f"{report.target}: a step takes {step.ratio:.2f} times the reference's, the limit is {ratio:g}."
+    image, seconds = times.get("image"), target.budget.seconds_per_image
+    if image is not None and seconds is not None and image.median > seconds:
+        yield f"{report.target}: an image takes {image.median:.1f} s, the limit is {seconds:g}."
 
 
 def _advice(report: BudgetReport, target: Target) -> Iterator[str]:

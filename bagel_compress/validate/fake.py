@@ -3,13 +3,13 @@
 FakeTensorMode on device `cpu`, not meta: the shapes, dtypes and temporaries are those of a real run (on meta, attention
 takes another path with five times the memory). Every linear is the codec's own run-time module over fake codes, so its
 decoded temporaries are counted where they arise. DF11 cannot decode fake bits; its stand-in holds the stored bytes and
-the decoder's ring of scratch memory.
+the decoder's ring of scratch memory. Layers that are stored alike are made once and counted as often as they occur.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ from bagel_compress.spec import PartSpec
 DF11_RING_UNITS = 2  # largest units in the decoder's ring (codecs/df11/runtime.py)
 DF11_TYPICAL_BITS = 10.9  # per weight; the published BAGEL build has 19.89 GB of 29.21 (users' figure, DFloat11 card)
 LETTERS_PER_TOKEN = 4
+RING = "scratch_ring"  # the buffer's name in the stand-in's modules
+ALIKE = 2  # layers made of each kind
 OFFICIAL_VAE = VAEConfig(128, (1, 2, 4, 4), 2, 16)  # of the released ae.safetensors
 
 
@@ -82,8 +84,77 @@ class Build:
         return cls(plan.recipe.name, plan.digest, config, vae, units, disk)
 
 
-def fake_sampler(build: Build, dtype: torch.dtype = torch.bfloat16) -> Sampler:
-    """The sampler over fake weights. Call it inside a FakeTensorMode, and use it there."""
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """A sampler over fake weights with one layer of each kind. `times`: path of a layer -> how many it stands for."""
+
+    sampler: Sampler
+    times: Mapping[str, int]
+    cache_scale: float  # layers of the real decoder per layer here
+
+
+def fake_model(build: Build, every_layer: bool = False) -> FakeModel:
+    """The model of a build. Call it inside a FakeTensorMode, and use it there."""
+    if every_layer:
+        return FakeModel(fake_sampler(build), {}, 1.0)
+    llm, vit = _kinds(build, "llm", build.config.llm.num_layers), _kinds(build, "vit", build.config.vit.num_layers)
+    config = replace(
+        build.config,
+        llm=replace(build.config.llm, num_layers=len(llm)),
+        vit=replace(build.config.vit, num_layers=len(vit)),
+    )
+    units = tuple(kept for stored in build.units if (kept := _renumbered(stored, llm, vit)) is not None)
+    times = {f"layers.{i}.": count for i, count in enumerate(llm.values())}
+    times |= {f"vit.layers.{i}.": count for i, count in enumerate(vit.values())}
+    ring = _ring(build.units)
+    sampler = fake_sampler(replace(build, config=config, units=units), ring=ring)
+    return FakeModel(sampler, times, build.config.llm.num_layers / len(llm))
+
+
+def _kinds(build: Build, component: str, layers: int) -> dict[int, int]:
+    """Layers to make -> how many each stands for: the first two of each kind, and the last.
+
+    Two, because the first layer's input is also the pass's and lives on; the last, because work is skipped there.
+    """
+    looks: dict[int, list[str]] = {layer: [] for layer in range(layers)}
+    for stored in build.units:
+        roles = [official_role(spec.name) for spec in stored.unit.specs]
+        if roles[0].component == component and roles[0].layer is not None:
+            shapes = [(p.dtype, p.shape) for p in stored.parts.values()]
+            looks[roles[0].layer].append(f"{roles} {stored.codec!r} {shapes}".replace(f"layer={roles[0].layer}", ""))
+    chosen: dict[str, list[int]] = {}
+    count: dict[int, int] = {}
+    for layer in range(layers - 1):
+        kept = chosen.setdefault("\n".join(looks[layer]), [])
+        if len(kept) < ALIKE:
+            kept.append(layer)
+        count[kept[-1]] = count.get(kept[-1], 0) + 1
+    return dict(sorted(count.items())) | {layers - 1: 1}
+
+
+def _renumbered(stored: Stored, llm: Mapping[int, int], vit: Mapping[int, int]) -> Stored | None:
+    """The unit under its layer's new number, without tensors of layers that are not made; None if none is left."""
+    specs = tuple(replace(s, name=name) for s in stored.unit.specs if (name := _new_name(s.name, llm, vit)) is not None)
+    if not specs:
+        return None
+    if len(stored.unit.specs) == 1:
+        parts = {name.replace(stored.unit.specs[0].name, specs[0].name): part for name, part in stored.parts.items()}
+        return Stored(Unit(specs[0].name, specs), stored.codec, parts)
+    return Stored(Unit(stored.unit.name, specs), stored.codec, stored.parts)
+
+
+def _new_name(name: str, llm: Mapping[int, int], vit: Mapping[int, int]) -> str | None:
+    role = official_role(name)
+    if role.layer is None:
+        return name
+    kept = list(llm if role.component == "llm" else vit)
+    if role.layer not in kept:
+        return None
+    return name.replace(f".layers.{role.layer}.", f".layers.{kept.index(role.layer)}.")
+
+
+def fake_sampler(build: Build, dtype: torch.dtype = torch.bfloat16, ring: Tensor | None = None) -> Sampler:
+    """The sampler over fake weights, layer by layer. Call it inside a FakeTensorMode, and use it there."""
     bagel = Bagel(build.config)
     for path, parameter in list(bagel.named_parameters()):
         put(bagel, path, nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False))
@@ -93,18 +164,21 @@ def fake_sampler(build: Build, dtype: torch.dtype = torch.bfloat16) -> Sampler:
         for spec in stored.unit.specs
         if spec.name.endswith(".bias")
     }
-    ring = _ring(build.units)
+    ring = _ring(build.units) if ring is None else ring
     for stored in build.units:
-        if (
-            all(official_role(s.name).kind in ("linear", "head") for s in stored.unit.specs)
-            and stored.codec.format != "raw"
-        ):
-            for tensor, module in _linears(stored, biases, ring).items():
-                put(bagel, parameter_path(tensor).removesuffix(".weight"), module)
-    return Sampler(bagel.eval(), AutoEncoder(build.vae).eval().requires_grad_(False), _FakeText())
+        roles = [official_role(s.name) for s in stored.unit.specs]
+        if stored.codec.format == "raw" or any(role.kind not in ("linear", "head") for role in roles):
+            continue
+        parts = {name: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]()) for name, p in stored.parts.items()}
+        for tensor, module in _linears(stored, parts, biases, ring).items():
+            put(bagel, parameter_path(tensor).removesuffix(".weight"), module)
+        if stored.codec.format == "df11" and len({role.layer for role in roles}) > 1:  # the ViT as a whole
+            for i, part in enumerate(parts.values()):
+                bagel.vit.register_buffer(f"unit{i}", part)
+    return Sampler(bagel.eval(), AutoEncoder(build.vae).eval().requires_grad_(False), FakeText())
 
 
-class _FakeText(TextCodec):
+class FakeText(TextCodec):
     """A tokenizer by length alone: four letters are a token."""
 
     def __init__(self) -> None:
@@ -120,32 +194,35 @@ def text_of(tokens: int) -> str:
     return "x" * (LETTERS_PER_TOKEN * max(0, tokens - 2))
 
 
-def _linears(stored: Stored, biases: Mapping[str, Tensor], ring: Tensor | None) -> dict[str, nn.Module]:
-    parts = {name: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]()) for name, p in stored.parts.items()}
+def _linears(
+    stored: Stored, parts: Mapping[str, Tensor], biases: Mapping[str, Tensor], ring: Tensor | None
+) -> dict[str, nn.Module]:
+    unit = stored.unit
     if stored.codec.format == "df11":
         assert ring is not None
-        held = list(parts.values())
+        each = [round(sum(part.nbytes for part in parts.values()) * s.numel / unit.numel) for s in unit.specs]
+        whole = len({official_role(s.name).layer for s in unit.specs}) > 1  # then the caller holds the parts
         return {
-            s.name: _Df11(s.shape, biases.get(s.name), ring, held if i == 0 else [])
-            for i, s in enumerate(stored.unit.specs)
+            s.name: _Df11(s.shape, biases.get(s.name), ring, 0 if whole else share)
+            for s, share in zip(unit.specs, each, strict=True)
         }
-    return stored.codec.linears(stored.unit, parts, biases)
+    return stored.codec.linears(unit, parts, biases)
 
 
 class _Df11(nn.Module):
-    """Holds the stored bytes of its unit (the first of the unit's modules does) and multiplies out of the ring."""
+    """Holds its share of the unit's stored bytes and multiplies out of the ring."""
 
     compute_dtype = torch.bfloat16
 
-    def __init__(self, shape: tuple[int, ...], bias: Tensor | None, ring: Tensor, held: Sequence[Tensor]) -> None:
+    def __init__(self, shape: tuple[int, ...], bias: Tensor | None, ring: Tensor, stored_bytes: int) -> None:
         super().__init__()
-        self._shape, self._ring = shape, ring
+        self._shape = shape
+        self.register_buffer(RING, ring)
+        self.register_buffer("coded", torch.empty(stored_bytes, dtype=torch.uint8))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        for i, part in enumerate(held):
-            self.register_buffer(f"part{i}", part)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._ring[: self._shape[0] * self._shape[1]].view(self._shape)
+        weight = self.get_buffer(RING)[: self._shape[0] * self._shape[1]].view(self._shape)
         return nn.functional.linear(x, weight, self.bias)
 
 

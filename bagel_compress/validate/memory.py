@@ -8,7 +8,7 @@ seen; nor are the CUDA context, fragmentation and the workspaces of libraries.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,12 @@ class Peak:
 class Tracker(TorchDispatchMode):
     """Counts storages made while it is active. `category` says what a new tensor is for."""
 
-    def __init__(self, category: Callable[[Tensor], str], rounding: int = CUDA_ROUNDING) -> None:
+    def __init__(
+        self, category: Callable[[Tensor], str], rounding: int = CUDA_ROUNDING, scale: Mapping[str, float] | None = None
+    ) -> None:
+        """`scale`: factors of categories, for a model that stands for a larger one."""
         super().__init__()
+        self._scale = scale or {}
         self.peaks: list[Peak] = []
         self._category, self._rounding = category, rounding
         self._living: dict[int, tuple[str, int]] = {}
@@ -71,7 +75,8 @@ class Tracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._living or key in self._static:
             return
-        category, size = self._category(tensor), self._rounded(tensor)
+        category = self._category(tensor)
+        size = round(self._rounded(tensor) * self._scale.get(category, 1.0))
         self._living[key] = (category, size)
         self._now[category] = self._now.get(category, 0) + size
         weakref.finalize(storage, self._free, key)

@@ -1,0 +1,80 @@
+"""The measured side of a budget: peaks and times of a loaded build on a CUDA card.
+
+A phase's peak is what torch's allocator handed out at most during it, plus what the driver says is taken beyond that
+allocator: the CUDA context and libraries (and any other program on the card, so measure on a quiet one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from bagel.sampler import Sampler
+from bagel_compress.artifact import Artifact
+from bagel_compress.errors import TargetError
+from bagel_compress.load import load
+from bagel_compress.reports import BudgetReport
+from bagel_compress.target import Target
+from bagel_compress.validate.budget import judged_again, run_passes
+from bagel_compress.validate.fake import FakeText
+from bagel_compress.validate.latency import timings
+
+
+def measured(artifact: Artifact, predicted: BudgetReport, target: Target, device: str) -> BudgetReport:
+    """The report with measured peaks and times. Raises TargetError unless `device` is the card of the target."""
+    name = require_card(device, target)
+    loaded = load(artifact, device)
+    if target.vae_on_host:
+        loaded.vae.to("cpu")
+    sampler = Sampler(loaded.bagel, loaded.vae, FakeText())
+    peaks = [peak for task in target.tasks for peak in _peaks(sampler, task, target, torch.device(device))]
+    phases = tuple(
+        phase.model_copy(update={"measured": float(peak)}) for phase, peak in zip(predicted.phases, peaks, strict=True)
+    )
+    update = {"phases": phases, "timings": timings(loaded), "measured_on": name}
+    return judged_again(predicted.model_copy(update=update), target)
+
+
+def require_card(device: str, target: Target) -> str:
+    """The name of the card. Raises TargetError if there is none, or another one."""
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        raise TargetError(
+            f"{device} is no CUDA device here, so {target.name} ({target.device.name}) cannot be measured; leave"
+            " --device away for a prediction."
+        )
+    name = torch.cuda.get_device_name(device)
+    if name != target.device.name:
+        raise TargetError(
+            f"{device} is {name}, the target {target.name} is {target.device.name}; measure on that card."
+        )
+    return name
+
+
+@dataclass(slots=True)
+class _Readings:
+    """Peak of each phase; a phase ends where the next one begins."""
+
+    device: torch.device
+    peaks: list[int] = field(default_factory=list)
+    begun: bool = False
+
+    def enter(self, phase: str) -> None:
+        self.close()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.begun = True
+
+    def close(self) -> None:
+        if self.begun:
+            torch.cuda.synchronize(self.device)
+            free, total = torch.cuda.mem_get_info(self.device)
+            outside = total - free - torch.cuda.memory_reserved(self.device)
+            self.peaks.append(torch.cuda.max_memory_allocated(self.device) + outside)
+
+
+def _peaks(sampler: Sampler, task: str, target: Target, device: torch.device) -> list[int]:
+    readings = _Readings(device)
+    with torch.no_grad():
+        run_passes(sampler, task, target, readings.enter)  # type: ignore[arg-type]
+    readings.close()
+    return readings.peaks

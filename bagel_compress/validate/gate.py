@@ -1,0 +1,81 @@
+"""The gate: parity and budgets of one build, as `check` and `budget` ask for them. Predictions need no GPU.
+
+A target's card that is not here is predicted, never called measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bagel.vae import VAEConfig
+from bagel_compress.artifact import MANIFEST, Artifact
+from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.errors import TargetError
+from bagel_compress.header import TrueHeader
+from bagel_compress.plan import make_plan
+from bagel_compress.recipe import Recipe
+from bagel_compress.reports import BudgetReport, ParityReport
+from bagel_compress.resources import find_recipe
+from bagel_compress.target import Target
+from bagel_compress.validate.budget import predict
+from bagel_compress.validate.card import measured
+from bagel_compress.validate.fake import Build
+from bagel_compress.validate.judge import validate_artifact, write_report
+from bagel_compress.validate.parity import Progress
+
+
+def check(
+    artifact: str | Path,
+    traces: Sequence[str | Path],
+    targets: Sequence[str | Path],
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[ParityReport, list[BudgetReport]]:
+    """Parity and budgets of an artifact; writes all reports beside it."""
+    budgets = budgets_of(artifact, targets, device=device if device != "cpu" else None)
+    return validate_artifact(artifact, traces, device=device, progress=progress), budgets
+
+
+def budgets_of(
+    build: str | Path, targets: Sequence[str | Path], source: str | None = None, device: str | None = None
+) -> list[BudgetReport]:
+    """Budget of an artifact, or of a recipe and a checkpoint (default: the released one's header), on each target.
+
+    An artifact's reports are written beside it. With `device`, a CUDA device, peaks and times are measured as well.
+    Raises TargetError if that device is not there or is another card than the target's.
+    """
+    loaded = [Target.load(target) for target in targets]
+    folder = Path(build)
+    if not (folder / MANIFEST).exists():
+        if device is not None:
+            raise TargetError(
+                f"{build} is a recipe; only an artifact can be measured on {device}. Leave --device away."
+            )
+        planned = planned_build(str(build), source)
+        return [predict(planned, target) for target in loaded]
+    artifact = Artifact.open(folder)
+    known = Build.of_artifact(artifact)
+    reports = [predict(known, target) for target in loaded]
+    if device is not None:
+        reports = [measured(artifact, r, t, device) for r, t in zip(reports, loaded, strict=True)]
+    for report in reports:
+        report.save(folder)
+    if (folder / "reports" / "parity.json").exists():
+        write_report(folder, artifact.digest)
+    return reports
+
+
+def planned_build(recipe: str, source: str | None) -> Build:
+    """The build that a recipe would give."""
+    chosen = Recipe.load(find_recipe(recipe))
+    if source is None:
+        return Build.of_plan(make_plan(TrueHeader(), chosen))
+    checkpoint = Checkpoint.open(source)
+    return Build.of_plan(make_plan(checkpoint, chosen), *checkpoint_sizes(checkpoint))
+
+
+def checkpoint_sizes(checkpoint: Checkpoint) -> tuple[Path, VAEConfig]:
+    """Folder of the configs, and the sizes of the VAE."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
+    return checkpoint.files["llm_config.json"].parent, VAEConfig.from_shapes(shapes)
