@@ -107,7 +107,9 @@ class Plan:
 
     def table(self) -> str:
         """The groups as text, with totals."""
-        likely = "" if self.sampled is None else f"\nby a sample of the data {size_text(self.sampled)}"
+        likely = "" if self.exact else "\nthe size depends on the data: plan with --source to have it sampled"
+        if self.sampled is not None:
+            likely = f"\nby a sample of the data {size_text(self.sampled)}"
         return sizes_table(self.groups, self.nbytes, "" if self.exact else "at most ") + (
             f"{likely}\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
             f" source {self.source_name} {self.source_digest[:12]}; plan {self.digest[:12]}"
