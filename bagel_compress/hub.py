@@ -1,13 +1,16 @@
 """The Hub as this program uses it: one client, one sentence per failure, downloads whose every byte is checked.
 
-`fetch` brings what is needed to open a published artifact into the client's cache and compares each file with the
-manifest: the client itself compares sizes only. The commit is resolved once, so that all files are of one version.
+`fetch` brings what is needed to open a published artifact into the client's cache and reads each file once, to
+compare it with the manifest: the client itself compares sizes only. The commit is resolved once, so that all files are
+of one version.
+
 Tokens are found by huggingface_hub (HF_TOKEN, or what `hf auth login` stored) and are never read, printed or kept here;
 messages that come from elsewhere are scrubbed of anything that looks like one.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from bagel_compress.artifact import MANIFEST, Artifact, Manifest, parse_manifest, sha256_file
 from bagel_compress.download import first_line, transport_errors
 from bagel_compress.errors import ArtifactError, PublishError
+from bagel_compress.writer import write_atomic
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -173,13 +177,36 @@ def _check(repo: str, commit: str, folder: Path, manifest: Manifest) -> None:
 
 
 def _wrong(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    def differs(name: str) -> bool:
-        entry, path = manifest.files[name], folder / name
-        return path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256
+    """Files that are not what the manifest says. One that was read before and not touched since is not read again."""
+    notes = folder.parent.parent / f"verified-{folder.name}.json"
+    known = _known(notes)
+    stamps = {name: _stamp(folder / name, manifest.files[name].sha256) for name in names}
+    unread = [name for name, stamp in stamps.items() if known.get(name) != stamp]
 
-    names = list(names)
+    def intact(name: str) -> bool:
+        entry, path = manifest.files[name], folder / name
+        return path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
+
     with ThreadPoolExecutor(4, "digest") as pool:
-        return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
+        found = dict(zip(unread, pool.map(intact, unread), strict=True))
+    if unread:
+        kept = {name: stamp for name, stamp in stamps.items() if found.get(name, True)}
+        write_atomic(notes, json.dumps({**known, **kept}).encode())
+    return [name for name, good in found.items() if not good]
+
+
+def _stamp(path: Path, sha256: str) -> list[str | int]:
+    status = path.stat()
+    return [sha256, status.st_size, status.st_mtime_ns]
+
+
+def _known(notes: Path) -> dict[str, list[str | int]]:
+    """What was verified in this snapshot before; anything unreadable counts as nothing."""
+    try:
+        found = json.loads(notes.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _forget(path: Path) -> None:

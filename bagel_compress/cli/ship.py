@@ -102,10 +102,12 @@ def _publish(args: argparse.Namespace) -> int:
     done = publish(wish, _show)
     lines = [f"{done.uploaded.url}: {len(done.release.files)} files, all arrived as sent"]
     lines += [f"pull request: {done.uploaded.pull_request}"] if done.uploaded.pull_request else []
+    lines += ["the repository is private; its settings page makes it public"] if done.uploaded.private else []
     lines += [f"receipt: {path}" for path in done.receipts] + [f"card renewed: {repo}" for repo in done.cards]
     data = {
         "repo": done.uploaded.repo, "commit": done.uploaded.commit, "url": done.uploaded.url,
-        "pull_request": done.uploaded.pull_request, "artifact": done.release.artifact.digest,
+        "pull_request": done.uploaded.pull_request, "private": done.uploaded.private,
+        "artifact": done.release.artifact.digest,
         "receipts": [str(path) for path in done.receipts], "cards": list(done.cards),
     }  # fmt: skip
     emit(args, data, "\n".join(lines))

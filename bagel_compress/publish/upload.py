@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ class Uploaded:
     commit: str
     url: str
     pull_request: str | None
+    private: bool = False
 
 
 def upload(
@@ -74,7 +76,7 @@ def upload(
     removed = _stale(remote, release) if replace else []
     uploaded = _commit(api, release, repo, revision, create_pr, remote, additions, removed)
     check_arrived(api, release, uploaded)
-    return uploaded
+    return replace_fields(uploaded, private=remote.private)
 
 
 def prepare(

@@ -45,6 +45,23 @@ def test_fetch_brings_what_is_needed_and_nothing_else(hub: Hub, online: Artifact
     assert len([r for r in hub.requests[before:] if r.startswith("GET") and ("/cdn/" in r or "/resolve/" in r)]) == 0
 
 
+def test_a_file_is_read_once_and_again_when_it_was_touched(online: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bagel_compress.hub as hub
+
+    read: list[str] = []
+    real = hub.sha256_file
+    monkeypatch.setattr(hub, "sha256_file", lambda path: (read.append(path.name), real(path))[1])
+    folder = fetch(REPO)
+    assert sorted(read) == sorted(Path(name).name for name in online.manifest.files)
+    read.clear()
+    fetch(REPO)
+    assert read == []
+    flip((folder / "vocab.json").resolve(), at=5)
+    fetch(REPO)
+    assert read == ["vocab.json"] * 2  # found wrong, loaded again, found right
+    assert Artifact.open(folder).verify() == []
+
+
 def test_everything(online: Artifact) -> None:
     folder = fetch(REPO, kind="everything")
     assert (folder / "reports" / "t2i_square.png").exists()
