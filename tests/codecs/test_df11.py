@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from dfloat11_official import compress, emulate
+from dfloat11_official import compress, emulate, package, quiet
 
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import InMemory, Unit
 from bagel_compress.codecs.df11 import pack
-from bagel_compress.codecs.df11.book import make_book, stalls
+from bagel_compress.codecs.df11.book import _huffman, make_book, stalls
 from bagel_compress.codecs.df11.layout import SUFFIXES
 from bagel_compress.errors import CodecError, PlanError
 from bagel_compress.spec import TensorSpec
@@ -159,6 +159,39 @@ def test_deep_books_equal_the_official_bytes() -> None:
     ours = coded(from_exponents(exponents))
     assert ours["luts"][-1].max() > 16
     assert_same(ours, compress(from_exponents(exponents)))
+
+
+def doubling(symbols: int) -> np.ndarray:
+    """Counts 1, 2, 4, ...: every symbol's code is one bit longer than the next one's."""
+    counts = np.zeros(256, np.int64)
+    counts[100 - np.arange(symbols)] = 1 << np.arange(symbols)
+    return counts
+
+
+@pytest.mark.parametrize("symbols", [20, 31, 32, 33, 34, 40, 50])
+def test_limited_books_equal_the_official_ones(symbols: int) -> None:
+    """More than 32 symbols with such counts would need longer codes; tens of millions of weights, so counts alone."""
+    counts = doubling(symbols)
+    _, utils = package()
+    with quiet():
+        _, _, table = utils.get_32bit_codec({int(e): int(counts[e]) for e in np.flatnonzero(counts)})
+        luts = utils.get_luts(table)
+    book = make_book(counts)
+    assert (max(c.bits for c in _huffman(counts)) > 32) == (symbols > 32)
+    assert np.array_equal(book.luts, luts.numpy())
+    assert {c.symbol: (c.bits, c.value) for c in book.codes if c.symbol >= 0} == {
+        s: code for s, code in table.items() if isinstance(s, int)
+    }
+
+
+def test_a_tie_in_the_limiter_is_resolved_by_the_smaller_exponent() -> None:
+    """numpy's partition, which the official code asks, may choose any of the tied; ours must not depend on it."""
+    counts = doubling(34)
+    counts[95] = counts[96]  # the fifth and sixth rarest; five have to be counted as 1
+    limited = counts.copy()
+    limited[[95, 97, 98, 99, 100]] = 1
+    assert max(c.bits for c in _huffman(counts)) > 32 >= max(c.bits for c in _huffman(limited))
+    assert make_book(counts).codes == _huffman(limited)
 
 
 CASES: dict[str, Callable[[], np.ndarray]] = {

@@ -19,6 +19,7 @@ from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.device import StoredUnit
 from bagel_compress.codecs.df11.runtime import Decoder, DF11Linear, decoder_of
+from bagel_compress.codecs.df11.units import ring_weights
 from bagel_compress.load import census, load, open_model
 from bagel_compress.plan import make_plan
 from bagel_compress.recipe import Recipe
@@ -164,6 +165,15 @@ def test_lossless_and_lossy_in_one_artifact(recipe: str, reference: Sampler, tmp
                 assert entry.snr_db > 15
     formats = {entry.codec.format for entry in artifact.manifest.units.values()}
     assert formats == {"df11", "nf4", "raw"}
+
+
+def test_the_ring_holds_two_layer_units_or_the_largest_unit() -> None:
+    layer, head = "language_model.model.layers.{}.mlp", "language_model.lm_head"
+    units = [(layer.format(i), 203_685_888) for i in range(28)]
+    assert ring_weights(units) == 2 * 203_685_888
+    assert ring_weights([*units, (head, 544_997_376)]) == 544_997_376
+    assert ring_weights([("vit_model", 100)]) == 128
+    assert ring_weights([]) == 0
 
 
 def test_scratch_memory_can_be_given_back() -> None:

@@ -1,10 +1,11 @@
 """Running from compressed units: linears that decode their unit when they are called, into one scratch buffer.
 
-A unit's weights exist in bf16 only while it is in the scratch ring of its device, twice as large as the largest unit:
-the one in use and the one that comes next. On CUDA the next one, known from the order of earlier calls, is decoded on a
-side stream while the current one is multiplied. `keep_bytes` is memory for units that stay decoded: those of the
-understanding expert and the head, first come first served, because image generation sends two wrapper tokens
-through that expert at every step and decoding it for two rows would double the work.
+A unit's weights exist in bf16 only while it is in the scratch ring of its device, which holds two decoder-layer units,
+the one in use and the one that comes next, or the largest unit of all (`units.ring_weights`). On CUDA the next one,
+known from the order of earlier calls, is decoded on a side stream while the current one is multiplied. `keep_bytes` is
+memory for units that stay decoded: those of the understanding expert and the head, first come first served, because
+image generation sends two wrapper tokens through that expert at every step and decoding it for two rows would double
+the work.
 
 It does not fuse decoding and multiplication, and one device's decoder serves one thread.
 """
@@ -20,13 +21,12 @@ from torch import nn
 
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.device import StoredUnit
+from bagel_compress.codecs.df11.units import RING_ALIGNMENT, ring_weights
 
-RING_UNITS = 2  # largest units that the scratch ring holds
 # CUDA memory that is left free when the rest is used to keep decoded units: activations of a 1024 x 1024 pass (0.7 GB),
 # key/value caches of three CFG contexts (1.6 GB), the autoencoder's decoder and the allocator's slack.
 RESERVE = 6_000_000_000
 LOOK_AHEAD = 4  # units that are already there are skipped when the next one to decode is sought
-_ALIGN = 64  # weights
 
 
 class DF11Linear(nn.Module):
@@ -70,7 +70,8 @@ class Decoder:
         self._device = device
         self._kept: WeakKeyDictionary[StoredUnit, torch.Tensor] = WeakKeyDictionary()
         self._ring = torch.empty(0, dtype=torch.bfloat16, device=device)
-        self._largest = self._head = 0
+        self._expected: set[tuple[str, int]] = set()
+        self._ring_weights = self._head = 0
         self._live: WeakKeyDictionary[StoredUnit, int] = WeakKeyDictionary()  # first weight in the ring
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._prefetched: torch.cuda.Event | None = None  # of the last decoding on the side stream
@@ -80,7 +81,9 @@ class Decoder:
 
     def expect(self, unit: StoredUnit) -> None:
         """Lets the ring be large enough for a unit when it is first allocated."""
-        self._largest = max(self._largest, -(-unit.numel // _ALIGN) * _ALIGN)
+        if (unit.name, unit.numel) not in self._expected:
+            self._expected.add((unit.name, unit.numel))
+            self._ring_weights = ring_weights(self._expected)
 
     def flat(self, unit: StoredUnit) -> torch.Tensor:
         """All weights of a unit, 1-D bf16, valid until the next call for another unit."""
@@ -125,18 +128,18 @@ class Decoder:
     def _keeps(self, unit: StoredUnit) -> bool:
         if self.keep_bytes is None:
             free = torch.cuda.mem_get_info(self._device)[0] if self._side is not None else 0
-            self.keep_bytes = max(0, free - 2 * RING_UNITS * self._largest - RESERVE) if free else 0
+            self.keep_bytes = max(0, free - 2 * self._ring_weights - RESERVE) if free else 0
         held = sum(2 * flat.numel() for flat in self._kept.values())
         return unit.for_understanding and held + 2 * unit.numel <= self.keep_bytes
 
     def _make_room(self, unit: StoredUnit, spare: StoredUnit | None = None) -> int | None:
         """First weight of a free stretch of the ring; what lies there is dropped. None if that would be `spare`."""
         self.expect(unit)
-        if self._ring.numel() < RING_UNITS * self._largest:
+        if self._ring.numel() < self._ring_weights:
             self._live.clear()
-            self._ring = torch.empty(RING_UNITS * self._largest, dtype=torch.bfloat16, device=self._device)
+            self._ring = torch.empty(self._ring_weights, dtype=torch.bfloat16, device=self._device)
             self._head = 0
-        size = -(-unit.numel // _ALIGN) * _ALIGN
+        size = -(-unit.numel // RING_ALIGNMENT) * RING_ALIGNMENT
         start = self._head if self._head + size <= self._ring.numel() else 0
         dropped = [u for u, at in self._live.items() if at < start + size and start < at + u.numel]
         if spare in dropped:
