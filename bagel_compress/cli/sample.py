@@ -187,6 +187,11 @@ def _read_image(path: Path) -> Image:
 
 
 def _opened(args: argparse.Namespace) -> Loops:
+    if (Path(args.model) / "export.json").is_file():
+        from bagel_compress.export.ort_sampler import open_onnx
+
+        return open_onnx(args.model, None if args.device == "auto" else args.device.partition(":")[0])
+
     import torch
 
     from bagel_compress.load import open_model
