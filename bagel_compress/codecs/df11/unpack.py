@@ -66,6 +66,26 @@ def lookup_table(luts: np.ndarray, lookup_bits: int = LOOKUP_BITS) -> np.ndarray
 
 
 @njit(nogil=True, cache=True)
+def _look_up_four(word: int, table: np.ndarray, target: int) -> tuple[int, int, int, int]:
+    """Four entries for the top 48 bits of `word`; their exponents go to `target`.
+
+    Returns their code ends as one mask, their bits, the number of exponents, and the bits of the fourth: 0 if one of
+    them, and so all after it, found no code in its 12 bits.
+    """
+    ends, total, count, length = _U(0), _U(0), 0, _U(0)
+    for _ in range(4):
+        entry = table[word >> _TOP]
+        store64(target + count, entry)
+        length = entry >> _U(60)
+        mask = (entry >> _U(48)) & _ENDS
+        ends |= mask << total
+        total += length
+        count += np.int64(ones(mask))
+        word <<= length
+    return ends, total, count, length
+
+
+@njit(nogil=True, cache=True)
 def _run(
     stream: int,
     at: int,
@@ -91,32 +111,7 @@ def _run(
     while n < count:
         if at + 64 <= end and n + _LONGEST_RUN < count:
             word = byteswap(load64(stream + (at >> 3))) << _U(at & 7)
-            t0 = table[word >> _TOP]
-            l0 = t0 >> _U(60)
-            m0 = (t0 >> _U(48)) & _ENDS
-            store64(target + n, t0)
-            n1 = n + np.int64(ones(m0))
-            word <<= l0
-            t1 = table[word >> _TOP]
-            l1 = t1 >> _U(60)
-            m1 = (t1 >> _U(48)) & _ENDS
-            store64(target + n1, t1)
-            n1 += np.int64(ones(m1))
-            word <<= l1
-            t2 = table[word >> _TOP]
-            l2 = t2 >> _U(60)
-            m2 = (t2 >> _U(48)) & _ENDS
-            store64(target + n1, t2)
-            n1 += np.int64(ones(m2))
-            word <<= l2
-            t3 = table[word >> _TOP]
-            l3 = t3 >> _U(60)
-            m3 = (t3 >> _U(48)) & _ENDS
-            store64(target + n1, t3)
-            n1 += np.int64(ones(m3))
-            l2 += l0 + l1
-            ends = m0 | (m1 << l0) | (m2 << (l0 + l1)) | (m3 << l2)
-            total = l2 + l3
+            ends, total, added, length4 = _look_up_four(word, table, target + n)
             room = _U(64 - (at & 63))
             if total >= room:
                 window = (at >> 6) + 1
@@ -127,8 +122,8 @@ def _run(
                 ):
                     return BAD_POSITION, at
             at += np.int64(total)
-            n = n1
-            if l3 > _U(0):
+            n += added
+            if length4 > _U(0):
                 continue
         if at >= end:
             return BAD_END, at
