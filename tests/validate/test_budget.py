@@ -110,7 +110,7 @@ def test_layers_that_are_alike_are_made_once_and_counted_all():
     short, full = predict(build, target), predict(build, target, every_layer=True)
     assert [p.name for p in short.phases] == [p.name for p in full.phases]
     for a, b in zip(short.phases, full.phases, strict=True):
-        assert a.parts == pytest.approx(b.parts, rel=1e-3), a.name
+        assert a.parts == pytest.approx(b.parts, abs=4096), a.name  # a few storages are rounded to 512 bytes
 
 
 def replace_tasks(target, *tasks):
@@ -126,7 +126,7 @@ def test_weights_are_counted_as_they_are_stored():
     recipe = (
         "name: a\nrules:\n  - match: {component: llm, kind: linear}\n    codec: %s\n  - match: {}\n    codec: raw\n"
     )
-    sizes = {}
+    sizes, target = {}, replace_tasks(TINY_TARGET, "t2i")
     for codec in ("raw", "fp8", "int8", "nf4", "df11"):
         report = predict(build_of(Recipe.parse(recipe % codec if codec != "raw" else RAW, codec)), target)
         sizes[codec] = report.phases[0].parts["generation expert"]
@@ -187,7 +187,7 @@ def test_parts_that_wait_in_host_memory_are_not_counted():
 
 def test_a_card_that_is_too_small_closes_the_gate_and_says_what_would_help(tmp_path, capsys):
     (tmp_path / "small.yaml").write_text(
-        "name: small\ntasks: [t2i]\ndevice: {name: x, memory_mib: 5, context_mib: 0}\nsizes: {image: [64, 64]}\n"
+        "name: small\ntasks: [t2i]\ndevice: {name: x, memory_mib: 3, context_mib: 0}\nsizes: {image: [64, 64]}\n"
     )
     arguments = ["budget", "nf4", "--source", str(TINY), "--target", str(tmp_path / "small.yaml")]
     assert main(arguments) == 1
