@@ -110,7 +110,8 @@ def _finish(job: Job, target: Target) -> ExportFolder:
     manifest = ExportManifest(
         tool=f"bagel-compress {version('bagel-compress')}",
         versions=versions(),
-        source={"kind": job.source.kind, "name": job.source.name, "digest": job.source.digest},
+        source={k: getattr(job.source, k) for k in ("kind", "name", "digest", "checkpoint")},
+        limits=job.source.limits,
         target=target.name,
         settings=job.settings,
         axes=dict(job.axes),

@@ -6,6 +6,7 @@ same template serves every layer. `build` turns those inputs into initialisers, 
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def template(block: Block, dtype: torch.dtype) -> onnx.ModelProto:
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
         for port in block.inputs
     )
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # "torchvision missing"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
 from bagel_compress.errors import ArtifactError
+from bagel_compress.recipe import Limits
 from bagel_compress.runtime import ExportSettings, Range
 
 MANIFEST = "export.json"
@@ -71,7 +72,8 @@ class ExportManifest(_Entry):
     format: int = FORMAT
     tool: str
     versions: dict[str, str]
-    source: dict[str, str]  # kind, name, digest
+    source: dict[str, str]  # kind, name, digest, and the digest of the checkpoint behind it
+    limits: Limits  # what its parity must hold
     target: str
     settings: ExportSettings
     axes: dict[str, Range]  # sizes that engines are built for
@@ -81,7 +83,7 @@ class ExportManifest(_Entry):
     files: dict[str, FileEntry]
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n").encode()
 
     @property
     def model(self) -> BagelConfig:

@@ -20,6 +20,7 @@ from bagel_compress.checkpoint import CONFIG_FILES, OTHER_FILES, TOKENIZER_FILES
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError
+from bagel_compress.recipe import Limits
 from bagel_compress.spec import TensorSpec
 from bagel_compress.tensorfile import TensorFile
 
@@ -47,6 +48,8 @@ class Source(ABC):
     kind: str  # "artifact" or "checkpoint"
     name: str
     digest: str
+    checkpoint: str  # digest of the full-precision checkpoint behind it
+    limits: Limits  # what parity must hold
 
     @staticmethod
     def open(path: str | Path) -> Source:
@@ -122,7 +125,8 @@ class CheckpointSource(Source):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self.name, self.digest = checkpoint.name, checkpoint.digest
+        self.name, self.digest, self.checkpoint = checkpoint.name, checkpoint.digest, checkpoint.digest
+        self.limits = Limits.model_validate({})
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -156,6 +160,7 @@ class ArtifactSource(Source):
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
         self.name, self.digest = artifact.manifest.recipe.name, artifact.digest
+        self.checkpoint, self.limits = artifact.manifest.source.digest, artifact.manifest.recipe.limits
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
     @cached_property

@@ -1,0 +1,141 @@
+"""The export folder: what is on disk, going on after an interruption, damage, and judging it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from export_targets import target
+
+from bagel.sampler import Sampler
+from bagel_compress.case import load_cases
+from bagel_compress.errors import ArtifactError, ExportError
+from bagel_compress.export import build
+from bagel_compress.export.manifest import MANIFEST, ExportFolder
+from bagel_compress.export.ort_sampler import open_onnx
+from bagel_compress.export.source import Source
+from bagel_compress.resources import resource
+
+ENDS = ("embed", "latent_out", "lm_head")
+
+
+def test_each_weight_of_a_layer_is_once_on_disk(exported: ExportFolder, fp32: Sampler) -> None:
+    und, gen = (exported.manifest.blocks[f"{kind}_layer_01"] for kind in ("und", "gen"))
+    assert und.data == gen.data == "layer_01.data"
+    assert und.weights.items() <= gen.weights.items()  # the same names at the same places
+    assert len(gen.weights) == len(list(fp32.bagel.layers[1].parameters()))
+    numbers = sum(p.numel() * 4 for p in fp32.bagel.layers[1].parameters())
+    assert sum(w.bytes for w in gen.weights.values()) == numbers
+    gaps = len(gen.weights) * 4096
+    assert numbers <= exported.manifest.files["layer_01.data"].bytes < numbers + gaps
+
+
+def test_graphs_are_standard_and_pass_the_checker(exported: ExportFolder) -> None:
+    for name, entry in exported.manifest.blocks.items():
+        path = exported.path / entry.model
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(path, load_external_data=False)
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", 23)], name
+        assert [i.name for i in model.graph.input] == [p.name for p in entry.inputs]
+        assert [o.name for o in model.graph.output] == [p.name for p in entry.outputs]
+        assert b"/work" not in path.read_bytes()
+        assert b"site-packages" not in path.read_bytes()
+    nodes = exported.manifest.blocks["gen_layer_00"].nodes
+    assert (nodes["Attention"], nodes["RMSNormalization"], nodes["RotaryEmbedding"]) == (1, 8, 4)
+    assert not {"GatherND", "ScatterND"} & nodes.keys()
+
+
+def test_axes_are_named(exported: ExportFolder) -> None:
+    model = onnx.load(exported.path / "und_layer_00.onnx", load_external_data=False)
+    shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+    assert shapes["x"] == ["tokens", 64]
+    assert shapes["past_k"] == [1, 2, "past_tokens", 16]
+
+
+def test_an_interrupted_export_goes_on(
+    tiny: Path, exported: ExportFolder, tmp_path: Path, templates: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    real = build.write_group
+
+    def stops(job: build.Job, data: str, blocks: list, note: Path) -> None:  # type: ignore[type-arg]
+        if data == "layer_01" and not written.count("layer_01"):
+            written.append(data)
+            raise KeyboardInterrupt
+        written.append(data)
+        real(job, data, blocks, note)
+
+    monkeypatch.setattr(build, "write_group", stops)
+    wanted = target(blocks=("und_layer", "gen_layer"))
+    with pytest.raises(KeyboardInterrupt):
+        build.export(Source.open(tiny), wanted, tmp_path / "o", templates=templates)
+    with pytest.raises(ArtifactError, match="did not finish"):
+        ExportFolder.open(tmp_path / "o")
+    with pytest.raises(ExportError, match="unfinished export of something else"):
+        build.export(Source.open(tiny), target(blocks=("embed",)), tmp_path / "o", templates=templates)
+    folder = build.export(Source.open(tiny), wanted, tmp_path / "o", templates=templates)
+    assert written == ["layer_00", "layer_01", "layer_01", "layer_02"]
+    for name in ("layer_00.data", "gen_layer_02.onnx"):
+        assert folder.manifest.files[name] == exported.manifest.files[name]
+    assert not (tmp_path / "o" / ".export").exists()
+
+
+def test_damage_is_found(tiny: Path, make: Callable[..., ExportFolder]) -> None:
+    folder = make(Source.open(tiny), blocks=ENDS)
+    assert folder.verify() == []
+    data = folder.path / "lm_head.data"
+    content = bytearray(data.read_bytes())
+    content[500] ^= 1
+    data.write_bytes(content)
+    assert ExportFolder.open(folder.path).verify() == ["lm_head.data was changed"]
+    data.write_bytes(content[:-1])
+    with pytest.raises(ArtifactError, match=r"lm_head\.data has \d+ bytes, the manifest says"):
+        ExportFolder.open(folder.path)
+    text = (folder.path / MANIFEST).read_text().replace('"lm_head.data": {', '"../lm_head.data": {')
+    (folder.path / MANIFEST).write_text(text)
+    with pytest.raises(ArtifactError, match="points outside its folder"):
+        ExportFolder.open(folder.path)
+
+
+def test_other_peoples_folders_are_left_alone(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ExportError, match="not empty and holds no export"):
+        build.export(Source.open(tiny), target(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_a_target_without_export_is_an_error(tiny: Path, tmp_path: Path) -> None:
+    plain = target().model_copy(update={"export": None})
+    with pytest.raises(ExportError, match="target test has no `export` section"):
+        build.export(Source.open(tiny), plain, tmp_path / "o")
+
+
+def test_bf16_is_refused_on_the_cpu(tiny: Path, make: Callable[..., ExportFolder]) -> None:
+    folder = make(Source.open(tiny), blocks=("embed",), precision="bf16")
+    with pytest.raises(ExportError, match="bf16, which onnxruntime cannot compute on CPU"):
+        open_onnx(folder.path)
+
+
+def test_weights_beyond_fp16_stop_the_export(tiny: Path, make: Callable[..., ExportFolder]) -> None:
+    source = Source.open(tiny)
+    real = source.tensor
+    source.tensor = lambda path: real(path).clone().fill_(1e6)  # type: ignore[method-assign]
+    with pytest.raises(ExportError, match=r"norm_moe_gen\.weight: 9.994e\+05 is beyond fp16"):
+        make(source, blocks=("latent_out",), precision="fp16")
+
+
+def test_the_graphs_pass_the_validation_of_artifacts(exported: ExportFolder, tiny: Path, tmp_path: Path) -> None:
+    import torch
+
+    from bagel_compress.validate.exported import validate_export
+    from bagel_compress.validate.judge import record_source
+
+    cases = [c for c in load_cases([resource("exports") / "cases" / "tiny"]) if c[0].name in ("t2i_square", "edit")]
+    cases = cases or load_cases([resource("exports") / "cases" / "tiny"])[:2]
+    file = record_source(tiny, cases, tmp_path / "t.safetensors", dtype=torch.float32, floors=("repeat", "kernel"))
+    report = validate_export(exported, [file.path], threads=1)
+    assert report.passed, [*report.faults, *report.broken]
+    assert (exported.path / "reports" / "parity.json").is_file()
+    assert exported.verify() == []
