@@ -71,6 +71,16 @@ def make_pool(vae: AutoEncoder, seed: int, scenes: int = 5000, edits: int = 2400
     )
 
 
+def with_more_edits(pool: Pool, vae: AutoEncoder, seed: int, kinds: Sequence[str]) -> Pool:
+    """The pool with one more edit per entry of `kinds`."""
+    rng = np.random.default_rng((seed, 4))
+    edits = [language.sample_edit(rng, kind) for kind in kinds]
+    before = encoded(vae, [e.before for e in edits], seed + 3)
+    after = encoded(vae, [e.after for e in edits], seed + 4)
+    both = [*pool.edits, *edits], torch.cat([pool.before, before]), torch.cat([pool.after, after])
+    return Pool(pool.scenes, pool.latents, *both)
+
+
 @torch.no_grad()
 def encoded(vae: AutoEncoder, scenes: Sequence[Scene], seed: int) -> Tensor:
     """Packed latents [scenes, tokens, p*p*z], sampled."""

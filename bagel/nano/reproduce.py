@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bagel.nano import export, tokens, vae_train
-from bagel.nano.batches import Pool, make_pool
-from bagel.nano.train import PHASES, ModelRecipe, ModelTrainer, Progress
+from bagel.nano.batches import Pool, make_pool, with_more_edits
+from bagel.nano.train import PHASES, UNDERSTANDING, ModelRecipe, ModelTrainer, Progress
 from bagel.nano.vae_train import VAETrainer
 from bagel.text import TextCodec
 
@@ -32,6 +32,7 @@ class NanoRecipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     scenes: int = 5000
     edits: int = 2400
+    more_edits: tuple[str, ...] = ("recolor", "remove", "background", "recolor", "remove", "move") * 500
     pool_seed: int = 1
 
 
@@ -57,8 +58,10 @@ def _model_steps(trainer: ModelTrainer, recipe: NanoRecipe, vae: VAETrainer) -> 
     """The phases from the current one on; latents are encoded when drawing begins (or is resumed)."""
     pool: Pool | None = None
     for phase in PHASES[PHASES.index(trainer.phase) :]:
-        if phase in ("draw", "mix") and pool is None:
+        if phase not in UNDERSTANDING and pool is None:
             pool = make_pool(vae.averaged(), recipe.pool_seed, recipe.scenes, recipe.edits)
+        if phase == "polish" and pool is not None:
+            pool = with_more_edits(pool, vae.averaged(), recipe.pool_seed, recipe.more_edits)
         yield from trainer.steps(phase, pool)
 
 

@@ -1,9 +1,10 @@
-"""Training the model in four phases: the ViT sees, the und expert answers, drawing is learnt, then all tasks together.
+"""Training the model in phases: the ViT sees, the und expert answers, drawing is learnt, then all tasks together.
 
     vit    the ViT alone, taught patch by patch (vit_train.py)
     und    describe and answer: needs no latents and no generation expert, so a step costs little
     draw   all tasks, most of the work on drawing, which is learnt first
-    mix    all tasks, most of the work on answers and edits; the moving average of the weights is what is kept
+    mix    all tasks, most of the work on answers and edits
+    polish the same with more edits, at a falling rate; the moving average of the weights is what is kept
 
 `ModelTrainer` is a loop that yields: whoever runs it prints, saves and stops. It is deterministic on one machine and
 thread count, and its state, plain tensors, lets it go on exactly where it was.
@@ -26,7 +27,8 @@ from bagel.nano.model import CONFIG, LATENT_TOKENS, build, inner_matrices, train
 from bagel.nano.optim import Average, Optimizer, Schedule
 from bagel.text import TextCodec
 
-PHASES = ("vit", "und", "draw", "mix")
+PHASES = ("vit", "und", "draw", "mix", "polish")
+UNDERSTANDING = PHASES[:2]  # phases that need no latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,13 @@ class ModelRecipe:
     vit: Phase = Phase(800, 2e-3, 50, 0.5, 0.05, vit_rate=1.0)
     und: Phase = Phase(80, 2e-3, 50, 0.0, 1.0)
     draw: Phase = Phase(626, 2e-3, 60, 0.0, 1.0, ce_weight=0.3)
-    mix: Phase = Phase(2000, 2e-3, 30, 0.4, 0.02)
+    mix: Phase = Phase(439, 2e-3, 30, 0.0, 1.0)
+    polish: Phase = Phase(700, 2e-3, 20, 0.85, 0.02)
     vit_batch: int = 32
     und_batch: Mix = field(default_factory=lambda: Mix(ask=24))
     draw_batch: Mix = field(default_factory=lambda: Mix(24, 8, 10, 3))
     mix_batch: Mix = field(default_factory=lambda: Mix(10, 14, 16, 4, edit_copies=3, questions=4))
+    polish_batch: Mix = field(default_factory=lambda: Mix(6, 14, 22, 4, edit_copies=3, questions=4))
     average: float = 0.998
     seed: int = 1
 
@@ -139,7 +143,7 @@ class ModelTrainer:
         self.average = Average(trained(self.model), self.recipe.average)
 
     def _batch(self) -> Mix:
-        return {"draw": self.recipe.draw_batch, "mix": self.recipe.mix_batch}.get(self.phase, self.recipe.und_batch)
+        return self.recipe.und_batch if self.phase in UNDERSTANDING else getattr(self.recipe, f"{self.phase}_batch")
 
     def _named(self) -> dict[str, Tensor]:
         return {**trained(self.model), **{f"head.{n}": p for n, p in self.head.named_parameters()}}

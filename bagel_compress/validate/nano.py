@@ -25,7 +25,7 @@ DRAW_FLOW = FlowSettings(
 )
 EDIT_FLOW = FlowSettings(
     num_timesteps=12, timestep_shift=2.0, cfg_text_scale=3.0, cfg_img_scale=1.3, cfg_interval=(0.0, 1.0),
-    cfg_renorm_min=1.0,
+    cfg_renorm_type="text_channel",
 )  # fmt: skip
 SEED = 20_000  # far from every training seed
 
