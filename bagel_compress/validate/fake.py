@@ -138,7 +138,8 @@ def _renumbered(stored: Stored, llm: Mapping[int, int], vit: Mapping[int, int]) 
     if not specs:
         return None
     if len(stored.unit.specs) == 1:
-        parts = {name.replace(stored.unit.specs[0].name, specs[0].name): part for name, part in stored.parts.items()}
+        old, new = (name.rpartition(".")[0] for name in (stored.unit.specs[0].name, specs[0].name))
+        parts = {name.replace(old, new): part for name, part in stored.parts.items()}
         return Stored(Unit(specs[0].name, specs), stored.codec, parts)
     return Stored(Unit(stored.unit.name, specs), stored.codec, stored.parts)
 
