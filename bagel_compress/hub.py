@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from bagel_compress.artifact import MANIFEST, Artifact, Manifest, parse_manifest, sha256_file
 from bagel_compress.download import first_line, transport_errors
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SECRET = re.compile(r"hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^/@\s]+(?=@)")  # tokens, and logins in an address
 Kind = Literal["model", "everything"]
+TRIES = 3  # of a request that may be repeated
+PAUSE = 1.0  # seconds before the second try, doubled before the third
+T = TypeVar("T")
 
 
 def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
@@ -88,7 +92,7 @@ def client() -> HfApi:
 def listing(repo: str, revision: str | None) -> tuple[str, set[str]]:
     """The commit that a revision means now, and the files in it."""
     with failures(f"{repo} cannot be read"):
-        info = client().model_info(repo, revision=revision)
+        info = insist(lambda: client().model_info(repo, revision=revision))
     return str(info.sha), {sibling.rfilename for sibling in info.siblings or ()}
 
 
@@ -130,6 +134,30 @@ def failures(what: str) -> Iterator[None]:
         raise PublishError(f"{what}: {scrubbed(' '.join(str(error).split()))}") from None
 
 
+def insist(call: Callable[[], T]) -> T:
+    """The result of a request that may be repeated; tried again, after a pause, while trying again can help.
+
+    The client repeats some of its requests itself, which ones depends on its version.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    passing: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, *transport_errors())
+    for attempt in range(TRIES - 1):
+        try:
+            return call()
+        except passing as error:
+            if not transient(error):
+                raise
+            time.sleep(PAUSE * 2**attempt)
+    return call()
+
+
+def transient(error: BaseException) -> bool:
+    """Whether trying again can help: no answer, or one of the server's own faults."""
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    return code is None or code >= 500 or code == 429
+
+
 def scrubbed(text: str) -> str:
     """The text without anything that could be a token."""
     return SECRET.sub("***", text)
@@ -158,7 +186,7 @@ def _get(repo: str, revision: str, names: Iterable[str]) -> dict[str, Path]:
     from huggingface_hub import hf_hub_download
 
     def one(name: str) -> tuple[str, Path]:
-        return name, Path(hf_hub_download(repo, name, revision=revision))
+        return name, Path(insist(lambda: hf_hub_download(repo, name, revision=revision)))
 
     with failures(f"the download of {repo} broke off"), ThreadPoolExecutor(4, "download") as pool:
         return dict(pool.map(one, names))

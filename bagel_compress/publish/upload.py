@@ -10,24 +10,23 @@ It does not create history to be cleaned up later, and does not touch files of a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bagel_compress.artifact import MANIFEST, sha256_file
 from bagel_compress.download import transport_errors
 from bagel_compress.errors import GateError, PublishError
-from bagel_compress.hub import client, failures
+from bagel_compress.hub import TRIES, client, failures, insist, transient
 from bagel_compress.publish.release import Release
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 LARGE = 1 << 20  # bytes from which a file is sent on its own, so that what has arrived is never sent twice
-TRIES = 3  # of the final commit; each large file is retried by the client itself (5 times, up to 8 s apart)
 OWN = (".gitattributes",)  # files that the Hub itself puts into a repository
 Progress = Callable[[str, int, int], None]  # file, bytes sent before it, bytes in all
 
@@ -99,7 +98,7 @@ def prepare(
     _refuse_other_build(release, repo, remote, replace)
     if revision != "main" and not revision.startswith("refs/") and not create_pr:
         with failures(f"branch {revision} of {repo} cannot be made"):
-            api.create_branch(repo, branch=revision, exist_ok=True)
+            insist(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
     return remote
 
 
@@ -110,14 +109,15 @@ def look(api: HfApi, repo: str, revision: str) -> Remote | None:
 
     with failures(f"{repo} cannot be read"):
         try:
-            info = api.model_info(repo, revision=revision)
+            info = insist(lambda: api.model_info(repo, revision=revision))
         except RevisionNotFoundError:
-            info = api.model_info(repo)
+            info = insist(lambda: api.model_info(repo))
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
             return None
-        entries = [e for e in api.list_repo_tree(repo, recursive=True, revision=info.sha) if isinstance(e, RepoFile)]
+        tree = insist(lambda: list(api.list_repo_tree(repo, recursive=True, revision=info.sha)))
+        entries = [e for e in tree if isinstance(e, RepoFile)]
         files = {e.path: f"sha256:{e.lfs.sha256}" if e.lfs else f"sha1:{e.blob_id}" for e in entries}
         manifest = None
         if MANIFEST in files:
@@ -140,7 +140,9 @@ def differences(release: Release, remote: Remote | None) -> dict[str, str]:
 def check_arrived(api: HfApi, release: Release, uploaded: Uploaded) -> None:
     """Compares every file of the folder with what the Hub says it holds. Raises GateError on any difference."""
     with failures(f"{uploaded.repo} cannot be checked after the upload"):
-        found = api.verify_repo_checksums(uploaded.repo, revision=uploaded.commit, local_dir=release.folder)
+        found = insist(
+            lambda: api.verify_repo_checksums(uploaded.repo, revision=uploaded.commit, local_dir=release.folder)
+        )
     faults = [f"{m['path']} differs" for m in found.mismatches] + [f"{path} is missing" for path in found.extra_paths]
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
@@ -159,7 +161,7 @@ def git_sha1(path: Path) -> str:
 def _may_write(api: HfApi, repo: str) -> bool:
     """Whether the repository's owner is the user or an organisation of theirs. Raises PublishError without a token."""
     with failures("you cannot publish"):
-        user = api.whoami()
+        user = insist(api.whoami)
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise PublishError("you cannot publish: your token may only read; create one with the right to write.")
@@ -169,7 +171,7 @@ def _may_write(api: HfApi, repo: str) -> bool:
 
 def _create(api: HfApi, repo: str, revision: str, private: bool) -> Remote:
     with failures(f"{repo} cannot be created"):
-        api.create_repo(repo, private=private, exist_ok=True)
+        insist(lambda: api.create_repo(repo, private=private, exist_ok=True))
     remote = look(api, repo, revision)
     if remote is None:
         raise PublishError(f"{repo} was created but cannot be seen; run the same command again.")
@@ -217,10 +219,20 @@ def _send_large(
         progress(name, sent, total)
         for operation in group:
             _unchanged(release, operation)
-        with failures(f"the upload of {name} to {repo} broke off"), _unwrapped():
-            api.preupload_lfs_files(repo, group, revision=revision, create_pr=create_pr, free_memory=False)
+        with failures(f"the upload of {name} to {repo} broke off"):
+            insist(partial(_preupload, api, repo, group, revision, create_pr))
         sent += sum(release.files[op.path_in_repo].bytes for op in group)
     progress("", total, total)
+
+
+def _preupload(api: HfApi, repo: str, group: list[CommitOperationAdd], revision: str, create_pr: bool) -> None:
+    """Sends contents. The client wraps what goes wrong with a file in a RuntimeError; the cause says more."""
+    try:
+        api.preupload_lfs_files(repo, group, revision=revision, create_pr=create_pr, free_memory=False)
+    except RuntimeError as error:
+        if isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None
+        raise
 
 
 def _unchanged(release: Release, operation: CommitOperationAdd) -> None:
@@ -263,7 +275,7 @@ def _commit(
                 arrived = _arrived(api, release, repo, revision, create_pr)
                 if arrived is not None:
                     return arrived
-                if not _transient(error) or attempt == TRIES - 1:
+                if not transient(error) or attempt == TRIES - 1:
                     raise
             else:
                 return Uploaded(repo, info.oid, info.commit_url, info.pr_url)
@@ -300,20 +312,3 @@ def _holds(remote: Remote, release: Release) -> bool:
 def _stale(remote: Remote, release: Release) -> list[str]:
     """Files of the build that is replaced."""
     return [path for path in sorted(remote.files) if path not in release.files and path not in OWN]
-
-
-def _transient(error: BaseException) -> bool:
-    """Whether trying again can help: no answer, or one of the server's own faults."""
-    code = getattr(getattr(error, "response", None), "status_code", None)
-    return code is None or code >= 500 or code == 429
-
-
-@contextmanager
-def _unwrapped() -> Iterator[None]:
-    """The client wraps what goes wrong with a file in a RuntimeError; the cause says more."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error.__cause__, Exception):
-            raise error.__cause__ from None
-        raise

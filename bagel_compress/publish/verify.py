@@ -42,15 +42,15 @@ def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
     artifact = Artifact.open(folder)
     published = (folder / provenance.SUMS).is_file()
     if published:
-        faults = provenance.check_sums(folder) + _against_manifest(_sums(folder), artifact.manifest, artifact.digest)
+        files, faults = len(_sums(folder)), provenance.check_sums(folder)
+        faults += _against_manifest(_sums(folder), artifact.manifest, artifact.digest)
     else:
-        faults = artifact.verify()
+        files, faults = len(artifact.manifest.files) + 1, artifact.verify()
     faults += _stale_reports(artifact)
     signature = "none"
     if (folder / provenance.SIGNATURE).is_file() or public_key is not None:
         signature, fault = _signature(folder, public_key)
         faults += fault
-    files = len(artifact.manifest.files) + 1
     return Verdict(str(folder), artifact.digest, files, "every byte read", signature, tuple(faults))
 
 
