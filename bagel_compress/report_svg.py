@@ -92,6 +92,39 @@ class _Place:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * max(0.0, min(1.0, share))
 
 
+def scatter(title: str, x_label: str, points: Sequence[tuple[str, float, float]]) -> str:
+    """Named points (name, x, y) over a logarithmic y axis; zeros, which are the best, lie on the lowest line.
+
+    Points that no other beats in both x and y are joined: the Pareto front.
+    """
+    ys = [y for _, _, y in points if y > 0]
+    low, high = _decades(ys or [1.0])
+    low /= 10 if len(ys) < len(points) else 1
+    xs = [x for _, x, _ in points]
+    margin = (max(xs) - min(xs)) * 0.12 or 1.0
+    place = _Place(min(xs) - margin, max(xs) + margin, low, high, reverse=False)
+    spots = {name: (place.x(x), place.y(max(y, low))) for name, x, y in points}
+    front = [n for n, x, y in sorted(points, key=lambda p: p[1]) if not any(_beats(q, (n, x, y)) for q in points)]
+    path = " ".join(f"{spots[n][0]:.1f},{spots[n][1]:.1f}" for n in front)
+    body = [
+        _grid(place, low, high),
+        _x_ticks(place, sorted(set(xs)), x_label),
+        f'<polyline points="{path}" fill="none" style="stroke:var(--c0)"/>',
+    ]
+    for name, (x, y) in spots.items():
+        colour = "var(--c0)" if name in front else "var(--c5)"
+        anchor = "end" if x > WIDTH * 0.7 else "start"
+        shift = -6 if anchor == "end" else 6
+        body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>')
+        body.append(f'<text x="{x + shift:.1f}" y="{y - 5:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
+    return f'<figure class="chart pareto"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+
+
+def _beats(a: tuple[str, float, float], b: tuple[str, float, float]) -> bool:
+    return a[1] <= b[1] and a[2] <= b[2] and (a[1] < b[1] or a[2] < b[2])
+
+
 def _decades(values: Sequence[float]) -> tuple[float, float]:
     low = 10.0 ** math.floor(math.log10(min(values)))
     high = 10.0 ** math.ceil(math.log10(max(values)))

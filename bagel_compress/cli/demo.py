@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bagel_compress.cli import add_json, emit
 from bagel_compress.cli.build import open_checkpoint, progress_bar
+from bagel_compress.cli.export import follow_recipe
 from bagel_compress.cli.judge import table
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from bagel_compress.checkpoint import Checkpoint
     from bagel_compress.reports import ParityReport
 
+DEMO_MODEL = "BAGEL-nano"
+DEMO_RECIPES = ("nf4", "nf4-official", "fp8-24gb", "int8-24gb", "df11")
+DEMO_CASES = ("draw_two", "edit_recolor", "ask_describe", "think_draw")
 FULL_LATENT_ROWS = 4096  # of the 7B model's latent table; a smaller table cannot hold the full-size cases
 
 
@@ -60,19 +64,38 @@ def _run(args: argparse.Namespace) -> int:
     trace = Path(args.trace or f"{Path(args.out)}.trace.safetensors")
     report = _judge(artifact, checkpoint, trace, args)
     page = artifact.path / "report.html"
-    emit(args, report.model_dump(mode="json") | {"passed": report.passed, "page": str(page)}, table(report, page))
-    return 0 if report.passed else 1
+    data, text, passed = report.model_dump(mode="json"), table(report, page), report.passed
+    if artifact.manifest.recipe.export:
+        data["export"], lines, held = follow_recipe(artifact, trace)
+        text, passed = f"{text}\n\n{lines}", passed and held
+    emit(args, data | {"passed": passed, "page": str(page)}, text)
+    return 0 if passed else 1
 
 
 def _demo(args: argparse.Namespace) -> int:
-    import torch
+    from bagel_compress.case import load_cases
+    from bagel_compress.checkpoint import Checkpoint
+    from bagel_compress.plan import make_plan
+    from bagel_compress.recipe import Recipe
+    from bagel_compress.report_family import render
+    from bagel_compress.report_family import table as family_table
+    from bagel_compress.resources import find_recipe, resource
+    from bagel_compress.validate.family import Counts, compare_recipes
 
-    from bagel_compress.resources import resource
-
-    torch.set_num_threads(1)  # the model is so small that waking a second thread costs more than it does
-    args.source, args.base, args.lora = str(resource("tiny")), None, None
-    args.recipe, args.out, args.trace, args.cases, args.device = "nf4", f"{args.out}/nf4", None, None, "cpu"
-    return _run(args)
+    source, out = resource(DEMO_MODEL), Path(args.out)
+    recipes = [find_recipe(name) for name in DEMO_RECIPES]
+    cases = load_cases([resource("exports") / "cases" / "nano" / f"{name}.yaml" for name in DEMO_CASES])
+    if not args.json:
+        print(make_plan(Checkpoint.open(source), Recipe.load(recipes[0])).table(), end="\n\n", flush=True)
+    family = compare_recipes(source, recipes, cases, out, Counts(), _say)
+    page = out / "report.html"
+    page.write_text(render(f"{DEMO_MODEL}, {len(recipes)} ways smaller", family, out), encoding="utf-8")
+    passed = all(build.report.passed for build in family.builds)
+    first = family.builds[0]
+    text = f"{table(first.report, first.page)}\n\n{family_table(family)}\n\n{page}"
+    data = {"passed": passed, "page": str(page), "builds": {b.name: b.to_json() for b in family.builds}}
+    emit(args, data, text)
+    return 0
 
 
 def _compress(recipe_name: str, checkpoint: Checkpoint, out: Path, quiet: bool) -> Artifact:
