@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bagel_compress.cli import add_json, emit
 
 if TYPE_CHECKING:
+    from bagel_compress.artifact import Artifact
     from bagel_compress.export.manifest import ExportFolder
 
 
@@ -72,6 +73,30 @@ def _made(args: argparse.Namespace, out: Path) -> ExportFolder:
             bar.set_postfix_str(name)
 
         return export(Source.open(args.source), Target.load(args.target), out, step)
+
+
+def follow_recipe(artifact: Artifact, trace: Path) -> tuple[dict[str, Any], str, bool]:
+    """Exports an artifact for its recipe's target, beside it, and judges the graphs by the trace.
+
+    Gives the data for --json, the lines for people, and whether everything passed. Engines are built and not judged.
+    """
+    from bagel_compress.export.build import export
+    from bagel_compress.export.manifest import MANIFEST, ExportFolder
+    from bagel_compress.export.source import ArtifactSource
+    from bagel_compress.target import Target
+    from bagel_compress.validate.exported import validate_export
+
+    target = Target.load(artifact.manifest.recipe.export or "")
+    out = artifact.path.with_name(f"{artifact.path.name}-{target.name}")
+    done = (out / MANIFEST).exists() and ExportFolder.open(out).manifest.source["digest"] == artifact.digest
+    folder = ExportFolder.open(out) if done else export(ArtifactSource(artifact), target, out)
+    data: dict[str, Any] = {"path": str(out), "digest": folder.digest, "blocks": blocks_of(folder)}
+    if folder.manifest.settings.runtime != "onnxruntime":
+        return data, summary(folder), True
+    report = validate_export(folder, [trace])
+    data["parity"] = report.model_dump(mode="json") | {"passed": report.passed}
+    lines = [summary(folder), f"parity: {'passed' if report.passed else 'broken'}", *report.faults, *report.broken]
+    return data, "\n".join(lines), report.passed
 
 
 def blocks_of(folder: ExportFolder) -> list[dict[str, Any]]:

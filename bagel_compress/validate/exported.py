@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from bagel_compress.errors import ExportError
 from bagel_compress.export.as_torch import TorchFace
 from bagel_compress.export.manifest import ExportFolder
@@ -31,7 +33,7 @@ def validate_export(
     threads: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
-    """Judges an export by the limits of its recipe and writes the reports beside it.
+    """Judges an export by the limits of its recipe and writes the reports beside it; on the CPU where there is no card.
 
     Raises ExportError for engines, TraceError on traces of another checkpoint.
     """
@@ -41,10 +43,11 @@ def validate_export(
     files = [TraceFile.open(trace) for trace in traces]
     for file in files:
         file.expect_source(manifest.source["checkpoint"], str(folder.path))
-    sampler = TorchFace(GraphSampler(folder, Sessions(folder, threads=threads)))
+    provider = manifest.settings.provider if torch.cuda.is_available() else "cpu"
+    sampler = TorchFace(GraphSampler(folder, Sessions(folder, provider, threads)))
     level = manifest.limits.level
     limits = resolve(level, manifest.limits.overrides)
-    name = f"{manifest.source['name']} ({manifest.settings.runtime}, {manifest.settings.precision})"
+    name = f"{manifest.source['name']} ({manifest.settings.runtime} on {provider}, {manifest.settings.precision})"
     found = compare(Subject(sampler, name, folder.digest, level, limits), [_Unprobed(f) for f in files], None, progress)  # type: ignore[misc]
     write(cast("Artifact", folder), found)
     return found.report

@@ -105,9 +105,9 @@ def rounded_to_8_bits(x: torch.Tensor) -> torch.Tensor:
         ("nf4", {}, "bnb4"),
         ("{format: nf4, double_quant: true}", {}, "bnb4"),
         ("df11", {}, "dense"),
-        ("int8", {"precision": "fp16"}, "qdq"),
-        ("int4", {"precision": "fp16"}, "int4"),
-        ("raw", {"precision": "fp16"}, "dense"),
+        pytest.param("int8", {"precision": "fp16"}, "qdq", marks=pytest.mark.slow),
+        pytest.param("int4", {"precision": "fp16"}, "int4", marks=pytest.mark.slow),
+        pytest.param("raw", {"precision": "fp16"}, "dense", marks=pytest.mark.slow),
     ],
 )
 def test_a_form_errs_no_more_than_its_codec(

@@ -21,19 +21,31 @@ RTX = {"runtime": "tensorrt-rtx", "capabilities": ("sm89", "sm120")}
 
 
 @pytest.mark.parametrize(
-    ("codec", "precision"), [("raw", "bf16"), ("raw", "fp16"), ("fp8", "bf16"), ("int8", "bf16"), ("int4", "bf16")]
+    ("codec", "precision", "kinds"),
+    [
+        ("raw", "bf16", LAYERS),
+        ("fp8", "bf16", ("gen_layer",)),
+        ("int8", "bf16", ("gen_layer",)),
+        ("int4", "bf16", ("gen_layer",)),
+        pytest.param("raw", "fp16", LAYERS, marks=pytest.mark.slow),
+    ],
 )
 def test_layers_build(
-    codec: str, precision: str, artifact: Callable[[str], Path], make: Callable[..., ExportFolder]
+    codec: str,
+    precision: str,
+    kinds: tuple[str, ...],
+    artifact: Callable[[str], Path],
+    make: Callable[..., ExportFolder],
 ) -> None:
-    folder = make(Source.open(artifact(codec)), **RTX, precision=precision, blocks=LAYERS)
-    for name in ("und_layer_01", "gen_layer_01"):
+    folder = make(Source.open(artifact(codec)), **RTX, precision=precision, blocks=kinds)
+    for name in (f"{kind}_01" for kind in kinds):
         entry = folder.manifest.blocks[name]
         assert (folder.path / entry.engine).stat().st_size > 10_000
         assert folder.manifest.files[entry.engine].bytes == (folder.path / entry.engine).stat().st_size
     assert folder.verify() == []
 
 
+@pytest.mark.slow
 def test_the_ends_and_the_autoencoder_build(tiny: Path, make: Callable[..., ExportFolder]) -> None:
     kinds = ("embed", "vit", "latent_in", "latent_out", "lm_head", "vae_encoder", "vae_decoder")
     folder = make(Source.open(tiny), **RTX, precision="bf16", blocks=kinds)
