@@ -62,9 +62,9 @@ class Checkpoint:
         `base` gives the configs, tokenizer and VAE that a fine-tune lacks; `lora` is a peft adapter folder to merge.
         Raises CheckpointError if anything is missing, damaged, or not the shape that the configs promise.
         """
-        path, name, revision = _local(source, weights=True)
+        path, name, revision = locate(source, weights=True)
         folder = path if path.is_dir() else path.parent
-        folders = [folder] if base is None else [folder, _local(base, weights=False)[0]]
+        folders = [folder] if base is None else [folder, locate(base, weights=False)[0]]
         sources = _normalised(_tensor_files(path), path)
         files = _aux_files(folders)
         adapter = None if lora is None else Adapter.open(Path(lora), normal_name, sources)
@@ -136,7 +136,7 @@ def normal_name(name: str) -> str | None:
     return name if role is not None and role.component != "vae" else None
 
 
-def _local(source: str | Path, weights: bool) -> tuple[Path, str, str]:
+def locate(source: str | Path, weights: bool) -> tuple[Path, str, str]:
     """Path, public name and revision of a source; downloads a repository id."""
     path = Path(source)
     if path.exists():

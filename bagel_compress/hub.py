@@ -65,6 +65,21 @@ def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
     return folder
 
 
+def fetch_model(repo: str) -> Path:
+    """The folder of whatever a repository holds: an artifact (see `fetch`), else a full-precision checkpoint.
+
+    Raises what `fetch` raises, and CheckpointError if it is neither.
+    """
+    from bagel_compress.checkpoint import locate
+
+    name, revision = split_revision(repo)
+    try:
+        is_artifact = MANIFEST in listing(name, revision)[1]
+    except _UnreachableError:
+        is_artifact = _snapshot(name, revision) is not None
+    return fetch(name, revision) if is_artifact else locate(repo, weights=True)[0]
+
+
 def open_artifact(path_or_repo: str | Path, revision: str | None = None) -> Artifact:
     """An artifact from a folder or from the Hub; one from the Hub has every digest checked."""
     if Path(path_or_repo).exists():
@@ -246,14 +261,20 @@ def _forget(path: Path) -> None:
 
 def _cached(repo: str, revision: str | None, cause: PublishError) -> Path:
     """What an earlier download left, complete and intact; used when the Hub cannot be reached."""
+    artifact = _snapshot(repo, revision)
+    if artifact is None:
+        raise cause from None
+    if wrong := _wrong(artifact.path, artifact.manifest, artifact.manifest.files):
+        raise ArtifactError(f"{wrong[0]} of {repo} is damaged in the cache; connect to the network and run it again.")
+    return artifact.path
+
+
+def _snapshot(repo: str, revision: str | None) -> Artifact | None:
+    """The complete artifact in the cache, if there is one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        artifact = Artifact.open(folder)
+        return Artifact.open(snapshot_download(repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, ArtifactError):
-        raise cause from None
-    if wrong := _wrong(folder, artifact.manifest, artifact.manifest.files):
-        raise ArtifactError(f"{wrong[0]} of {repo} is damaged in the cache; connect to the network and run it again.")
-    return folder
+        return None

@@ -177,6 +177,6 @@ def _downloaded(name: str) -> Path:
     """The folder of a published artifact, or of a full-precision repository."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name} is neither a folder nor a Hub id (user/name).")
-    from bagel_compress.hub import fetch
+    from bagel_compress.hub import fetch_model
 
-    return fetch(name)
+    return fetch_model(name)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from hub import Fault, Hub
-from publish_data import REPO, flip, parity
+from publish_data import REPO, TOKEN, flip, parity
 
 from bagel_compress.artifact import Artifact
-from bagel_compress.errors import ArtifactError, PublishError
-from bagel_compress.hub import fetch, open_artifact
+from bagel_compress.errors import ArtifactError, CheckpointError, PublishError
+from bagel_compress.hub import fetch, fetch_model, open_artifact
 from bagel_compress.publish.verify import verify_folder, verify_repo
 
 Publish = Callable[..., object]
@@ -110,6 +110,22 @@ def test_without_network_and_without_cache(hub: Hub, online: Artifact) -> None:
     hub.faults = [Fault(".", "cut", times=10**6)]
     with pytest.raises(PublishError, match="cannot be reached"):
         fetch(REPO)
+
+
+def test_a_model_is_an_artifact_or_a_checkpoint(hub: Hub, online: Artifact, tiny: Path) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    api.create_repo("ann/full")
+    api.upload_folder(repo_id="ann/full", folder_path=tiny)
+    assert Artifact.open(fetch_model(REPO)).digest == online.digest
+    assert (fetch_model("ann/full") / "ema.safetensors").read_bytes() == (tiny / "ema.safetensors").read_bytes()
+    api.create_repo("ann/empty")
+    with pytest.raises(CheckpointError, match="has no weights"):
+        fetch_model("ann/empty")
+    hub.faults = [Fault(".", "cut", times=10**6)]
+    assert Artifact.open(fetch_model(REPO)).digest == online.digest
+    assert (fetch_model("ann/full") / "ema.safetensors").exists()
 
 
 @pytest.mark.parametrize(
