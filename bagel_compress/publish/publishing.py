@@ -14,7 +14,8 @@ from bagel_compress.hub import client, failures, split_revision
 from bagel_compress.publish.family import build_of, join, members, spliced, table_of
 from bagel_compress.publish.receipt import write_receipts
 from bagel_compress.publish.release import Release, make_release
-from bagel_compress.publish.upload import Progress, Uploaded, differences, look, upload
+from bagel_compress.publish.remote import differences, look
+from bagel_compress.publish.upload import Progress, Uploaded, upload
 
 
 @dataclass(frozen=True)

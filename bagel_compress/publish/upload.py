@@ -9,36 +9,24 @@ It does not create history to be cleaned up later, and does not touch files of a
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.artifact import MANIFEST, sha256_file
+from bagel_compress.artifact import MANIFEST
 from bagel_compress.download import transport_errors
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.hub import TRIES, client, failures, insist, transient
 from bagel_compress.publish.release import Release
+from bagel_compress.publish.remote import OWN, Remote, holds, look, stale
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 LARGE = 1 << 20  # bytes from which a file is sent on its own, so that what has arrived is never sent twice
-OWN = (".gitattributes",)  # files that the Hub itself puts into a repository
 Progress = Callable[[str, int, int], None]  # file, bytes sent before it, bytes in all
-
-
-@dataclass(frozen=True)
-class Remote:
-    """What a repository shows at one commit: path -> digest ("sha256:..." for large files, "sha1:..." git blobs)."""
-
-    commit: str
-    private: bool
-    files: Mapping[str, str]
-    manifest: str | None  # sha256 of its manifest.json; None: it holds no artifact
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ def upload(
     remote = prepare(api, release, repo, revision, create_pr, private or release.draft, replace)
     additions = _additions(release)
     _send_large(api, release, repo, revision, create_pr, additions, progress or (lambda *_: None))
-    removed = _stale(remote, release) if replace else []
+    removed = stale(remote, release) if replace else []
     uploaded = _commit(api, release, repo, revision, create_pr, remote, additions, removed)
     check_arrived(api, release, uploaded)
     return replace_fields(uploaded, private=remote.private)
@@ -102,41 +90,6 @@ def prepare(
     return remote
 
 
-def look(api: HfApi, repo: str, revision: str) -> Remote | None:
-    """What the repository shows; None if it does not exist. A branch that does not exist yet shows what main does."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.hf_api import RepoFile
-
-    with failures(f"{repo} cannot be read"):
-        try:
-            info = insist(lambda: api.model_info(repo, revision=revision))
-        except RevisionNotFoundError:
-            info = insist(lambda: api.model_info(repo))
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            return None
-        tree = insist(lambda: list(api.list_repo_tree(repo, recursive=True, revision=info.sha)))
-        entries = [e for e in tree if isinstance(e, RepoFile)]
-        files = {e.path: f"sha256:{e.lfs.sha256}" if e.lfs else f"sha1:{e.blob_id}" for e in entries}
-        manifest = None
-        if MANIFEST in files:
-            local = Path(api.hf_hub_download(repo, MANIFEST, revision=info.sha))
-            manifest = sha256_file(local)
-    return Remote(str(info.sha), bool(info.private), files, manifest)
-
-
-def differences(release: Release, remote: Remote | None) -> dict[str, str]:
-    """path -> "new", "changed", "same" or "only there", as an upload would find it."""
-    held = remote.files if remote else {}
-    result = {}
-    for path in release.files:
-        kind, _, there = held.get(path, "").partition(":")
-        here = git_sha1(release.folder / path) if kind == "sha1" else release.files[path].sha256
-        result[path] = "new" if path not in held else "same" if there == here else "changed"
-    return result | {path: "only there" for path in held if path not in release.files and path not in OWN}
-
-
 def check_arrived(api: HfApi, release: Release, uploaded: Uploaded) -> None:
     """Compares every file of the folder with what the Hub says it holds. Raises GateError on any difference."""
     with failures(f"{uploaded.repo} cannot be checked after the upload"):
@@ -150,12 +103,6 @@ def check_arrived(api: HfApi, release: Release, uploaded: Uploaded) -> None:
             f"{uploaded.repo} does not hold what was sent: {faults[0]}{more}; run the same command again and, if it"
             " stays so, tell the Hub."
         )
-
-
-def git_sha1(path: Path) -> str:
-    """The name that git gives to a file's content."""
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _may_write(api: HfApi, repo: str) -> bool:
@@ -287,7 +234,7 @@ def _arrived(api: HfApi, release: Release, repo: str, revision: str, create_pr: 
     if create_pr:
         return _open_pull_request(api, release, repo)
     found = look(api, repo, revision)
-    if found is None or not _holds(found, release):
+    if found is None or not holds(found, release):
         return None
     return Uploaded(repo, found.commit, f"{api.endpoint}/{repo}/commit/{found.commit}", None)
 
@@ -298,17 +245,8 @@ def _open_pull_request(api: HfApi, release: Release, repo: str) -> Uploaded | No
         pulls = api.list_repo_refs(repo, include_pull_requests=True).pull_requests or []
         for pull in pulls:
             found = look(api, repo, pull.ref)
-            if found is not None and _holds(found, release):
+            if found is not None and holds(found, release):
                 number = pull.ref.rpartition("/")[2]
                 return Uploaded(repo, found.commit, f"{api.endpoint}/{repo}/commit/{found.commit}",
                                 f"{api.endpoint}/{repo}/discussions/{number}")  # fmt: skip
     return None
-
-
-def _holds(remote: Remote, release: Release) -> bool:
-    return all(state in ("same", "only there") for state in differences(release, remote).values())
-
-
-def _stale(remote: Remote, release: Release) -> list[str]:
-    """Files of the build that is replaced."""
-    return [path for path in sorted(remote.files) if path not in release.files and path not in OWN]

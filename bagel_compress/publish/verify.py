@@ -14,7 +14,7 @@ from bagel_compress.artifact import MANIFEST, Artifact, Manifest, parse_manifest
 from bagel_compress.errors import ArtifactError, GateError
 from bagel_compress.hub import client, failures, fetch, split_revision
 from bagel_compress.publish.evidence import load_evidence
-from bagel_compress.publish.upload import Remote, look
+from bagel_compress.publish.remote import Remote, look
 from bagel_compress.reports import REPORTS
 
 
