@@ -1,0 +1,275 @@
+"""One full-size decoder layer as ONNX and as TensorRT engines, beside the torch bf16 layer, and the two samplers.
+
+    python benchmarks/bench_export.py [--quick]
+
+Prints a line per variant, then one JSON line: export seconds and memory of the layer, seconds per pass of `gen_layer` at
+1 and 1026 tokens as a ratio to torch bf16, engine build seconds and sizes, and seconds per denoising step of ONNX
+Runtime over torch on the tiny checkpoint. Weights are random, of the released shape. Passes of 1026 tokens are timed
+once: they take long on CPUs without bf16 units.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bagel.config import BagelConfig, LLMConfig, ViTConfig
+from bagel.layers import attention, rope_table
+from bagel.mot import MoTLayer
+from bagel.vae import VAEConfig
+from bagel_compress.codecs.base import Codec, Unit
+from bagel_compress.export.build import export
+from bagel_compress.export.manifest import ExportFolder
+from bagel_compress.export.ort_session import Sessions
+from bagel_compress.export.source import Coded, Source
+from bagel_compress.export.tensorrt import build_engine
+from bagel_compress.recipe import Limits, parse_codec
+from bagel_compress.spec import TensorSpec
+from bagel_compress.target import Target
+
+LLM = LLMConfig(3584, 18944, 1, 28, 4, 152064)
+CONFIG = BagelConfig(LLM, ViTConfig(1152, 4304, 1, 16), 2, 16, 64, 70)
+ROUNDS = 5
+TOKENS = (1, 1026)
+LONG = 100  # passes of more tokens are timed once, without warming up
+VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("fp32", "raw", {"precision": "fp32"}),
+    ("fp16", "raw", {"precision": "fp16"}),
+    ("int8", "int8", {"activations": "blocks"}),
+    ("int8 dynamic", "int8", {"activations": "dynamic"}),
+    ("int4", "int4", {"activations": "blocks"}),
+    ("nf4", "nf4", {}),
+)
+ENGINES = (("bf16", "raw"), ("fp8", "fp8"), ("int8", "int8"), ("int4", "int4"))
+
+
+class OneLayer(Source):
+    """A random layer of the released shape; codes are made once per codec."""
+
+    kind, name, digest, checkpoint, limits = "checkpoint", "one layer", "", "", Limits.model_validate({})
+    vae, files = None, {}  # type: ignore[assignment]
+
+    def __init__(self, layer: MoTLayer, codec: Codec) -> None:
+        self._codec, self.digest = codec, codec.format
+        self._tensors = {f"layers.0.{name}": p.data for name, p in layer.named_parameters()}
+        self._coded: dict[str, Coded] = {}
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {n: TensorSpec("BF16", tuple(t.shape), n) for n, t in self._tensors.items()}
+
+    @property
+    def official(self) -> dict[str, str]:  # type: ignore[override]
+        return {name: name for name in self._tensors}
+
+    def codec(self, path: str) -> Codec:
+        return self._codec if self._tensors[path].ndim == 2 else parse_codec("raw")
+
+    def coded(self, path: str) -> Coded:
+        if path not in self._coded:
+            spec = self.specs[path]
+            parts = self._codec.encode(Unit(path, (spec,)), {path: self._tensors[path]})
+            self._coded[path] = Coded(spec, self._codec, parts)
+        return self._coded[path]
+
+    def _decoded(self, official: str) -> torch.Tensor:
+        return self._tensors[official]
+
+    def copy_files(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+
+    def configs(self, folder: Path) -> tuple[BagelConfig, VAEConfig]:
+        return CONFIG, VAEConfig()
+
+
+def target(**settings: Any) -> Target:
+    blocks = {"blocks": ("und_layer", "gen_layer")}
+    return Target.model_validate(
+        {"name": "bench", "device": {"name": "x", "memory_mib": 1}, "export": settings | blocks}
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="ONNX and TensorRT of one full-size layer")
+    parser.add_argument("--quick", action="store_true", help="fp32 and int4 only, one round")
+    args = parser.parse_args()
+    rounds = 1 if args.quick else ROUNDS
+    layer = random_layer()
+    out = Path(tempfile.mkdtemp(prefix="bench-export-"))
+    wanted = [v for v in VARIANTS if not args.quick or v[0] in ("fp32", "int4")]
+    try:
+        result: dict[str, Any] = {"torch": torch_times(layer, rounds), "onnx": {}, "engines": {}}
+        for name, codec, settings in wanted:
+            result["onnx"][name] = measure_onnx(layer, codec, settings, out / "onnx", result["torch"], rounds)
+            print(name, result["onnx"][name], flush=True)
+        for name, codec in () if args.quick else ENGINES:
+            result["engines"][name] = measure_engine(layer, codec, out / "engine")
+            print(name, result["engines"][name], flush=True)
+        result["sampler_step_over_torch"] = sampler_ratio(out / "tiny", rounds)
+    finally:
+        shutil.rmtree(out)
+    print(json.dumps({"benchmark": "export", "threads": torch.get_num_threads(), **result}))
+
+
+def random_layer() -> MoTLayer:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        layer = MoTLayer(LLM, 0)
+    layer = layer.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    for name, parameter in layer.named_parameters():
+        parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, 0.02)
+    return layer
+
+
+# --- ONNX Runtime beside torch ----------------------------------------------------------------------------------------
+
+
+def torch_times(layer: MoTLayer, rounds: int) -> dict[str, float]:
+    """Seconds of the torch bf16 layer with all rows in the generation expert but two, as in denoising."""
+
+    def attend(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention([q], [k], [v], causal=False)
+
+    times = {}
+    for tokens in TOKENS:
+        rows = torch.randn(2 + tokens, LLM.hidden_size).bfloat16()
+        rope = rope_table(torch.zeros(len(rows)), LLM.head_dim, LLM.rope_theta, torch.bfloat16)
+        count = rounds if tokens < LONG else 1
+        times[str(tokens)] = seconds(lambda r=rows, p=rope: layer(r, 2, p, attend, True), count)  # type: ignore[misc]
+    return times
+
+
+def measure_onnx(
+    layer: MoTLayer, codec: str, settings: dict[str, Any], out: Path, torch_seconds: dict[str, float], rounds: int
+) -> dict[str, float]:
+    source = OneLayer(layer, parse_codec(codec))
+    if codec != "raw":
+        for path, spec in source.specs.items():
+            if len(spec.shape) == 2:
+                source.coded(path)  # quantising is not the export's time
+    before = anonymous_gb()
+    folder, took, peak = exported(source, settings, out)
+    sessions = Sessions(folder, threads=torch.get_num_threads())
+    row = {"export_s": round(took, 2), "export_gb": round(peak - before, 2), "disk_gb": round(disk_gb(folder), 3)}
+    for tokens in TOKENS:
+        feeds = layer_inputs(tokens, settings.get("precision", "fp32") == "fp16")
+        count = rounds if tokens < LONG else 1
+        value = seconds(lambda f=feeds: sessions.run("gen_layer_00", f), count)  # type: ignore[misc]
+        row[f"ratio_{tokens}"] = round(value / torch_seconds[str(tokens)], 3)
+    shutil.rmtree(out)
+    return row
+
+
+def exported(source: Source, settings: dict[str, Any], out: Path) -> tuple[ExportFolder, float, float]:
+    """The folder, seconds, and the highest anonymous memory seen at the ends of files, in GB."""
+    peaks = [anonymous_gb()]
+    begun = time.perf_counter()
+    folder = export(source, target(**settings), out, lambda *_: peaks.append(anonymous_gb()))
+    peaks.append(anonymous_gb())
+    return folder, time.perf_counter() - begun, max(peaks)
+
+
+def layer_inputs(tokens: int, half: bool) -> dict[str, np.ndarray]:
+    kind = np.float16 if half else np.float32
+    random = np.random.default_rng(0)
+    empty = np.zeros((1, LLM.num_kv_heads, 0, LLM.head_dim), kind)
+    return {
+        "wrappers": random.standard_normal((2, LLM.hidden_size)).astype(kind),
+        "latents": random.standard_normal((tokens, LLM.hidden_size)).astype(kind),
+        "cos": np.ones((1, 1, LLM.head_dim // 2), np.float32),
+        "sin": np.zeros((1, 1, LLM.head_dim // 2), np.float32),
+        "past_k": empty,
+        "past_v": empty,
+    }
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+def measure_engine(layer: MoTLayer, codec: str, out: Path) -> dict[str, Any]:
+    """Seconds and megabytes of the engine of gen_layer; the reason where TensorRT is not installed or refuses."""
+    try:
+        import tensorrt_rtx  # noqa: F401
+    except ImportError:
+        return {"skipped": "tensorrt_rtx is not installed"}
+    settings = {"precision": "bf16"}
+    folder = export(OneLayer(layer, parse_codec(codec)), target(**settings), out)
+    entry = folder.manifest.blocks["gen_layer_00"]
+    rtx = target(runtime="tensorrt-rtx", precision="bf16", capabilities=("sm89", "sm120")).export
+    assert rtx is not None
+    begun = time.perf_counter()
+    engine = build_engine("gen_layer_00", entry, folder.path / entry.model, rtx, folder.manifest.axes)
+    took = time.perf_counter() - begun
+    shutil.rmtree(out)
+    return {"build_s": round(took, 2), "engine_mb": round(len(engine.data) / 1e6), "experts": 2}
+
+
+# --- the samplers -----------------------------------------------------------------------------------------------------
+
+
+def sampler_ratio(out: Path, rounds: int) -> float:
+    """Seconds of a denoising step of ONNX Runtime in fp32 over torch in fp32, on the tiny checkpoint."""
+    from bagel.sampler import FlowSettings, Sampler
+    from bagel_compress.export.ort_sampler import open_onnx
+    from bagel_compress.resources import resource as packaged
+
+    tiny = packaged("tiny")
+    whole = target().model_copy(update={"export": target().export.model_copy(update={"blocks": ()})})  # type: ignore[union-attr]
+    graphs = open_onnx(export(Source.open(tiny), whole, out).path, threads=torch.get_num_threads())
+    flow = FlowSettings(num_timesteps=11, cfg_text_scale=1.0)
+    times = []
+    for sampler in (graphs, Sampler.from_dir(tiny, dtype=torch.float32)):
+        stamps: list[float] = []
+
+        def run(sampler: Any = sampler, stamps: list[float] = stamps) -> None:
+            stamps.clear()
+            sampler.run(["a cat"], size=(128, 128), flow=flow, on_step=lambda _: stamps.append(time.perf_counter()))
+
+        seconds(run, rounds)
+        times.append(statistics.median(np.diff(stamps)))
+    return round(times[0] / times[1], 3)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def seconds(work: Callable[[], object], rounds: int) -> float:
+    """Median over rounds, after one to warm up; one round has none."""
+    with torch.no_grad():
+        if rounds > 1:
+            work()
+        times = []
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def anonymous_gb() -> float:
+    """Anonymous memory of this process now; the highest resident memory where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def disk_gb(folder: ExportFolder) -> float:
+    return sum(os.path.getsize(folder.path / name) for name in folder.manifest.files) / 1e9
+
+
+if __name__ == "__main__":
+    main()
