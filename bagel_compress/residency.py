@@ -6,8 +6,9 @@ is, layer by layer on a side stream, so that the first layers compute while late
 not listed is brought layer by layer for its call and dropped after it: slow, and it works on any card.
 
 Weights are never changed, only their place: results are the same to the bit. Host copies are pinned on CUDA. Absent
-weights are meta tensors, so a use that was forgotten fails instead of computing in the wrong place. DF11 units own
-their device memory themselves and stay where they were loaded.
+weights are meta tensors, so a use that was forgotten fails instead of computing in the wrong place. An embedding table
+that no phase lists stays in host memory for good: only the rows that are looked up travel. DF11 units own their device
+memory themselves and stay where they were loaded.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Residency:
         self._plan, self._device, self._phase = plan, device, ""
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.bytes_there = self.peak = 0
+        if not any("embed" in parts for parts in plan.values()):
+            sampler.bagel.embed_tokens = _HostEmbedding(sampler.bagel.embed_tokens, device)  # type: ignore[assignment]
         self._groups = self._gathered(sampler)
         for group in self._groups.values():
             _place(group, lambda host: host.to("meta"))
@@ -199,6 +202,17 @@ class Residency:
         group = self._groups.get(key)
         if group is not None and group.part not in self._plan.get(self._phase, ()):  # type: ignore[call-overload]
             self._drop(group)
+
+
+class _HostEmbedding(nn.Module):
+    """An embedding whose table is in host memory, and whose rows arrive on the device."""
+
+    def __init__(self, embedding: nn.Embedding, device: torch.device) -> None:
+        super().__init__()
+        self._table, self._device = embedding.weight.detach().cpu(), device  # a plain attribute: it does not move
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids.cpu(), self._table).to(self._device)
 
 
 def _group_of(path: str) -> tuple[str, Part] | None:

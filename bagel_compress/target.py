@@ -6,9 +6,9 @@ A target knows no weights and no formats; any artifact can be held against any t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from bagel_compress.case import load_yaml
 from bagel_compress.errors import TargetError
@@ -19,7 +19,8 @@ MIB, GIB = 2**20, 2**30
 Task = Literal["t2i", "edit", "understand", "think"]
 Phase = Literal["text", "vit", "vae_encode", "latent", "decode", "denoise", "vae_decode"]
 Part = Literal["und", "gen", "embed", "head", "vit", "bridges", "vae"]
-# What each phase cannot do without: layers of the understanding expert take part in every pass of the decoder.
+# What each phase computes with: layers of the understanding expert take part in every pass of the decoder. Bridges
+# (norms, time embedder, vae2llm, llm2vae, the latent table) are small and always on the card.
 NEEDED: dict[Phase, tuple[Part, ...]] = {
     "text": ("und", "bridges"),
     "vit": ("und", "vit", "bridges"),
@@ -79,20 +80,14 @@ class Target(_Frozen):
     tasks: tuple[Task, ...] = ("t2i", "edit", "understand", "think")
     budget: Budget = Budget()
     residency: dict[Phase, tuple[Part, ...]] | None = Field(
-        default=None, description="parts on the card in each phase; the others wait in host memory. None: all, always"
+        default=None,
+        description="parts on the card in each phase; the others wait in host memory, and come layer by layer where a"
+        " phase computes with them. None: all, always",
     )
     vae_on_host: bool = Field(
         default=False, description="encode and decode pictures on the CPU, as the official app does"
     )
     export: ExportSettings | None = None
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        for phase, parts in (self.residency or {}).items():
-            missing = [part for part in NEEDED[phase] if part not in parts]
-            if missing:
-                raise ValueError(f"residency of {phase} lacks {', '.join(missing)}, which this phase computes with")
-        return self
 
     @property
     def limit(self) -> float:
@@ -101,7 +96,7 @@ class Target(_Frozen):
 
     def resident(self, phase: Phase) -> tuple[Part, ...] | None:
         """Parts on the card in a phase; None: all."""
-        return None if self.residency is None else self.residency.get(phase)
+        return None if self.residency is None else (*self.residency.get(phase, ()), "bridges")
 
     @classmethod
     def load(cls, path: str | Path) -> Target:

@@ -22,8 +22,8 @@ from bagel.loops import Branches
 from bagel.sampler import Sampler
 from bagel.vae import to_uint8
 from bagel_compress.reports import BudgetReport, PhaseUse
-from bagel_compress.target import GIB, MIB, Part, Phase, Target, Task
-from bagel_compress.validate.fake import RING, Build, check_sizes, fake_model, ring_bytes, text_of
+from bagel_compress.target import GIB, MIB, NEEDED, Part, Phase, Target, Task
+from bagel_compress.validate.fake import CODED, RING, Build, check_sizes, fake_model, ring_bytes, text_of
 from bagel_compress.validate.memory import CUDA_ROUNDING, Peak, Tracker
 
 # What a weight belongs to, by its attribute path in bagel.Bagel; the VAE is a module of its own.
@@ -55,9 +55,10 @@ def predict(build: Build, target: Target, every_layer: bool = False) -> BudgetRe
     check_sizes(build, target.sizes.image)
     with FakeTensorMode():
         model = fake_model(build, every_layer)
-        weights = weight_bytes(model.sampler, model.times)
+        weights = weight_bytes(model.sampler, model.times, coded=False)
+        fixed = weight_bytes(model.sampler, model.times, coded=True)
         phases = tuple(
-            _use(task, peak, weights, ring_bytes(build), target)
+            _use(task, peak, (weights, fixed), ring_bytes(build), target, build.config.llm.num_layers)
             for task in target.tasks
             for peak in run_task(model.sampler, task, target, cache_scale=model.cache_scale)
         )
@@ -85,19 +86,21 @@ def judged_again(report: BudgetReport, target: Target) -> BudgetReport:
     return report.model_copy(update={"overruns": overruns, "advice": tuple(_advice(report, target))})
 
 
-def weight_bytes(sampler: Sampler, times: Mapping[str, int]) -> dict[Part, int]:
+def weight_bytes(sampler: Sampler, times: Mapping[str, int], coded: bool | None = None) -> dict[Part, int]:
     """Bytes of weights by part, as they are held, each storage once and rounded as the allocator does.
 
-    `times`: path of a layer -> how many layers it stands for.
+    `times`: path of a layer -> how many layers it stands for. `coded`: only DF11's codes, or all else.
     """
     tracker = Tracker(lambda tensor: "")
     found: dict[Part, int] = {}
     for path, tensor in _tensors(sampler.bagel):
-        if path.endswith(RING):
+        if path.endswith(RING) or (coded is not None and path.endswith(CODED) != coded):
             continue
         part = next(part for part, pattern in PARTS if re.match(pattern, path))
         many = next((count for layer, count in times.items() if path.startswith(layer)), 1)
         found[part] = found.get(part, 0) + many * tracker.hold([tensor])
+    if coded:
+        return found
     found["vae"] = tracker.hold(tensor for _, tensor in _tensors(sampler.vae))
     return found
 
@@ -200,20 +203,31 @@ class _Phases(Branches):
         super().prefill_vit(contexts, images)
 
 
-def _use(task: Task, peak: Peak, weights: dict[Part, int], ring: int, target: Target) -> PhaseUse:
+def _use(
+    task: Task, peak: Peak, weights: tuple[dict[Part, int], dict[Part, int]], ring: int, target: Target, layers: int
+) -> PhaseUse:
     resident = target.resident(cast(Phase, peak.name))
     if target.vae_on_host and peak.name.startswith("vae"):
         peak = Peak(peak.name, 0, {CACHES: peak.by_category.get(CACHES, 0)})
     if target.vae_on_host:
-        weights = weights | {"vae": 0}
-    parts = {
-        shown: float(sum(weights.get(part, 0) for part in own if resident is None or part in resident))
-        for shown, own in SHOWN.items()
-    }
+        weights = (weights[0] | {"vae": 0}, weights[1])
+    moving, fixed = weights  # DF11's codes stay where they are (residency.py)
+    held = {part: _held(part, size, cast(Phase, peak.name), resident, layers) for part, size in moving.items()}
+    held |= {part: held.get(part, 0) + size for part, size in fixed.items()}
+    parts = {shown: float(sum(held.get(part, 0) for part in own)) for shown, own in SHOWN.items()}
     parts[CACHES] = float(peak.by_category.get(CACHES, 0))
     parts[ACTIVATIONS] = float(peak.by_category.get(ACTIVATIONS, 0) + ring)
     parts[CONTEXT] = float(target.device.context_mib * MIB)
     return PhaseUse(name=f"{task}: {peak.name.replace('_', ' ')}", parts=parts)
+
+
+def _held(part: Part, size: int, phase: Phase, resident: tuple[Part, ...] | None, layers: int) -> int:
+    """Bytes of a part on the card: all of it, one layer of it where it is streamed, or nothing."""
+    if resident is None or part in resident:
+        return size
+    if part not in NEEDED[phase] or part == "embed":
+        return 0
+    return -(-size // layers) if part in ("und", "gen") else size
 
 
 def _overruns(report: BudgetReport) -> Iterator[str]:

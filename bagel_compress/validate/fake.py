@@ -24,15 +24,15 @@ from bagel.text import TextCodec
 from bagel.vae import AutoEncoder, VAEConfig
 from bagel_compress.artifact import Artifact
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Unit
+from bagel_compress.codecs.df11.units import ring_weights
 from bagel_compress.errors import TargetError
 from bagel_compress.plan import Plan
 from bagel_compress.resources import FULL_CONFIGS
 from bagel_compress.spec import PartSpec
 
-DF11_RING_UNITS = 2  # largest units in the decoder's ring (codecs/df11/runtime.py)
 DF11_TYPICAL_BITS = 10.9  # per weight; the published BAGEL build has 19.89 GB of 29.21 (users' figure, DFloat11 card)
 LETTERS_PER_TOKEN = 4
-RING = "scratch_ring"  # the buffer's name in the stand-in's modules
+RING, CODED = "scratch_ring", "coded"  # names of the stand-in's buffers
 ALIKE = 2  # layers made of each kind
 OFFICIAL_VAE = VAEConfig(128, (1, 2, 4, 4), 2, 16)  # of the released ae.safetensors
 
@@ -167,15 +167,14 @@ def fake_sampler(build: Build, dtype: torch.dtype = torch.bfloat16, ring: Tensor
     }
     ring = _ring(build.units) if ring is None else ring
     for stored in build.units:
-        roles = [official_role(s.name) for s in stored.unit.specs]
-        if stored.codec.format == "raw" or any(role.kind not in ("linear", "head") for role in roles):
+        if stored.codec.format == "raw" or not all(_linear(s.name) for s in stored.unit.specs):
             continue
         parts = {name: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]()) for name, p in stored.parts.items()}
         for tensor, module in _linears(stored, parts, biases, ring).items():
             put(bagel, parameter_path(tensor).removesuffix(".weight"), module)
-        if stored.codec.format == "df11" and len({role.layer for role in roles}) > 1:  # the ViT as a whole
-            for i, part in enumerate(parts.values()):
-                bagel.vit.register_buffer(f"unit{i}", part)
+        if stored.codec.format == "df11" and len({official_role(s.name).layer for s in stored.unit.specs}) > 1:
+            for i, part in enumerate(parts.values()):  # the ViT as a whole
+                bagel.vit.register_buffer(f"unit{i}_{CODED}", part)
     return Sampler(bagel.eval(), AutoEncoder(build.vae).eval().requires_grad_(False), FakeText())
 
 
@@ -219,7 +218,7 @@ class _Df11(nn.Module):
         super().__init__()
         self._shape = shape
         self.register_buffer(RING, ring)
-        self.register_buffer("coded", torch.empty(stored_bytes, dtype=torch.uint8))
+        self.register_buffer(CODED, torch.empty(stored_bytes, dtype=torch.uint8))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,14 +227,22 @@ class _Df11(nn.Module):
 
 
 def _ring(units: Sequence[Stored]) -> Tensor | None:
-    largest = max((s.unit.numel for s in units if s.codec.format == "df11"), default=0)
-    return torch.empty(DF11_RING_UNITS * largest, dtype=torch.bfloat16) if largest else None
+    weights = _ring_weights(units)
+    return torch.empty(weights, dtype=torch.bfloat16) if weights else None
 
 
 def ring_bytes(build: Build) -> int:
     """Bytes of the DF11 decoder's scratch ring; 0 without DF11."""
-    largest = max((s.unit.numel for s in build.units if s.codec.format == "df11"), default=0)
-    return DF11_RING_UNITS * largest * 2
+    return 2 * _ring_weights(build.units)
+
+
+def _ring_weights(units: Sequence[Stored]) -> int:
+    coded = [s.unit for s in units if s.codec.format == "df11" and all(_linear(spec.name) for spec in s.unit.specs)]
+    return ring_weights((unit.name, unit.numel) for unit in coded)
+
+
+def _linear(name: str) -> bool:
+    return official_role(name).kind in ("linear", "head")
 
 
 def _likely_parts(codec: Codec, unit: Unit) -> Mapping[str, PartSpec]:

@@ -159,7 +159,7 @@ def test_the_packaged_targets_load():
     [
         ("name: a\ndevice: {name: x, memory_mib: 1}\nspeed: 1", "unknown key 'speed'"),
         ("name: a", "has no device"),
-        ("name: a\ndevice: {name: x, memory_mib: 1}\nresidency: {denoise: [gen]}", "residency of denoise lacks und"),
+        ("name: a\ndevice: {name: x, memory_mib: 1}\nresidency: {denoise: [left]}", "residency.denoise"),
         ("name: a\ndevice: {name: x, memory_mib: -1}", "greater than 0"),
     ],
 )
