@@ -54,7 +54,7 @@ def _verdict(builds: Sequence[Build]) -> str:
             "<div class='verdict pass'><strong>Passed</strong><p>Every build holds the limits of its recipe.</p></div>"
         )
     items = "".join(f"<li>{escape(b.name)}: {escape('; '.join(b.report.broken[:3]))}</li>" for b in failed)
-    count = f"{len(failed)} of {len(builds)} builds do not hold their limits"
+    count = f"{len(builds) - len(failed)} of {len(builds)} builds hold the limits of their recipes"
     return f"<div class='verdict fail'><strong>{count}</strong><ul>{items}</ul></div>"
 
 

@@ -108,17 +108,29 @@ def scatter(title: str, x_label: str, points: Sequence[tuple[str, float, float]]
     path = " ".join(f"{spots[n][0]:.1f},{spots[n][1]:.1f}" for n in front)
     body = [
         _grid(place, low, high),
-        _x_ticks(place, sorted(set(xs)), x_label),
+        _x_ticks(place, _apart(place, sorted(set(xs))), x_label),
         f'<polyline points="{path}" fill="none" style="stroke:var(--c0)"/>',
     ]
-    for name, (x, y) in spots.items():
+    written: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(spots.items(), key=lambda spot: spot[1]):
         colour = "var(--c0)" if name in front else "var(--c5)"
-        anchor = "end" if x > WIDTH * 0.7 else "start"
-        shift = -6 if anchor == "end" else 6
+        crowded = any(abs(x - u) < WIDTH / 3 and abs(y - v) < 12 for u, v in written)
+        left = (x > WIDTH * 0.7) != crowded
+        shift, anchor = (-6, "end") if left else (6, "start")
+        written.append((x, y))
         body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>')
         body.append(f'<text x="{x + shift:.1f}" y="{y - 5:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
     return f'<figure class="chart pareto"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+
+
+def _apart(place: _Place, xs: Sequence[float]) -> list[float]:
+    """Values whose tick labels do not touch."""
+    kept: list[float] = []
+    for x in xs:
+        if not kept or place.x(x) - place.x(kept[-1]) > 26:
+            kept.append(x)
+    return kept
 
 
 def _beats(a: tuple[str, float, float], b: tuple[str, float, float]) -> bool:

@@ -83,9 +83,9 @@ class Family:
 class Counts:
     """How many prompts of each kind the benchmark asks."""
 
-    draw: int = 24
-    ask: int = 24
-    edit: int = 6
+    draw: int = 16
+    ask: int = 14
+    edit: int = 4
     think: int = 4
 
     @property
