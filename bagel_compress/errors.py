@@ -24,7 +24,7 @@ class TargetError(BagelCompressError):
 
 
 class PlanError(BagelCompressError):
-    """A recipe and a checkpoint do not fit together: an unmatched tensor, a rule without tensors, a codec that cannot."""
+    """Recipe and checkpoint do not fit together: an unmatched tensor, an idle rule, a codec that cannot."""
 
 
 class CodecError(BagelCompressError):
