@@ -152,21 +152,14 @@ comfyui_file(open_artifact("{repo}"), Path("{repo.partition("/")[2]}_fp8_e4m3fn_
 
 
 def _onnx(repo: str) -> Snippet:
+    name = repo.partition("/")[2]
     text = f"""
-from pathlib import Path
-from bagel.settings import TextSettings
-from bagel_compress.export.build import export
-from bagel_compress.export.ort_sampler import open_onnx
-from bagel_compress.export.source import Source
-from bagel_compress.hub import fetch
-from bagel_compress.runtime import ExportSettings
-
-export(Source.open(fetch("{repo}")), ExportSettings(), "onnxruntime-cpu", Path("bagel-onnx"))
-sampler = open_onnx("bagel-onnx")
-print(sampler.run(["why is the sky blue?"], output="text", text=TextSettings(max_tokens=64)).text)
+hf download {repo} --local-dir {name}
+bagel-compress export {name} ort-cpu --out {name}-onnx
+bagel-compress ask {name}-onnx "why is the sky blue?" --max-tokens 64
 """
     note = "Compressed weights stay compressed in the graphs. `pip install 'bagel-compress[onnx]'`"
-    return Snippet("ONNX Runtime", text, ("onnx", "onnxscript", "onnxruntime"), note=note)
+    return Snippet("ONNX Runtime", text, ("onnx", "onnxscript", "onnxruntime"), "sh", note)
 
 
 def _part(what: str) -> str:

@@ -73,7 +73,7 @@ def test_it_runs(
             folder = tmp_path / "models" / "bagel" / f"BAGEL-7B-MoT-{recipe}"
             assert (folder / "vae" / "ae.safetensors").exists()
             assert Artifact.open(folder).verify() == []
-        else:
+        elif title == "Command line":
             assert (tmp_path / "teapot.png").exists()
         return
     found = run_python(snippet, artifact)
@@ -141,6 +141,20 @@ def run_python(snippet: Snippet, artifact: Artifact) -> dict[str, object]:
     elif snippet.title != "ComfyUI":
         assert shown.getvalue().strip()
     return names
+
+
+def test_command_lines_are_understood(built: Callable[[str], Artifact]) -> None:
+    """Fast, for those that run for minutes: every verb, option and packaged target on a card exists."""
+    from bagel_compress.cli import _parser
+    from bagel_compress.target import Target
+
+    lines = [line for s in snippets(built("int8-24gb"), "ann/x") if s.language == "sh" for line in s.text.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("bagel-compress")]
+    assert {command[0] for command in commands} == {"generate", "export", "ask"}
+    for command in commands:
+        parsed = _parser().parse_args(command)
+        if command[0] == "export":
+            assert Target.load(parsed.target).export is not None
 
 
 def test_all_snippets_of_all_recipes_are_covered(built: Callable[[str], Artifact]) -> None:
