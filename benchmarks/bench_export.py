@@ -1,9 +1,9 @@
 """One full-size decoder layer as ONNX and as TensorRT engines, beside the torch bf16 layer, and the two samplers.
 
-    python benchmarks/bench_export.py [--quick]
+    python benchmarks/bench_export.py [--quick] [--tokens 1]
 
-Prints a line per variant, then one JSON line: export seconds and memory of the layer, seconds per pass of `gen_layer` at
-1 and 1026 tokens as a ratio to torch bf16, engine build seconds and sizes, and seconds per denoising step of ONNX
+Prints a line per variant, then one JSON line: export seconds and memory of the layer, seconds per pass of `gen_layer`
+at 1 and 1026 tokens as a ratio to torch bf16, engine build seconds and sizes, and seconds per denoising step of ONNX
 Runtime over torch on the tiny checkpoint. Weights are random, of the released shape. Passes of 1026 tokens are timed
 once: they take long on CPUs without bf16 units.
 """
@@ -104,13 +104,14 @@ def target(**settings: Any) -> Target:
 def main() -> None:
     parser = argparse.ArgumentParser(description="ONNX and TensorRT of one full-size layer")
     parser.add_argument("--quick", action="store_true", help="fp32 and int4 only, one round")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="latent tokens of the timed passes")
     args = parser.parse_args()
     rounds = 1 if args.quick else ROUNDS
     layer = random_layer()
     out = Path(tempfile.mkdtemp(prefix="bench-export-"))
     wanted = [v for v in VARIANTS if not args.quick or v[0] in ("fp32", "int4")]
     try:
-        result: dict[str, Any] = {"torch": torch_times(layer, rounds), "onnx": {}, "engines": {}}
+        result: dict[str, Any] = {"torch": torch_times(layer, args.tokens, rounds), "onnx": {}, "engines": {}}
         for name, codec, settings in wanted:
             result["onnx"][name] = measure_onnx(layer, codec, settings, out / "onnx", result["torch"], rounds)
             print(name, result["onnx"][name], flush=True)
@@ -136,14 +137,14 @@ def random_layer() -> MoTLayer:
 # --- ONNX Runtime beside torch ----------------------------------------------------------------------------------------
 
 
-def torch_times(layer: MoTLayer, rounds: int) -> dict[str, float]:
+def torch_times(layer: MoTLayer, lengths: list[int], rounds: int) -> dict[str, float]:
     """Seconds of the torch bf16 layer with all rows in the generation expert but two, as in denoising."""
 
     def attend(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention([q], [k], [v], causal=False)
 
     times = {}
-    for tokens in TOKENS:
+    for tokens in lengths:
         rows = torch.randn(2 + tokens, LLM.hidden_size).bfloat16()
         rope = rope_table(torch.zeros(len(rows)), LLM.head_dim, LLM.rope_theta, torch.bfloat16)
         count = rounds if tokens < LONG else 1
@@ -160,10 +161,13 @@ def measure_onnx(
             if len(spec.shape) == 2:
                 source.coded(path)  # quantising is not the export's time
     before = anonymous_gb()
+    cpu = time.process_time()
     folder, took, peak = exported(source, settings, out)
+    cpu = time.process_time() - cpu
     sessions = Sessions(folder, threads=torch.get_num_threads())
-    row = {"export_s": round(took, 2), "export_gb": round(peak - before, 2), "disk_gb": round(disk_gb(folder), 3)}
-    for tokens in TOKENS:
+    row = {"export_s": round(took, 2), "export_cpu_s": round(cpu, 2), "export_gb": round(peak - before, 2)}
+    row["disk_gb"] = round(disk_gb(folder), 3)
+    for tokens in map(int, torch_seconds):
         feeds = layer_inputs(tokens, settings.get("precision", "fp32") == "fp16")
         count = rounds if tokens < LONG else 1
         value = seconds(lambda f=feeds: sessions.run("gen_layer_00", f), count)  # type: ignore[misc]
@@ -209,11 +213,16 @@ def measure_engine(layer: MoTLayer, codec: str, out: Path) -> dict[str, Any]:
     entry = folder.manifest.blocks["gen_layer_00"]
     rtx = target(runtime="tensorrt-rtx", precision="bf16", capabilities=("sm89", "sm120")).export
     assert rtx is not None
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     engine = build_engine("gen_layer_00", entry, folder.path / entry.model, rtx, folder.manifest.axes)
-    took = time.perf_counter() - begun
+    took, cpu = time.perf_counter() - begun, time.process_time() - cpu
     shutil.rmtree(out)
-    return {"build_s": round(took, 2), "engine_mb": round(len(engine.data) / 1e6), "experts": 2}
+    return {
+        "build_s": round(took, 2),
+        "build_cpu_s": round(cpu, 2),
+        "engine_mb": round(len(engine.data) / 1e6),
+        "experts": 2,
+    }
 
 
 # --- the samplers -----------------------------------------------------------------------------------------------------
