@@ -8,7 +8,7 @@ from html import escape
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 12, 30
-COLOURS = 6  # --c0 .. --c5 in the page's style
+COLOURS = 7  # --c0 .. --c6 in the page's style
 Points = Sequence[tuple[float, float]]
 
 

@@ -53,23 +53,24 @@ def require_card(device: str, target: Target) -> str:
 
 @dataclass(slots=True)
 class _Readings:
-    """Peak of each phase; a phase ends where the next one begins."""
+    """Peak of each phase, in the order they first began; a phase ends where the next one begins."""
 
     device: torch.device
-    peaks: list[int] = field(default_factory=list)
-    begun: bool = False
+    peaks: dict[str, int] = field(default_factory=dict)
+    phase: str = ""
 
     def enter(self, phase: str) -> None:
         self.close()
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.begun = True
+        self.phase = phase
 
     def close(self) -> None:
-        if self.begun:
+        if self.phase:
             torch.cuda.synchronize(self.device)
             free, total = torch.cuda.mem_get_info(self.device)
             outside = total - free - torch.cuda.memory_reserved(self.device)
-            self.peaks.append(torch.cuda.max_memory_allocated(self.device) + outside)
+            peak = torch.cuda.max_memory_allocated(self.device) + outside
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), peak)
 
 
 def _peaks(sampler: Sampler, task: str, target: Target, device: torch.device) -> list[int]:
@@ -77,4 +78,4 @@ def _peaks(sampler: Sampler, task: str, target: Target, device: torch.device) ->
     with torch.no_grad():
         run_passes(sampler, task, target, readings.enter)  # type: ignore[arg-type]
     readings.close()
-    return readings.peaks
+    return list(readings.peaks.values())

@@ -39,6 +39,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self._scale = scale or {}
         self.peaks: list[Peak] = []
+        self._current: Peak | None = None
         self._category, self._rounding = category, rounding
         self._living: dict[int, tuple[str, int]] = {}
         self._now: dict[str, int] = {}
@@ -55,8 +56,10 @@ class Tracker(TorchDispatchMode):
         return total
 
     def enter(self, phase: str) -> None:
-        """From here on peaks are of this phase; what lives goes on counting."""
-        self.peaks.append(Peak(phase))
+        """From here on peaks are of this phase (again, if it was there before); what lives goes on counting."""
+        self._current = next((peak for peak in self.peaks if peak.name == phase), None) or Peak(phase)
+        if self._current not in self.peaks:
+            self.peaks.append(self._current)
         self._mark()
 
     @property
@@ -88,9 +91,9 @@ class Tracker(TorchDispatchMode):
             self._now[category] -= size
 
     def _mark(self) -> None:
-        if self.peaks and self.total >= self.peaks[-1].total:
-            self.peaks[-1].total = self.total
-            self.peaks[-1].by_category = dict(self._now)
+        if self._current is not None and self.total >= self._current.total:
+            self._current.total = self.total
+            self._current.by_category = dict(self._now)
 
     def _rounded(self, tensor: Tensor) -> int:
         return -(-tensor.untyped_storage().nbytes() // self._rounding) * self._rounding
