@@ -39,6 +39,20 @@ def emit(args: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:
     print(json.dumps(data, indent=2) if args.json else text)
 
 
+def add_verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
+    """A verb's parser: `text` is its line in the list of verbs and its description; examples stand below the help."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"examples:\n  {examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    return parser
+
+
+def say(message: str) -> None:
+    """A line about what is being done, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 

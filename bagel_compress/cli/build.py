@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.cli import add_json, emit
+from bagel_compress.cli import add_json, add_verb, emit
 
 if TYPE_CHECKING:
     from bagel_compress.artifact import Artifact
@@ -21,7 +21,7 @@ _SOURCE = "checkpoint folder, .safetensors file or Hub id (owner/name[@revision]
 
 def register(verbs: Any) -> None:
     """Adds this group's parsers to `verbs` (an argparse sub-parsers action)."""
-    plan = _verb(
+    plan = add_verb(
         verbs, "plan", "decide codec and shard of every tensor; reads no weights",
         "bagel-compress plan nf4-12gb\n  bagel-compress plan recipes/nf4.yaml --source BAGEL-7B-MoT --json",
     )  # fmt: skip
@@ -29,7 +29,7 @@ def register(verbs: Any) -> None:
     add_json(plan)
     plan.set_defaults(verb=_plan)
 
-    compress = _verb(
+    compress = add_verb(
         verbs, "compress", "build an artifact; run again to go on after an interruption",
         "bagel-compress compress recipes/nf4.yaml --source BAGEL-7B-MoT --out out/nf4\n"
         "  bagel-compress compress fp8-24gb --source my-finetune --base BAGEL-7B-MoT --lora my-lora --out out/mine",
@@ -41,7 +41,7 @@ def register(verbs: Any) -> None:
     add_json(compress)
     compress.set_defaults(verb=_compress)
 
-    inspect = _verb(
+    inspect = add_verb(
         verbs, "inspect", "sizes of a checkpoint or artifact per component, expert and codec",
         "bagel-compress inspect out/nf4 --verify\n  bagel-compress inspect BAGEL-7B-MoT",
     )  # fmt: skip
@@ -51,7 +51,7 @@ def register(verbs: Any) -> None:
     add_json(inspect)
     inspect.set_defaults(verb=_inspect)
 
-    comfyui = _verb(
+    comfyui = add_verb(
         verbs, "comfyui", "write an artifact of recipe fp8-comfyui as ComfyUI's single file",
         "bagel-compress comfyui out/fp8-comfyui --out BAGEL-7B-MoT_fp8_e4m3fn_scaled.safetensors",
     )  # fmt: skip
@@ -60,7 +60,7 @@ def register(verbs: Any) -> None:
     add_json(comfyui)
     comfyui.set_defaults(verb=_comfyui)
 
-    synth = _verb(
+    synth = add_verb(
         verbs, "synth", "write a synthetic checkpoint of the true shape",
         "bagel-compress synth 7b-mot --layers 2 --out out/synth2\n  bagel-compress synth tiny --out out/tiny --seed 1",
     )  # fmt: skip
@@ -69,14 +69,6 @@ def register(verbs: Any) -> None:
     synth.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     synth.add_argument("--seed", type=int, default=0)
     synth.set_defaults(verb=_synth)
-
-
-def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"examples:\n  {examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    return parser
 
 
 def _recipe(parser: argparse.ArgumentParser, without: str) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.cli import add_json, emit
+from bagel_compress.cli import add_json, emit, say
 from bagel_compress.cli.build import open_checkpoint, progress_bar
 from bagel_compress.cli.export import follow_recipe
 from bagel_compress.cli.judge import table
@@ -87,7 +86,7 @@ def _demo(args: argparse.Namespace) -> int:
     cases = load_cases([resource("exports") / "cases" / "nano" / f"{name}.yaml" for name in DEMO_CASES])
     if not args.json:
         print(make_plan(Checkpoint.open(source), Recipe.load(recipes[0])).table(), end="\n\n", flush=True)
-    family = compare_recipes(source, recipes, cases, out, Counts(), _say)
+    family = compare_recipes(source, recipes, cases, out, Counts(), say)
     page = out / "report.html"
     page.write_text(render(f"{DEMO_MODEL}, {len(recipes)} ways smaller", family, out), encoding="utf-8")
     passed = all(build.report.passed for build in family.builds)
@@ -118,8 +117,8 @@ def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argpar
     from bagel_compress.validate.judge import record_source, validate_artifact
 
     if args.trace is None:
-        record_source(checkpoint, load_cases(args.cases or [_cases(checkpoint)]), trace, args.device, progress=_say)
-    return validate_artifact(artifact.path, [trace], checkpoint, args.device, _say)
+        record_source(checkpoint, load_cases(args.cases or [_cases(checkpoint)]), trace, args.device, progress=say)
+    return validate_artifact(artifact.path, [trace], checkpoint, args.device, say)
 
 
 def _cases(checkpoint: Checkpoint) -> Path:
@@ -129,7 +128,3 @@ def _cases(checkpoint: Checkpoint) -> Path:
     cases = resource("exports") / "cases"
     small = checkpoint.shapes["latent_pos_embed.pos_embed"][0] < FULL_LATENT_ROWS
     return cases / "tiny" if small else cases
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.cli import add_json, emit
+from bagel_compress.cli import add_json, add_verb, emit, say
 
 if TYPE_CHECKING:
     from bagel_compress.reports import BudgetReport, ParityReport
@@ -20,7 +19,7 @@ _SHORT = {
 
 def register(verbs: Any) -> None:
     """Adds this group's parsers to `verbs` (an argparse sub-parsers action)."""
-    trace = _verb(
+    trace = add_verb(
         verbs, "trace", "record what the full-precision model does, case by case; run again to go on",
         "bagel-compress trace exports/cases --source BAGEL-7B-MoT --out bagel.trace.safetensors --device cuda",
     )  # fmt: skip
@@ -36,7 +35,7 @@ def register(verbs: Any) -> None:
     add_json(trace)
     trace.set_defaults(verb=_trace)
 
-    validate = _verb(
+    validate = add_verb(
         verbs, "validate", "compare an artifact with its reference and write report.html; exit 1 on a broken limit",
         "bagel-compress validate out/nf4 --trace bagel.trace.safetensors\n"
         "  bagel-compress validate out/nf4 --trace a.safetensors b.safetensors --source BAGEL-7B-MoT",
@@ -45,7 +44,7 @@ def register(verbs: Any) -> None:
     validate.add_argument("--source", metavar="DIR", help="the checkpoint, to attribute errors to components")
     validate.set_defaults(verb=_validate)
 
-    check = _verb(
+    check = add_verb(
         verbs, "check", "validate and budget in one, for CI; exit 1 and a sentence per broken limit",
         "bagel-compress check out/nf4 --trace bagel.trace.safetensors --target 12gb",
     )  # fmt: skip
@@ -55,7 +54,7 @@ def register(verbs: Any) -> None:
     )
     check.set_defaults(verb=_check)
 
-    budget = _verb(
+    budget = add_verb(
         verbs, "budget", "peak memory on a card, phase by phase; needs no GPU; exit 1 if it does not fit",
         "bagel-compress budget nf4 --target 12gb 16gb\n  bagel-compress budget out/nf4 --target h100 --device cuda",
     )  # fmt: skip
@@ -70,20 +69,12 @@ def register(verbs: Any) -> None:
     add_json(budget)
     budget.set_defaults(verb=_budget)
 
-    report = _verb(
+    report = add_verb(
         verbs, "report", "draw report.html again from the reports beside an artifact", "bagel-compress report out/nf4"
     )
     report.add_argument("artifact", metavar="ARTIFACT")
     add_json(report)
     report.set_defaults(verb=_report)
-
-
-def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"examples:\n  {examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    return parser
 
 
 def _device(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +96,7 @@ def _trace(args: argparse.Namespace) -> int:
 
     floors = {"all": ("repeat", "kernel", "dtype"), "kernel": ("repeat", "kernel"), "none": ()}[args.floor]
     dtype = getattr(torch, args.dtype)
-    file = record_source(args.source, load_cases(args.cases), args.out, args.device, dtype, floors, _say)
+    file = record_source(args.source, load_cases(args.cases), args.out, args.device, dtype, floors, say)
     size = file.path.stat().st_size
     data = {
         "trace": str(file.path),
@@ -120,7 +111,7 @@ def _trace(args: argparse.Namespace) -> int:
 def _validate(args: argparse.Namespace) -> int:
     from bagel_compress.validate.judge import validate_artifact
 
-    report = validate_artifact(args.artifact, args.trace, args.source, args.device, _say)
+    report = validate_artifact(args.artifact, args.trace, args.source, args.device, say)
     page = Path(args.artifact) / "report.html"
     emit(args, report.model_dump(mode="json") | {"passed": report.passed, "page": str(page)}, table(report, page))
     return 0 if report.passed else 1
@@ -129,7 +120,7 @@ def _validate(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from bagel_compress.validate.gate import check
 
-    report, budgets = check(args.artifact, args.trace, args.target, args.device, _say)
+    report, budgets = check(args.artifact, args.trace, args.target, args.device, say)
     page = Path(args.artifact) / "report.html"
     passed = report.passed and not any(b.broken for b in budgets)
     data = {"passed": passed, "parity": report.model_dump(mode="json"), "page": str(page)}
@@ -190,7 +181,3 @@ def table(report: ParityReport, page: Path) -> str:
         lines.append(f"{row.metric:<18}{row.case or 'all':<18}{number(row.value):>10}{floor:>10}{limit:>12}{mark}")
     lines += [*report.faults, *report.broken]
     return "\n".join([*lines, f"{report.name}: {'passed' if report.passed else 'did not pass'}", f"{page}"])
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)

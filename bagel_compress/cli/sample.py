@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.cli import add_json, emit
+from bagel_compress.cli import add_json, add_verb, emit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,10 +58,7 @@ def register(verbs: Any) -> None:
 
 
 def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"examples:\n  {examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = add_verb(verbs, name, text, examples)
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")

@@ -8,16 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bagel_compress.cli import add_json, emit
+from bagel_compress.cli import add_json, add_verb, emit
 
 
 def register(verbs: Any) -> None:
     """Adds this group's parsers to `verbs` (an argparse sub-parsers action)."""
-    card = _verb(verbs, "card", "print the model card that publish would write", "bagel-compress card out/nf4 me/repo")
+    card = add_verb(
+        verbs, "card", "print the model card that publish would write", "bagel-compress card out/nf4 me/repo"
+    )
     _what(card)
     card.set_defaults(verb=_card)
 
-    publish = _verb(
+    publish = add_verb(
         verbs, "publish", "gates, card, upload, and a check of what arrived",
         "bagel-compress publish out/nf4 me/BAGEL-7B-MoT-NF4 --dry-run\n"
         "  bagel-compress publish out/nf4 me/BAGEL-7B-MoT-NF4 --collection 'BAGEL-7B-MoT builds'\n"
@@ -36,7 +38,7 @@ def register(verbs: Any) -> None:
     add_json(publish)
     publish.set_defaults(verb=_publish)
 
-    verify = _verb(
+    verify = add_verb(
         verbs, "verify", "is it byte for byte what was released? exit 1 if not",
         "bagel-compress verify out/nf4\n  bagel-compress verify me/BAGEL-7B-MoT-NF4 --full --key publisher.pem",
     )  # fmt: skip
@@ -46,7 +48,7 @@ def register(verbs: Any) -> None:
     add_json(verify)
     verify.set_defaults(verb=_verify)
 
-    batch = _verb(
+    batch = add_verb(
         verbs, "batch", "several recipes over several checkpoints; run again to go on after an interruption",
         "bagel-compress batch builds.yaml\n  bagel-compress batch builds.yaml --jobs 2 --executor ray",
     )  # fmt: skip
@@ -55,14 +57,6 @@ def register(verbs: Any) -> None:
     batch.add_argument("--executor", choices=("local", "ray"), default="local", help="where jobs run (extra: ray)")
     add_json(batch)
     batch.set_defaults(verb=_batch)
-
-
-def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"examples:\n  {examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    return parser
 
 
 def _what(parser: argparse.ArgumentParser) -> None:
