@@ -24,7 +24,9 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"cli", "pytest_plugin", "__main__"}),
 )
 HEAVY = {"torch", "numba", "bitsandbytes", "onnx", "onnxruntime", "tensorrt_rtx", "triton", "huggingface_hub"}
-OPTIONAL = HEAVY - {"torch", "numba"} | {"flash_attn", "ray", "tensorrt", "compressed_tensors", "dfloat11", "pytest"}
+OPTIONAL = (HEAVY - {"torch", "numba"}) | {
+    "flash_attn", "ray", "tensorrt", "compressed_tensors", "dfloat11", "pytest",
+}  # fmt: skip
 
 
 def level(module: str) -> int:
