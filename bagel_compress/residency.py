@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bagel.sampler import Sampler
-from bagel_compress.target import Part, Phase
+from bagel_compress.target import Part, Phase, Target
 
 # Groups that come and go as one: an expert of a layer, and the parts outside of the decoder.
 _GROUPS: tuple[tuple[str, Part], ...] = (
@@ -44,6 +44,18 @@ _PASSES: dict[str, Phase] = {
 def reside(sampler: Sampler, plan: Mapping[Phase, tuple[Part, ...]], device: torch.device | str) -> Residency:
     """Lets a sampler follow a plan on `device`; the sampler may be loaded there or on the CPU. Changes it in place."""
     return Residency(sampler, plan, torch.device(device))
+
+
+def place(sampler: Sampler, target: Target, device: torch.device | str) -> Residency | None:
+    """Puts a sampler on a device as a target says: all of it, by its residency plan, its VAE on the CPU or not.
+
+    The sampler may be loaded on the CPU or on that device (DF11 only there). Changes it in place.
+    """
+    if target.residency is not None:
+        return reside(sampler, target.residency, device)
+    sampler.bagel.to(device)
+    sampler.vae.to("cpu" if target.vae_on_host else device)
+    return None
 
 
 @dataclass(slots=True)

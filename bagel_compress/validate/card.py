@@ -15,6 +15,7 @@ from bagel_compress.artifact import Artifact
 from bagel_compress.errors import TargetError
 from bagel_compress.load import load
 from bagel_compress.reports import BudgetReport
+from bagel_compress.residency import place
 from bagel_compress.target import Target
 from bagel_compress.validate.budget import judged_again, run_passes
 from bagel_compress.validate.fake import FakeText
@@ -24,11 +25,12 @@ from bagel_compress.validate.latency import timings
 def measured(artifact: Artifact, predicted: BudgetReport, target: Target, device: str) -> BudgetReport:
     """The report with measured peaks and times. Raises TargetError unless `device` is the card of the target."""
     name = require_card(device, target)
-    loaded = load(artifact, device)
-    if target.vae_on_host:
-        loaded.vae.to("cpu")
-    sampler = Sampler(loaded.bagel, loaded.vae, FakeText())
-    peaks = [peak for task in target.tasks for peak in _peaks(sampler, task, target, torch.device(device))]
+    coded = any(unit.codec.format == "df11" for unit in artifact.manifest.units.values())
+    loaded = load(artifact, device if coded else "cpu")
+    place(loaded, target, device)
+    text, loaded.text = loaded.text, FakeText()
+    peaks = [peak for task in target.tasks for peak in _peaks(loaded, task, target, torch.device(device))]
+    loaded.text = text
     phases = tuple(
         phase.model_copy(update={"measured": float(peak)}) for phase, peak in zip(predicted.phases, peaks, strict=True)
     )

@@ -202,7 +202,7 @@ def test_a_card_that_is_too_small_closes_the_gate_and_says_what_would_help(tmp_p
 def test_a_missing_card_is_predicted_and_never_measured():
     with pytest.raises(TargetError, match="leave --device away for a prediction"):
         require_card("cpu", TINY_TARGET)
-    assert predict(build_of(Recipe.parse(RAW, "raw")), TINY_TARGET).measured_on is None
+    assert predict(build_of(Recipe.parse(RAW, "raw")), replace_tasks(TINY_TARGET, "t2i")).measured_on is None
 
 
 def test_weight_bytes_count_a_layer_as_often_as_it_occurs():

@@ -9,8 +9,8 @@ from tiny_suite import PICTURES
 
 from bagel.flow import FlowSettings
 from bagel.sampler import Sampler, TextSettings
-from bagel_compress.residency import reside
-from bagel_compress.target import NEEDED
+from bagel_compress.residency import place, reside
+from bagel_compress.target import NEEDED, Device, Target
 
 FLOW = FlowSettings(num_timesteps=4, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0))
 NOTHING = {}
@@ -83,3 +83,13 @@ def test_coded_weights_move_as_they_are_stored(reference, plain):
     reside(sampler, NEEDED_ONLY, "cpu")
     assert sampler.bagel.layers[1].gen.down_proj.codes.is_meta
     assert torch.equal(run_all(sampler)[1], run_all(beside)[1])
+
+
+def test_a_target_places_a_model(reference, plain):
+    card = Device(name="x", memory_mib=1)
+    host = own(reference)
+    assert place(host, Target(name="a", device=card, vae_on_host=True), "cpu") is None
+    assert torch.equal(run_all(host)[1], plain[1])
+    moved = own(reference)
+    assert place(moved, Target(name="b", device=card, residency=NEEDED_ONLY), "cpu") is not None
+    assert torch.equal(run_all(moved)[1], plain[1])
