@@ -103,8 +103,7 @@ class Manifest(_Entry):
 
     def to_bytes(self) -> bytes:
         """The file's content: deterministic JSON."""
-        data = self.model_dump(mode="json", by_alias=True)
-        return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+        return self.model_dump_json(indent=1, by_alias=True).encode() + b"\n"
 
     @cached_property
     def unit_of(self) -> dict[str, str]:

@@ -62,7 +62,11 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, object]:
         for name in ("cp", "cp synced", *(args.codec or CODECS)):
             warm(weights)
             os.sync()
-            result = copy(weights, work, name == "cp synced") if name.startswith("cp") else build(name, source, work)
+            result = (
+                copy([weights, source / "ae.safetensors"], work, name == "cp synced")
+                if name.startswith("cp")
+                else build(name, source, work)
+            )
             runs.setdefault(name, []).append(result)
             print(f"{name:<17} {nbytes / 1e9 / result['seconds']:6.3f} GB/s {result}", file=sys.stderr, flush=True)
     seconds = {name: statistics.median(r["seconds"] for r in found) for name, found in runs.items()}
@@ -95,15 +99,17 @@ def warm(path: Path) -> None:
             pass
 
 
-def copy(weights: Path, work: Path, synced: bool) -> dict[str, float]:
+def copy(files: list[Path], work: Path, synced: bool) -> dict[str, float]:
+    """`cp` of what a build reads: the weights, and the VAE that it copies too."""
     target = work / "copy"
+    target.mkdir()
     start, before = time.perf_counter(), os.times()
-    subprocess.run(["cp", str(weights), str(target)], check=True)
-    if synced:
-        with target.open("rb+") as file:
+    subprocess.run(["cp", *map(str, files), str(target)], check=True)
+    for path in target.iterdir() if synced else ():
+        with path.open("rb+") as file:
             os.fsync(file.fileno())
     seconds, after = time.perf_counter() - start, os.times()
-    target.unlink()
+    shutil.rmtree(target)
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2)}
 
