@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,6 +51,8 @@ PARTS = {
     "lm_head": "{kind: head}",
     "everything linear": "{kind: [linear, head]}",
 }
+
+PARTS_SHOWN = (*(("nf4", name) for name in PARTS), *(("int4", f"{which} expert") for which in ("und", "gen")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +134,10 @@ def main() -> int:
     for recipe in recipes:
         rows.append(_row(recipe, subject))
         print(f"{rows[-1].name}: {rows[-1].psnr:.1f} dB", file=sys.stderr)
-    for codec in ("nf4", "int4"):
-        for name, match in PARTS.items():
-            recipe = Recipe.parse(_partial(match, codec), "table")
-            row = _row(recipe, thirds)
-            parts.append(
-                Row(f"{codec.upper()} {name}", row.bytes, row.velocity, row.kl, row.psnr, row.same, row.scores)
-            )
-            print(f"{parts[-1].name}: {parts[-1].psnr:.1f} dB", file=sys.stderr)
+    for codec, name in PARTS_SHOWN:
+        row = _row(Recipe.parse(_partial(PARTS[name], codec), "table"), thirds)
+        parts.append(replace(row, name=f"{codec.upper()} {name}"))
+        print(f"{parts[-1].name}: {parts[-1].psnr:.1f} dB", file=sys.stderr)
     text = _markdown(rows, parts, subject, thirds)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
