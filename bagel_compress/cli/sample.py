@@ -61,6 +61,9 @@ def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentP
     parser = add_verb(verbs, name, text, examples)
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    parser.add_argument(
+        "--target", metavar="T", help="place the model as this target says (which part is on the card when)"
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the CPU generator; the same seed gives the same picture"
@@ -184,16 +187,20 @@ def _read_image(path: Path) -> Image:
 
 
 def _opened(args: argparse.Namespace) -> Loops:
-    if (Path(args.model) / "export.json").is_file():
-        from bagel_compress.export.ort_sampler import open_onnx
-
-        return open_onnx(args.model, None if args.device == "auto" else args.device.partition(":")[0])
-
+    """The model on the device; with --target, placed by that target's residency plan from host memory."""
     import torch
 
     from bagel_compress.load import open_model
+    from bagel_compress.residency import place
+    from bagel_compress.target import Target
 
-    return open_model(args.model, device_of(args.device), {"bf16": None, "fp32": torch.float32}[args.dtype])
+    device, dtype = device_of(args.device), {"bf16": None, "fp32": torch.float32}[args.dtype]
+    if args.target is None:
+        return open_model(args.model, device, dtype)
+    target = Target.load(args.target)
+    sampler = open_model(args.model, "cpu", dtype)
+    place(sampler, target, device)
+    return sampler
 
 
 def device_of(name: str) -> str:
