@@ -187,7 +187,12 @@ def _read_image(path: Path) -> Image:
 
 
 def _opened(args: argparse.Namespace) -> Loops:
-    """The model on the device; with --target, placed by that target's residency plan from host memory."""
+    """The model on the device, or an export on its runtime; --target places the model by that target's residency plan."""
+    if (Path(args.model) / "export.json").is_file():
+        from bagel_compress.export.ort_sampler import open_onnx
+
+        return open_onnx(args.model, None if args.device == "auto" else args.device.partition(":")[0])
+
     import torch
 
     from bagel_compress.load import open_model
