@@ -187,7 +187,7 @@ def _read_image(path: Path) -> Image:
 
 
 def _opened(args: argparse.Namespace) -> Loops:
-    """The model on the device, or an export on its runtime; --target places the model by that target's residency plan."""
+    """The model on the device, or an export on its runtime; --target places the model by its residency plan."""
     if (Path(args.model) / "export.json").is_file():
         from bagel_compress.export.ort_sampler import open_onnx
 
