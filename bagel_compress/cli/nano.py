@@ -37,7 +37,7 @@ def register(verbs: Any) -> None:
 
     parser = verbs.add_parser(
         "train-nano",
-        help="train BAGEL-nano from seeds on CPU (hours)",
+        help="train BAGEL-nano from seeds on CPU (about an hour)",
         description="Train BAGEL-nano from its seeds: autoencoder, then understanding, then all tasks. Saves its state"
         " every three minutes; the same command goes on from there. Same machine and thread count: the same weights.",
     )
