@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Value = Any  # onnxruntime.OrtValue
 # ONNX element types (onnx.proto, TensorProto.DataType) by precision; onnx itself is not needed to run.
 ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16}
+# It joins MatMul and bias before codes are fused into the product; the matrix is then unpacked in every pass.
+HARMFUL = ["MatMulAddFusion"]
 EXCLUSIVE = ("und_layer", "gen_layer")  # kinds that no pass uses together
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -92,7 +94,9 @@ class Sessions:
             options = self._options()
             path = str(self.folder.path / entry.model)
             try:
-                self._sessions[block] = self._ort.InferenceSession(path, options, providers=[PROVIDERS[self.device]])
+                self._sessions[block] = self._ort.InferenceSession(
+                    path, options, providers=[PROVIDERS[self.device]], disabled_optimizers=HARMFUL
+                )
             except self._failures() as error:
                 raise ExportError(
                     f"block {block}: onnxruntime {self._ort.__version__} on {self.device} rejects {entry.model}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.errors import ExportError
 from bagel_compress.export.forms import form_of, pack_int4
 from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.export.ort_session import Sessions
+from bagel_compress.export.ort_session import HARMFUL, Sessions
 from bagel_compress.export.source import Source
 from bagel_compress.load import open_model
 from bagel_compress.runtime import ExportSettings
@@ -138,6 +139,22 @@ def test_graphs_use_the_standard_operators(artifact: Callable[[str], Path], make
     nodes = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
     assert len(nodes) == 14
     assert all(n.attribute[0].i == 1 for n in nodes if n.attribute[0].name == "axis")
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_no_matrix_is_unpacked_in_every_pass(
+    codec: str, artifact: Callable[[str], Path], make: Callable[..., ExportFolder], tmp_path: Path
+) -> None:
+    """The runtime reads codes inside its products; a DequantizeLinear that is left unpacks a matrix each time."""
+    folder = make(Source.open(artifact(codec)), blocks=LAYERS)
+    sessions = Sessions(folder, threads=1)
+    options = sessions._options()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    graph = str(folder.path / "gen_layer_00.onnx")
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=HARMFUL)
+    left = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node]
+    assert left.count("MatMulNBits") == 14
+    assert "DequantizeLinear" not in left
 
 
 def test_nf4_bytes_are_those_of_the_artifact(
