@@ -1,6 +1,6 @@
 """Every recipe on BAGEL-nano: bytes, step errors, pictures, answers and scores; and what each component costs.
 
-    python benchmarks/nano_table.py [--quick] [--out docs/nano_table.md]
+    python benchmarks/nano_table.py [--share N] [--out docs/nano_table.md]
 
 Weights are coded and decoded by the codecs and computed in fp32, so that only the coding error is seen: the table says
 what a format does to the model, not what a kernel does. A lossless build is checked for equal weights and not run.
@@ -118,11 +118,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--out", type=Path, help="Markdown file to write (default: standard output)")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the prompts")
+    parser.add_argument("--share", type=int, default=1, help="use one prompt in SHARE (default 1: all)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    share = 5 if args.quick else 1
+    share = args.share
     benchmark = nano_benchmark(240 // share, 168 // share, 100 // share, 60 // share)
     checkpoint = Checkpoint.open(args.source)
     original = open_model(args.source, dtype=torch.float32)
