@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -25,9 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code: int = args.verb(args)
+        sys.stdout.flush()
     except (BagelCompressError, BagelError) as error:
         print(f"bagel-compress: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("bagel-compress: interrupted; the same command goes on from there.", file=sys.stderr)
         return 130
