@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from bagel.loading import load_vae
+from bagel.nano.detector import read
+from bagel.nano.scenes import render, sample_scene
+from bagel.nano.vae_train import reconstruct
+from bagel.vae import to_uint8
 from bagel_compress.load import open_model
-from bagel_compress.validate.nano import nano_benchmark
+from bagel_compress.validate.nano import Shown, nano_benchmark
 from bagel_compress.validate.scores import Scores, run
 
 CHECKPOINT = Path(__file__).parents[2] / "bagel_compress" / "data" / "BAGEL-nano"
@@ -28,6 +34,16 @@ def test_it_draws_answers_and_plans() -> None:
     found = scores(24, 21, 0, 6)
     for category in ("one", "two", "ask", "think"):
         assert found.mean(category) >= TARGETS[category], category
+
+
+def test_the_autoencoder_holds_every_shape() -> None:
+    rng = np.random.default_rng(77)
+    scenes = [sample_scene(rng) for _ in range(100)]
+    images = to_uint8(
+        reconstruct(load_vae(CHECKPOINT, torch.device("cpu")), np.stack([render(s) for s in scenes]), seed=1)
+    )
+    read_back = [Shown.seen(read(image)) for image in images.permute(0, 2, 3, 1).numpy()]
+    assert sum(a == Shown.of(b) for a, b in zip(read_back, scenes, strict=True)) >= 98
 
 
 @pytest.mark.slow
