@@ -100,9 +100,12 @@ def kinds_for(scene: Scene) -> tuple[str, ...]:
     return QUESTIONS if len(scene.things) == 2 else QUESTIONS[:-1]
 
 
-def sample_edit(rng: np.random.Generator, kind: str) -> Edit:
-    """A scene, an instruction of this kind and its result. The tint of an unchanged background is kept."""
-    scene = sample_scene(rng, {"remove": 2, "move": 1}.get(kind))
+def sample_edit(rng: np.random.Generator, kind: str, count: int | None = None) -> Edit:
+    """A scene, an instruction of this kind and its result. The tint of an unchanged background is kept.
+
+    `count`: of things, where the kind leaves it open (two can be removed from, one can be moved).
+    """
+    scene = sample_scene(rng, {"remove": 2, "move": 1}.get(kind, count))
     index = int(rng.integers(len(scene.things)))
     thing = scene.things[index]
     if kind == "recolor":

@@ -1,4 +1,4 @@
-"""From seeds to a checkpoint folder: autoencoder, latents, the three phases of the model, export.
+"""From seeds to a checkpoint folder: autoencoder, latents, the phases of the model, export.
 
 `reproduce` yields after every step, writes its state every few minutes and at the end of every stage, and goes on from
 the state it finds. Same machine, thread count and recipe: the same bytes. The device is the CPU, in fp32.
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bagel.nano import export, tokens, vae_train
-from bagel.nano.batches import Pool, make_pool, with_more_edits
+from bagel.nano.batches import Pool, make_pool
 from bagel.nano.train import PHASES, UNDERSTANDING, ModelRecipe, ModelTrainer, Progress
 from bagel.nano.vae_train import VAETrainer
 from bagel.text import TextCodec
@@ -31,8 +31,7 @@ class NanoRecipe:
     vae: vae_train.Recipe = field(default_factory=vae_train.Recipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)
     scenes: int = 5000
-    edits: int = 2400
-    more_edits: tuple[str, ...] = ("recolor", "remove", "background", "recolor", "remove", "move") * 500
+    edits: int = 8000
     pool_seed: int = 1
 
 
@@ -60,8 +59,6 @@ def _model_steps(trainer: ModelTrainer, recipe: NanoRecipe, vae: VAETrainer) -> 
     for phase in PHASES[PHASES.index(trainer.phase) :]:
         if phase not in UNDERSTANDING and pool is None:
             pool = make_pool(vae.averaged(), recipe.pool_seed, recipe.scenes, recipe.edits)
-        if phase == "polish" and pool is not None:
-            pool = with_more_edits(pool, vae.averaged(), recipe.pool_seed, recipe.more_edits)
         yield from trainer.steps(phase, pool)
 
 

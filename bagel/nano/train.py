@@ -54,9 +54,9 @@ class ModelRecipe:
 
     vit: Phase = Phase(800, 2e-3, 50, 0.5, 0.05, vit_rate=1.0)
     und: Phase = Phase(80, 2e-3, 50, 0.0, 1.0)
-    draw: Phase = Phase(626, 2e-3, 60, 0.0, 1.0, ce_weight=0.3)
-    mix: Phase = Phase(439, 2e-3, 30, 0.0, 1.0)
-    polish: Phase = Phase(480, 2e-3, 20, 0.85, 0.02)
+    draw: Phase = Phase(630, 2e-3, 60, 0.0, 1.0, ce_weight=0.3)
+    mix: Phase = Phase(600, 2e-3, 30, 0.0, 1.0)
+    polish: Phase = Phase(800, 2e-3, 20, 0.85, 0.02)
     vit_batch: int = 32
     und_batch: Mix = field(default_factory=lambda: Mix(ask=24))
     draw_batch: Mix = field(default_factory=lambda: Mix(24, 8, 10, 3))

@@ -43,7 +43,6 @@ def recipe(vae: int, vit: int, und: int, draw: int, mix: int, share: int) -> Nan
         model,
         scenes=240 // share,
         edits=120 // share,
-        more_edits=("remove",) * 8,
     )
 
 
