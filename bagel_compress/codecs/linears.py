@@ -134,8 +134,10 @@ class Nf4Linear(CodedLinear):
         if self.nested_absmax is not None and self.nested_map is not None and self.offset is not None:
             absmax = nf4.unnest(absmax, self.nested_absmax, self.nested_map, self.offset)
         library = _bitsandbytes()
-        if library is None or self.shape[1] % 2 or self.codes.numel() * 2 % nf4.BLOCK:
-            return nf4.decode_codes(self.codes, absmax, self.shape)  # it would compile a kernel for odd shapes
+        odd = self.shape[1] % 2 or self.codes.numel() * 2 % nf4.BLOCK  # it would compile a kernel for these
+        if library is None or odd or (self.shape[1] % nf4.BLOCK and _on_cpu(self.codes)):
+            # The last: its AVX-512 kernel (0.50.2) takes wrong scales where rows are not whole blocks.
+            return nf4.decode_codes(self.codes, absmax, self.shape)
         weight: torch.Tensor = library.dequantize_4bit.default(
             self.codes, absmax, nf4.BLOCK, "nf4", self.shape, torch.bfloat16
         )
@@ -204,6 +206,10 @@ def _offset(spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor
     codes = parts[spec.name]
     value = 0.0 if _is_fake(codes) else nf4.nested_offset(spec, parts)
     return torch.full((), value or 0.0, dtype=torch.float32, device=codes.device)
+
+
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and not _is_fake(tensor)
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

@@ -35,7 +35,7 @@ def linear(codec: Codec, tensor: torch.Tensor, bias: torch.Tensor | None = None)
 
 
 @each
-@pytest.mark.parametrize("shape", [(64, 128), (7, 33), (96, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 128), (7, 33), (96, 64), (32, 96)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_on_cpu_it_is_decode_and_multiply(codec: Codec, shape: tuple[int, int], dtype: torch.dtype) -> None:
     tensor, bias = weight(*shape), weight(1, shape[0], seed=1)[0]
