@@ -7,9 +7,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bagel_compress.cli import add_json, emit
+
+if TYPE_CHECKING:
+    from bagel.sampler import Sampler
+    from bagel_compress.validate.scores import Benchmark
 
 REPORT_STEPS = 50
 
@@ -20,18 +24,25 @@ def register(verbs: Any) -> None:
         "score",
         help="count right pictures, answers, edits and plans of BAGEL-nano or a build of it",
         description="Asks over 500 prompts and counts what is right, by kind. With --against, the paired difference to"
-        " another model and its 95 %% interval. Weights are computed in fp32: what is counted is the coding error.",
+        " another model and its 95 %% interval. On the CPU weights are computed in fp32: what is counted is the coding"
+        " error. On a GPU a build runs as it would in use.",
         epilog="examples:\n  bagel-compress score bagel_compress/data/BAGEL-nano\n"
-        "  bagel-compress score out/nf4 --against bagel_compress/data/BAGEL-nano --sheet sheet.png",
+        "  bagel-compress score out/nf4 --against bagel_compress/data/BAGEL-nano --sheet sheet.png\n"
+        "  bagel-compress score out/nf4 --against BAGEL-7B-MoT --benchmark geneval:benchmark --device cuda",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    score.add_argument("model", metavar="MODEL", help="BAGEL-nano, a fine-tune of it, or an artifact of one")
+    score.add_argument("model", metavar="MODEL", help="BAGEL-nano, a build of it; with --benchmark any BAGEL")
     score.add_argument("--against", metavar="MODEL", help="the original to compare with, prompt by prompt")
     score.add_argument(
         "--sheet", type=Path, metavar="FILE", help="PNG to write: the pictures, framed by right and wrong"
     )
-    score.add_argument("--quick", action="store_true", help="a fifth of the prompts")
-    score.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    which = score.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a fifth of the prompts")
+    which.add_argument(
+        "--benchmark", metavar="MODULE:FUNCTION", help="another benchmark: a function that returns one (docs/nano.md)"
+    )
+    score.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
+    score.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: nano gains nothing by a second)")
     add_json(score)
     score.set_defaults(verb=_score)
 
@@ -49,15 +60,12 @@ def register(verbs: Any) -> None:
 def _score(args: argparse.Namespace) -> int:
     import torch
 
-    from bagel_compress.load import open_model
-    from bagel_compress.validate.nano import nano_benchmark
     from bagel_compress.validate.scores import compare, run
     from bagel_compress.validate.sheet import contact_sheet
 
     torch.set_num_threads(args.threads)
-    share = 5 if args.quick else 1
-    benchmark = nano_benchmark(240 // share, 168 // share, 100 // share, 60 // share)
-    found = run(benchmark, open_model(args.model, dtype=torch.float32))
+    benchmark = _benchmark(args)
+    found = run(benchmark, _sampler(args.model, args.device))
     if args.sheet:
         contact_sheet(benchmark, found).save(args.sheet)
     rows: dict[str, dict[str, float]] = {}
@@ -70,11 +78,28 @@ def _score(args: argparse.Namespace) -> int:
             "high": high,
         }
     if args.against:
-        reference = run(benchmark, open_model(args.against, dtype=torch.float32))
-        for d in compare(found, reference):
+        for d in compare(found, run(benchmark, _sampler(args.against, args.device))):
             rows[d.category] |= {"delta": d.delta, "delta_low": d.low, "delta_high": d.high}
-    emit(args, {"prompts": len(benchmark.prompts), "scores": rows}, _table(rows))
+    emit(args, {"benchmark": benchmark.name, "prompts": len(benchmark.prompts), "scores": rows}, _table(rows))
     return 0
+
+
+def _benchmark(args: argparse.Namespace) -> Benchmark:
+    from bagel_compress.validate.external import load_benchmark
+    from bagel_compress.validate.nano import nano_benchmark
+
+    if args.benchmark:
+        return load_benchmark(args.benchmark)
+    share = 5 if args.quick else 1
+    return nano_benchmark(240 // share, 168 // share, 100 // share, 60 // share)
+
+
+def _sampler(model: str, device: str) -> Sampler:
+    import torch
+
+    from bagel_compress.load import open_model
+
+    return open_model(model, device, torch.float32 if device == "cpu" else None)
 
 
 def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
