@@ -52,8 +52,8 @@ class Phase:
 class ModelRecipe:
     """What determines the trained weights, given the latents, the machine and the thread count."""
 
-    vit: Phase = Phase(800, 2e-3, 50, 0.5, 0.05, vit_rate=1.0)
-    und: Phase = Phase(80, 2e-3, 50, 0.0, 1.0)
+    vit: Phase = Phase(1600, 2e-3, 50, 0.5, 0.05, vit_rate=1.0)
+    und: Phase = Phase(160, 2e-3, 50, 0.0, 1.0)
     draw: Phase = Phase(630, 2e-3, 60, 0.0, 1.0, ce_weight=0.3)
     mix: Phase = Phase(600, 2e-3, 30, 0.0, 1.0)
     polish: Phase = Phase(800, 2e-3, 20, 0.85, 0.02)
