@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -93,27 +93,54 @@ def _pareto(family: Family) -> str:
 def _scores(family: Family) -> str:
     names = [name for name in NAMES if name in family.source.scores]
     head = "".join(f"<th class='n'>{NAMES[name]}</th>" for name in names)
+    none: dict[str, tuple[float, float]] = {}
     rows = "".join(
         f"<tr><td>{escape(label)}</td>"
-        + "".join(f"<td class='n' data-is='{NAMES[n]}'>{scored.scores[n]:.0%}</td>" for n in names)
+        + "".join(f"<td class='n' data-is='{NAMES[n]}'>{_score(scored, n, changes)}</td>" for n in names)
         + "</tr>"
-        for label, scored in (("source", family.source), *((b.name, b.scored) for b in family.builds))
+        for label, scored, changes in (
+            ("source", family.source, none),
+            *((b.name, b.scored, b.differences) for b in family.builds),
+        )
     )
-    note = f"{family.prompts} prompts are few, one is worth 4 to 25 points: the distances above are the finer measure."
+    note = (
+        "Share of prompts with everything right, read back by a detector; below it the 95 % bootstrap interval of the"
+        f" difference to the source, prompt by prompt, in points. {family.prompts} prompts are few, one is worth 4 to"
+        " 25 points: the distances above are the finer measure."
+    )
     return (
         f"<h2>Scores</h2><div class='scroll'><table class='rows'><tr><th>model</th>{head}</tr>{rows}</table></div>"
-        f"<p class='soft'><small>Share of prompts with everything right, read back by a detector. {note}</small></p>"
+        f"<p class='soft'><small>{note}</small></p>"
     )
+
+
+def _score(scored: Scored, name: str, changes: Mapping[str, tuple[float, float]]) -> str:
+    if name not in changes:
+        return f"{scored.scores[name]:.0%}"
+    low, high = changes[name]
+    return f"{scored.scores[name]:.0%}<small>{100 * low:+.0f}..{100 * high:+.0f}</small>"
 
 
 def _pictures(family: Family) -> str:
+    """The contact sheet: a column per prompt, the source and every build below it, wrong pictures framed."""
+    asked = "".join(f"<th class='asked'>{escape(a.text)}</th>" for a in family.asked)
+    before = "".join(f"<td>{_image(a.before, 'input') if a.before else ''}</td>" for a in family.asked)
     rows = "".join(
         f"<tr><td>{escape(label)}</td>"
-        + "".join(f"<td><img alt='' width='64' src='data:image/png;base64,{_base64(p)}'></td>" for p in scored.pictures)
+        + "".join(f"<td>{_image(tile.png, 'right' if tile.right else 'wrong')}</td>" for tile in scored.tiles)
         + "</tr>"
         for label, scored in (("source", family.source), *((b.name, b.scored) for b in family.builds))
     )
-    return f"<h2>Pictures</h2><div class='scroll'><table class='sheet'>{rows}</table></div>"
+    return (
+        f"<h2>Pictures</h2><div class='scroll'><table class='sheet'><tr><th></th>{asked}</tr>"
+        f"<tr><td>input</td>{before}</tr>{rows}</table></div>"
+        "<p class='soft'><small>Every column starts from the same noise. Framed: not everything is as asked. The last"
+        " pictures follow a plan that the model wrote first.</small></p>"
+    )
+
+
+def _image(png: bytes, what: str) -> str:
+    return f"<img class='{what}' alt='{what}' title='{what}' width='64' src='data:image/png;base64,{_base64(png)}'>"
 
 
 def _link(page: Path, folder: Path) -> str:

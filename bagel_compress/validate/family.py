@@ -15,21 +15,43 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bagel_compress.case import Case
 from bagel_compress.reports import ParityReport
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from bagel_compress.validate.scores import Benchmark, Scores
+
 Say = Callable[[str], None]
-SHOWN_PICTURES = 12
+SHOWN = {"draw.one": 3, "draw.two": 3, "edit": 4, "think": 2}  # pictures on the page, by kind (or task) of prompt
+CATEGORIES = ("one", "two", "ask", "edit", "think")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a column of pictures was asked for: the prompt, and the PNG of an edit's input."""
+
+    text: str
+    before: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A picture as PNG, and whether everything in it is right."""
+
+    png: bytes
+    right: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A model's answers to the nano benchmark: category -> share right, the first pictures as PNG, all texts."""
+    """A model's answers to the nano benchmark: category -> share right, and the pictures shown, one per `Asked`."""
 
     scores: Mapping[str, float]
-    pictures: tuple[bytes, ...]
+    tiles: tuple[Tile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +66,7 @@ class Build:
     scored: Scored
     psnr: float  # dB, median over all pictures to those of the source; infinite where equal
     equal_texts: float  # share of answers equal word for word
+    differences: Mapping[str, tuple[float, float]]  # category -> 95 % interval of the paired difference to the source
 
     @property
     def velocity(self) -> float:
@@ -64,6 +87,7 @@ class Build:
             "psnr_db": None if math.isinf(self.psnr) else self.psnr,
             "equal_texts": self.equal_texts,
             "scores": dict(self.scored.scores),
+            "differences": {name: list(interval) for name, interval in self.differences.items()},
             "passed": self.report.passed,
             "page": str(self.page),
         }
@@ -76,6 +100,7 @@ class Family:
     source_bytes: int
     source: Scored
     prompts: int
+    asked: tuple[Asked, ...]
     builds: tuple[Build, ...]
 
 
@@ -106,7 +131,7 @@ def compare_recipes(
     record_source(source, cases, trace, progress=say)
     workers = min(len(recipes) + 1, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
-        original = pool.submit(_score_source, source, counts)
+        original = pool.submit(_score, source, counts)
         jobs = {pool.submit(_build, source, recipe, trace, out / recipe.stem): recipe.stem for recipe in recipes}
         for job in as_completed(jobs):
             job.result()
@@ -118,12 +143,12 @@ def compare_recipes(
             builds.append(future.result())
             say(f"{name}: scored")
     nbytes = sum(spec.nbytes for spec in Checkpoint.open(source).specs)
-    return Family(nbytes, reference[0], counts.total, tuple(builds))
+    benchmark = _benchmark(counts)
+    asked = tuple(_asked(benchmark, index) for index in _shown(benchmark))
+    return Family(nbytes, _scored(benchmark, reference), counts.total, asked, tuple(builds))
 
 
 # --- what runs in a process of its own --------------------------------------------------------------------------------
-
-_Answers = tuple[tuple[str | None, bytes | None], ...]  # text and PNG of every prompt
 
 
 def _one_thread() -> None:
@@ -145,17 +170,18 @@ def _build(source: Path, recipe: Path, trace: Path, out: Path) -> None:
     validate_artifact(out, [trace])
 
 
-def _score_source(source: Path, counts: Counts) -> tuple[Scored, _Answers]:
-    return _score(source, counts)
+def _score(model: Path, counts: Counts) -> Scores:
+    from bagel_compress.load import open_model
+    from bagel_compress.validate.scores import run
+
+    return run(_benchmark(counts), open_model(model))
 
 
-def _score_build(out: Path, counts: Counts, reference: tuple[Scored, _Answers]) -> Build:
+def _score_build(out: Path, counts: Counts, reference: Scores) -> Build:
     from bagel_compress.artifact import Artifact
+    from bagel_compress.validate.scores import compare, picture_psnr, same_answers
 
-    artifact = Artifact.open(out)
-    scored, answers = _score(out, counts)
-    pairs = list(zip(answers, reference[1], strict=True))
-    texts = [a == b for (a, _), (b, _) in pairs if b is not None]
+    artifact, scores = Artifact.open(out), _score(out, counts)
     recipe = artifact.manifest.recipe
     return Build(
         recipe.name,
@@ -163,36 +189,49 @@ def _score_build(out: Path, counts: Counts, reference: tuple[Scored, _Answers]) 
         artifact.nbytes,
         out / "report.html",
         ParityReport.load(out, artifact.digest),
-        scored,
-        median(_psnr(a, b) for (_, a), (_, b) in pairs if a is not None and b is not None),
-        sum(texts) / len(texts),
+        _scored(_benchmark(counts), scores),
+        median(picture_psnr(scores, reference)),
+        same_answers(scores, reference),
+        {d.category: (d.low, d.high) for d in compare(scores, reference) if d.category in CATEGORIES},
     )
 
 
-def _score(model: Path, counts: Counts) -> tuple[Scored, _Answers]:
-    from bagel_compress.load import open_model
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def _benchmark(counts: Counts) -> Benchmark:
     from bagel_compress.validate.nano import nano_benchmark
-    from bagel_compress.validate.scores import run
 
-    found = run(nano_benchmark(counts.draw, counts.ask, counts.edit, counts.think), open_model(model))
-    answers = []
-    for answer in found.answers:
-        data = io.BytesIO()
-        if answer.image is not None:
-            answer.image.save(data, "PNG")
-        answers.append((answer.text, data.getvalue() or None))
-    pictures = tuple(png for _, png in answers if png is not None)[:SHOWN_PICTURES]
-    scores = {name: found.mean(name) for name in ("one", "two", "ask", "edit", "think") if name in found.values}
-    return Scored(scores, pictures), tuple(answers)
+    return nano_benchmark(counts.draw, counts.ask, counts.edit, counts.think)
 
 
-def _psnr(png: bytes, reference: bytes) -> float:
-    import numpy as np
-    from PIL import Image
+def _shown(benchmark: Benchmark) -> list[int]:
+    """Indexes of the first prompts of every kind of SHOWN."""
+    found: list[int] = []
+    for kind, count in SHOWN.items():
+        found += [i for i, p in enumerate(benchmark.prompts) if p.kind.startswith(kind)][:count]
+    return found
 
-    a, b = (np.asarray(Image.open(io.BytesIO(data)), np.float64) for data in (png, reference))
-    mse = float(np.mean((a - b) ** 2))
-    return 10 * math.log10(255**2 / mse) if mse else math.inf
+
+def _asked(benchmark: Benchmark, index: int) -> Asked:
+    turns = benchmark.prompts[index].turns
+    text = " ".join(turn for turn in turns if isinstance(turn, str))
+    return Asked(text, next((_png(turn) for turn in turns if not isinstance(turn, str)), None))
+
+
+def _scored(benchmark: Benchmark, scores: Scores) -> Scored:
+    tiles = []
+    for index in _shown(benchmark):
+        prompt, answer = benchmark.prompts[index], scores.answers[index]
+        assert answer.image is not None
+        tiles.append(Tile(_png(answer.image), min(benchmark.score(prompt, answer).values()) == 1.0))
+    return Scored({name: scores.mean(name) for name in CATEGORIES if name in scores.values}, tuple(tiles))
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
 
 
 def _median(report: ParityReport, metric: str) -> float:

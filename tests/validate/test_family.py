@@ -1,0 +1,52 @@
+"""Builds side by side: numbers, paired intervals and the contact sheet are those of the builds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bagel_compress.case import load_cases
+from bagel_compress.report_family import render, table
+from bagel_compress.resources import find_recipe, resource
+from bagel_compress.validate.family import Counts, Family, compare_recipes
+
+COUNTS = Counts(draw=6, ask=7, edit=4, think=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("family")
+
+
+@pytest.fixture(scope="module")
+def family(folder: Path) -> Family:
+    cases = load_cases([resource("exports") / "cases" / "nano" / f"{n}.yaml" for n in ("draw_one", "ask_describe")])
+    recipes = [find_recipe("nf4-official"), find_recipe("raw")]
+    return compare_recipes(resource("BAGEL-nano"), recipes, cases, folder, COUNTS, lambda _: None)
+
+
+def test_an_untouched_build_equals_the_source_and_a_coded_one_does_not(family: Family) -> None:
+    coded, raw = family.builds
+    assert (coded.name, raw.name) == ("nf4-official", "raw")
+    assert raw.psnr == float("inf")
+    assert raw.equal_texts == 1.0
+    assert raw.scored == family.source
+    assert set(raw.differences.values()) == {(0.0, 0.0)}
+    assert 20 < coded.psnr < 60
+    assert coded.nbytes < 0.4 * raw.nbytes
+    assert [t.png for t in coded.scored.tiles] != [t.png for t in family.source.tiles]
+
+
+def test_the_page_shows_every_picture_under_its_prompt(family: Family, folder: Path) -> None:
+    assert len(family.asked) == 12
+    assert [bool(a.before) for a in family.asked] == [False] * 6 + [True] * 4 + [False] * 2
+    page = render("title", family, folder)
+    assert len(re.findall(r"<img class='(?:right|wrong)'", page)) == 12 * 3
+    assert len(re.findall(r"<img class='input'", page)) == 4
+    assert all(a.text in page for a in family.asked)
+    wrong = sum(not t.right for s in (family.source, *(b.scored for b in family.builds)) for t in s.tiles)
+    assert page.count("<img class='wrong'") == wrong
+    assert page.count("<small>+0..+0</small>") >= 5  # raw's five categories
+    assert "nf4-official" in table(family)
