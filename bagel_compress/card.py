@@ -270,7 +270,7 @@ def _losses(artifact: Artifact, parity: ParityReport | None) -> str:
         share = max(parity.shares, key=lambda s: s.velocity or 0.0)
         if share.velocity:
             lines.append(
-                f"- Most of the error of a denoising step comes from {plain(share.component)} (relative L2"
+                f"- Most of the error of a picture's path comes from {plain(share.component)} (relative error"
                 f" {number(share.velocity)} when only that part is compressed)."
             )
     lines.append(

@@ -3,17 +3,16 @@
 A recipe names a class and may replace single values. A limit has a sense: `max` is broken by a larger value, `min` by a
 smaller one. This file knows metric names and numbers, nothing of models or reports.
 
-The classes are meant for trained models. How much a model amplifies any small error is its own property, and the noise
-floor shows it: a format whose error is k times a bf16 rounding cannot stay under k times the floor. So a class limit on
-teacher-forced values stretches to k times the floor, but never to more than MAX_STRETCH times its value. A value that
-the recipe gives does not stretch.
+Denoising is limited by what it does to the picture: `latent.path` is the error of the final latent as a share of the
+way from the noise. Errors of single steps are shown in every report and can be limited by a recipe, but a lossy class
+does not limit them: a trained flow corrects most of them (docs/decisions.md).
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from bagel_compress.errors import RecipeError
@@ -22,8 +21,10 @@ Sense = Literal["max", "min"]
 
 # Every metric that can carry a limit: which side is bad, and what it is in words.
 METRICS: dict[str, tuple[Sense, str]] = {
-    "velocity.rel_l2": ("max", "velocity, worst relative L2 over steps and branches"),
-    "velocity.cosine": ("min", "velocity, worst cosine over steps and branches"),
+    "latent.path": ("max", "free run, error of the latent as a share of its way from the noise"),
+    "velocity.path": ("max", "guided velocities along the reference's path, error as a share of its length"),
+    "velocity.rel_l2": ("max", "velocity, worst relative L2 over single steps and branches"),
+    "velocity.cosine": ("min", "velocity, worst cosine over single steps and branches"),
     "logits.kl_mean": ("max", "logits, mean KL divergence in nats"),
     "logits.kl_p999": ("max", "logits, 99.9 % quantile of the KL divergence in nats"),
     "logits.top1": ("min", "logits, share of positions with the same first choice"),
@@ -45,15 +46,9 @@ METRICS: dict[str, tuple[Sense, str]] = {
 # Metrics that are gated on the median over the cases: single free runs scatter, because errors grow along a trajectory.
 MEDIAN = ("image.", "text.")
 
-# Error of a linear module's output: a bf16 rounding of one factor 0.003, FP8 0.0265, NF4 0.092 (measured on random
-# normal weights; docs/validation.md). Ratio to the first, by class.
-NOISE_RATIO: dict[str, float | None] = {"lossless": None, "8-bit": 9.0, "4-bit": 30.0}
-AMPLIFIED = {"velocity.rel_l2": 1, "velocity.cosine": 2, "logits.kl_mean": 2, "logits.kl_p999": 2}  # power of the error
-MAX_STRETCH = 2.5
-
 _STRICT = "vLLM-Omni similarity tool, strict (PSNR 25, MAE 6, cosine 0.995, rel-L2 0.08)"
 _SMOKE = "vLLM-Omni similarity tool, smoke (PSNR 20, MAE 12, cosine 0.98, rel-L2 0.20)"
-_STEP = "; the same tool's figure for pixels, asked of each single step"
+_PATH = "; the same tool's relative L2 of pixels, asked of the latent's way"
 _OURS = "ours"
 
 
@@ -64,9 +59,6 @@ class Limit:
     metric: str
     value: float
     source: str
-    noise_ratio: float | None = (
-        None  # error of the class's formats over that of a bf16 rounding; None: does not stretch
-    )
 
     @property
     def sense(self) -> Sense:
@@ -75,34 +67,17 @@ class Limit:
     def holds(self, value: float) -> bool:
         return value <= self.value if self.sense == "max" else value >= self.value
 
-    def stretched(self, floor: float | None) -> Limit:
-        """The limit for a model with this noise floor; see the top of this file."""
-        power = AMPLIFIED.get(self.metric)
-        if self.noise_ratio is None or power is None or floor is None:
-            return self
-        ideal = 1.0 if self.metric.endswith("cosine") else 0.0
-        own, noise = abs(self.value - ideal), abs(floor - ideal) * self.noise_ratio**power
-        room = min(max(own, noise), own * MAX_STRETCH**power)
-        if room == own:
-            return self
-        factor = f"{self.noise_ratio**power:g} times the noise floor"
-        if room < noise:
-            factor = f"{MAX_STRETCH**power:g} times the class limit, because the noise floor is high"
-        source = f"{factor} (class limit {self.value:g}: {self.source})"
-        return Limit(self.metric, ideal + room if self.value > ideal else ideal - room, source)
-
 
 _CLASSES: dict[str, tuple[Limit, ...]] = {
     "lossless": tuple(
         Limit(metric, value, "bit equality: a lossless model computes the same numbers")
         for metric, value in (
-            ("velocity.rel_l2", 0.0), ("logits.kl_mean", 0.0), ("logits.top1", 1.0), ("vae.rel_l2", 0.0),
-            ("linear.gain", 0.0), ("linear.bias", 0.0), ("image.mae", 0.0), ("text.exact", 1.0),
+            ("latent.path", 0.0), ("velocity.rel_l2", 0.0), ("logits.kl_mean", 0.0), ("logits.top1", 1.0),
+            ("vae.rel_l2", 0.0), ("linear.gain", 0.0), ("linear.bias", 0.0), ("image.mae", 0.0), ("text.exact", 1.0),
         )
     ),
     "8-bit": (
-        Limit("velocity.rel_l2", 0.08, _STRICT + _STEP),
-        Limit("velocity.cosine", 0.995, _STRICT + _STEP),
+        Limit("latent.path", 0.08, _STRICT + _PATH),
         Limit("logits.kl_mean", 0.01, f"{_OURS}: a fifth of the 4-bit limit"),
         Limit("logits.kl_p999", 0.1, f"{_OURS}: ten times the mean"),
         Limit("logits.top1_sure", 0.97, f"{_OURS}: one token in 33"),
@@ -116,8 +91,7 @@ _CLASSES: dict[str, tuple[Limit, ...]] = {
         Limit("vae.rel_l2", 0.01, f"{_OURS}: the VAE is never compressed; bf16 has 8 bits"),
     ),
     "4-bit": (
-        Limit("velocity.rel_l2", 0.20, _SMOKE + _STEP),
-        Limit("velocity.cosine", 0.98, _SMOKE + _STEP),
+        Limit("latent.path", 0.20, _SMOKE + _PATH),
         Limit("logits.kl_mean", 0.05, f"{_OURS}: about q4_K_M of an 8B model in llama.cpp"),
         Limit("logits.kl_p999", 0.5, f"{_OURS}: ten times the mean"),
         Limit("logits.top1_sure", 0.90, f"{_OURS}: one token in ten"),
@@ -138,7 +112,7 @@ def resolve(level: str, overrides: Mapping[str, float]) -> dict[str, Limit]:
     """The limits of a class with single values replaced. Raises RecipeError on a class or metric that is unknown."""
     if level not in _CLASSES:
         raise RecipeError(f"limits: class is {level!r}, expected {', '.join(CLASSES)}.")
-    limits = {limit.metric: replace(limit, noise_ratio=NOISE_RATIO[level]) for limit in _CLASSES[level]}
+    limits = {limit.metric: limit for limit in _CLASSES[level]}
     for metric, value in overrides.items():
         if metric not in METRICS:
             close = difflib.get_close_matches(metric, list(METRICS), n=1)

@@ -36,12 +36,10 @@ def render(title: str, family: Family, folder: Path) -> str:
 def table(family: Family) -> str:
     """The same numbers as text, for a terminal."""
     names = [name for name in NAMES if name in family.source.scores]
-    head = f"{'recipe':<14}{'MB':>7}{'velocity':>10}{'KL':>10}{'PSNR':>8}{'texts':>7}" + "".join(
-        f"{n:>7}" for n in names
-    )
+    head = f"{'recipe':<14}{'MB':>7}{'latent':>10}{'KL':>10}{'PSNR':>8}{'texts':>7}" + "".join(f"{n:>7}" for n in names)
     lines = [head, f"{'(source)':<14}{family.source_bytes / 1e6:>7.2f}{'':>35}" + _percents(family.source, names)]
     for build in family.builds:
-        values = f"{number(build.velocity):>10}{number(build.kl):>10}{_decibel(build.psnr):>8}{build.equal_texts:>7.0%}"
+        values = f"{number(build.latent):>10}{number(build.kl):>10}{_decibel(build.psnr):>8}{build.equal_texts:>7.0%}"
         verdict = "" if build.report.passed else "  did not pass"
         lines.append(f"{build.name:<14}{build.nbytes / 1e6:>7.2f}{values}{_percents(build.scored, names)}{verdict}")
     return "\n".join(lines)
@@ -66,7 +64,7 @@ def _numbers(family: Family, folder: Path) -> str:
             for name, value in (
                 ("MB", f"{b.nbytes / 1e6:.2f}"),
                 ("of source", f"{b.nbytes / family.source_bytes:.0%}"),
-                ("velocity", number(b.velocity)),
+                ("latent", number(b.latent)),
                 ("KL", number(b.kl)),
                 ("PSNR", _decibel(b.psnr)),
                 ("texts", f"{b.equal_texts:.0%}"),
@@ -76,9 +74,12 @@ def _numbers(family: Family, folder: Path) -> str:
         for b in family.builds
     )
     head = "".join(
-        f"<th class='n'>{h}</th>" for h in ("MB", "of source", "velocity error", "logits KL", "PSNR dB", "equal texts")
+        f"<th class='n'>{h}</th>" for h in ("MB", "of source", "latent error", "logits KL", "PSNR dB", "equal texts")
     )
-    note = "Median over cases (teacher-forced velocity and logits) and over all pictures (free runs)."
+    note = (
+        "Latent error: of the final latent, as a share of its way from the noise. Medians over cases (latent, logits)"
+        " and over all pictures (PSNR)."
+    )
     return (
         f"<h2>Numbers</h2><div class='scroll'><table class='rows'><tr><th>recipe</th>{head}<th></th></tr>{rows}</table>"
         f"</div><p class='soft'><small>{note}</small></p>"
@@ -86,8 +87,8 @@ def _numbers(family: Family, folder: Path) -> str:
 
 
 def _pareto(family: Family) -> str:
-    points = [(b.name, b.nbytes / 1e6, b.velocity) for b in family.builds]
-    return f"<h2>Error against size</h2>{scatter('velocity error, relative L2', 'MB of weights', points)}"
+    points = [(b.name, b.nbytes / 1e6, b.latent) for b in family.builds]
+    return f"<h2>Error against size</h2>{scatter('error of the latent', 'MB of weights', points)}"
 
 
 def _scores(family: Family) -> str:

@@ -88,7 +88,7 @@ class Share(_Frozen):
     """Attribution: the reference with one component taken from the artifact."""
 
     component: str
-    velocity: Number | None  # mean relative L2 of the velocities
+    velocity: Number | None  # error of the path (velocity.path), mean over cases
     logits: Number | None  # mean KL divergence of the logits
 
 

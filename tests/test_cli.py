@@ -75,9 +75,10 @@ def test_run_ends_with_a_report_and_repeats(cli: Cli, tiny: Path, tmp_path: Path
     """plan, compress, trace, validate, report in one verb; twice gives the same artifact; a tight limit fails it."""
     case = tmp_path / "case.yaml"
     case.write_text("name: small\nkind: t2i\nturns: [a red cat]\nsize: [32, 32]\nflow: {num_timesteps: 3}\n")
+    loose, strict = (_nf4_with(f"latent.path: {limit}", tmp_path / f"{limit}.yaml") for limit in (0.6, 0.06))
     builds = [tmp_path / "one", tmp_path / "two"]
     for out in builds:
-        code, printed, err = cli("run", "nf4", "--source", tiny, "--out", out, "--cases", case)
+        code, printed, err = cli("run", loose, "--source", tiny, "--out", out, "--cases", case)
         assert code == 0, err
         assert "passed" in printed
         assert (out / "report.html").exists()
@@ -85,15 +86,17 @@ def test_run_ends_with_a_report_and_repeats(cli: Cli, tiny: Path, tmp_path: Path
     for file in files - {f for f in files if f.parts[0] in ("reports", "report.html")}:
         assert (builds[0] / file).read_bytes() == (builds[1] / file).read_bytes(), file
 
-    recipe = tmp_path / "strict.yaml"
-    text = (Path(__file__).parents[1] / "recipes" / "nf4.yaml").read_text(encoding="utf-8")
-    assert "limits: {class: 4-bit}" in text
-    recipe.write_text(
-        text.replace("limits: {class: 4-bit}", "limits: {class: 4-bit, overrides: {velocity.rel_l2: 0.06}}")
-    )
-    code, printed, _ = cli("run", recipe, "--source", tiny, "--out", tmp_path / "strict", "--cases", case)
+    code, printed, _ = cli("run", strict, "--source", tiny, "--out", tmp_path / "strict", "--cases", case)
     assert code == 1
     assert "did not pass" in printed
+
+
+def _nf4_with(override: str, path: Path) -> Path:
+    """recipes/nf4.yaml with one limit of its own."""
+    text = (Path(__file__).parents[1] / "recipes" / "nf4.yaml").read_text(encoding="utf-8")
+    assert "limits: {class: 4-bit}" in text
+    path.write_text(text.replace("limits: {class: 4-bit}", f"limits: {{class: 4-bit, overrides: {{{override}}}}}"))
+    return path
 
 
 def test_verbs_have_help_with_examples(cli: Cli) -> None:

@@ -37,7 +37,7 @@ STEPS, LOGITS = 2, 8  # what is replayed per case: enough to rank components
 
 
 def attribute(reference: Sampler, artifact: Sampler, traces: Sequence[Trace]) -> tuple[Share, ...]:
-    """The cost of each component: mean relative L2 of velocities and mean KL of logits over the cases."""
+    """The cost of each component: error of the path and mean KL of logits, mean over the cases."""
     thin = [_thinned(trace) for trace in traces]
     shares = []
     for component, pattern in COMPONENTS.items():
@@ -46,7 +46,7 @@ def attribute(reference: Sampler, artifact: Sampler, traces: Sequence[Trace]) ->
         shares.append(
             Share(
                 component=component,
-                velocity=_mean([m["velocity.mean_rel_l2"] for m in measured if "velocity.mean_rel_l2" in m]),
+                velocity=_mean([m["velocity.path"] for m in measured if "velocity.path" in m]),
                 logits=_mean([m["logits.kl_mean"] for m in measured if "logits.kl_mean" in m]),
             )
         )

@@ -69,9 +69,9 @@ class Build:
     differences: Mapping[str, tuple[float, float]]  # category -> 95 % interval of the paired difference to the source
 
     @property
-    def velocity(self) -> float:
-        """Median over cases of the worst relative L2 error of a step's velocity."""
-        return _median(self.report, "velocity.rel_l2")
+    def latent(self) -> float:
+        """Median over cases of the final latent's error, as a share of its way from the noise."""
+        return _median(self.report, "latent.path")
 
     @property
     def kl(self) -> float:
@@ -82,7 +82,7 @@ class Build:
         """The numbers; an infinite PSNR (equal pictures) is null."""
         return {
             "bytes": self.nbytes,
-            "velocity_rel_l2": self.velocity,
+            "latent_path": self.latent,
             "logits_kl_mean": self.kl,
             "psnr_db": None if math.isinf(self.psnr) else self.psnr,
             "equal_texts": self.equal_texts,

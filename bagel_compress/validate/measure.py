@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 
+from bagel.flow import schedule
 from bagel_compress import metrics
-from bagel_compress.case import Picture
+from bagel_compress.case import Flow, Picture
 from bagel_compress.reports import CaseParity, StateError, StepError, TextPair
 from bagel_compress.trace import Trace
 
@@ -20,8 +24,8 @@ def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
     steps, states = _steps(forced, reference), _states(forced, reference)
     values: dict[str, float] = {}
     if steps:
+        values["velocity.path"] = _path(forced, reference)
         values["velocity.rel_l2"] = max(s.rel_l2 for s in steps)
-        values["velocity.mean_rel_l2"] = sum(s.rel_l2 for s in steps) / len(steps)
         values["velocity.cosine"] = min(s.cosine for s in steps)
     values |= _vae(forced, reference) | _logits(forced, reference)
     text = None
@@ -61,6 +65,25 @@ def first_drift(states: tuple[StateError, ...]) -> str | None:
             return where
         worst[state.event] = max(worst.get(state.event, 0.0), state.rel_l2)
     return first_off
+
+
+def spans(flow: Flow, recorded: Sequence[int]) -> dict[int, float]:
+    """Recorded step -> the time that it stands for: every step of the schedule counts for the nearest recorded one."""
+    found = dict.fromkeys(recorded, 0.0)
+    times = schedule(flow.num_timesteps, flow.timestep_shift).tolist()
+    for index, (start, end) in enumerate(pairwise(times)):
+        found[min(recorded, key=lambda step: abs(step - index))] += start - end
+    return found
+
+
+def _path(found: Trace, reference: Trace) -> float:
+    """Error of the guided velocities times the time they stand for, as a share of the length of the whole path."""
+    error, length = 0.0, 0.0
+    for step, time in spans(reference.case.flow, reference.steps).items():
+        wanted = reference.tensors[f"step{step}/v"].double()
+        error += time * (found.tensors[f"step{step}/v"].double() - wanted).norm().item()
+        length += time * wanted.norm().item()
+    return error / length if length else 0.0
 
 
 def _steps(found: Trace, reference: Trace) -> tuple[StepError, ...]:
@@ -130,7 +153,9 @@ def _picture(free: Trace, reference: Trace) -> dict[str, float]:
     if "image" not in reference.tensors:
         return {}
     a, b = free.tensors["image"], reference.tensors["image"]
+    noise, latent = reference.series("noise")[-1], reference.tensors["latent"]
     return {
+        "latent.path": metrics.rel_l2(free.tensors["latent"] - noise, latent - noise),
         "image.psnr": metrics.psnr(a, b),
         "image.ssim": metrics.ssim(a, b),
         "image.ms_ssim": metrics.ms_ssim(a, b),

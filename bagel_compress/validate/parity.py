@@ -113,7 +113,7 @@ def _reachable(subject: Subject, traces: Sequence[Trace]) -> None:
         if not floors:
             continue
         worst = _summary(metric, limit, list(floors.values()))
-        if not limit.stretched(worst).holds(worst):
+        if not limit.holds(worst):
             side = "below" if limit.sense == "max" else "above"
             raise RecipeError(
                 f"limits: {metric} is limited to {limit.value:g}, {side} the noise floor of {worst:.4g} (the reference"
@@ -141,7 +141,7 @@ def _rows(subject: Subject, cases: Sequence[CaseParity], probes: Mapping[str, fl
             value = median(v for _, v in measured)
             rows.append(_row("", metric, value, median(known) if known else None, limit))
         else:
-            rows += [_row(c.name, metric, v, floors[c.name], limit.stretched(floors[c.name])) for c, v in measured]
+            rows += [_row(c.name, metric, v, floors[c.name], limit) for c, v in measured]
     return tuple(rows)
 
 

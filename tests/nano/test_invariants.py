@@ -100,7 +100,7 @@ def test_default_limits_catch_int3_and_pass_int8(tmp_path: Path, sampler: Sample
     trace = _trace(sampler, tmp_path)
     with changed(sampler, ".gen."):
         report = compare(Subject(sampler, "int3", "", "4-bit", resolve("4-bit", {})), [trace]).report
-    assert [row.metric for row in report.rows if not row.ok and row.metric.startswith("velocity")]
+    assert [row.metric for row in report.rows if not row.ok and row.metric == "latent.path"]
     int8 = open_model(_built("int8-24gb", tmp_path), dtype=torch.float32)
     report = compare(Subject(int8, "int8", "", "8-bit", resolve("8-bit", {})), [trace]).report
     assert [row for row in report.rows if not row.ok] == []

@@ -15,7 +15,7 @@ BASE = "ByteDance-Seed/BAGEL-7B-MoT"
 def parity(artifact: Artifact, digest: str | None = None, ok: bool = True) -> ParityReport:
     """A report about this artifact (or, with `digest`, about another one)."""
     value = 0.11 if ok else 0.31
-    row = Row(case="t2i_square", metric="velocity.rel_l2", value=value, floor=0.004, limit=0.2, source="ours", ok=ok)
+    row = Row(case="t2i_square", metric="latent.path", value=value, floor=0.004, limit=0.2, source="ours", ok=ok)
     psnr = Row(case="", metric="image.psnr", value=24.5, floor=48.0, limit=20.0, source="ours", ok=True)
     return ParityReport(
         artifact=digest or artifact.digest,
@@ -27,7 +27,7 @@ def parity(artifact: Artifact, digest: str | None = None, ok: bool = True) -> Pa
         rows=(row, psnr),
         cases=(
             CaseParity(
-                name="t2i_square", kind="t2i", prompt="a red | cat", metrics={"velocity.rel_l2": value}, has_image=True
+                name="t2i_square", kind="t2i", prompt="a red | cat", metrics={"latent.path": value}, has_image=True
             ),
         ),
         notes=("LPIPS was not measured.",),

@@ -61,7 +61,7 @@ def test_front_matter(artifact: Artifact) -> None:
     assert data.to_dict()["quantized_by"] == "ann"
     assert {"nf4", "4-bit", "bagel"} <= set(data.tags or ())
     assert {(r.metric_type, r.metric_value) for r in data.eval_results or ()} == {
-        ("velocity.rel_l2", 0.11), ("image.psnr", 24.5),
+        ("latent.path", 0.11), ("image.psnr", 24.5),
     }  # fmt: skip
 
 

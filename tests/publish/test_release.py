@@ -36,7 +36,7 @@ def test_the_folder_holds_what_was_verified(artifact: Artifact, tmp_path: Path) 
 
 def test_failed_parity(artifact: Artifact, tmp_path: Path) -> None:
     parity(artifact, ok=False).save(artifact.path)
-    with pytest.raises(GateError, match=r"parity did not pass: case t2i_square: velocity.rel_l2 is 0.31, above"):
+    with pytest.raises(GateError, match=r"parity did not pass: case t2i_square: latent.path is 0.31, above"):
         release(artifact, tmp_path)
 
 

@@ -96,7 +96,7 @@ def test_swapped_experts(quantised, trace_file):
     layer.und, layer.gen = layer.gen, layer.und
     found = judge(quantised, trace_file, "4-bit", "nf4")
     named(found, "layers.1.und and layers.1.gen are swapped")
-    assert any("velocity.rel_l2" in sentence for sentence in found.report.broken)
+    assert any("latent.path" in sentence for sentence in found.report.broken)
 
 
 def test_the_layer_where_swapped_experts_begin_to_drift(plain, trace_file):
@@ -139,7 +139,7 @@ def test_thoughts_missing_from_the_context(plain, trace_file, monkeypatch):
     monkeypatch.setattr(Branches, "add_thoughts", lambda self, texts: None)
     found = judge(plain, trace_file)
     named(found, "the thoughts are missing")
-    assert {c.name for c in found.report.cases if c.metrics.get("velocity.rel_l2", 0) > 0} == {"think"}
+    assert {c.name for c in found.report.cases if c.metrics.get("velocity.path", 0) > 0} == {"think"}
 
 
 def test_attribution_names_the_component(plain, reference, trace_file):

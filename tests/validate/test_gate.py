@@ -71,7 +71,7 @@ def test_the_plugin_makes_a_test_of_every_limit(built, tmp_path):
     done = subprocess.run([*command, "--rootdir", str(tmp_path), "."], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]
-    for name in ("bagel::velocity.rel_l2[t2i]", "bagel::faults", "test_own"):
+    for name in ("bagel::latent.path[t2i]", "bagel::faults", "test_own"):
         assert any(name in line for line in lines), done.stdout
 
 

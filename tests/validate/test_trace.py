@@ -53,7 +53,7 @@ def test_branches_steps_taps_and_logits_are_recorded(trace_file):
 
 
 def test_the_noise_floor_of_a_repetition_is_zero_and_of_a_kernel_is_not(trace_file):
-    floor = trace_file.header.facts["t2i"].floor["velocity.rel_l2"]
+    floor = trace_file.header.facts["t2i"].floor["velocity.path"]
     assert floor["repeat"] == 0.0
     assert 0 < floor["kernel"] < 0.1
     assert 0 < floor["dtype"] < 0.1
