@@ -66,7 +66,7 @@ def test_a_cut_run_ends_where_an_uncut_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_three_minutes_lower_both_losses_and_repeat(tmp_path: Path) -> None:
-    plan = recipe(vae=40, vit=60, und=40, draw=30, mix=10, share=2)
+    plan = recipe(vae=200, vit=300, und=120, draw=100, mix=10, share=2)
     runs = [list(reproduce(tmp_path / name, plan)) for name in ("first", "second")]
     for phase, metric in (("vae", "loss"), ("vit", "loss"), ("und", "ce"), ("draw", "mse")):
         values = _values(runs[0], phase, metric)

@@ -7,6 +7,7 @@ import pytest
 
 from bagel.inputs import THINK_IMAGE, TextCodec
 from bagel.nano import language, tokens
+from bagel.nano.batches import EDIT_TURNS
 from bagel.nano.detector import Reading, read
 from bagel.nano.scenes import SIDE, Scene, render, sample_scene
 
@@ -64,6 +65,18 @@ def test_edits_change_the_picture(kind: str) -> None:
         edit = language.sample_edit(rng, kind)
         assert shown(edit.before) != shown(edit.after)
         assert seen(read(render(edit.after))) == shown(edit.after)
+
+
+def test_the_pool_recolours_one_of_two_things_and_no_other() -> None:
+    kinds = Counter(EDIT_TURNS)
+    assert {kind for kind, _ in kinds} == set(language.EDITS)
+    assert kinds["recolor", 2] >= 0.4 * kinds.total()
+    rng = np.random.default_rng(16)
+    for _ in range(50):
+        edit = language.sample_edit(rng, "recolor", 2)
+        changed = [(a, b) for a, b in zip(edit.before.things, edit.after.things, strict=True) if a != b]
+        assert len(edit.before.things) == 2
+        assert [(b.shape, b.color) for _, b in changed] == [tuple(edit.text.split()[2:])]
 
 
 def test_plans_can_be_read_back() -> None:
