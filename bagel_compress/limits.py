@@ -32,7 +32,7 @@ METRICS: dict[str, tuple[Sense, str]] = {
     "logits.ppl_ratio": ("max", "perplexity of the reference's text over the reference's own"),
     "vae.psnr": ("min", "VAE, picture from the recorded latent, PSNR in dB"),
     "vae.rel_l2": ("max", "VAE, latents of the input pictures, relative L2"),
-    "linear.gain": ("max", "linear modules, largest deviation of the gain of an expert's layer from 1"),
+    "linear.gain": ("max", "linear modules, largest certain deviation of a gain from 1, by expert and layer"),
     "linear.bias": ("max", "linear modules, largest difference of a bias"),
     "image.psnr": ("min", "free run, PSNR of the picture in dB"),
     "image.ssim": ("min", "free run, SSIM of the picture"),

@@ -21,6 +21,7 @@ from bagel_compress.trace import Trace
 SATURATED = 3.0  # a module this many times worse than the median of its format, with a loss of gain, is saturated
 SAME = 0.98  # cosine above which two answers are the same module's (NF4 reaches 0.995 on normal weights)
 PIXEL_MIDDLE = 127.5
+CERTAIN = 2.0  # standard errors: a 95 % interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ def modules(
 
 
 def probe_values(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
-    """The two gated values of the probes: worst gain of a group of modules, worst bias."""
-    gains = [abs(value - 1.0) for value in _group_gains(found, reference).values()]
+    """The two gated values of the probes: worst certain deviation of a gain from 1, worst difference of a bias."""
+    gains = [gain.deviation for gain in _group_gains(found, reference).values()]
     biases = [metrics.max_abs(found[path][0], reference[path][0]) for path in reference if path in found]
     return {"linear.gain": max(gains, default=0.0), "linear.bias": max(biases, default=0.0)}
 
@@ -90,25 +91,44 @@ def _owner(path: str) -> str:
     return match[1] if match else path
 
 
-def _group_gains(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class _Gain:
+    """The gain of some modules and its standard error: eight answers of one small module say little."""
+
+    value: float
+    error: float
+
+    @property
+    def deviation(self) -> float:
+        """How far off 1 the gain is for certain."""
+        return max(0.0, abs(self.value - 1.0) - CERTAIN * self.error)
+
+
+def _group_gains(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, _Gain]:
     """Gain of each expert of a layer, its modules pooled: single small modules scatter too much."""
     groups: dict[str, list[str]] = {}
     for path in reference:
         if path in found:
             groups.setdefault(_owner(path), []).append(path)
     return {
-        owner: metrics.gain(
-            torch.cat([_unit(found[p], reference[p]) for p in paths]),
-            torch.cat([_unit(reference[p], reference[p]) for p in paths]),
-        )
+        owner: _gain(torch.cat([_products(found[path], reference[path]) for path in paths]))
         for owner, paths in groups.items()
     }
 
 
-def _unit(answers: Tensor, reference: Tensor) -> Tensor:
-    """Answers scaled so that every module weighs by its number of outputs."""
-    size = _without_bias(reference).square().mean().sqrt().clamp(min=1e-30)
-    return (_without_bias(answers) / size).flatten()
+def _products(found: Tensor, reference: Tensor) -> Tensor:
+    """Per answer <found, reference> and <reference, reference>, scaled so that a module weighs by its outputs."""
+    a, b = _without_bias(found), _without_bias(reference)
+    return torch.stack([(a * b).sum(-1), (b * b).sum(-1)], -1) / b.square().mean().clamp(min=1e-30)
+
+
+def _gain(products_N2: Tensor) -> _Gain:
+    crossed, own = products_N2.unbind(-1)
+    whole = own.sum()
+    if whole == 0:  # a module that answers nothing: its bias says the rest
+        return _Gain(1.0, 0.0)
+    value = crossed.sum() / whole
+    return _Gain(value.item(), ((crossed - value * own).norm() / whole).item())
 
 
 def _biases(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Iterator[str]:
@@ -166,9 +186,9 @@ def _scales(
     found: Mapping[str, Tensor], reference: Mapping[str, Tensor], limit: Limit | None, named: set[str]
 ) -> Iterator[str]:
     explained = {_owner(path) for path in named}
-    for owner, value in _group_gains(found, reference).items():
-        if limit is not None and not limit.holds(abs(value - 1.0)) and owner not in explained:
-            yield f"{owner} has a wrong scale: its answers are {value:.4f} times the reference's."
+    for owner, gain in _group_gains(found, reference).items():
+        if limit is not None and not limit.holds(gain.deviation) and owner not in explained:
+            yield f"{owner} has a wrong scale: its answers are {gain.value:.4f} times the reference's."
 
 
 # --- sampler ----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import torch
 
 from bagel.sampler import Branches, Sampler
 from bagel_compress.limits import resolve
+from bagel_compress.metrics import gain
 from bagel_compress.report_html import render
-from bagel_compress.validate.diagnose import Format
+from bagel_compress.validate.diagnose import Format, diagnose_modules, probe_values
 from bagel_compress.validate.parity import Subject, compare
 
 NF4 = torch.tensor(
@@ -82,6 +83,19 @@ def test_a_scale_off_by_two_percent(quantised, trace_file):
     named(found, "layers.1.gen has a wrong scale")
     assert len(found.report.faults) == 1
     assert any("linear.gain" in sentence for sentence in found.report.broken)
+
+
+def test_a_gain_that_few_answers_cannot_tell_from_one_is_no_fault():
+    """Eight answers that are right on average but scatter by a third, as a small head's do; and twice as long ones."""
+    scatter = torch.tensor([1.33, 0.67] * 4).reshape(8, 1)
+    wanted = torch.cat([torch.zeros(1, 64), torch.randn(8, 64, generator=torch.Generator().manual_seed(0))])
+    found = torch.cat([torch.zeros(1, 64), wanted[1:] * scatter])
+    limit = resolve("4-bit", {})["linear.gain"]
+    assert abs(gain(found[1:], wanted[1:]) - 1) > 0.01
+    assert diagnose_modules({"lm_head": found}, {"lm_head": wanted}, {}, limit) == []
+    [fault] = diagnose_modules({"lm_head": 2 * found}, {"lm_head": wanted}, {}, limit)
+    assert "lm_head has a wrong scale" in fault
+    assert probe_values({"lm_head": wanted}, {"lm_head": wanted})["linear.gain"] == 0.0
 
 
 def test_a_dropped_bias(quantised, trace_file):
