@@ -1,9 +1,10 @@
-"""Every recipe on BAGEL-nano: bytes, step errors, pictures, answers and scores; and what each component costs.
+"""Every recipe on BAGEL-nano: bytes, errors, verdict, pictures, answers and scores; and what each component costs.
 
     python benchmarks/nano_table.py [--share N] [--out docs/nano_table.md]
 
 Weights are coded and decoded by the codecs and computed in fp32, so that only the coding error is seen: the table says
 what a format does to the model, not what a kernel does. A lossless build is checked for equal weights and not run.
+Latent error and verdict are those of `validate` on the packaged cases, with the same fp32 weights.
 Ends in one JSON line. About ten minutes on one core.
 """
 
@@ -16,6 +17,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +31,19 @@ from bagel.nano import language
 from bagel.nano.batches import images_to_tensor
 from bagel.nano.scenes import Scene, render, sample_scene
 from bagel.sampler import Sampler
+from bagel_compress.case import load_cases
 from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.limits import resolve
 from bagel_compress.load import open_model
 from bagel_compress.metrics import kl_divergence, rel_l2
 from bagel_compress.plan import make_plan
 from bagel_compress.recipe import Recipe
 from bagel_compress.resources import resource
 from bagel_compress.stream import compress
+from bagel_compress.trace import TraceFile
+from bagel_compress.validate import parity
 from bagel_compress.validate.nano import nano_benchmark
+from bagel_compress.validate.recording import record_cases
 from bagel_compress.validate.scores import Benchmark, Scores, compare, picture_psnr, run, same_answers
 
 SOURCE = Path(__file__).resolve().parents[1] / "bagel_compress" / "data" / "BAGEL-nano"
@@ -65,6 +72,8 @@ class Row:
 
     name: str
     bytes: int
+    latent: float  # error of the final latent over its way from the noise, free run, worst case: the gated value
+    broken: tuple[str, ...]  # limits of the recipe that do not hold, in words
     velocity: float  # relative L2 of predicted velocities, teacher-forced
     kl: float  # mean KL of next-token distributions, teacher-forced, nats
     psnr: float  # dB of free-running pictures, median
@@ -112,6 +121,7 @@ class Subject:
     probe: Probe
     benchmark: Benchmark
     reference: Scores
+    trace: TraceFile
 
 
 def _vit_pixels(sampler: Sampler, scene: Scene) -> torch.Tensor:
@@ -130,12 +140,15 @@ def main() -> int:
     benchmark = nano_benchmark(240 // share, 168 // share, 100 // share, 60 // share)
     checkpoint = Checkpoint.open(args.source)
     original = open_model(args.source, dtype=torch.float32)
-    subject = Subject(checkpoint, original, Probe(original, 32, seed=7), benchmark, run(benchmark, original))
+    cases = load_cases([resource("exports") / "cases" / "nano"])
+    folder = TemporaryDirectory()
+    trace = record_cases(original, checkpoint.name, "", cases, Path(folder.name) / "reference.trace.safetensors")
+    subject = Subject(checkpoint, original, Probe(original, 32, seed=7), benchmark, run(benchmark, original), trace)
     recipes = [Recipe.load(path) for path in sorted(resource("recipes").glob("*.yaml"))]
     rows, parts = [], []
     for recipe in recipes:
         rows.append(_row(recipe, subject))
-        print(f"{rows[-1].name}: {rows[-1].psnr:.1f} dB", file=sys.stderr)
+        print(f"{rows[-1].name}: {rows[-1].psnr:.1f} dB {'; '.join(rows[-1].broken)}", file=sys.stderr)
     for codec, name in PARTS_SHOWN:
         row = _row(Recipe.parse(_partial(PARTS[name], codec), "table"), subject)
         parts.append(replace(row, name=f"{codec.upper()} {name}"))
@@ -159,6 +172,9 @@ def _row(recipe: Recipe, subject: Subject) -> Row:
         artifact = compress(plan, subject.checkpoint, Path(folder) / "artifact")
         nbytes = artifact.nbytes
         sampler = open_model(artifact.path, dtype=torch.float32)
+        limits = resolve(recipe.limits.level, recipe.limits.overrides)
+        judged = parity.Subject(sampler, recipe.name, "", recipe.limits.level, limits)
+        report = parity.compare(judged, [subject.trace]).report
         scores = subject.reference
         if all(placement.codec.lossless for placement in plan.placements):
             wanted = subject.original.bagel.state_dict()
@@ -170,6 +186,8 @@ def _row(recipe: Recipe, subject: Subject) -> Row:
     return Row(
         recipe.name,
         nbytes,
+        max(case.metrics["latent.path"] for case in report.cases if "latent.path" in case.metrics),
+        report.broken,
         rel_l2(velocity, subject.probe.velocity),
         float(kl_divergence(logits, subject.probe.logits).mean()),
         float(np.median(picture_psnr(scores, subject.reference))),
@@ -181,42 +199,56 @@ def _row(recipe: Recipe, subject: Subject) -> Row:
 def _markdown(rows: list[Row], parts: list[Row], subject: Subject) -> str:
     lines = [
         f"Scores in percent over {len(subject.benchmark.prompts)} prompts; in brackets the 95 % interval of the paired",
-        "difference to bf16. PSNR is the median over all pictures, to what the original draws from the same noise.",
+        "difference to bf16. PSNR is the median over all pictures, to what the original draws from the same noise; the",
+        "latent error is the worst case of `validate`, `limits` says whether the recipe's own hold.",
         "",
         *_head(),
         _original(subject),
-        *(_line(row) for row in rows),
+        *(_line(row, "broken" if row.broken else "held") for row in rows),
         "",
         "One part of the model coded, everything else untouched (INT4 is symmetric in blocks of 32):",
         "",
         *_head(),
         _original(subject),
-        *(_line(row) for row in parts),
+        *(_line(row, "") for row in parts),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _original(subject: Subject) -> str:
-    return "| bf16 original | | | | | | " + " | ".join(f"{100 * subject.reference.mean(n):.1f}" for n in SHOWN) + " |"
+    return (
+        "| bf16 original | | | | | | | | " + " | ".join(f"{100 * subject.reference.mean(n):.1f}" for n in SHOWN) + " |"
+    )
 
 
 def _head() -> list[str]:
-    names = ["variant", "MB", "velocity error", "logits KL", "PSNR dB", "equal texts", *SHOWN]
+    names = ["variant", "MB", "latent error", "limits", "velocity error", "logits KL", "PSNR dB", "equal texts", *SHOWN]
     return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, verdict: str) -> str:
     scores = [f"{100 * v:.1f} ({100 * low:+.1f}..{100 * high:+.1f})" for v, low, high in row.scores.values()]
     psnr = "equal" if math.isinf(row.psnr) else f"{row.psnr:.1f}"
-    cells = [row.name, f"{row.bytes / 1e6:.2f}", f"{row.velocity:.4f}", f"{row.kl:.5f}", psnr, f"{100 * row.same:.1f}"]
+    cells = [
+        row.name,
+        f"{row.bytes / 1e6:.2f}",
+        f"{row.latent:.4f}",
+        verdict,
+        f"{row.velocity:.4f}",
+        f"{row.kl:.5f}",
+        psnr,
+        f"{100 * row.same:.1f}",
+    ]
     return "| " + " | ".join([*cells, *scores]) + " |"
 
 
-def _summary(rows: list[Row]) -> dict[str, dict[str, float | None]]:
+def _summary(rows: list[Row]) -> dict[str, dict[str, Any]]:
     return {
         row.name: {
             "mb": row.bytes / 1e6,
             "psnr": None if math.isinf(row.psnr) else row.psnr,
+            "latent": row.latent,
+            "broken": list(row.broken),
             "velocity": row.velocity,
             "equal_texts": row.same,
             "edit": row.scores["edit"][0],
