@@ -193,7 +193,7 @@ def _budgets(budgets: Sequence[BudgetReport]) -> str:
         return "\n\n".join([*lines, "Speed was not measured."])
     rows = [
         [plain(t.what), f"{number(t.median)} s", f"{number(t.p90)} s", "-" if t.ratio is None else f"{t.ratio:.2f}x",
-         plain(b.measured_on or b.device)]
+         plain(b.timed_on or "unknown")]
         for b, t in timed
     ]  # fmt: skip
     return "\n\n".join([*lines, table(("what", "median", "90 % below", "of the reference's", "measured on"), rows)])

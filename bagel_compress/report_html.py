@@ -14,13 +14,13 @@ from importlib.resources import files
 from string import Template
 
 from bagel_compress.limits import METRICS
-from bagel_compress.report_svg import COLOURS, bars, line_chart, stacked
+from bagel_compress.report_budgets import budget_section
+from bagel_compress.report_svg import bars, line_chart
 from bagel_compress.report_text import worst_rows
 from bagel_compress.reports import BudgetReport, CaseParity, ParityReport, Row, number
 
 WORST_MODULES = 12
 BRANCHES = ("guided", "cond", "text", "image")  # velocities of a step, in the order of their colours
-MIB, GIB = 2.0**20, 2.0**30
 
 
 def render(report: ParityReport, pictures: Mapping[str, Sequence[bytes]], budgets: Sequence[BudgetReport] = ()) -> str:
@@ -28,7 +28,7 @@ def render(report: ParityReport, pictures: Mapping[str, Sequence[bytes]], budget
     sections = [
         _head(report),
         _verdict(report, budgets),
-        _budgets(budgets),
+        budget_section(budgets),
         _summary(report),
         _pictures(report, pictures),
         _texts(report),
@@ -210,32 +210,6 @@ def _modules(report: ParityReport) -> str:
         f"<h2>Linear modules</h2><details><summary>the {len(ranked)} least exact of {len(report.modules)}</summary>"
         f"<div class='scroll'><table>{head}{lines}</table></div></details>"
     )
-
-
-def _budgets(budgets: Sequence[BudgetReport]) -> str:
-    blocks = []
-    for budget in budgets:
-        scale = max([p.total for p in budget.phases] + [budget.limit or 0.0]) * 1.02
-        rows = []
-        for phase in budget.phases:
-            measured = "" if phase.measured is None else f", measured {_size(phase.measured)}"
-            bar = stacked(list(phase.parts.items()), scale, budget.limit)
-            rows.append(f"<p><small>{escape(phase.name)}: {_size(phase.total)}{measured}</small></p>{bar}")
-        names = list(dict.fromkeys(name for p in budget.phases for name in p.parts))
-        legend = "".join(
-            f"<span><i style='background:var(--c{i % COLOURS})'></i>{escape(n)}</span>" for i, n in enumerate(names)
-        )
-        limit = "" if budget.limit is None else f", limit {_size(budget.limit)}"
-        advice = "".join(f"<p>{escape(a)}</p>" for a in budget.advice)
-        blocks.append(
-            f"<h3>{escape(budget.target)} <small class='soft'>{escape(budget.device)}{limit}</small></h3>"
-            f"{''.join(rows)}<div class='legend'>{legend}</div>{advice}"
-        )
-    return "<h2>Memory</h2>" + "".join(blocks) if blocks else ""
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.1f} MiB"
 
 
 def _colophon(report: ParityReport) -> str:

@@ -16,6 +16,7 @@ from bagel_compress.errors import ArtifactError, GateError
 
 REPORTS = "reports"
 PARITY = "parity.json"
+STEP, IMAGE, FIRST_TOKEN, TOKEN = "denoising step", "image", "time to first token", "decoded token"  # what is timed
 
 
 def _to_json(value: float) -> float | str:
@@ -160,7 +161,7 @@ class PhaseUse(_Frozen):
 
 
 class Timing(_Frozen):
-    """A measured time in seconds (median and 90 % quantile) and the reference's in the same process."""
+    """A measured time in seconds (median and 90 % quantile) and the reference's median, taken in turns with it."""
 
     what: str
     median: Number
@@ -173,7 +174,10 @@ class Timing(_Frozen):
 
 
 class BudgetReport(_Frozen):
-    """What an artifact needs on a target. Predicted unless `measured_on` names the card."""
+    """What an artifact needs on a target. Peaks are predicted unless `measured_on` names the card.
+
+    `timed_on` names the device of the times, which may be another one than the target's: a CPU, say.
+    """
 
     artifact: str  # sha256 of the manifest, or the plan's digest where nothing was built yet
     name: str
@@ -185,6 +189,7 @@ class BudgetReport(_Frozen):
     disk_limit: Number | None = None
     timings: tuple[Timing, ...] = ()
     measured_on: str | None = None
+    timed_on: str | None = None
     advice: tuple[str, ...] = ()
     overruns: tuple[str, ...] = ()  # one sentence per limit that does not hold
 

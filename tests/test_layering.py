@@ -19,7 +19,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"plan", "artifact", "writer", "readers", "build", "synth", "hub"}),
     frozenset({"load", "stream", "trace", "observe", "comfy", "residency"}),
     frozenset({"export"}),
-    frozenset({"validate", "report_html", "report_svg", "report_text", "report_family"}),
+    frozenset({"validate", "report_html", "report_budgets", "report_svg", "report_text", "report_family"}),
     frozenset({"publish", "card", "snippets", "provenance"}),
     frozenset({"cli", "pytest_plugin", "__main__"}),
 )

@@ -56,16 +56,21 @@ def register(verbs: Any) -> None:
 
     budget = add_verb(
         verbs, "budget", "peak memory on a card, phase by phase; needs no GPU; exit 1 if it does not fit",
-        "bagel-compress budget nf4 --target 12gb 16gb\n  bagel-compress budget out/nf4 --target h100 --device cuda",
+        "bagel-compress budget nf4 --target 12gb 16gb\n  bagel-compress budget out/nf4 --target h100 --device cuda\n"
+        "  bagel-compress budget out/nf4 --target 12gb --device cpu --source BAGEL-7B-MoT",
     )  # fmt: skip
     budget.add_argument("build", metavar="ARTIFACT|RECIPE", help="artifact folder; recipe file or packaged name")
     budget.add_argument(
         "--target", required=True, nargs="+", metavar="T", help="target file, or the name of a packaged one"
     )
     budget.add_argument(
-        "--source", metavar="SRC", help="with a recipe: plan for this checkpoint (default: the released one)"
+        "--source", metavar="SRC",
+        help="with a recipe: plan for this checkpoint (default: the released one); with an artifact and --device: time"
+        " this full-precision model in turns with it",
+    )  # fmt: skip
+    budget.add_argument(
+        "--device", metavar="D", help="also measure on this CUDA device, if it is the target's; cpu: times only"
     )
-    budget.add_argument("--device", metavar="D", help="also measure on this CUDA device, if it is the target's")
     add_json(budget)
     budget.set_defaults(verb=_budget)
 
@@ -138,7 +143,9 @@ def _budget(args: argparse.Namespace) -> int:
 
 
 def budget_table(report: BudgetReport) -> str:
-    """Peaks by phase as text, in GiB, with the verdict and what would make it fit."""
+    """Peaks by phase as text, in GiB, times where they were measured, the verdict and what would make it fit."""
+    from bagel_compress.reports import TOKEN
+
     names = list(report.phases[0].parts)
     short = [_SHORT.get(name, name) for name in names]
     how = f"measured on {report.measured_on}" if report.measured_on else "predicted"
@@ -150,9 +157,13 @@ def budget_table(report: BudgetReport) -> str:
         parts = "".join(f"{phase.parts[name] / 2**30:>12.2f}" for name in names)
         measured = "" if phase.measured is None else f"   measured {phase.measured / 2**30:.2f}"
         lines.append(f"{phase.name:<24}{phase.total / 2**30:>8.2f}{parts}{measured}")
+    if report.timings:
+        lines.append(f"{'times on ' + (report.timed_on or 'unknown'):<24}")
+        lines.append(f"{'':<24}{'median s':>12}{'90 % s':>12}{'reference s':>12}{'ratio':>8}")
     for t in report.timings:
-        ratio = "" if t.ratio is None else f", {t.ratio:.2f} times the reference"
-        lines.append(f"{t.what}: median {t.median:.4g} s, 90 % {t.p90:.4g} s{ratio}")
+        beside = "" if t.ratio is None else f"{t.reference:>12.4g}{t.ratio:>8.2f}"
+        speed = f"   {1 / t.median:.1f} tokens/s" if t.what == TOKEN else ""
+        lines.append(f"{t.what:<24}{t.median:>12.4g}{t.p90:>12.4g}{beside}{speed}")
     fits = f"fits: {report.peak / 2**30:.2f} of {(report.limit or 0) / 2**30:.2f} GiB" if not report.broken else ""
     return "\n".join([*lines, *filter(None, [fits, *report.broken, *report.advice])])
 

@@ -40,6 +40,7 @@ class Receipt(_Frozen):
     peak_predicted: Number  # bytes, the worst phase
     peak_measured: Number | None
     measured_on: str | None
+    timed_on: str | None
     limit: Number | None
     timings: tuple[Timing, ...]
     parity: dict[str, Number]
@@ -77,6 +78,7 @@ def _receipt(release: Release, uploaded: Uploaded, budget: BudgetReport) -> Rece
         peak_predicted=budget.peak,
         peak_measured=max((p.measured for p in budget.phases if p.measured is not None), default=None),
         measured_on=budget.measured_on,
+        timed_on=budget.timed_on,
         limit=budget.limit,
         timings=budget.timings,
         parity={row.metric: row.value for row in worst_rows(parity)} if parity else {},

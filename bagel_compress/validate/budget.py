@@ -21,7 +21,7 @@ from bagel.flow import FlowSettings, euler, guide
 from bagel.loops import Branches
 from bagel.sampler import Sampler
 from bagel.vae import to_uint8
-from bagel_compress.reports import BudgetReport, PhaseUse
+from bagel_compress.reports import IMAGE, STEP, TOKEN, BudgetReport, PhaseUse
 from bagel_compress.target import GIB, MIB, NEEDED, Part, Phase, Target, Task
 from bagel_compress.validate.fake import CODED, RING, Build, check_sizes, fake_model, ring_bytes, text_of
 from bagel_compress.validate.memory import CUDA_ROUNDING, Peak, Tracker
@@ -245,15 +245,15 @@ def _overruns(report: BudgetReport) -> Iterator[str]:
 
 
 def _too_slow(report: BudgetReport, target: Target) -> Iterator[str]:
-    """Times are limited only where they were measured on the target's card."""
-    times = {t.what: t for t in report.timings} if report.measured_on else {}
-    token, limit = times.get("decoded token"), target.budget.tokens_per_second
+    """Times are limited only where they were measured on the target's own card."""
+    times = {t.what: t for t in report.timings} if report.timed_on == target.device.name else {}
+    token, limit = times.get(TOKEN), target.budget.tokens_per_second
     if token is not None and limit is not None and 1 / token.median < limit:
         yield f"{report.target}: {1 / token.median:.1f} tokens per second, the limit is {limit:g}."
-    step, ratio = times.get("denoising step"), target.budget.step_ratio
-    if step is not None and ratio is not None and (step.ratio or 0) > ratio:
+    step, ratio = times.get(STEP), target.budget.step_ratio
+    if step is not None and ratio is not None and step.ratio is not None and step.ratio > ratio:
         yield f"{report.target}: a step takes {step.ratio:.2f} times the reference's, the limit is {ratio:g}."
-    image, seconds = times.get("image"), target.budget.seconds_per_image
+    image, seconds = times.get(IMAGE), target.budget.seconds_per_image
     if image is not None and seconds is not None and image.median > seconds:
         yield f"{report.target}: an image takes {image.median:.1f} s, the limit is {seconds:g}."
 

@@ -1,4 +1,4 @@
-"""The measured side of a budget: peaks and times of a loaded build on a CUDA card.
+"""The measured side of a budget: peaks and times of a loaded build on a CUDA card, or its times on a CPU.
 
 A phase's peak is what torch's allocator handed out at most during it, plus what the driver says is taken beyond that
 allocator: the CUDA context and libraries (and any other program on the card, so measure on a quiet one).
@@ -12,18 +12,33 @@ import torch
 
 from bagel.sampler import Sampler
 from bagel_compress.artifact import Artifact
+from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.errors import TargetError
-from bagel_compress.load import load
+from bagel_compress.load import load, load_checkpoint
 from bagel_compress.reports import BudgetReport
 from bagel_compress.residency import place
 from bagel_compress.target import Target
 from bagel_compress.validate.budget import judged_again, run_passes
 from bagel_compress.validate.fake import FakeText
-from bagel_compress.validate.latency import timings
+from bagel_compress.validate.latency import device_name, timings
 
 
-def measured(artifact: Artifact, predicted: BudgetReport, target: Target, device: str) -> BudgetReport:
-    """The report with measured peaks and times. Raises TargetError unless `device` is the card of the target."""
+def timed(
+    artifact: Artifact, predicted: BudgetReport, target: Target, source: Checkpoint | None = None
+) -> BudgetReport:
+    """The report with times of this machine's CPU, beside the source's where it is given. Peaks stay predicted."""
+    found = timings(load(artifact, "cpu"), target, None if source is None else load_checkpoint(source, "cpu"))
+    update = {"timings": found, "timed_on": device_name(torch.device("cpu"))}
+    return judged_again(predicted.model_copy(update=update), target)
+
+
+def measured(
+    artifact: Artifact, predicted: BudgetReport, target: Target, device: str, source: Checkpoint | None = None
+) -> BudgetReport:
+    """The report with measured peaks and times, the source's times beside them where it is given.
+
+    Raises TargetError unless `device` is the card of the target, or if the source does not fit beside the build.
+    """
     name = require_card(device, target)
     coded = any(unit.codec.format == "df11" for unit in artifact.manifest.units.values())
     loaded = load(artifact, device if coded else "cpu")
@@ -34,8 +49,19 @@ def measured(artifact: Artifact, predicted: BudgetReport, target: Target, device
     phases = tuple(
         phase.model_copy(update={"measured": float(peak)}) for phase, peak in zip(predicted.phases, peaks, strict=True)
     )
-    update = {"phases": phases, "timings": timings(loaded), "measured_on": name}
+    reference = None if source is None else _beside(source, device)
+    update = {"phases": phases, "timings": timings(loaded, target, reference), "measured_on": name, "timed_on": name}
     return judged_again(predicted.model_copy(update=update), target)
+
+
+def _beside(source: Checkpoint, device: str) -> Sampler:
+    try:
+        return load_checkpoint(source, device)
+    except torch.OutOfMemoryError:
+        raise TargetError(
+            f"{source.name} does not fit on {device} beside the build, so their times cannot be compared there; leave"
+            " --source away."
+        ) from None
 
 
 def require_card(device: str, target: Target) -> str:

@@ -19,7 +19,7 @@ from bagel_compress.reports import BudgetReport, ParityReport
 from bagel_compress.resources import find_recipe
 from bagel_compress.target import Target
 from bagel_compress.validate.budget import predict
-from bagel_compress.validate.card import measured
+from bagel_compress.validate.card import measured, timed
 from bagel_compress.validate.fake import Build
 from bagel_compress.validate.judge import validate_artifact, write_report
 from bagel_compress.validate.parity import Progress
@@ -42,8 +42,9 @@ def budgets_of(
 ) -> list[BudgetReport]:
     """Budget of an artifact, or of a recipe and a checkpoint (default: the released one's header), on each target.
 
-    An artifact's reports are written beside it. With `device`, a CUDA device, peaks and times are measured as well.
-    Raises TargetError if that device is not there or is another card than the target's.
+    An artifact's reports are written beside it. With `device`, peaks and times are measured on that CUDA device, or
+    only times on "cpu"; with `source` too, the times of the full-precision model beside them. Raises TargetError if
+    the device is not there or is another card than the target's, or if the artifact was not made from `source`.
     """
     loaded = [Target.load(target) for target in targets]
     folder = Path(build)
@@ -57,13 +58,35 @@ def budgets_of(
     artifact = Artifact.open(folder)
     known = Build.of_artifact(artifact)
     reports = [predict(known, target) for target in loaded]
+    if source is not None and device is None:
+        raise TargetError(f"{build} is an artifact: its --source is only timed beside it; name a --device to time on.")
     if device is not None:
-        reports = [measured(artifact, r, t, device) for r, t in zip(reports, loaded, strict=True)]
+        reference = None if source is None else _source_of(artifact, source)
+        reports = [_measured(artifact, r, t, device, reference) for r, t in zip(reports, loaded, strict=True)]
     for report in reports:
         report.save(folder)
     if (folder / "reports" / "parity.json").exists():
         write_report(folder, artifact.digest)
     return reports
+
+
+def _measured(
+    artifact: Artifact, report: BudgetReport, target: Target, device: str, source: Checkpoint | None
+) -> BudgetReport:
+    if device == "cpu":
+        return timed(artifact, report, target, source)
+    return measured(artifact, report, target, device, source)
+
+
+def _source_of(artifact: Artifact, source: str) -> Checkpoint:
+    """The checkpoint, if the artifact was made from it."""
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.digest != artifact.manifest.source.digest:
+        raise TargetError(
+            f"{artifact.path} was made from {artifact.manifest.source.name}"
+            f" ({artifact.manifest.source.digest[:12]}), not from {source} ({checkpoint.digest[:12]}); give its source."
+        )
+    return checkpoint
 
 
 def planned_build(recipe: str, source: str | None) -> Build:

@@ -1,40 +1,52 @@
-"""Times of a loaded model: seconds per denoising step and per token, beside the reference in the same process.
+"""Times of a loaded model at a target's sizes, beside the full-precision reference in the same process.
 
-Warm-up first, the device synchronised around every pass, median and 90 % quantile of the repetitions.
+A guided denoising step, a whole picture, the first token and every further one. Warm-up first, the device synchronised
+around every pass, median and 90 % quantile of the repetitions. The reference's passes are taken in turns with the
+build's, so that both see the same machine in the same state. Any device can be timed and is named; whether a time is
+limited is for the target to say (budget.py).
 """
 
 from __future__ import annotations
 
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from bagel.flow import FlowSettings
+from bagel.loops import Branches
 from bagel.sampler import Sampler
-from bagel_compress.reports import Timing
+from bagel_compress.reports import FIRST_TOKEN, IMAGE, STEP, TOKEN, Timing
+from bagel_compress.target import Target
+from bagel_compress.validate.fake import FakeText, text_of
 
 WARM_UP, REPEATS = 2, 7
-CONTEXT_TOKENS = 64  # of the prompt that passes are timed after
+PICTURES_WARM_UP, PICTURES = 1, 3  # whole pictures take as long as a hundred passes
+FLOW = FlowSettings()  # the official text-to-image settings: 49 steps, guided where t > 0.4
+Pass = Callable[[], object]
 
 
-def timings(sampler: Sampler, reference: Sampler | None = None) -> tuple[Timing, ...]:
-    """Seconds of a denoising step (one conditional pass) at the model's largest size and of one decoded token.
+def timings(sampler: Sampler, target: Target, reference: Sampler | None = None) -> tuple[Timing, ...]:
+    """Seconds of each pass that the target's tasks are made of; with `reference`, its own beside them."""
+    found = []
+    with _fake_text(sampler), _fake_text(reference or sampler), torch.no_grad():
+        for what, make in _passes(target).items():
+            other = None if reference is None else make(reference, target)
+            found.append(timed(what, make(sampler, target), other, sampler.bagel.device))
+    return tuple(found)
 
-    With `reference`, the same passes of the full-precision model, taken in turns in the same process.
-    """
-    return tuple(
-        timed(what, make(sampler), make(reference) if reference is not None else None, sampler.bagel.device)
-        for what, make in (("denoising step", _step), ("decoded token", _token), ("time to first token", _first_token))
-    )
 
-
-def timed(what: str, run: Callable[[], object], reference: Callable[[], object] | None, device: torch.device) -> Timing:
+def timed(what: str, run: Pass, reference: Pass | None, device: torch.device) -> Timing:
     """Median and 90 % quantile of a call; the reference's calls are taken between, so both see the same machine."""
+    warm_up, repeats = (PICTURES_WARM_UP, PICTURES) if what == IMAGE else (WARM_UP, REPEATS)
     own, other = [], []
-    for repeat in range(WARM_UP + REPEATS):
+    for repeat in range(warm_up + repeats):
         seconds = _seconds(run, device)
         reference_seconds = None if reference is None else _seconds(reference, device)
-        if repeat >= WARM_UP:
+        if repeat >= warm_up:
             own.append(seconds)
             if reference_seconds is not None:
                 other.append(reference_seconds)
@@ -42,7 +54,15 @@ def timed(what: str, run: Callable[[], object], reference: Callable[[], object] 
     return Timing(what=what, median=_quantile(own, 0.5), p90=_quantile(own, 0.9), reference=middle)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def device_name(device: torch.device) -> str:
+    """What times were measured on: the card, or the processor with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({_processor()}, {threads} thread{'s' if threads > 1 else ''})"
+
+
+def _seconds(run: Pass, device: torch.device) -> float:
     _wait(device)
     start = time.perf_counter()
     run()
@@ -59,23 +79,64 @@ def _quantile(values: list[float], share: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
-def _context(sampler: Sampler) -> list:  # type: ignore[type-arg]
-    contexts = [sampler.bagel.new_context()]
-    sampler.bagel.prefill_text(contexts, [[sampler.text.bos] * CONTEXT_TOKENS])
-    return contexts
+def _processor() -> str:
+    table = Path("/proc/cpuinfo")
+    if table.exists():
+        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-def _step(sampler: Sampler) -> Callable[[], object]:
-    contexts, side = _context(sampler), sampler.bagel.config.max_latent_size
-    x = torch.randn(side * side, sampler.bagel.config.latent_width).to(sampler.bagel.device)
-    t = torch.tensor(0.5)
-    return lambda: sampler.bagel.velocity(sampler.bagel.noisy_block(x, t, [(side, side)], sampler.wrap), contexts)
+@contextmanager
+def _fake_text(sampler: Sampler) -> Iterator[None]:
+    """The tokenizer by length alone, so that prompts have the target's number of tokens."""
+    kept, sampler.text = sampler.text, FakeText()
+    try:
+        yield
+    finally:
+        sampler.text = kept
 
 
-def _token(sampler: Sampler) -> Callable[[], object]:
-    contexts = _context(sampler)
-    return lambda: sampler.bagel.next_logits([c.fork() for c in contexts], [sampler.text.bos])
+def _passes(target: Target) -> dict[str, Callable[[Sampler, Target], Pass]]:
+    draws = any(task != "understand" for task in target.tasks)
+    writes = any(task in ("understand", "think") for task in target.tasks)
+    passes: dict[str, Callable[[Sampler, Target], Pass]] = {STEP: _step, IMAGE: _image} if draws else {}
+    return passes | ({FIRST_TOKEN: _first_token, TOKEN: _token} if writes else {})
 
 
-def _first_token(sampler: Sampler) -> Callable[[], object]:
-    return lambda: sampler.bagel.next_logits(_context(sampler), [sampler.text.bos])
+def _read(sampler: Sampler, target: Target, output: str) -> Branches:
+    branches = Branches(sampler)
+    sampler.read(branches, [text_of(target.sizes.prompt_tokens)], output, False, torch.randn)
+    return branches
+
+
+def _noise(sampler: Sampler, target: Target) -> tuple[torch.Tensor, tuple[int, int]]:
+    rows, columns = sampler.grid(target.sizes.image)
+    width = sampler.bagel.config.latent_width
+    return torch.randn((rows * columns, width), generator=torch.Generator().manual_seed(0)), (rows, columns)
+
+
+def _step(sampler: Sampler, target: Target) -> Pass:
+    branches, (x, grid) = _read(sampler, target, "image"), _noise(sampler, target)
+    times, x = sampler.schedule(FLOW), sampler.start(x)
+    return lambda: sampler.step(branches, x, times, 0, [grid], FLOW)
+
+
+def _image(sampler: Sampler, target: Target) -> Pass:
+    def draw() -> object:
+        branches, (x, grid) = _read(sampler, target, "image"), _noise(sampler, target)
+        for step in sampler.denoise(branches, x, [grid], FLOW):
+            x = step.x_next
+        return sampler.picture(x, grid)
+
+    return draw
+
+
+def _first_token(sampler: Sampler, target: Target) -> Pass:
+    return lambda: sampler.bagel.next_logits(_read(sampler, target, "text").cond, [sampler.text.bos])
+
+
+def _token(sampler: Sampler, target: Target) -> Pass:
+    branches = _read(sampler, target, "text")
+    return lambda: sampler.bagel.next_logits([c.fork() for c in branches.cond], [sampler.text.bos])

@@ -50,6 +50,7 @@ def budget(
         ),
         timings=(Timing(what="denoise step", median=0.41, p90=0.44, reference=0.52),),
         measured_on="NVIDIA GeForce RTX 4070",
+        timed_on="NVIDIA GeForce RTX 4070",
         overruns=() if ok else ("denoise needs 12.40 GiB, the target has 11.20 GiB.",),
     )
 
