@@ -8,8 +8,8 @@ Parts of `X.weight` of shape (N, K), K a multiple of 32 (compressed-tensors 0.20
 
 The format of TensorRT and of standard ONNX for four bits (DequantizeLinear with blocks of 32); NF4 is closer to the
 weights at the same size, but has no operator there. Scale "absmax" is compressed-tensors' own rule, absmax / 7.5;
-"mse" tries smaller ones and keeps what leaves the least squared error in each block. Codes are rounded with the bf16
-scale that is stored. Zero blocks get the scale 1.
+"mse" tries smaller ones and keeps what leaves the least squared error in each block, then takes back by how much that
+shrank the block. Codes are rounded with the bf16 scale that is stored, or was found. Zero blocks get the scale 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
-from bagel_compress.codecs.matrix import MatrixCodec, not_finite
+from bagel_compress.codecs.matrix import MatrixCodec, check_shapes, not_finite
 from bagel_compress.errors import CodecError, PlanError
 from bagel_compress.spec import PartSpec, TensorSpec
 
@@ -62,16 +62,14 @@ class Int4(MatrixCodec):
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code * scale), the product in fp32."""
-        import torch
-
         (spec,) = unit.specs
-        codes, scale = self._stored(spec, parts)
-        out = torch.empty(spec.shape, dtype=torch.bfloat16, device=codes.device)
-        step = max(1, CHUNK_ELEMENTS // spec.shape[1])
-        for row in range(0, spec.shape[0], step):
-            blocks = unpack(codes[row : row + step]).unflatten(1, (-1, BLOCK)).float()
-            out[row : row + step] = (blocks * scale[row : row + step].float()[..., None]).flatten(1).bfloat16()
-        return {spec.name: out}
+        return {spec.name: decode_codes(*self._stored(spec, parts))}
+
+    def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
+        from bagel_compress.codecs.linears import Int4Linear
+
+        check_shapes(self, Unit(spec.name, (spec,)), parts)
+        return Int4Linear(spec, parts, bias)
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
         weights = {
@@ -103,6 +101,19 @@ class Int4(MatrixCodec):
         if shape != spec.shape:
             raise CodecError(f"{spec.name}: weight_shape says {shape}, expected {spec.shape}; the artifact is damaged.")
         return parts[f"{spec.name}_packed"], parts[f"{spec.name}_scale"]
+
+
+def decode_codes(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(N, K/8) int32 and (N, K/32) bf16 -> (N, K) bf16: bf16(code * scale), the product in fp32."""
+    import torch
+
+    rows, columns = packed.shape[0], packed.shape[1] * 8
+    out = torch.empty((rows, columns), dtype=torch.bfloat16, device=packed.device)
+    step = max(1, CHUNK_ELEMENTS // columns)
+    for row in range(0, rows, step):
+        blocks = unpack(packed[row : row + step]).unflatten(1, (-1, BLOCK)).float()
+        out[row : row + step] = (blocks * scale[row : row + step].float()[..., None]).flatten(1).bfloat16()
+    return out
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -155,7 +166,21 @@ def _quantised(weights: torch.Tensor, shrink: Sequence[float]) -> tuple[torch.Te
         best = torch.where(better, error, best)
         best_codes = torch.where(better[:, None], codes, best_codes)
         best_scale = torch.where(better, scale, best_scale)
-    return best_codes, best_scale
+    return best_codes, _unshrunk(weights, best_codes, best_scale, absmax) if len(shrink) > 1 else best_scale
+
+
+def _unshrunk(weights: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """Scales under which a block keeps its length along its weights: sum(w * decoded) = sum(w * w).
+
+    Least squares shrinks every block by its relative squared error (about 1 %), which would be a gain below 1 in every
+    layer; taking that back costs a hundredth of the error.
+    """
+    import torch
+
+    unit = weights / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # squares of weights may overflow
+    along = (unit * codes).sum(1) * scale.float()
+    gain = torch.where((along > 0) & (absmax <= WIDE), unit.square().sum(1) * absmax / along, 1.0)
+    return (scale.float() * gain).bfloat16()
 
 
 def _rounded(weights: torch.Tensor, top: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
