@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -279,13 +279,18 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
         raise ArtifactError(
             f"{folder / MANIFEST} is damaged at {where} ({fault['msg']}); copy the artifact again."
         ) from None
-    for name in manifest.files:
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or ":" in name:
-            raise ArtifactError(f"{folder / MANIFEST} points outside its folder ({name}); do not use this artifact.")
+    check_names(manifest.files, folder / MANIFEST)
     for shard in manifest.shards:
         if shard not in manifest.files:
             raise ArtifactError(f"{folder / MANIFEST} puts tensors into {shard}, which is not among its files.")
     return manifest
+
+
+def check_names(names: Iterable[str], manifest: Path) -> None:
+    """Raises ArtifactError if a file of a manifest would lie outside its folder, on any system."""
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or ":" in name:
+            raise ArtifactError(f"{manifest} points outside its folder ({name}); do not use what lies there.")
 
 
 def _mapped(file: TensorFile, part: str) -> torch.Tensor:

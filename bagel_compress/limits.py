@@ -76,6 +76,21 @@ _CLASSES: dict[str, tuple[Limit, ...]] = {
             ("vae.rel_l2", 0.0), ("linear.gain", 0.0), ("linear.bias", 0.0), ("image.mae", 0.0), ("text.exact", 1.0),
         )
     ),
+    # The same weights in other arithmetic, as an export of a lossless build has them.
+    "16-bit": (
+        Limit("latent.path", 0.04, f"{_OURS}: half of the 8-bit limit"),
+        Limit("logits.kl_mean", 0.001, f"{_OURS}: a tenth of the 8-bit limit"),
+        Limit("logits.kl_p999", 0.01, f"{_OURS}: ten times the mean"),
+        Limit("logits.top1_sure", 0.99, f"{_OURS}: one token in 100"),
+        Limit("image.psnr", 30.0, f"{_OURS}: 3 dB above the 8-bit limit"),
+        Limit("image.cosine", 0.998, f"{_OURS}: between 8-bit and equality"),
+        Limit("image.rel_l2", 0.05, f"{_OURS}: between 8-bit and equality"),
+        Limit("image.mae", 4.0, f"{_OURS}: between 8-bit and equality"),
+        Limit("linear.gain", 0.001, f"{_OURS}: a fifth of the 8-bit limit"),
+        Limit("linear.bias", 0.0, f"{_OURS}: biases are never compressed"),
+        Limit("vae.psnr", 45.0, f"{_OURS}: the VAE is never compressed; one grey level is 48 dB"),
+        Limit("vae.rel_l2", 0.01, f"{_OURS}: the VAE is never compressed; bf16 has 8 bits"),
+    ),
     "8-bit": (
         Limit("latent.path", 0.08, _STRICT + _PATH),
         Limit("logits.kl_mean", 0.01, f"{_OURS}: a fifth of the 4-bit limit"),

@@ -119,7 +119,7 @@ class Limits(_Frozen):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    level: Literal["lossless", "8-bit", "4-bit"] = Field("8-bit", alias="class")
+    level: Literal["lossless", "16-bit", "8-bit", "4-bit"] = Field("8-bit", alias="class")
     overrides: dict[str, float] = Field(default_factory=dict, description="metric name -> limit")
 
 

@@ -42,12 +42,13 @@ def register(verbs: Any) -> None:
     compress.set_defaults(verb=_compress)
 
     inspect = add_verb(
-        verbs, "inspect", "sizes of a checkpoint or artifact per component, expert and codec",
-        "bagel-compress inspect out/nf4 --verify\n  bagel-compress inspect BAGEL-7B-MoT",
+        verbs, "inspect", "sizes of a checkpoint, artifact or export, part by part",
+        "bagel-compress inspect out/nf4 --verify\n  bagel-compress inspect out/int8-onnx --verify\n"
+        "  bagel-compress inspect BAGEL-7B-MoT",
     )  # fmt: skip
-    inspect.add_argument("path", metavar="PATH", help="artifact folder or checkpoint")
+    inspect.add_argument("path", metavar="PATH", help="artifact folder, export folder or checkpoint")
     inspect.add_argument("--verify", action="store_true", help="read every byte; exit 1 if anything was changed")
-    inspect.add_argument("--tensors", action="store_true", help="one line per unit too")
+    inspect.add_argument("--tensors", action="store_true", help="one line per unit, or per block of an export, too")
     add_json(inspect)
     inspect.set_defaults(verb=_inspect)
 
@@ -139,9 +140,15 @@ def progress_bar(plan: Plan) -> Iterator[Callable[[str, int], None]]:
 
 def _inspect(args: argparse.Namespace) -> int:
     from bagel_compress.artifact import MANIFEST
+    from bagel_compress.cli.export import inspect_export
+    from bagel_compress.export.manifest import MANIFEST as EXPORT
+    from bagel_compress.export.manifest import NOTES
 
-    if (Path(args.path) / MANIFEST).exists() or (Path(args.path) / ".build").exists():
+    folder = Path(args.path)
+    if (folder / MANIFEST).exists() or (folder / ".build").exists():
         return _inspect_artifact(args)
+    if (folder / EXPORT).exists() or (folder / NOTES).exists():
+        return inspect_export(args)
     from bagel_compress.checkpoint import Checkpoint
     from bagel_compress.codecs.raw import Raw
     from bagel_compress.sizes import group_sizes, sizes_table

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 DEMO_MODEL = "BAGEL-nano"
 DEMO_RECIPES = ("nf4", "nf4-official", "fp8-24gb", "int8-24gb", "df11")
 DEMO_CASES = ("draw_two", "edit_recolor", "ask_describe")  # thinking is scored; as a case it would double the time
-FULL_LATENT_ROWS = 4096  # of the 7B model's latent table; a smaller table cannot hold the full-size cases
+# Rows of the latent table that the packaged cases need: 1024, 128 and 64 pixels a side.
+CASES_BY_ROWS = ((4096, "."), (64, "tiny"), (16, "nano"))
 
 
 def register(verbs: Any) -> None:
@@ -122,9 +123,8 @@ def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argpar
 
 
 def _cases(checkpoint: Checkpoint) -> Path:
-    """The packaged cases of the checkpoint's size."""
+    """The largest packaged cases that fit the checkpoint."""
     from bagel_compress.resources import resource
 
-    cases = resource("exports") / "cases"
-    small = checkpoint.shapes["latent_pos_embed.pos_embed"][0] < FULL_LATENT_ROWS
-    return cases / "tiny" if small else cases
+    rows = checkpoint.shapes["latent_pos_embed.pos_embed"][0]
+    return resource("exports") / "cases" / next((c for n, c in CASES_BY_ROWS if rows >= n), CASES_BY_ROWS[-1][1])

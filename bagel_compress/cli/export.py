@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from bagel_compress.cli import add_json, emit
 if TYPE_CHECKING:
     from bagel_compress.artifact import Artifact
     from bagel_compress.export.manifest import ExportFolder
+    from bagel_compress.reports import ParityReport
 
 
 def register(verbs: Any) -> None:
@@ -44,7 +46,7 @@ def _export(args: argparse.Namespace) -> int:
     out = Path(args.out)
     finished = (out / MANIFEST).exists() and (args.verify or args.trace)
     folder = ExportFolder.open(out) if finished else _made(args, out)
-    faults = folder.verify() if args.verify else []
+    faults = [*(folder.verify() if args.verify else []), *folder.over_disk]
     data: dict[str, Any] = {"path": str(out), "digest": folder.digest, "blocks": blocks_of(folder), "faults": faults}
     lines = [summary(folder), *faults]
     passed = not faults
@@ -54,7 +56,7 @@ def _export(args: argparse.Namespace) -> int:
         report = validate_export(folder, args.trace)
         passed = passed and report.passed
         data["parity"] = report.model_dump(mode="json") | {"passed": report.passed}
-        lines += [f"parity: {'passed' if report.passed else 'broken'}", *report.faults, *report.broken]
+        lines += parity_lines(report)
     emit(args, data, "\n".join(lines))
     return 0 if passed else 1
 
@@ -78,7 +80,8 @@ def _made(args: argparse.Namespace, out: Path) -> ExportFolder:
 def follow_recipe(artifact: Artifact, trace: Path) -> tuple[dict[str, Any], str, bool]:
     """Exports an artifact for its recipe's target, beside it, and judges the graphs by the trace.
 
-    Gives the data for --json, the lines for people, and whether everything passed. Engines are built and not judged.
+    Gives the data for --json, the lines for people, and whether everything passed. Engines are built; without a card,
+    their graphs are judged.
     """
     from bagel_compress.export.build import export
     from bagel_compress.export.manifest import MANIFEST, ExportFolder
@@ -88,15 +91,82 @@ def follow_recipe(artifact: Artifact, trace: Path) -> tuple[dict[str, Any], str,
 
     target = Target.load(artifact.manifest.recipe.export or "")
     out = artifact.path.with_name(f"{artifact.path.name}-{target.name}")
-    done = (out / MANIFEST).exists() and ExportFolder.open(out).manifest.source["digest"] == artifact.digest
+    done = (out / MANIFEST).exists() and ExportFolder.open(out).manifest.source.digest == artifact.digest
     folder = ExportFolder.open(out) if done else export(ArtifactSource(artifact), target, out)
     data: dict[str, Any] = {"path": str(out), "digest": folder.digest, "blocks": blocks_of(folder)}
-    if folder.manifest.settings.runtime != "onnxruntime":
-        return data, summary(folder), True
     report = validate_export(folder, [trace])
-    data["parity"] = report.model_dump(mode="json") | {"passed": report.passed}
-    lines = [summary(folder), f"parity: {'passed' if report.passed else 'broken'}", *report.faults, *report.broken]
-    return data, "\n".join(lines), report.passed
+    data |= {"parity": report.model_dump(mode="json") | {"passed": report.passed}, "faults": folder.over_disk}
+    lines = [summary(folder), *folder.over_disk, *parity_lines(report)]
+    return data, "\n".join(lines), report.passed and not folder.over_disk
+
+
+def parity_lines(report: ParityReport) -> list[str]:
+    """What was run, whether it held, and why not."""
+    ran = report.environment
+    what = f"{ran['runtime']} {ran['version']} on {ran['provider']} in {ran['precision']}"
+    return [f"parity, {what}: {'passed' if report.passed else 'broken'}", *report.faults, *report.broken]
+
+
+def inspect_export(args: argparse.Namespace) -> int:
+    """The verb inspect, of an export. Raises GateError, with --verify, if anything was changed."""
+    from bagel_compress.errors import GateError
+    from bagel_compress.export.manifest import ExportFolder
+
+    folder = ExportFolder.open(args.path, check=not args.verify)
+    faults = folder.verify() if args.verify else []
+    manifest = folder.manifest
+    data = {
+        "kind": "export",
+        "digest": folder.digest,
+        "source": manifest.source.model_dump(mode="json", exclude={"recipe"}),
+        "target": manifest.target,
+        "settings": manifest.settings.model_dump(mode="json"),
+        "opset": manifest.opset,
+        "versions": manifest.versions,
+        "profiles": {name: sizes.model_dump() for name, sizes in manifest.axes.items()},
+        "bytes": folder.nbytes,
+        "kinds": [dataclasses.asdict(kind) for kind in folder.kinds()],
+        "blocks": blocks_of(folder),
+        "verified": args.verify and not faults,
+        "faults": faults,
+    }
+    emit(args, data, _inspected(folder, args.tensors, args.verify and not faults))
+    if faults:
+        raise GateError(f"{args.path} is damaged: {'; '.join(faults)}. Copy it again or export again.")
+    return 0
+
+
+def _inspected(folder: ExportFolder, blocks: bool, verified: bool) -> str:
+    manifest, settings = folder.manifest, folder.manifest.settings
+    row = "{:<13}{:>7} {:<22}{:>7}{:>16}{:>16}".format
+    lines = [row("kind", "blocks", "matrices", "nodes", "reads, bytes", "engines, bytes")]
+    for k in folder.kinds():
+        engines = f"{k.engines:,}" if k.engines else "-"
+        lines.append(row(k.kind, k.blocks, _forms(k.forms), k.nodes, f"{k.reads:,}", engines))
+    lines.append(f"{folder.nbytes:,} bytes in {len(manifest.files)} files; a layer's two graphs read one file")
+    if blocks:
+        for b in blocks_of(folder):
+            engine = f" engine {b['engine_bytes']:,}" if b["engine"] else ""
+            lines.append(f"{b['block']} {_forms(b['forms'])} reads {b['weight_bytes']:,}{engine}")
+    place = (
+        f" on {settings.provider}"
+        if settings.runtime == "onnxruntime"
+        else f" for {', '.join(settings.capabilities) or 'this card'}"
+    )
+    lines.append(f"{settings.runtime}{place} in {settings.precision}, opset {manifest.opset}, target {manifest.target}")
+    if settings.runtime != "onnxruntime":
+        sizes = (f"{name} {s.min}..{s.opt}..{s.max}" for name, s in manifest.axes.items())
+        lines.append("sizes (least, usual, most): " + ", ".join(sizes))
+    lines.append("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    source = manifest.source
+    lines.append(f"export {folder.digest[:12]}: of {source.kind} {source.name} {source.digest[:12]}")
+    if verified:
+        lines.append(f"verified: {len(manifest.files)} files, every byte as the manifest says")
+    return "\n".join(lines)
+
+
+def _forms(forms: dict[str, int]) -> str:
+    return ", ".join(f"{count} {form}" for form, count in forms.items()) or "-"
 
 
 def blocks_of(folder: ExportFolder) -> list[dict[str, Any]]:
@@ -121,5 +191,5 @@ def summary(folder: ExportFolder) -> str:
         f", {stored:,} bytes; export {folder.digest[:12]}"
     )
     if manifest.settings.runtime != "onnxruntime":
-        text += "\nengines were built, not run: running them needs the card."
+        text += "\nengines were built; running them needs the card."
     return text

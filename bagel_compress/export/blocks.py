@@ -14,7 +14,7 @@ Axes: T rows, W wrapper rows, N latent rows, S cached rows, P patches, D hidden,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,7 @@ class Block:
     outputs: tuple[Port, ...]
     weights: dict[str, str]  # parameter path in the module -> path in Bagel ("layers.3.und.q_proj.weight") or "vae..."
     build: Callable[[], nn.Module]
+    factor: int = 1  # pixels per latent cell along a side, of blocks that have both
 
     @property
     def wide(self) -> bool:
@@ -339,7 +340,8 @@ def _vae(vae: VAEConfig) -> Iterator[Block]:
     image = Port("image", "float32", (1, vae.in_channels, "height", "width"))
     cells: Shape = (1, vae.z_channels, "latent_height", "latent_width")
     latent = Port("latent", "float32", cells)
-    yield _end("vae_encoder", (image, Port("noise", "float32", cells)), latent, lambda: VaeEncode(vae))
+    encoder = _end("vae_encoder", (image, Port("noise", "float32", cells)), latent, lambda: VaeEncode(vae))
+    yield replace(encoder, factor=vae.downsample)
     yield _end("vae_decoder", (latent,), image, lambda: VaeDecode(vae))
 
 

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_args
 
+from bagel_compress.artifact import FileEntry
 from bagel_compress.errors import ExportError
 from bagel_compress.export.blocks import all_blocks
 from bagel_compress.export.graph import OPSET
@@ -23,7 +24,6 @@ from bagel_compress.export.manifest import (
     BlockEntry,
     ExportFolder,
     ExportManifest,
-    FileEntry,
     config_dict,
 )
 from bagel_compress.export.profiles import axes_of
@@ -68,7 +68,7 @@ def export(
 
 
 def _begin(source: Source, target: Target, settings: ExportSettings, out: Path, templates: dict[str, bytes]) -> Job:
-    identity = {"source": source.digest, "target": target.model_dump(mode="json"), "opset": OPSET}
+    identity = {"source": source.identity.digest, "target": target.model_dump(mode="json"), "opset": OPSET}
     note = out / NOTES / "identity.json"
     if out.exists() and any(out.iterdir()) and not note.parent.exists():
         raise ExportError(f"{out} is not empty and holds no export; choose an empty folder.")
@@ -110,9 +110,11 @@ def _finish(job: Job, target: Target) -> ExportFolder:
     manifest = ExportManifest(
         tool=f"bagel-compress {version('bagel-compress')}",
         versions=versions(),
-        source={k: getattr(job.source, k) for k in ("kind", "name", "digest", "checkpoint")},
+        source=job.source.identity,
         limits=job.source.limits,
         target=target.name,
+        device=target.device.name,
+        disk_limit=None if target.budget.disk_gb is None else target.budget.disk_gb * 1e9,
         settings=job.settings,
         axes=dict(job.axes),
         opset=OPSET,

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 # Sizes of the traced example; distinct, and neither 0 nor 1, so that no axis is taken for a constant or for another
-# one.
+# one. Height and width follow from the latent's and the block's factor.
 EXAMPLE_SIZES = {
-    "tokens": 5, "past_tokens": 7, "wrapper_tokens": 2, "latent_tokens": 6, "patches": 12, "height": 64, "width": 96,
-    "latent_height": 8, "latent_width": 12,
+    "tokens": 5, "past_tokens": 7, "wrapper_tokens": 2, "latent_tokens": 6, "patches": 12, "latent_height": 8,
+    "latent_width": 12,
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def template(block: Block, dtype: torch.dtype) -> onnx.ModelProto:
     import torch
 
     module = block.build()
-    inputs = {port.name: _example(port, dtype) for port in block.inputs}
+    inputs = {port.name: _example(port, dtype, block.factor) for port in block.inputs}
     kept = torch.float32 if block.wide else dtype
     weights = {name: torch.empty(p.shape, dtype=kept) for name, p in module.named_parameters()}
     axes = tuple(
@@ -75,10 +75,12 @@ def _stateless(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     return Stateless()
 
 
-def _example(port: Port, dtype: torch.dtype) -> torch.Tensor:
+def _example(port: Port, dtype: torch.dtype, factor: int) -> torch.Tensor:
     import torch
 
-    shape = [EXAMPLE_SIZES[a] if isinstance(a, str) else a for a in port.shape]
+    pixels = {"height": factor * EXAMPLE_SIZES["latent_height"], "width": factor * EXAMPLE_SIZES["latent_width"]}
+    sizes = EXAMPLE_SIZES | pixels
+    shape = [sizes[a] if isinstance(a, str) else a for a in port.shape]
     return torch.zeros(shape, dtype=dtype if port.dtype == "float" else getattr(torch, port.dtype))
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
+from bagel_compress.artifact import EXTRA_FOLDERS, EXTRAS, FileEntry, SourceEntry, check_names, sha256_file
 from bagel_compress.errors import ArtifactError
-from bagel_compress.recipe import Limits
+from bagel_compress.recipe import Limits, Recipe
 from bagel_compress.runtime import ExportSettings, Range
 
 MANIFEST = "export.json"
@@ -59,11 +62,14 @@ class BlockEntry(_Entry):
     weights: dict[str, WeightEntry]  # initialiser -> where it lies
 
 
-class FileEntry(_Entry):
-    """A file of the folder."""
+class ExportSource(_Entry):
+    """What was exported, and the full-precision checkpoint behind it."""
 
-    bytes: int
-    sha256: str
+    kind: Literal["artifact", "checkpoint"]
+    name: str  # of the recipe, or of the checkpoint
+    digest: str  # of the artifact's manifest, or of the checkpoint
+    checkpoint: SourceEntry
+    recipe: Recipe | None = None  # of the artifact
 
 
 class ExportManifest(_Entry):
@@ -72,9 +78,11 @@ class ExportManifest(_Entry):
     format: int = FORMAT
     tool: str
     versions: dict[str, str]
-    source: dict[str, str]  # kind, name, digest, and the digest of the checkpoint behind it
+    source: ExportSource
     limits: Limits  # what its parity must hold
     target: str
+    device: str  # that the target is about
+    disk_limit: float | None  # bytes that the target allows for all files
     settings: ExportSettings
     axes: dict[str, Range]  # sizes that engines are built for
     opset: int
@@ -98,6 +106,18 @@ def config_dict(config: BagelConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class KindSize:
+    """All blocks of one kind. `reads`: bytes of weights, which und_layer and gen_layer share in one file."""
+
+    kind: str
+    blocks: int
+    forms: dict[str, int]
+    nodes: int  # of one block
+    reads: int
+    engines: int  # bytes
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportFolder:
     """A complete export."""
@@ -107,8 +127,9 @@ class ExportFolder:
     digest: str
 
     @classmethod
-    def open(cls, path: str | Path) -> ExportFolder:
-        """Raises ArtifactError if the folder is no complete export: no manifest, a missing file, a wrong size."""
+    def open(cls, path: str | Path, check: bool = True) -> ExportFolder:
+        """Raises ArtifactError if the folder is no complete export: no manifest or, unless not asked to `check`, a
+        missing file or a wrong size."""
         folder = Path(path)
         try:
             content = (folder / MANIFEST).read_bytes()
@@ -116,29 +137,66 @@ class ExportFolder:
             begun = (folder / NOTES).exists()
             hint = "its export did not finish, run the same command again" if begun else "give one that export wrote"
             raise ArtifactError(f"{folder} is no export: it has no {MANIFEST}; {hint}.") from None
-        opened = cls(folder, _parse(content, folder), hashlib.sha256(content).hexdigest())
-        for name, entry in opened.manifest.files.items():
-            found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found != entry.bytes:
-                state = "is missing" if found is None else f"has {found} bytes, the manifest says {entry.bytes}"
-                raise ArtifactError(f"{folder}: {name} {state}; copy the export again.")
+        opened = cls(folder, parse_export(content, folder), hashlib.sha256(content).hexdigest())
+        faults = list(opened._wrong_sizes()) if check else []
+        if faults:
+            raise ArtifactError(f"{folder}: {faults[0]}; copy the export again.")
         return opened
 
     def verify(self) -> list[str]:
-        """Reads every byte. One sentence per changed or extra file."""
-        faults = [f"{n} was changed" for n, e in self.manifest.files.items() if file_sha256(self.path / n) != e.sha256]
-        known = self.manifest.files.keys() | {MANIFEST, "README.md", "LICENSE", "SHA256SUMS", "report.html"}
-        for file in sorted(p for p in self.path.iterdir() if p.is_file() and p.name not in known):
-            faults.append(f"{file.name} is not in the manifest")
-        return faults
+        """Reads every byte. One sentence per fault: a changed, missing or extra file."""
+        faults = list(self._wrong_sizes())
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if path.is_file() and path.stat().st_size == entry.bytes and sha256_file(path) != entry.sha256:
+                faults.append(f"{name} was changed")
+        known = self.manifest.files.keys() | EXTRAS | {MANIFEST}
+        found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
+        extra = [p.as_posix() for p in found if p.as_posix() not in known and p.parts[0] not in EXTRA_FOLDERS]
+        return faults + [f"{name} is not in the manifest" for name in extra]
+
+    def kinds(self) -> list[KindSize]:
+        """Sizes by kind of block, in the order of a run."""
+        entries: dict[str, list[BlockEntry]] = {}
+        for entry in self.manifest.blocks.values():
+            entries.setdefault(entry.kind, []).append(entry)
+        files = self.manifest.files
+        return [
+            KindSize(
+                kind,
+                len(blocks),
+                dict(sum((Counter(b.forms) for b in blocks), Counter())),
+                sum(blocks[0].nodes.values()),
+                sum(w.bytes for b in blocks for w in b.weights.values()),
+                sum(files[b.engine].bytes for b in blocks if b.engine),
+            )
+            for kind, blocks in entries.items()
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+    @property
+    def over_disk(self) -> list[str]:
+        """A sentence if the files are more than the target allows."""
+        limit = self.manifest.disk_limit
+        if limit is None or self.nbytes <= limit:
+            return []
+        return [f"the files have {self.nbytes / 1e9:.2f} GB, target {self.manifest.target} allows {limit / 1e9:.2f} GB"]
+
+    def _wrong_sizes(self) -> Iterator[str]:
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if not path.is_file():
+                yield f"{name} is missing"
+            elif path.stat().st_size != entry.bytes:
+                yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _parse(content: bytes, folder: Path) -> ExportManifest:
+def parse_export(content: bytes, folder: Path) -> ExportManifest:
+    """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
     try:
         manifest = ExportManifest.model_validate_json(content)
     except ValidationError as error:
@@ -147,7 +205,8 @@ def _parse(content: bytes, folder: Path) -> ExportManifest:
         raise ArtifactError(
             f"{folder / MANIFEST} is damaged at {where or 'its start'} ({fault['msg']}); copy the export again."
         ) from None
-    for name in manifest.files:
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or ":" in name:
-            raise ArtifactError(f"{folder / MANIFEST} points outside its folder ({name}); do not use this export.")
+    check_names(manifest.files, folder / MANIFEST)
+    unknown = {f for b in manifest.blocks.values() for f in (b.model, b.data, b.engine) if f} - manifest.files.keys()
+    if unknown:
+        raise ArtifactError(f"{folder / MANIFEST} names {min(unknown)}, which is not among its files; do not use it.")
     return manifest

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,13 @@ from bagel.images import resized
 from bagel.loops import Loops, Noise
 from bagel.settings import FlowSettings, TextSettings
 from bagel.text import TextCodec
+from bagel_compress.errors import ExportError
 from bagel_compress.export import ort_arrays as arrays
 from bagel_compress.export.manifest import ExportFolder
 from bagel_compress.export.ort_arrays import Floats
 from bagel_compress.export.ort_model import GraphModel, Runner
 from bagel_compress.export.ort_session import Sessions
+from bagel_compress.runtime import BlockKind
 
 
 def open_onnx(path: str | Path, provider: str | None = None, threads: int = 0) -> GraphSampler:
@@ -44,6 +46,12 @@ class GraphSampler(Loops):
     """An exported model with its VAE and tokenizer."""
 
     def __init__(self, folder: ExportFolder, runner: Runner) -> None:
+        """Raises ExportError if the folder holds some of the model's blocks only."""
+        missing = set(get_args(BlockKind)) - {entry.kind for entry in folder.manifest.blocks.values()}
+        if missing:
+            raise ExportError(
+                f"{folder.path} is no whole model: it has no {min(missing)}; export for a target without `blocks`."
+            )
         self.folder, self._runner = folder, runner
         self.bagel: GraphModel = GraphModel(folder.manifest.model, runner)
         self.text = TextCodec.from_dir(folder.path)

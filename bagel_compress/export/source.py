@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel.config import BagelConfig
-from bagel_compress.artifact import MANIFEST, Artifact
+from bagel_compress.artifact import MANIFEST, Artifact, SourceEntry
 from bagel_compress.checkpoint import CONFIG_FILES, OTHER_FILES, TOKENIZER_FILES, Checkpoint
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError
+from bagel_compress.export.manifest import ExportSource
 from bagel_compress.recipe import Limits
 from bagel_compress.spec import TensorSpec
 from bagel_compress.tensorfile import TensorFile
@@ -45,10 +46,7 @@ class Coded:
 class Source(ABC):
     """Weights by their path in Bagel."""
 
-    kind: str  # "artifact" or "checkpoint"
-    name: str
-    digest: str
-    checkpoint: str  # digest of the full-precision checkpoint behind it
+    identity: ExportSource
     limits: Limits  # what parity must hold
 
     @staticmethod
@@ -121,11 +119,11 @@ class Source(ABC):
 class CheckpointSource(Source):
     """A full-precision checkpoint: everything is raw bf16."""
 
-    kind = "checkpoint"
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self.name, self.digest, self.checkpoint = checkpoint.name, checkpoint.digest, checkpoint.digest
+        c = checkpoint
+        entry = SourceEntry(name=c.name, revision=c.revision, digest=c.digest, data_sha256="")
+        self.identity = ExportSource(kind="checkpoint", name=c.name, digest=c.digest, checkpoint=entry)
         self.limits = Limits.model_validate({})
 
     @cached_property
@@ -155,12 +153,17 @@ class CheckpointSource(Source):
 class ArtifactSource(Source):
     """A compressed artifact; the last decoded unit is kept, since a unit may hold several tensors."""
 
-    kind = "artifact"
-
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
-        self.name, self.digest = artifact.manifest.recipe.name, artifact.digest
-        self.checkpoint, self.limits = artifact.manifest.source.digest, artifact.manifest.recipe.limits
+        recipe = artifact.manifest.recipe
+        self.identity = ExportSource(
+            kind="artifact",
+            name=recipe.name,
+            digest=artifact.digest,
+            checkpoint=artifact.manifest.source,
+            recipe=recipe,
+        )
+        self.limits = recipe.limits
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
     @cached_property

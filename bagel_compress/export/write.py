@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bagel_compress.artifact import FileEntry, sha256_file
 from bagel_compress.errors import ExportError
 from bagel_compress.export.blocks import Block, matrices
 from bagel_compress.export.forms import FormName, Stored, coded, form_of, plain, rewrite
 from bagel_compress.export.graph import template
-from bagel_compress.export.manifest import BlockEntry, FileEntry, PortEntry, WeightEntry, file_sha256
+from bagel_compress.export.manifest import BlockEntry, PortEntry, WeightEntry
 from bagel_compress.export.source import VAE_PREFIX, Source
 from bagel_compress.export.tensorrt import build_engine
 from bagel_compress.runtime import TORCH_NAMES, ExportSettings, Range
@@ -189,7 +190,7 @@ def _block_entry(
 
 def file_entry(path: Path) -> FileEntry:
     """Size and digest of a finished file."""
-    return FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -99,6 +99,49 @@ def test_damage_is_found(tiny: Path, make: Callable[..., ExportFolder]) -> None:
         ExportFolder.open(folder.path)
 
 
+def test_inspect_says_what_an_export_is(
+    exported: ExportFolder, tiny: Path, make: Callable[..., ExportFolder], cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    import json
+
+    code, out, _ = cli("inspect", exported.path, "--verify", "--json")
+    found = json.loads(out)
+    assert (code, found["kind"], found["opset"], found["verified"]) == (0, "export", 23, True)
+    assert found["bytes"] == sum(p.stat().st_size for p in exported.path.glob("*") if p.name in exported.manifest.files)
+    kinds = {k["kind"]: k for k in found["kinds"]}
+    assert (kinds["gen_layer"]["blocks"], kinds["gen_layer"]["forms"]) == (3, {"dense": 42})
+    assert kinds["und_layer"]["reads"] * 2 == kinds["gen_layer"]["reads"]
+    assert {"onnx", "torch", "onnxruntime"} <= found["versions"].keys()
+    assert found["profiles"]["tokens"]["min"] == 1
+    code, out, _ = cli("inspect", exported.path, "--tensors")
+    assert code == 0
+    assert "gen_layer_02 14 dense" in out
+    assert exported.digest[:12] in out
+
+    folder = make(Source.open(tiny), blocks=ENDS)
+    (folder.path / "latent_out.data").unlink()
+    (folder.path / "notes.txt").write_text("x")
+    code, _, err = cli("inspect", folder.path, "--verify")
+    assert code == 1
+    assert "latent_out.data is missing" in err
+    assert "notes.txt is not in the manifest" in err
+    assert cli("inspect", folder.path)[0] == 2
+
+
+def test_more_than_the_target_allows(tiny: Path, tmp_path: Path, templates: dict[str, bytes]) -> None:
+    wanted = target(blocks=("latent_out",))
+    tight = wanted.model_copy(update={"budget": wanted.budget.model_copy(update={"disk_gb": 1e-6})})
+    folder = build.export(Source.open(tiny), tight, tmp_path / "o", templates=templates)
+    assert len(folder.over_disk) == 1
+    assert "target test allows 0.00 GB" in folder.over_disk[0]
+
+
+def test_some_blocks_are_no_model(tiny: Path, make: Callable[..., ExportFolder]) -> None:
+    folder = make(Source.open(tiny), blocks=ENDS)
+    with pytest.raises(ExportError, match="is no whole model: it has no gen_layer"):
+        open_onnx(folder.path)
+
+
 def test_other_peoples_folders_are_left_alone(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ExportError, match="not empty and holds no export"):
