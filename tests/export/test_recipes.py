@@ -12,16 +12,17 @@ from bagel_compress.export.manifest import ExportFolder
 from bagel_compress.resources import resource
 
 Cli = Callable[..., tuple[int, str, str]]
-CASES = ("t2i_square", "chat")
+NANO = resource("BAGEL-nano")
+CASES = ("draw_two", "ask_describe")
 
 
 @pytest.fixture(scope="module")
-def trace(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from bagel_compress.case import load_cases
     from bagel_compress.validate.judge import record_source
 
-    cases = load_cases([resource("exports") / "cases" / "tiny" / f"{name}.yaml" for name in CASES])
-    return record_source(tiny, cases, tmp_path_factory.mktemp("trace") / "t.safetensors").path
+    cases = load_cases([resource("exports") / "cases" / "nano" / f"{name}.yaml" for name in CASES])
+    return record_source(NANO, cases, tmp_path_factory.mktemp("trace") / "t.safetensors").path
 
 
 @pytest.mark.slow
@@ -35,12 +36,12 @@ def trace(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_recipe_goes_all_the_way(
-    recipe: str, target: str, forms: set[str], ran: str, tiny: Path, trace: Path, tmp_path: Path, cli: Cli
+    recipe: str, target: str, forms: set[str], ran: str, trace: Path, tmp_path: Path, cli: Cli
 ) -> None:
     if recipe.startswith("trt"):
         pytest.importorskip("tensorrt_rtx")
     out = tmp_path / recipe
-    code, text, err = cli("run", recipe, "--source", tiny, "--out", out, "--trace", trace)
+    code, text, err = cli("run", recipe, "--source", NANO, "--out", out, "--trace", trace)
     assert code == 0, text + err
     folder = ExportFolder.open(tmp_path / f"{recipe}-{target}")
     assert set(folder.manifest.blocks["gen_layer_00"].forms) == forms
@@ -54,7 +55,7 @@ def test_a_recipe_goes_all_the_way(
     report = json.loads((folder.path / "reports" / "parity.json").read_text())
     assert report["artifact"] == folder.digest
     assert (report["environment"]["runtime"], report["environment"]["provider"]) == ("onnxruntime", "cpu")
-    again = cli("run", recipe, "--source", tiny, "--out", out, "--trace", trace)
+    again = cli("run", recipe, "--source", NANO, "--out", out, "--trace", trace)
     assert again[0] == 0
     assert ExportFolder.open(folder.path).digest == folder.digest  # kept, not built again
 
@@ -64,7 +65,7 @@ def test_every_model_has_cases_that_fit(tiny: Path) -> None:
     from bagel_compress.checkpoint import Checkpoint
     from bagel_compress.cli.demo import _cases
 
-    for source in (tiny, resource("BAGEL-nano")):
+    for source in (tiny, NANO):
         checkpoint = Checkpoint.open(source)
         sides = [side for case, _ in load_cases([_cases(checkpoint)]) for side in case.size or ()]
         assert sides
