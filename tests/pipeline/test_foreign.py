@@ -50,7 +50,7 @@ def test_bitsandbytes_loads_nf4(
     assert parsed.load_in_4bit
     assert parsed.bnb_4bit_use_double_quant == (recipe != "nf4-official")
     names = module_names(artifact, "nf4")
-    assert len(names) == {"nf4": 42, "nf4-official": 42 + 1 + 6 + 13, "nf4-12gb": 42 + 1}[recipe]  # head, bridges, ViT
+    assert len(names) == {"nf4": 42, "nf4-official": 42 + 1 + 6 + 13, "nf4-12gb": 42}[recipe]  # head, bridges, ViT
     assert not set(names) & set(parsed.llm_int8_skip_modules)
     for name in names:
         stats = {k[len(name) + 8 :]: v for k, v in tensors.items() if k.startswith(f"{name}.weight.")}
