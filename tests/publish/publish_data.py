@@ -10,6 +10,7 @@ from bagel_compress.reports import BudgetReport, CaseParity, ParityReport, Phase
 TOKEN = "hf_plantedtokenXYZ0123456789abcdef"
 REPO = "ann/BAGEL-7B-MoT-NF4"
 BASE = "ByteDance-Seed/BAGEL-7B-MoT"
+CARD = "rtx4070-12gb"  # the target that the artifacts of these tests promise
 
 
 def parity(artifact: Artifact, digest: str | None = None, ok: bool = True) -> ParityReport:
@@ -34,9 +35,7 @@ def parity(artifact: Artifact, digest: str | None = None, ok: bool = True) -> Pa
     )
 
 
-def budget(
-    artifact: Artifact, digest: str | None = None, target: str = "rtx4070-12gb", ok: bool = True
-) -> BudgetReport:
+def budget(artifact: Artifact, digest: str | None = None, target: str = CARD, ok: bool = True) -> BudgetReport:
     """A budget report; not `ok`: over its limit."""
     return BudgetReport(
         artifact=digest or artifact.digest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from hub import Fault, Hub, User
 from publish_data import BASE, REPO, TOKEN
 
 from bagel_compress.artifact import Artifact
+from bagel_compress.resources import find_recipe
 
 Cli = Callable[..., tuple[int, str, str]]
 PROMPT, FLAGS = "a red teapot", ("--steps", 4, "--size", "64x64", "--seed", 7)
@@ -45,7 +47,10 @@ def test_the_same_picture_after_the_journey(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "build"
-    assert cli("compress", "int8-24gb", "--source", tiny, "--out", out)[0] == 0
+    text = find_recipe("int8-24gb").read_text(encoding="utf-8")
+    recipe = tmp_path / "int8-24gb.yaml"  # as shipped, but promising a card at sizes that the tiny model can draw
+    recipe.write_text(re.sub(r"targets: .*", "targets: [small]", text))
+    assert cli("compress", recipe, "--source", tiny, "--out", out)[0] == 0
     validated(Artifact.open(out), tiny, tmp_path / "trace.safetensors", cli)
     assert cli("generate", out, PROMPT, *FLAGS, "--out", "before.png")[0] == 0
 
