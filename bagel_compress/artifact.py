@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+EXPORT_MANIFEST = "export.json"  # of a folder of graphs or engines; what it holds is export's matter
+MANIFESTS = (MANIFEST, EXPORT_MANIFEST)
 FORMAT = 1  # version of the manifest's fields
 # What may lie beside the files of the manifest: written after the build, by validation, publishing or signing.
 EXTRAS = {"README.md", "LICENSE", "SHA256SUMS", "model.sig", "report.html", ".gitattributes"}
@@ -78,6 +80,14 @@ class FileEntry(_Entry):
 
     bytes: int
     sha256: str
+
+
+class _Listing(BaseModel):
+    """What the manifests of artifacts and of exports have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    files: dict[str, FileEntry]
 
 
 class SourceEntry(_Entry):
@@ -284,6 +294,18 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
         if shard not in manifest.files:
             raise ArtifactError(f"{folder / MANIFEST} puts tensors into {shard}, which is not among its files.")
     return manifest
+
+
+def listed_files(name: str, content: bytes, folder: Path) -> dict[str, FileEntry]:
+    """The files that a manifest of either kind lists; `name` is its own. Raises ArtifactError as `parse_manifest`."""
+    if name == MANIFEST:
+        return parse_manifest(content, folder).files
+    try:
+        files = _Listing.model_validate_json(content).files
+    except ValidationError:
+        raise ArtifactError(f"{folder / name} is damaged: it lists no files; copy the export again.") from None
+    check_names(files, folder / name)
+    return files
 
 
 def check_names(names: Iterable[str], manifest: Path) -> None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from bagel_compress.artifact import Artifact
+from bagel_compress.artifact import Artifact, SourceEntry
 from bagel_compress.limits import METRICS
+from bagel_compress.recipe import Recipe
 from bagel_compress.report_text import worst_rows
 from bagel_compress.reports import BudgetReport, ParityReport, number
 from bagel_compress.sizes import Group, size_text
-from bagel_compress.snippets import snippets
+from bagel_compress.snippets import Snippet, snippets
 
 if TYPE_CHECKING:
     from bagel_compress.publish.evidence import Evidence
@@ -41,31 +42,37 @@ class Origin:
     license: str = "apache-2.0"
 
     @classmethod
-    def of(cls, artifact: Artifact, repo: str, base_model: str | None, license: str = "apache-2.0") -> Origin:
+    def of(cls, source: SourceEntry, repo: str, base_model: str | None, license: str = "apache-2.0") -> Origin:
         """Takes the base from the manifest where the source was a repository."""
-        name = artifact.manifest.source.name
-        return cls(repo, base_model or (name if REPO_ID.fullmatch(name) else None), license)
+        return cls(repo, base_model or (source.name if REPO_ID.fullmatch(source.name) else None), license)
 
 
 def model_card(
     artifact: Artifact, evidence: Evidence, origin: Origin, draft: bool = False, signed: bool = False
 ) -> str:
     """The whole README.md."""
-    parts = [
-        _front_matter(artifact, evidence, origin),
+    m = artifact.manifest
+    return joined(
+        front_matter(_tags(artifact), evidence, origin),
         _head(artifact, origin, draft),
-        _pictures(evidence),
+        pictures(evidence),
         FAMILY_START + "\n" + FAMILY_END,
         _sizes(artifact),
         _budgets(evidence.budgets),
-        _parity(evidence.parity),
-        _loading(artifact, origin),
+        parity_section(evidence.parity),
+        loading(snippets(artifact, origin.repo)),
         _losses(artifact, evidence.parity),
-        _recipe(artifact),
-        _provenance(artifact, origin, signed),
-        _licence(origin),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        recipe_section(m.recipe),
+        provenance_section(
+            m.source, {"recipe": m.recipe_digest, "plan": m.plan, "manifest": artifact.digest}, m.tool, origin, signed
+        ),
+        licence(origin),
+    )
+
+
+def joined(*sections: str) -> str:
+    """A page of its sections; empty ones are left out."""
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def plain(text: object) -> str:
@@ -89,24 +96,28 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _front_matter(artifact: Artifact, evidence: Evidence, origin: Origin) -> str:
-    from huggingface_hub import ModelCardData
-
-    groups = artifact.groups()
-    formats = sorted({g.codec for g in groups} - {"raw"})
+def _tags(artifact: Artifact) -> list[str]:
+    formats = sorted({g.codec for g in artifact.groups()} - {"raw"})
     kinds = {BITS[f] for f in formats if f in BITS}
     lossless = all(u.snr_db is None for u in artifact.manifest.units.values())
+    last = ["lossless-compression"] if lossless and formats else []
+    return [*formats, *sorted(kinds - {"lossless-compression"}), *last]
+
+
+def front_matter(tags: Sequence[str], evidence: Evidence, origin: Origin) -> str:
+    """The YAML on top, as the Hub reads it."""
+    from huggingface_hub import ModelCardData
+
     data: dict[str, Any] = {
         "license": origin.license,
         "library_name": "bagel-mot",
         "pipeline_tag": "any-to-any",
         "quantized_by": origin.repo.partition("/")[0],
-        "tags": ["bagel", "BAGEL-7B-MoT", *formats, *sorted(kinds - {"lossless-compression"}),
-                 *(["lossless-compression"] if lossless and formats else []), "bagel-compress"],
-    }  # fmt: skip
+        "tags": ["bagel", "BAGEL-7B-MoT", *tags, "bagel-compress"],
+    }
     if origin.base_model is not None:
         data |= {"base_model": origin.base_model, "base_model_relation": "quantized"}
-    if evidence.parity is not None:
+    if evidence.parity is not None and evidence.tried:  # figures of a stand-in are no results of the build
         data |= {"model_name": origin.repo.partition("/")[2], "eval_results": _results(evidence.parity)}
     return f"---\n{ModelCardData(**data).to_yaml().strip()}\n---"
 
@@ -132,19 +143,30 @@ def _head(artifact: Artifact, origin: Origin, draft: bool) -> str:
     manifest = artifact.manifest
     stored, source = totals(artifact)
     bits = 8 * stored / sum(g.parameters for g in artifact.groups())
-    base = f"[{plain(origin.base_model)}](https://huggingface.co/{origin.base_model})" if origin.base_model else (
-        plain(manifest.source.name)
-    )  # fmt: skip
-    lines = [f"# {plain(origin.repo.partition('/')[2])}"]
-    if draft:
-        lines.append("> **DRAFT.** Not released: reports are missing or did not pass. Do not use or cite this build.")
+    lines = titled(origin, draft)
     lines.append(
-        f"{base} compressed to **{size_text(stored)}** ({bits:.2f} bits per weight, {stored / source:.0%} of"
+        f"{base_link(origin, manifest.source)} compressed to **{size_text(stored)}** ({bits:.2f} bits per weight,"
+        f" {stored / source:.0%} of"
         f" {size_text(source)} in bf16) by [bagel-compress](https://pypi.org/project/bagel-compress/),"
         f" recipe {code(manifest.recipe.name)}."
     )
     lines += [plain(text) for text in (manifest.recipe.summary, manifest.recipe.card) if text]
     return "\n\n".join(lines)
+
+
+def titled(origin: Origin, draft: bool) -> list[str]:
+    """The title, and what a draft says of itself."""
+    lines = [f"# {plain(origin.repo.partition('/')[2])}"]
+    if draft:
+        lines.append("> **DRAFT.** Not released: reports are missing or did not pass. Do not use or cite this build.")
+    return lines
+
+
+def base_link(origin: Origin, source: SourceEntry) -> str:
+    """What was compressed or exported, linked where it is on the Hub."""
+    if not origin.base_model:
+        return plain(source.name)
+    return f"[{plain(origin.base_model)}](https://huggingface.co/{origin.base_model})"
 
 
 def totals(artifact: Artifact) -> tuple[int, int]:
@@ -153,12 +175,14 @@ def totals(artifact: Artifact) -> tuple[int, int]:
     return sum(g.nbytes for g in groups), sum(g.source_bytes for g in groups)
 
 
-def _pictures(evidence: Evidence) -> str:
+def pictures(evidence: Evidence) -> str:
+    """The pictures of the parity report."""
     if not evidence.pictures:
         return ""
     lines = [
         "## Pictures",
-        "From left to right: the bf16 reference, this build, their difference (amplified); same prompt, same noise.",
+        f"From left to right: the bf16 reference, {'this build' if evidence.tried else 'what was run in its place'},"
+        " their difference (amplified); same prompt, same noise.",
     ]
     for name, path in evidence.pictures.items():
         lines.append(f"**{plain(name)}** {plain(evidence.prompt(name))}\n\n![{plain(name)}](./{path})")
@@ -216,7 +240,8 @@ def gib(nbytes: float | None) -> str:
     return "not measured" if nbytes is None else f"{nbytes / 2**30:.2f} GiB"
 
 
-def _parity(parity: ParityReport | None) -> str:
+def parity_section(parity: ParityReport | None) -> str:
+    """The worst value of each metric, beside floor and limit."""
     if parity is None:
         return "## Parity with the reference\n\nNot measured."
     rows = [
@@ -238,9 +263,10 @@ def _parity(parity: ParityReport | None) -> str:
     )
 
 
-def _loading(artifact: Artifact, origin: Origin) -> str:
+def loading(ways: Iterable[Snippet]) -> str:
+    """How to open it."""
     lines = ["## Use it"]
-    for snippet in snippets(artifact, origin.repo):
+    for snippet in ways:
         note = f"\n\n{snippet.note}" if snippet.note else ""
         lines.append(f"### {snippet.title}{note}\n\n```{snippet.language}\n{snippet.text.strip()}\n```")
     return "\n\n".join(lines)
@@ -280,9 +306,10 @@ def _losses(artifact: Artifact, parity: ParityReport | None) -> str:
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
-def _recipe(artifact: Artifact) -> str:
+def recipe_section(recipe: Recipe) -> str:
+    """The recipe, word for word in meaning."""
     text = yaml.safe_dump(
-        _stated(artifact.manifest.recipe.model_dump(mode="json", by_alias=True)),
+        _stated(recipe.model_dump(mode="json", by_alias=True)),
         sort_keys=False,
         allow_unicode=False,
         width=100,
@@ -298,27 +325,30 @@ def _stated(value: Any) -> Any:
     return [_stated(v) for v in value] if isinstance(value, list) else value
 
 
-def _provenance(artifact: Artifact, origin: Origin, signed: bool) -> str:
-    m = artifact.manifest
+def provenance_section(source: SourceEntry, digests: Mapping[str, str], tool: str, origin: Origin, signed: bool) -> str:
+    """Source, digests and how to check them."""
     rows = [
-        ("source", code(m.source.name)),
-        ("revision", code(m.source.revision or "a local folder, no revision")),
-        ("sha256 of all source values", code(m.source.data_sha256)),
-        ("recipe", code(m.recipe_digest)),
-        ("plan", code(m.plan)),
-        ("manifest", code(artifact.digest)),
-        ("built with", plain(m.tool)),
+        ("source", code(source.name)),
+        ("revision", code(source.revision or "a local folder, no revision")),
+        ("sha256 of all source values", code(source.data_sha256 or "not taken: read while it was exported")),
+        *((what, code(digest)) for what, digest in digests.items()),
+        ("built with", plain(tool)),
     ]
     sign = " --key publisher.pem" if signed else ""
+    what = (
+        "`manifest.json` has the digest of every tensor, of the source and as stored"
+        if "plan" in digests
+        else "`export.json` has the place of every weight and the digest of every file"
+    )
     text = (
-        f"`SHA256SUMS` covers every file but this page; `manifest.json` has the digest of every tensor, of the source"
-        f" and as stored; `reports/provenance.json` is an in-toto statement.\n\n"
+        f"`SHA256SUMS` covers every file but this page; {what}; `reports/provenance.json` is an in-toto statement.\n\n"
         f"```sh\nbagel-compress verify {origin.repo}{sign}\n```"
     )
     return "## Provenance\n\n" + table(("what", "value"), rows) + "\n\n" + text
 
 
-def _licence(origin: Origin) -> str:
+def licence(origin: Origin) -> str:
+    """Licence and attribution."""
     return (
         f"## Licence and attribution\n\n{plain(origin.license)}, as the weights it was made from."
         f" [BAGEL-7B-MoT]({UPSTREAM}) is by ByteDance Seed (Apache-2.0) and builds on Qwen2.5-7B-Instruct, SigLIP and"

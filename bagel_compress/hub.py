@@ -1,8 +1,8 @@
 """The Hub as this program uses it: one client, one sentence per failure, downloads whose every byte is checked.
 
-`fetch` brings what is needed to open a published artifact into the client's cache and reads each file once, to
-compare it with the manifest: the client itself compares sizes only. The commit is resolved once, so that all files are
-of one version.
+`fetch` brings what is needed to open a published artifact or export into the client's cache and reads each file once,
+to compare it with the manifest: the client itself compares sizes only. The commit is resolved once, so that all files
+are of one version.
 
 Tokens are found by huggingface_hub (HF_TOKEN, or what `hf auth login` stored) and are never read, printed or kept here;
 messages that come from elsewhere are scrubbed of anything that looks like one.
@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from bagel_compress.artifact import MANIFEST, Artifact, Manifest, parse_manifest, sha256_file
+from bagel_compress.artifact import MANIFESTS, Artifact, FileEntry, listed_files, sha256_file
 from bagel_compress.download import first_line, transport_errors
 from bagel_compress.errors import ArtifactError, PublishError
 from bagel_compress.writer import write_atomic
@@ -33,51 +33,60 @@ Kind = Literal["model", "everything"]
 TRIES = 3  # of a request that may be repeated
 PAUSE = 1.0  # seconds before the second try, doubled before the third
 T = TypeVar("T")
+Files = Mapping[str, FileEntry]
 
 
 def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
-    """Downloads a published artifact (`owner/name`, or `owner/name@revision`) and returns its folder.
+    """Downloads a published artifact or export (`owner/name`, or `owner/name@revision`) and returns its folder.
 
     kind "model": what is needed to open it; "everything": card, reports and pictures too. What is already in the cache
     is not loaded again. A file that is not what the manifest says is removed and loaded once more.
-    Raises PublishError if the Hub or the repository cannot be read, ArtifactError if it holds no (intact) artifact.
+    Raises PublishError if the Hub or the repository cannot be read, ArtifactError if it holds nothing (intact) of ours.
     """
     repo, revision = split_revision(repo, revision)
     try:
         commit, names = listing(repo, revision)
     except _UnreachableError as error:
         return _cached(repo, revision, error)
-    if MANIFEST not in names:
-        raise ArtifactError(f"{repo} has no {MANIFEST}: it is no artifact of bagel-compress, or not a finished one.")
-    manifest_path = _get(repo, revision or "main", [MANIFEST])[MANIFEST]  # by its name: the cache then knows the name
+    own = manifest_in(names)
+    if own is None:
+        raise ArtifactError(
+            f"{repo} has no {' or '.join(MANIFESTS)}: it is no artifact of bagel-compress, or not a finished one."
+        )
+    manifest_path = _get(repo, revision or "main", [own])[own]  # by its name: the cache then knows the name
     if manifest_path.parent.name != commit:  # somebody published in this moment
         commit, names = listing(repo, manifest_path.parent.name)
-    manifest = parse_manifest(manifest_path.read_bytes(), Path(repo))
-    missing = manifest.files.keys() - names
+    files = listed_files(own, manifest_path.read_bytes(), Path(repo))
+    missing = files.keys() - names
     if missing:
         raise ArtifactError(
             f"{repo} lacks {min(missing)}, which its manifest names; its owner has to publish it again."
         )
-    wanted = set(manifest.files) if kind == "model" else names - {".gitattributes"}
-    _get(repo, commit, sorted(wanted - {MANIFEST}))
+    wanted = set(files) if kind == "model" else names - {".gitattributes"}
+    _get(repo, commit, sorted(wanted - {own}))
     folder = manifest_path.parent
-    _check(repo, commit, folder, manifest)
+    _check(repo, commit, folder, files)
     return folder
 
 
 def fetch_model(repo: str) -> Path:
-    """The folder of whatever a repository holds: an artifact (see `fetch`), else a full-precision checkpoint.
+    """The folder of whatever a repository holds: artifact or export (see `fetch`), else a full-precision checkpoint.
 
-    Raises what `fetch` raises, and CheckpointError if it is neither.
+    Raises what `fetch` raises, and CheckpointError if it is none of them.
     """
     from bagel_compress.checkpoint import locate
 
     name, revision = split_revision(repo)
     try:
-        is_artifact = MANIFEST in listing(name, revision)[1]
+        is_ours = manifest_in(listing(name, revision)[1]) is not None
     except _UnreachableError:
-        is_artifact = _snapshot(name, revision) is not None
-    return fetch(name, revision) if is_artifact else locate(repo, weights=True)[0]
+        is_ours = _snapshot(name, revision) is not None
+    return fetch(name, revision) if is_ours else locate(repo, weights=True)[0]
+
+
+def manifest_in(names: Collection[str]) -> str | None:
+    """The manifest among the files of a folder or repository; None: it holds nothing of ours."""
+    return next((manifest for manifest in MANIFESTS if manifest in names), None)
 
 
 def open_artifact(path_or_repo: str | Path, revision: str | None = None) -> Artifact:
@@ -207,27 +216,27 @@ def _get(repo: str, revision: str, names: Iterable[str]) -> dict[str, Path]:
         return dict(pool.map(one, names))
 
 
-def _check(repo: str, commit: str, folder: Path, manifest: Manifest) -> None:
+def _check(repo: str, commit: str, folder: Path, files: Files) -> None:
     """Reads every file of the manifest; a wrong one is loaded again, once."""
-    for name in _wrong(folder, manifest, manifest.files):
+    for name in _wrong(folder, files, files):
         _forget(folder / name)
         _get(repo, commit, [name])
-        if _wrong(folder, manifest, [name]):
+        if _wrong(folder, files, [name]):
             _forget(folder / name)
             raise ArtifactError(
                 f"{name} of {repo} is damaged: its sha256 is not the manifest's, twice; do not use it, tell its owner."
             )
 
 
-def _wrong(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+def _wrong(folder: Path, files: Files, names: Iterable[str]) -> list[str]:
     """Files that are not what the manifest says. One that was read before and not touched since is not read again."""
     notes = folder.parent.parent / f"verified-{folder.name}.json"
     known = _known(notes)
-    stamps = {name: _stamp(folder / name, manifest.files[name].sha256) for name in names}
+    stamps = {name: _stamp(folder / name, files[name].sha256) for name in names}
     unread = [name for name, stamp in stamps.items() if known.get(name) != stamp]
 
     def intact(name: str) -> bool:
-        entry, path = manifest.files[name], folder / name
+        entry, path = files[name], folder / name
         return path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
 
     with ThreadPoolExecutor(4, "digest") as pool:
@@ -261,20 +270,25 @@ def _forget(path: Path) -> None:
 
 def _cached(repo: str, revision: str | None, cause: PublishError) -> Path:
     """What an earlier download left, complete and intact; used when the Hub cannot be reached."""
-    artifact = _snapshot(repo, revision)
-    if artifact is None:
+    found = _snapshot(repo, revision)
+    if found is None:
         raise cause from None
-    if wrong := _wrong(artifact.path, artifact.manifest, artifact.manifest.files):
+    folder, files = found
+    if wrong := _wrong(folder, files, files):
         raise ArtifactError(f"{wrong[0]} of {repo} is damaged in the cache; connect to the network and run it again.")
-    return artifact.path
+    return folder
 
 
-def _snapshot(repo: str, revision: str | None) -> Artifact | None:
-    """The complete artifact in the cache, if there is one."""
+def _snapshot(repo: str, revision: str | None) -> tuple[Path, Files] | None:
+    """The folder of what is complete in the cache, and its files, if there is such a thing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Artifact.open(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ArtifactError):
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        own = manifest_in({path.name for path in folder.iterdir()})
+        files = {} if own is None else listed_files(own, (folder / own).read_bytes(), folder)
+    except (LocalEntryNotFoundError, ArtifactError, OSError):
         return None
+    complete = files and all((folder / n).is_file() and (folder / n).stat().st_size == files[n].bytes for n in files)
+    return (folder, files) if complete else None

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from bagel.layout import official_role
-from bagel_compress.artifact import MANIFEST, Artifact
+from bagel_compress.artifact import EXPORT_MANIFEST, MANIFEST, Artifact
 from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.errors import ArtifactError, CheckpointError
 
@@ -47,7 +47,9 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     """
     folder = Path(path)
     if not folder.exists():
-        folder = _downloaded(str(path))
+        folder = downloaded(str(path))
+    if (folder / EXPORT_MANIFEST).exists():
+        raise CheckpointError(f"{path} is an export; open it with bagel_compress.export.ort_sampler.open_onnx.")
     if (folder / MANIFEST).exists():
         return load(Artifact.open(folder), device, dtype)
     return load_checkpoint(Checkpoint.open(folder), device, dtype)
@@ -173,8 +175,8 @@ def _is_linear(tensor: str) -> bool:
     return official_role(tensor).kind in ("linear", "head")
 
 
-def _downloaded(name: str) -> Path:
-    """The folder of a published artifact, or of a full-precision repository."""
+def downloaded(name: str) -> Path:
+    """The folder of a published artifact or export, or of a full-precision repository. Raises CheckpointError."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name} is neither a folder nor a Hub id (user/name).")
     from bagel_compress.hub import fetch_model

@@ -21,8 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bagel_compress.artifact import MANIFEST, Artifact, FileEntry, sha256_file
+from bagel_compress.artifact import Artifact, FileEntry, sha256_file
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
+from bagel_compress.publish.content import Content, manifest_name, recipe_digest_of, recipe_of, source_of
 
 SUMS = "SHA256SUMS"
 PROVENANCE = "reports/provenance.json"
@@ -62,16 +63,17 @@ def check_sums(folder: Path) -> list[str]:
     return faults + [f"{p} is not in {SUMS}" for p in extra if p.partition("/")[0] not in (".cache", ".git")]
 
 
-def statement(artifact: Artifact, reports: Mapping[str, FileEntry]) -> dict[str, Any]:
-    """The in-toto statement about an artifact; `reports` are the files that judged it, by path."""
-    manifest = artifact.manifest
-    subject = [{"name": MANIFEST, "digest": {"sha256": artifact.digest}}]
-    subject += [{"name": name, "digest": {"sha256": entry.sha256}} for name, entry in sorted(manifest.files.items())]
-    source = {
-        "uri": f"hf://{manifest.source.name}" + (f"@{manifest.source.revision}" if manifest.source.revision else ""),
-        "digest": {"sha256": manifest.source.data_sha256},
-        "annotations": {"checkpoint_digest": manifest.source.digest},
+def statement(content: Content, reports: Mapping[str, FileEntry]) -> dict[str, Any]:
+    """The in-toto statement about a build; `reports` are the files that judged it, by path."""
+    subject = [{"name": manifest_name(content), "digest": {"sha256": content.digest}}]
+    subject += [{"name": n, "digest": {"sha256": entry.sha256}} for n, entry in sorted(content.manifest.files.items())]
+    source = source_of(content)
+    origin = {
+        "uri": f"hf://{source.name}" + (f"@{source.revision}" if source.revision else ""),
+        "digest": {"sha256": source.data_sha256 or source.digest},
+        "annotations": {"checkpoint_digest": source.digest},
     }
+    external, internal = _parameters(content)
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": subject,
@@ -79,17 +81,14 @@ def statement(artifact: Artifact, reports: Mapping[str, FileEntry]) -> dict[str,
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {
-                    "recipe": manifest.recipe.model_dump(mode="json", by_alias=True),
-                    "recipe_sha256": manifest.recipe_digest,
-                },
-                "internalParameters": {"plan_sha256": manifest.plan},
-                "resolvedDependencies": [source],
+                "externalParameters": external,
+                "internalParameters": internal,
+                "resolvedDependencies": [origin],
             },
             "runDetails": {
                 "builder": {
                     "id": "https://pypi.org/project/bagel-compress/",
-                    "version": {"built": manifest.tool, **versions()},
+                    "version": {"built": content.manifest.tool, **versions()},
                 },
                 "byproducts": [{"name": p, "digest": {"sha256": e.sha256}} for p, e in sorted(reports.items())],
             },
@@ -97,9 +96,23 @@ def statement(artifact: Artifact, reports: Mapping[str, FileEntry]) -> dict[str,
     }
 
 
-def statement_bytes(artifact: Artifact, reports: Mapping[str, FileEntry]) -> bytes:
+def _parameters(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was asked for, and what followed from it."""
+    recipe = recipe_of(content)
+    asked: dict[str, Any] = {}
+    if recipe is not None:
+        asked = {"recipe": recipe.model_dump(mode="json", by_alias=True), "recipe_sha256": recipe_digest_of(content)}
+    if isinstance(content, Artifact):
+        return asked, {"plan_sha256": content.manifest.plan}
+    manifest = content.manifest
+    asked |= {"target": manifest.target, "settings": manifest.settings.model_dump(mode="json")}
+    return asked, {f"{manifest.source.kind}_sha256": manifest.source.digest, "opset": manifest.opset,
+                   "versions": manifest.versions}  # fmt: skip
+
+
+def statement_bytes(content: Content, reports: Mapping[str, FileEntry]) -> bytes:
     """`statement` as a file's content."""
-    return (json.dumps(statement(artifact, reports), indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(statement(content, reports), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def versions() -> dict[str, str]:

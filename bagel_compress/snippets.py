@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bagel_compress.artifact import Artifact
+from bagel_compress.export.manifest import ExportFolder
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,63 @@ def snippets(artifact: Artifact, repo: str) -> list[Snippet]:
     return [*found, _onnx(repo)]
 
 
-def _command(repo: str) -> Snippet:
+def export_snippets(export: ExportFolder, repo: str) -> list[Snippet]:
+    """Of an export: the runtime alone, then the whole sampler."""
+    cuda = export.manifest.settings.runtime != "onnxruntime"
+    alone = _engine(repo) if cuda else _session(repo)
+    extra = "tensorrt" if cuda else "onnx-gpu" if export.manifest.settings.provider == "cuda" else "onnx"
+    return [_command(repo, extra, cuda), alone, _graph_sampler(repo, extra, cuda)]
+
+
+def _session(repo: str) -> Snippet:
     text = f"""
-pip install bagel-compress
+import numpy as np, onnxruntime
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{repo}")
+session = onnxruntime.InferenceSession(f"{{folder}}/embed.onnx", disabled_optimizers=["MatMulAddFusion"])
+print(session.run(None, {{"ids": np.array([1, 2, 3])}})[0])
+"""
+    note = (
+        "One block; all have named inputs and outputs. The fusion is switched off because it would unpack compressed"
+        " weights in every pass."
+    )
+    return Snippet("onnxruntime", text, ("onnxruntime",), note=note)
+
+
+def _engine(repo: str) -> Snippet:
+    text = f"""
+import tensorrt_rtx
+from huggingface_hub import hf_hub_download
+
+data = open(hf_hub_download("{repo}", "gen_layer_00.engine"), "rb").read()
+engine = tensorrt_rtx.Runtime(tensorrt_rtx.Logger()).deserialize_cuda_engine(data)
+print([engine.get_tensor_name(index) for index in range(engine.num_io_tensors)])
+"""
+    return Snippet("tensorrt-rtx", text, ("tensorrt_rtx",), note="One block; needs the card.", cuda=True)
+
+
+def _graph_sampler(repo: str, extra: str, cuda: bool) -> Snippet:
+    text = f"""
+from bagel.settings import TextSettings
+from bagel_compress.export.ort_sampler import open_onnx
+from bagel_compress.hub import fetch
+
+sampler = open_onnx(fetch("{repo}"))
+print(sampler.run(["why is the sky blue?"], output="text", text=TextSettings(max_tokens=64)).text)
+"""
+    note = f"The whole sampler: pictures, edits, answers. `pip install 'bagel-compress[{extra}]'`"
+    return Snippet("Python", text, ("onnxruntime",), note=note, cuda=cuda)
+
+
+def _command(repo: str, extra: str = "", cuda: bool = False) -> Snippet:
+    package = f"'bagel-compress[{extra}]'" if extra else "bagel-compress"
+    text = f"""
+pip install {package}
 bagel-compress generate {repo} "a red teapot on a wooden table" --out teapot.png
 """
     note = "Downloads what is needed, checks every digest, draws a picture. `edit` and `ask` take pictures."
-    return Snippet("Command line", text, (), "sh", note)
+    return Snippet("Command line", text, (), "sh", note, cuda)
 
 
 def _python(repo: str) -> Snippet:

@@ -87,7 +87,7 @@ def _device(parser: argparse.ArgumentParser) -> None:
 
 
 def _artifact_and_traces(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that `compress` wrote")
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that `compress` or `export` wrote")
     parser.add_argument("--trace", required=True, nargs="+", metavar="FILE", help="traces of the artifact's source")
     _device(parser)
     add_json(parser)
@@ -114,9 +114,16 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
+    from bagel_compress.artifact import EXPORT_MANIFEST
     from bagel_compress.validate.judge import validate_artifact
 
-    report = validate_artifact(args.artifact, args.trace, args.source, args.device, say)
+    if (Path(args.artifact) / EXPORT_MANIFEST).exists():
+        from bagel_compress.export.manifest import ExportFolder
+        from bagel_compress.validate.exported import validate_export
+
+        report = validate_export(ExportFolder.open(args.artifact), args.trace, progress=say)
+    else:
+        report = validate_artifact(args.artifact, args.trace, args.source, args.device, say)
     page = Path(args.artifact) / "report.html"
     emit(args, report.model_dump(mode="json") | {"passed": report.passed, "page": str(page)}, table(report, page))
     return 0 if report.passed else 1

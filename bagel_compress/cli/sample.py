@@ -188,10 +188,14 @@ def _read_image(path: Path) -> Image:
 
 def _opened(args: argparse.Namespace) -> Loops:
     """The model on the device, or an export on its runtime; --target places the model by its residency plan."""
-    if (Path(args.model) / "export.json").is_file():
+    from bagel_compress.artifact import EXPORT_MANIFEST
+    from bagel_compress.load import downloaded
+
+    folder = Path(args.model) if Path(args.model).exists() else downloaded(args.model)
+    if (folder / EXPORT_MANIFEST).is_file():
         from bagel_compress.export.ort_sampler import open_onnx
 
-        return open_onnx(args.model, None if args.device == "auto" else args.device.partition(":")[0])
+        return open_onnx(folder, None if args.device == "auto" else args.device.partition(":")[0])
 
     import torch
 
@@ -201,9 +205,9 @@ def _opened(args: argparse.Namespace) -> Loops:
 
     device, dtype = device_of(args.device), {"bf16": None, "fp32": torch.float32}[args.dtype]
     if args.target is None:
-        return open_model(args.model, device, dtype)
+        return open_model(folder, device, dtype)
     target = Target.load(args.target)
-    sampler = open_model(args.model, "cpu", dtype)
+    sampler = open_model(folder, "cpu", dtype)
     place(sampler, target, device)
     return sampler
 

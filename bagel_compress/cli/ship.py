@@ -27,12 +27,15 @@ def register(verbs: Any) -> None:
     )  # fmt: skip
     _what(publish)
     publish.add_argument("--dry-run", action="store_true", help="write the release folder, show the differences, stop")
+    publish.add_argument(
+        "--unrun", action="store_true", help="an export whose engines were never run may go out; its card says so"
+    )
     publish.add_argument("--private", action="store_true", help="a new repository is made private")
     publish.add_argument("--revision", default="main", metavar="BRANCH", help="branch to publish to (default: main)")
     publish.add_argument("--create-pr", action="store_true", help="open a pull request instead of writing the branch")
     publish.add_argument("--replace", action="store_true", help="the repository may hold another build; its files go")
     publish.add_argument("--collection", default="", metavar="TITLE", help="link it with the other builds of its base")
-    publish.add_argument("--folder", type=Path, metavar="DIR", help="release folder (default: ARTIFACT.release)")
+    publish.add_argument("--folder", type=Path, metavar="DIR", help="release folder (default: BUILD.release)")
     publish.add_argument("--receipts", type=Path, default=Path("exports/receipts"), metavar="DIR", help="for receipts")
     publish.add_argument("--sign", type=Path, metavar="KEY", help="sign with this EC private key (extra: sign)")
     add_json(publish)
@@ -42,7 +45,7 @@ def register(verbs: Any) -> None:
         verbs, "verify", "is it byte for byte what was released? exit 1 if not",
         "bagel-compress verify out/nf4\n  bagel-compress verify me/BAGEL-7B-MoT-NF4 --full --key publisher.pem",
     )  # fmt: skip
-    verify.add_argument("where", metavar="REPO|DIR", help="artifact or release folder, or owner/name[@revision]")
+    verify.add_argument("where", metavar="REPO|DIR", help="artifact, export or release, or owner/name[@revision]")
     verify.add_argument("--full", action="store_true", help="of a repository: download and read every byte")
     verify.add_argument("--key", type=Path, metavar="PEM", help="public key of the signature (implies --full)")
     add_json(verify)
@@ -60,7 +63,7 @@ def register(verbs: Any) -> None:
 
 
 def _what(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="folder that compress wrote")
+    parser.add_argument("build", type=Path, metavar="BUILD", help="folder that compress or export wrote")
     parser.add_argument("repo", metavar="REPO", help="owner/name on the Hub")
     parser.add_argument("--draft", action="store_true", help="not released yet: says so, private repository or PR only")
     parser.add_argument("--base-model", metavar="ID", help="Hub id of what was compressed (default: the manifest's)")
@@ -68,14 +71,15 @@ def _what(parser: argparse.ArgumentParser) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from bagel_compress.artifact import Artifact
-    from bagel_compress.card import Origin, model_card
+    from bagel_compress.card import Origin
+    from bagel_compress.publish.content import open_content, source_of
     from bagel_compress.publish.evidence import load_evidence
+    from bagel_compress.publish.export_card import card_of
 
-    artifact = Artifact.open(args.artifact)
-    evidence, faults = load_evidence(artifact)
-    origin = Origin.of(artifact, args.repo, args.base_model, args.license)
-    print(model_card(artifact, evidence, origin, draft=args.draft or bool(faults)), end="")
+    content = open_content(args.build)
+    evidence, faults = load_evidence(content)
+    origin = Origin.of(source_of(content), args.repo, args.base_model, args.license)
+    print(card_of(content, evidence, origin, draft=args.draft or bool(faults)), end="")
     return 0
 
 
@@ -83,8 +87,8 @@ def _publish(args: argparse.Namespace) -> int:
     from bagel_compress.publish.publishing import Wish, prepare_release, preview, publish
 
     wish = Wish(
-        artifact=args.artifact, repo=args.repo, base_model=args.base_model, license=args.license, folder=args.folder,
-        receipts=args.receipts, revision=args.revision, private=args.private, draft=args.draft,
+        build=args.build, repo=args.repo, base_model=args.base_model, license=args.license, folder=args.folder,
+        receipts=args.receipts, revision=args.revision, private=args.private, draft=args.draft, unrun=args.unrun,
         create_pr=args.create_pr, replace=args.replace, signing_key=args.sign, collection=args.collection,
     )  # fmt: skip
     if args.dry_run:
@@ -101,7 +105,7 @@ def _publish(args: argparse.Namespace) -> int:
     data = {
         "repo": done.uploaded.repo, "commit": done.uploaded.commit, "url": done.uploaded.url,
         "pull_request": done.uploaded.pull_request, "private": done.uploaded.private,
-        "artifact": done.release.artifact.digest,
+        "artifact": done.release.content.digest,
         "receipts": [str(path) for path in done.receipts], "cards": list(done.cards),
     }  # fmt: skip
     emit(args, data, "\n".join(lines))

@@ -17,12 +17,20 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
-from bagel_compress.artifact import EXTRA_FOLDERS, EXTRAS, FileEntry, SourceEntry, check_names, sha256_file
+from bagel_compress.artifact import (
+    EXPORT_MANIFEST,
+    EXTRA_FOLDERS,
+    EXTRAS,
+    FileEntry,
+    SourceEntry,
+    check_names,
+    sha256_file,
+)
 from bagel_compress.errors import ArtifactError
 from bagel_compress.recipe import Limits, Recipe
 from bagel_compress.runtime import ExportSettings, Range
 
-MANIFEST = "export.json"
+MANIFEST = EXPORT_MANIFEST
 NOTES = ".export"  # folder of an export that is not finished
 FORMAT = 1
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel_compress.artifact import Artifact
-from bagel_compress.card import CARD, FAMILY_END, FAMILY_START, gib, plain, table, totals
+from bagel_compress.card import CARD, FAMILY_END, FAMILY_START, gib, plain, table
 from bagel_compress.errors import PublishError
 from bagel_compress.hub import failures, split_revision
+from bagel_compress.publish.content import Content, label, weights_bytes
 from bagel_compress.publish.evidence import Evidence
 from bagel_compress.report_text import worst_rows
 from bagel_compress.reports import Number, number
@@ -44,20 +45,28 @@ class Build(BaseModel):
     parity: dict[str, Number]
 
 
-def build_of(artifact: Artifact, evidence: Evidence, repo: str, base_model: str | None) -> Build:
-    """The row of an artifact."""
+def build_of(content: Content, evidence: Evidence, repo: str, base_model: str | None) -> Build:
+    """The row of a build."""
     peaks = {b.target: b.peak for b in evidence.budgets}
     values = {row.metric: row.value for row in worst_rows(evidence.parity)} if evidence.parity else {}
     return Build(
         repo=repo,
         base_model=base_model or "",
-        recipe=artifact.manifest.recipe.name,
-        artifact=artifact.digest,
-        formats=tuple(sorted({g.codec for g in artifact.groups()})),
-        weights_bytes=totals(artifact)[0],
+        recipe=label(content),
+        artifact=content.digest,
+        formats=_formats(content),
+        weights_bytes=weights_bytes(content),
         peaks=peaks,
         parity={m: values[m] for m in COMPARED if m in values},
     )
+
+
+def _formats(content: Content) -> tuple[str, ...]:
+    if isinstance(content, Artifact):
+        return tuple(sorted({g.codec for g in content.groups()}))
+    settings = content.manifest.settings
+    forms = {form for kind in content.kinds() for form in kind.forms}
+    return (settings.runtime, settings.precision, *sorted(forms))
 
 
 def join(api: HfApi, title: str, own: Build) -> list[str]:

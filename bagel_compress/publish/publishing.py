@@ -7,10 +7,11 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bagel_compress.artifact import Artifact, FileEntry
+from bagel_compress.artifact import FileEntry
 from bagel_compress.card import CARD, Origin
 from bagel_compress.errors import PublishError
 from bagel_compress.hub import client, failures, split_revision
+from bagel_compress.publish.content import Content, open_content, source_of
 from bagel_compress.publish.family import build_of, join, members, spliced, table_of
 from bagel_compress.publish.receipt import write_receipts
 from bagel_compress.publish.release import Release, make_release
@@ -20,9 +21,9 @@ from bagel_compress.publish.upload import Progress, Uploaded, upload
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asked for. `folder` None: beside the artifact. `collection` empty: none."""
+    """What the user asked for. `folder` None: beside the build. `collection` empty: none."""
 
-    artifact: Path
+    build: Path  # artifact or export
     repo: str
     base_model: str | None = None
     license: str = "apache-2.0"
@@ -31,6 +32,7 @@ class Wish:
     revision: str = "main"
     private: bool = False
     draft: bool = False
+    unrun: bool = False  # an export whose own form was never run may go out, saying so
     create_pr: bool = False
     replace: bool = False
     signing_key: Path | None = None
@@ -52,7 +54,7 @@ def publish(wish: Wish, progress: Progress | None = None) -> Published:
     if wish.collection and (wish.draft or wish.create_pr or wish.revision != "main"):
         raise PublishError("a collection shows what is on main; leave --collection out with a draft, PR or revision.")
     release = prepare_release(wish)
-    own = build_of(release.artifact, release.evidence, wish.repo, _origin(release.artifact, wish).base_model)
+    own = build_of(release.content, release.evidence, wish.repo, _origin(release.content, wish).base_model)
     if wish.collection:
         members(client(), wish.collection, own)  # refused before anything is sent
     release = with_table(release, wish.repo, wish.revision)
@@ -73,13 +75,13 @@ def publish(wish: Wish, progress: Progress | None = None) -> Published:
 
 
 def prepare_release(wish: Wish) -> Release:
-    """The folder that would be uploaded. Raises GateError unless the artifact may be published."""
+    """The folder that would be uploaded. Raises GateError unless the build may be published."""
     split_revision(wish.repo)
     if "@" in wish.repo:
         raise PublishError(f"{wish.repo}: give the branch with --revision.")
-    artifact = Artifact.open(wish.artifact)
-    folder = wish.folder or artifact.path.with_name(artifact.path.name + ".release")
-    return make_release(artifact, folder, _origin(artifact, wish), wish.draft, wish.signing_key)
+    content = open_content(wish.build)
+    folder = wish.folder or content.path.with_name(content.path.name + ".release")
+    return make_release(content, folder, _origin(content, wish), wish.draft, wish.signing_key, wish.unrun)
 
 
 def with_table(release: Release, repo: str, revision: str) -> Release:
@@ -116,5 +118,5 @@ def preview(release: Release, repo: str, revision: str) -> str:
     return "\n".join(lines)
 
 
-def _origin(artifact: Artifact, wish: Wish) -> Origin:
-    return Origin.of(artifact, wish.repo, wish.base_model, wish.license)
+def _origin(content: Content, wish: Wish) -> Origin:
+    return Origin.of(source_of(content), wish.repo, wish.base_model, wish.license)

@@ -7,11 +7,14 @@ like code, and is where tables in the documentation take their numbers from. No 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from bagel_compress.card import totals
+from bagel_compress.artifact import Artifact
 from bagel_compress.provenance import versions
+from bagel_compress.publish.content import label, recipe_digest_of, source_of, weights_bytes
+from bagel_compress.publish.evidence import ran
 from bagel_compress.publish.release import Release
 from bagel_compress.publish.upload import Uploaded
 from bagel_compress.report_text import worst_rows
@@ -37,7 +40,7 @@ class Receipt(_Frozen):
     commit: str
     weights_bytes: int
     all_bytes: int
-    peak_predicted: Number  # bytes, the worst phase
+    peak_predicted: Number | None  # bytes, the worst phase; None for an export
     peak_measured: Number | None
     measured_on: str | None
     timed_on: str | None
@@ -45,6 +48,8 @@ class Receipt(_Frozen):
     timings: tuple[Timing, ...]
     parity: dict[str, Number]
     versions: dict[str, str]
+    parity_on: str = ""  # what an export's parity was measured on
+    not_run: tuple[str, ...] = ()  # what of an export was never run
 
     @property
     def name(self) -> str:
@@ -53,34 +58,52 @@ class Receipt(_Frozen):
 
 
 def write_receipts(release: Release, uploaded: Uploaded, folder: Path) -> list[Path]:
-    """One receipt per target of the budget reports. A draft gets none."""
+    """One receipt per target of the budget reports, or of the export. A draft gets none."""
     if release.draft:
         return []
-    receipts = [_receipt(release, uploaded, budget) for budget in release.evidence.budgets]
+    budgets = release.evidence.budgets if isinstance(release.content, Artifact) else (None,)
+    receipts = [_receipt(release, uploaded, budget) for budget in budgets]
     return [write_json(receipt, folder / receipt.name) for receipt in receipts]
 
 
-def _receipt(release: Release, uploaded: Uploaded, budget: BudgetReport) -> Receipt:
-    manifest, parity = release.artifact.manifest, release.evidence.parity
+def _receipt(release: Release, uploaded: Uploaded, budget: BudgetReport | None) -> Receipt:
+    content, parity = release.content, release.evidence.parity
+    source = source_of(content)
+    on_export: dict[str, Any] = {} if isinstance(content, Artifact) else {
+        "parity_on": ran(parity) if parity else "", "not_run": release.evidence.not_run,
+    }  # fmt: skip
     return Receipt(
-        recipe=manifest.recipe.name,
-        recipe_digest=manifest.recipe_digest,
-        target=budget.target,
-        device=budget.device,
-        source=manifest.source.name,
-        source_revision=manifest.source.revision,
-        source_digest=manifest.source.digest,
-        artifact=release.artifact.digest,
+        recipe=label(content),
+        recipe_digest=recipe_digest_of(content),
+        source=source.name,
+        source_revision=source.revision,
+        source_digest=source.digest,
+        artifact=content.digest,
         repo=uploaded.repo,
         commit=uploaded.commit,
-        weights_bytes=totals(release.artifact)[0],
+        weights_bytes=weights_bytes(content),
         all_bytes=sum(entry.bytes for entry in release.files.values()),
-        peak_predicted=budget.peak,
-        peak_measured=max((p.measured for p in budget.phases if p.measured is not None), default=None),
-        measured_on=budget.measured_on,
-        timed_on=budget.timed_on,
-        limit=budget.limit,
-        timings=budget.timings,
         parity={row.metric: row.value for row in worst_rows(parity)} if parity else {},
         versions=versions(),
+        **_on_target(release, budget),
+        **on_export,
     )
+
+
+def _on_target(release: Release, budget: BudgetReport | None) -> dict[str, Any]:
+    """The fields that come from a budget; an export says only what it was made for."""
+    if budget is None:
+        assert not isinstance(release.content, Artifact)
+        manifest = release.content.manifest
+        nothing = dict.fromkeys(("peak_predicted", "peak_measured", "measured_on", "timed_on", "limit"))
+        return {"target": manifest.target, "device": manifest.device, "timings": (), **nothing}
+    return {
+        "target": budget.target,
+        "device": budget.device,
+        "peak_predicted": budget.peak,
+        "peak_measured": max((p.measured for p in budget.phases if p.measured is not None), default=None),
+        "measured_on": budget.measured_on,
+        "timed_on": budget.timed_on,
+        "limit": budget.limit,
+        "timings": budget.timings,
+    }

@@ -1,10 +1,10 @@
 """Release: exactly which files go to a repository, in a folder of its own, with the digests they were verified with.
 
-It is built only from an artifact whose every byte is what its manifest says, and whose parity and budget reports carry
-its digest and pass. What is missing is listed, all of it, in one GateError. A draft may lack reports; it may not lack
-integrity, and its card says what it is.
+It is built only from an artifact or export whose every byte is what its manifest says, and whose reports carry its
+digest and pass. What is missing is listed, all of it, in one GateError. A draft may lack reports; it may not lack
+integrity, and its card says what it is. An export whose own form was never run needs `unrun` as well.
 
-Large files are linked into the folder, not copied, where the file system allows; nothing of the artifact is changed.
+Large files are linked into the folder, not copied, where the file system allows; nothing of the build is changed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagel_compress import provenance
-from bagel_compress.artifact import MANIFEST, Artifact, FileEntry, sha256_file
-from bagel_compress.card import CARD, Origin, model_card
+from bagel_compress.artifact import FileEntry, sha256_file
+from bagel_compress.card import CARD, Origin
 from bagel_compress.errors import GateError, PublishError
-from bagel_compress.publish.evidence import Evidence, load_evidence
+from bagel_compress.publish.content import Content, label, manifest_name, source_of
+from bagel_compress.publish.evidence import Evidence, load_evidence, ran
+from bagel_compress.publish.export_card import card_of
 from bagel_compress.publish.family import BUILD, build_of
 from bagel_compress.reports import REPORTS
 
@@ -31,7 +33,7 @@ MARK = ".release"  # beside the folder: says that it was made here and may be ma
 class Release:
     """A folder that is ready to be uploaded. `files` has the digest of each file as it was verified."""
 
-    artifact: Artifact
+    content: Content
     evidence: Evidence
     folder: Path
     files: Mapping[str, FileEntry]
@@ -40,40 +42,57 @@ class Release:
     @property
     def title(self) -> str:
         """Summary line of the commit."""
-        name = self.artifact.manifest.recipe.name
-        return f"{'Draft of ' if self.draft else ''}{name}, manifest {self.artifact.digest[:12]}"
+        return f"{'Draft of ' if self.draft else ''}{label(self.content)}, manifest {self.content.digest[:12]}"
 
 
 def make_release(
-    artifact: Artifact, folder: Path, origin: Origin, draft: bool = False, signing_key: Path | None = None
+    content: Content,
+    folder: Path,
+    origin: Origin,
+    draft: bool = False,
+    signing_key: Path | None = None,
+    unrun: bool = False,
 ) -> Release:
     """Verifies, judges and writes the release folder; an older one of ours is replaced.
 
-    Raises GateError listing every fault of the artifact and of its reports, PublishError if `folder` is not ours.
+    Raises GateError listing every fault of the build and of its reports, PublishError if `folder` is not ours.
     """
-    evidence, faults = load_evidence(artifact)
-    damage = artifact.verify()
-    missing = damage if draft else damage + faults
-    if not draft and origin.base_model is None:
-        name = artifact.manifest.source.name
-        missing.append(f"its source {name!r} is no repository; name the one it came from with --base-model")
+    evidence, missing = _judged(content, origin, draft, unrun)
     if missing:
-        raise GateError(f"{artifact.path} is not ready to be published: " + "; ".join(missing) + ".")
+        raise GateError(f"{content.path} is not ready to be published: " + "; ".join(missing) + ".")
     _fresh(folder)
-    files = _artifact_files(artifact, folder)
-    files |= _report_files(artifact, evidence, folder)
-    build = build_of(artifact, evidence, origin.repo, origin.base_model)
+    files = _content_files(content, folder)
+    files |= _report_files(content, evidence, folder)
+    build = build_of(content, evidence, origin.repo, origin.base_model)
     files[BUILD] = _written(folder, BUILD, (build.model_dump_json(indent=1) + "\n").encode())
     reports = {path: entry for path, entry in files.items() if path.startswith(f"{REPORTS}/")}
-    statement = provenance.statement_bytes(artifact, reports)
+    statement = provenance.statement_bytes(content, reports)
     files[provenance.PROVENANCE] = _written(folder, provenance.PROVENANCE, statement)
     files[provenance.SUMS] = _written(folder, provenance.SUMS, provenance.sums(files).encode())
     if signing_key is not None:
         files[provenance.SIGNATURE] = _entry(provenance.sign(folder, signing_key))
     signed = signing_key is not None
-    card = model_card(artifact, evidence, origin, draft, signed)
+    card = card_of(content, evidence, origin, draft, signed)
     files[CARD] = _written(folder, CARD, card.encode())
-    return Release(artifact, evidence, folder, dict(sorted(files.items())), draft)
+    return Release(content, evidence, folder, dict(sorted(files.items())), draft)
+
+
+def _judged(content: Content, origin: Origin, draft: bool, unrun: bool) -> tuple[Evidence, list[str]]:
+    """The evidence, and everything that keeps the build from being released."""
+    evidence, faults = load_evidence(content)
+    damage = content.verify()
+    if draft:
+        return evidence, damage
+    missing = damage + faults
+    if not evidence.tried and not unrun and evidence.parity is not None:
+        missing.append(
+            f"what it holds was never run (parity is that of its graphs by {ran(evidence.parity)}); run `bagel-compress"
+            " validate` where there is a card, or say --unrun, and the page will say so"
+        )
+    if origin.base_model is None:
+        name = source_of(content).name
+        missing.append(f"its source {name!r} is no repository; name the one it came from with --base-model")
+    return evidence, missing
 
 
 def _fresh(folder: Path) -> None:
@@ -88,25 +107,26 @@ def _fresh(folder: Path) -> None:
     folder.mkdir()
 
 
-def _artifact_files(artifact: Artifact, folder: Path) -> dict[str, FileEntry]:
+def _content_files(content: Content, folder: Path) -> dict[str, FileEntry]:
     """The files of the manifest, and the manifest itself."""
-    for name in artifact.manifest.files:
-        _linked(artifact.path / name, folder / name)
-    content = (artifact.path / MANIFEST).read_bytes()
-    manifest = FileEntry(bytes=len(content), sha256=artifact.digest)
-    if hashlib.sha256(content).hexdigest() != artifact.digest:
-        raise GateError(f"{artifact.path / MANIFEST} was changed while it was published; run the same command again.")
-    (folder / MANIFEST).write_bytes(content)
-    return {**artifact.manifest.files, MANIFEST: manifest}
+    for name in content.manifest.files:
+        _linked(content.path / name, folder / name)
+    own = manifest_name(content)
+    data = (content.path / own).read_bytes()
+    manifest = FileEntry(bytes=len(data), sha256=content.digest)
+    if hashlib.sha256(data).hexdigest() != content.digest:
+        raise GateError(f"{content.path / own} was changed while it was published; run the same command again.")
+    (folder / own).write_bytes(data)
+    return {**content.manifest.files, own: manifest}
 
 
-def _report_files(artifact: Artifact, evidence: Evidence, folder: Path) -> dict[str, FileEntry]:
+def _report_files(content: Content, evidence: Evidence, folder: Path) -> dict[str, FileEntry]:
     """Reports, their pictures and the HTML page, copied so that a later validation does not change the release."""
     files = {}
     for name in evidence.files:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(artifact.path / name, target)
+        shutil.copyfile(content.path / name, target)
         files[name] = _entry(target)
     return files
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bagel_compress.artifact import MANIFEST, sha256_file
-from bagel_compress.hub import failures, insist
+from bagel_compress.artifact import sha256_file
+from bagel_compress.hub import failures, insist, manifest_in
 from bagel_compress.publish.release import Release
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Remote:
     commit: str
     private: bool
     files: Mapping[str, str]
-    manifest: str | None  # sha256 of its manifest.json; None: it holds no artifact
+    manifest: str | None  # sha256 of its manifest; None: it holds nothing of ours
 
 
 def look(api: HfApi, repo: str, revision: str) -> Remote | None:
@@ -46,8 +46,8 @@ def look(api: HfApi, repo: str, revision: str) -> Remote | None:
         entries = [e for e in tree if isinstance(e, RepoFile)]
         files = {e.path: f"sha256:{e.lfs.sha256}" if e.lfs else f"sha1:{e.blob_id}" for e in entries}
         manifest = None
-        if MANIFEST in files:
-            local = Path(api.hf_hub_download(repo, MANIFEST, revision=info.sha))
+        if (own := manifest_in(files)) is not None:
+            local = Path(api.hf_hub_download(repo, own, revision=info.sha))
             manifest = sha256_file(local)
     return Remote(str(info.sha), bool(info.private), files, manifest)
 

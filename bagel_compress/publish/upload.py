@@ -15,7 +15,7 @@ from dataclasses import replace as replace_fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.artifact import MANIFEST
+from bagel_compress.artifact import MANIFESTS
 from bagel_compress.download import transport_errors
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.hub import TRIES, client, failures, insist, transient
@@ -126,12 +126,12 @@ def _create(api: HfApi, repo: str, revision: str, private: bool) -> Remote:
 
 
 def _refuse_other_build(release: Release, repo: str, remote: Remote, replace: bool) -> None:
-    if replace or remote.manifest == release.artifact.digest:
+    if replace or remote.manifest == release.content.digest:
         return
     if remote.manifest is not None:
         raise PublishError(
             f"{repo} already holds another build (manifest {remote.manifest[:12]}, this one is"
-            f" {release.artifact.digest[:12]}); choose another name or --revision, or say --replace."
+            f" {release.content.digest[:12]}); choose another name or --revision, or say --replace."
         )
     weights = [path for path in sorted(remote.files) if path not in (*OWN, "README.md", "LICENSE")]
     if weights:
@@ -144,7 +144,7 @@ def _additions(release: Release) -> list[CommitOperationAdd]:
     """Biggest first, the manifest last. Raises GateError if a file is no longer what was verified."""
     from huggingface_hub import CommitOperationAdd
 
-    order = sorted(release.files, key=lambda path: (path == MANIFEST, -release.files[path].bytes, path))
+    order = sorted(release.files, key=lambda path: (path in MANIFESTS, -release.files[path].bytes, path))
     return [CommitOperationAdd(path, str(release.folder / path)) for path in order]
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagel_compress import provenance
-from bagel_compress.artifact import MANIFEST, Artifact, Manifest, parse_manifest, sha256_file
+from bagel_compress.artifact import MANIFESTS, listed_files, sha256_file
 from bagel_compress.errors import ArtifactError, GateError
-from bagel_compress.hub import client, failures, fetch, split_revision
+from bagel_compress.hub import Files, client, failures, fetch, manifest_in, split_revision
+from bagel_compress.publish.content import Content, manifest_name, open_content
 from bagel_compress.publish.evidence import load_evidence
 from bagel_compress.publish.remote import Remote, look
 from bagel_compress.reports import REPORTS
@@ -38,20 +39,20 @@ class Verdict:
 
 
 def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
-    """Reads every byte. Raises ArtifactError if the folder is no artifact at all."""
-    artifact = Artifact.open(folder)
+    """Reads every byte. Raises ArtifactError if the folder is no artifact and no export at all."""
+    content = open_content(folder)
     published = (folder / provenance.SUMS).is_file()
     if published:
         files, faults = len(_sums(folder)), provenance.check_sums(folder)
-        faults += _against_manifest(_sums(folder), artifact.manifest, artifact.digest)
+        faults += _against_manifest(_sums(folder), content.manifest.files, manifest_name(content), content.digest)
     else:
-        files, faults = len(artifact.manifest.files) + 1, artifact.verify()
-    faults += _stale_reports(artifact)
+        files, faults = len(content.manifest.files) + 1, content.verify()
+    faults += _stale_reports(content)
     signature = "none"
     if (folder / provenance.SIGNATURE).is_file() or public_key is not None:
         signature, fault = _signature(folder, public_key)
         faults += fault
-    return Verdict(str(folder), artifact.digest, files, "every byte read", signature, tuple(faults))
+    return Verdict(str(folder), content.digest, files, "every byte read", signature, tuple(faults))
 
 
 def verify_repo(repo: str, revision: str | None = None, full: bool = False, public_key: Path | None = None) -> Verdict:
@@ -62,19 +63,20 @@ def verify_repo(repo: str, revision: str | None = None, full: bool = False, publ
     remote = look(client(), repo, revision or "main")
     if remote is None:
         raise ArtifactError(f"{repo} does not exist, or your token may not see it; check the name.")
-    for name in (MANIFEST, provenance.SUMS):
-        if name not in remote.files:
-            raise ArtifactError(f"{repo} has no {name}: it was not published by bagel-compress.")
+    own = manifest_in(remote.files)
+    if own is None or provenance.SUMS not in remote.files:
+        missing = provenance.SUMS if own else " or ".join(MANIFESTS)
+        raise ArtifactError(f"{repo} has no {missing}: it was not published by bagel-compress.")
     with failures(f"{repo} cannot be read"):
         got = {name: Path(client().hf_hub_download(repo, name, revision=remote.commit)) for name in _small(remote)}
-    manifest = parse_manifest(got[MANIFEST].read_bytes(), Path(repo))
-    digest = sha256_file(got[MANIFEST])
+    path = got.get(own) or Path(client().hf_hub_download(repo, own, revision=remote.commit))  # a large one is in LFS
+    listed, digest = listed_files(own, path.read_bytes(), Path(repo)), sha256_file(path)
     sums = _sums(got[provenance.SUMS].parent)
     held = {n: d.partition(":")[2] if n not in got else sha256_file(got[n]) for n, d in remote.files.items()}
     faults = [f"{name} is missing" for name in sums if name not in held]
     faults += [f"{name} is not what was released" for name in sums if name in held and held[name] != sums[name]]
     faults += [f"{name} is not in {provenance.SUMS}" for name in sorted(held.keys() - sums.keys()) if _covered(name)]
-    faults += _against_manifest(sums, manifest, digest)
+    faults += _against_manifest(sums, listed, own, digest)
     signature = "not checked (give --key)" if provenance.SIGNATURE in held else "none"
     how = "small files read, large ones by the digests that the Hub lists (--full reads them)"
     return Verdict(f"{repo}@{remote.commit[:12]}", digest, len(sums), how, signature, tuple(faults))
@@ -99,21 +101,21 @@ def _covered(name: str) -> bool:
     return name not in provenance.NOT_SUMMED
 
 
-def _against_manifest(sums: dict[str, str], manifest: Manifest, digest: str) -> list[str]:
+def _against_manifest(sums: dict[str, str], files: Files, own: str, digest: str) -> list[str]:
     """SHA256SUMS and the manifest have to say the same."""
     faults = [
         f"{name} has another digest in {provenance.SUMS} than in the manifest"
-        for name, entry in manifest.files.items()
+        for name, entry in files.items()
         if sums.get(name) != entry.sha256
     ]
-    return faults + ([f"{MANIFEST} is not the one of {provenance.SUMS}"] if sums.get(MANIFEST) != digest else [])
+    return faults + ([f"{own} is not the one of {provenance.SUMS}"] if sums.get(own) != digest else [])
 
 
-def _stale_reports(artifact: Artifact) -> list[str]:
+def _stale_reports(content: Content) -> list[str]:
     """Reports of another build. A build without reports is no fault here: verify is about bytes."""
-    if not (artifact.path / REPORTS).is_dir():
+    if not (content.path / REPORTS).is_dir():
         return []
-    return [fault for fault in load_evidence(artifact)[1] if "another build" in fault]
+    return [fault for fault in load_evidence(content)[1] if "another build" in fault]
 
 
 def _signature(folder: Path, public_key: Path | None) -> tuple[str, list[str]]:

@@ -19,6 +19,7 @@ from hub import Hub, User
 from publish_data import BASE, CARD, REPO, TOKEN, write_reports
 
 from bagel_compress.artifact import Artifact
+from bagel_compress.publish.content import Content
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,7 @@ def publish(tmp_path: Path) -> Callable[..., object]:
     from bagel_compress.publish.publishing import Published, Wish
     from bagel_compress.publish.publishing import publish as run
 
-    def go(artifact: Artifact, repo: str = REPO, **options: object) -> Published:
+    def go(artifact: Content, repo: str = REPO, **options: object) -> Published:
         settings = {"base_model": BASE, "receipts": tmp_path / "receipts", **options}
         return run(Wish(artifact.path, repo, **settings))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bagel_compress.artifact import Artifact
+from bagel_compress.publish.content import Content, label, source_of
 from bagel_compress.reports import BudgetReport, CaseParity, ParityReport, PhaseUse, Row, Timing
 
 TOKEN = "hf_plantedtokenXYZ0123456789abcdef"
@@ -13,18 +14,23 @@ BASE = "ByteDance-Seed/BAGEL-7B-MoT"
 CARD = "rtx4070-12gb"  # the target that the artifacts of these tests promise
 
 
-def parity(artifact: Artifact, digest: str | None = None, ok: bool = True) -> ParityReport:
-    """A report about this artifact (or, with `digest`, about another one)."""
+HERE = {"device": "cpu (x86_64)", "dtype": "bfloat16", "torch": "2.13"}
+
+
+def parity(
+    artifact: Content, digest: str | None = None, ok: bool = True, environment: dict[str, str] = HERE
+) -> ParityReport:
+    """A report about this build (or, with `digest`, about another one)."""
     value = 0.11 if ok else 0.31
     row = Row(case="t2i_square", metric="latent.path", value=value, floor=0.004, limit=0.2, source="ours", ok=ok)
     psnr = Row(case="", metric="image.psnr", value=24.5, floor=48.0, limit=20.0, source="ours", ok=True)
     return ParityReport(
         artifact=digest or artifact.digest,
-        name=artifact.manifest.recipe.name,
+        name=label(artifact),
         level="4-bit",
-        source=artifact.manifest.source.name,
-        source_digest=artifact.manifest.source.digest,
-        environment={"device": "cpu (x86_64)", "dtype": "bfloat16", "torch": "2.13"},
+        source=source_of(artifact).name,
+        source_digest=source_of(artifact).digest,
+        environment=environment,
         rows=(row, psnr),
         cases=(
             CaseParity(

@@ -126,7 +126,7 @@ def run_shell(text: str, cli: Callable[..., tuple[int, str, str]]) -> None:
             command = Path(sys.executable).with_name("hf")
             subprocess.run([command if command.exists() else shutil.which("hf"), *arguments], check=True, timeout=120)
         else:
-            assert line == "pip install bagel-compress"
+            assert line in ("pip install bagel-compress", "pip install 'bagel-compress[onnx]'")
 
 
 def run_python(snippet: Snippet, artifact: Artifact) -> dict[str, object]:
