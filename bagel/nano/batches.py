@@ -31,11 +31,17 @@ TIME_SCALE, TIME_SHIFT = 1.2, 0.3  # flow times are sigmoid(1.2 n + 0.3): more o
 DROP_TEXT, DROP_IMAGE = 0.1, 0.1
 OPEN_PROMPTS = 0.1  # share of drawings whose prompt names the things only
 DESCRIBE_WEIGHT, THINK_WEIGHT = 0.4, 0.4  # per token, an answer's token being 1
+Turns = tuple[tuple[str, int | None], ...]
 # Kinds of edits with the number of things (None: even odds), in turn. Four in ten recolour one of two things: the thing
 # that is named must be found and the other one left alone. At one in eight this was learnt for 14 % of the pairs.
-EDIT_TURNS: tuple[tuple[str, int | None], ...] = (
+EDIT_TURNS: Turns = (
     ("recolor", 2), ("background", None), ("recolor", 2), ("remove", 2), ("recolor", 1),
     ("recolor", 2), ("move", 1), ("recolor", 2), ("remove", 2), ("background", None),
+)  # fmt: skip
+# For the last phase: at two in ten, removing was learnt later than recolouring.
+BIND_TURNS: Turns = (
+    ("remove", 2), ("recolor", 2), ("remove", 2), ("move", 1), ("remove", 2),
+    ("recolor", 2), ("remove", 2), ("background", None), ("recolor", 2), ("remove", 2),
 )  # fmt: skip
 
 
@@ -63,11 +69,11 @@ class Pool:
     after: Tensor
 
 
-def make_pool(vae: AutoEncoder, seed: int, scenes: int, edits: int) -> Pool:
+def make_pool(vae: AutoEncoder, seed: int, scenes: int, edits: int, turns: Turns = EDIT_TURNS) -> Pool:
     """Draws scenes and edits and encodes them. Edit kinds take turns."""
     rng = np.random.default_rng((seed, 1))
     drawn = [sample_scene(rng) for _ in range(scenes)]
-    changed = [language.sample_edit(rng, *EDIT_TURNS[i % len(EDIT_TURNS)]) for i in range(edits)]
+    changed = [language.sample_edit(rng, *turns[i % len(turns)]) for i in range(edits)]
     return Pool(
         drawn,
         encoded(vae, drawn, seed),

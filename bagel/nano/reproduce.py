@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bagel.nano import export, tokens, vae_train
-from bagel.nano.batches import Pool, make_pool
+from bagel.nano.batches import BIND_TURNS, EDIT_TURNS, Pool, make_pool
 from bagel.nano.train import PHASES, UNDERSTANDING, ModelRecipe, ModelTrainer, Progress
 from bagel.nano.vae_train import VAETrainer
 from bagel.text import TextCodec
@@ -57,8 +57,10 @@ def _model_steps(trainer: ModelTrainer, recipe: NanoRecipe, vae: VAETrainer) -> 
     """The phases from the current one on; latents are encoded when drawing begins (or is resumed)."""
     pool: Pool | None = None
     for phase in PHASES[PHASES.index(trainer.phase) :]:
-        if phase not in UNDERSTANDING and pool is None:
-            pool = make_pool(vae.averaged(), recipe.pool_seed, recipe.scenes, recipe.edits)
+        if phase == "bind":
+            pool = make_pool(vae.averaged(), recipe.pool_seed + 1, recipe.scenes, recipe.edits, BIND_TURNS)
+        elif phase not in UNDERSTANDING and pool is None:
+            pool = make_pool(vae.averaged(), recipe.pool_seed, recipe.scenes, recipe.edits, EDIT_TURNS)
         yield from trainer.steps(phase, pool)
 
 

@@ -4,7 +4,9 @@
     und    describe and answer: needs no latents and no generation expert, so a step costs little
     draw   all tasks, most of the work on drawing, which is learnt first
     mix    all tasks, most of the work on answers and edits
-    polish the same with more edits, at a falling rate; the moving average of the weights is what is kept
+    polish the same with more edits, at a falling rate
+    bind   the same with more of what was learnt last, which word belongs to which thing: one of two things is removed,
+           a plan repeats colours and shapes as they were paired. The moving average of the weights is what is kept
 
 `ModelTrainer` is a loop that yields: whoever runs it prints, saves and stops. It is deterministic on one machine and
 thread count, and its state, plain tensors, lets it go on exactly where it was.
@@ -27,7 +29,7 @@ from bagel.nano.model import CONFIG, LATENT_TOKENS, build, inner_matrices, train
 from bagel.nano.optim import Average, Optimizer, Schedule
 from bagel.text import TextCodec
 
-PHASES = ("vit", "und", "draw", "mix", "polish")
+PHASES = ("vit", "und", "draw", "mix", "polish", "bind")
 UNDERSTANDING = PHASES[:2]  # phases that need no latents
 
 
@@ -57,11 +59,13 @@ class ModelRecipe:
     draw: Phase = Phase(630, 2e-3, 60, 0.0, 1.0, ce_weight=0.3)
     mix: Phase = Phase(600, 2e-3, 30, 0.0, 1.0)
     polish: Phase = Phase(800, 2e-3, 20, 0.85, 0.02)
+    bind: Phase = Phase(600, 2e-3, 20, 0.85, 0.02)
     vit_batch: int = 32
     und_batch: Mix = field(default_factory=lambda: Mix(ask=24))
     draw_batch: Mix = field(default_factory=lambda: Mix(24, 8, 10, 3))
     mix_batch: Mix = field(default_factory=lambda: Mix(10, 14, 16, 4, edit_copies=3, questions=4))
     polish_batch: Mix = field(default_factory=lambda: Mix(6, 14, 22, 4, edit_copies=3, questions=4))
+    bind_batch: Mix = field(default_factory=lambda: Mix(6, 8, 20, 10, edit_copies=3))
     average: float = 0.998
     seed: int = 1
 

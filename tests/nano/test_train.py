@@ -32,11 +32,13 @@ def recipe(vae: int, vit: int, und: int, draw: int, mix: int, share: int) -> Nan
         draw=Phase(draw, 2e-3, 2, 0.0, 1.0, ce_weight=0.3),
         mix=Phase(mix, 2e-3, 2, 0.0, 1.0),
         polish=Phase(mix, 2e-3, 2, 0.85, 0.02),
+        bind=Phase(mix, 2e-3, 2, 0.85, 0.02),
         vit_batch=32 // share,
         und_batch=Mix(ask=24 // share),
         draw_batch=small,
         mix_batch=small,
         polish_batch=small,
+        bind_batch=small,
     )
     return NanoRecipe(
         Recipe(steps=vae, batch=max(2, 8 // share)),
@@ -49,7 +51,7 @@ def recipe(vae: int, vit: int, und: int, draw: int, mix: int, share: int) -> Nan
 def test_a_cut_run_ends_where_an_uncut_one_does(tmp_path: Path) -> None:
     plan = recipe(vae=2, vit=2, und=2, draw=2, mix=3, share=8)
     steps = [(p.phase, p.step) for p in reproduce(tmp_path / "whole", plan)]
-    lengths = {"vae": 2, "vit": 2, "und": 2, "draw": 2, "mix": 3, "polish": 3}
+    lengths = {"vae": 2, "vit": 2, "und": 2, "draw": 2, "mix": 3, "polish": 3, "bind": 3}
     assert steps == [(phase, i + 1) for phase, length in lengths.items() for i in range(length)]
     for limit in (1, 3, 4, 2, 1):  # cut four times, in every stage
         run = reproduce(tmp_path / "cut", plan, save_seconds=0.0)
