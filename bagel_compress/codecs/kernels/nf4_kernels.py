@@ -3,9 +3,9 @@
 bitsandbytes (0.50.2, CPU) gives w the code `#{k : w * (1/absmax) > MIDPOINTS[k]}`, in fp32, per block of 64. For a
 fixed absmax that is a step function of the bf16 word of w, and scaling w and absmax by the same power of two changes
 nothing: so 15 thresholds for each of the 128 mantissas of absmax, plus a shift of the exponent, decide every code.
-Sixteen words are compared at once, no float is touched, and the result is exact. Blocks whose absmax is so small or so
-large that a threshold or a reciprocal leaves the range of normal numbers take `_exact_codes`, the same arithmetic
-spelled out.
+Sixteen words or more are compared at once, no float is touched, and the result is exact. Blocks whose absmax is so
+small or so large that a threshold or a reciprocal leaves the range of normal numbers take `_exact_codes`, the same
+arithmetic spelled out.
 
 What was written is then decoded from the packed bytes and compared with the weights.
 """
@@ -99,10 +99,8 @@ def _encode_plain(words, table, midpoints, pairs, packed, absmax, sums):  # type
     values = np.empty((TILE, BLOCK), np.float32)
     for first in range(0, words.shape[0], TILE):
         count = min(TILE, words.shape[0] - first)
-        for j in range(count):
-            top = _absmax_word(words[first + j])
-            absmax[first + j] = _as_float(top)
-            _codes(words[first + j], top, table, midpoints, codes[j])
+        fast = _absmaxes(words, first, count, absmax)
+        _tile_codes(words, first, count, fast, absmax, table, midpoints, codes)
         _store(words, codes, values, pairs, first, count, False, packed, absmax, sums)
 
 
@@ -112,9 +110,11 @@ def _encode_searching(words, table, book, midpoints, pairs, packed, absmax, sums
     values = np.empty((TILE, BLOCK), np.float32)
     for first in range(0, words.shape[0], TILE):
         count = min(TILE, words.shape[0] - first)
+        fast = _absmaxes(words, first, count, absmax)
         for j in range(count):
-            top = _absmax_word(words[first + j])
-            absmax[first + j] = _as_float(_search(words[first + j], top, table, midpoints, book, codes[j]))
+            scale = _best_scale(words, first + j, table, _as_word(absmax[first + j]), book, codes, j)
+            absmax[first + j] = _as_float(scale)
+        _tile_codes(words, first, count, fast, absmax, table, midpoints, codes)
         _store(words, codes, values, pairs, first, count, True, packed, absmax, sums)
 
 
@@ -128,15 +128,30 @@ def _store(words, codes, values, pairs, first, count, clipped, packed, absmax, s
         scale = absmax[first + j]
         beyond = np.float32(0)
         if clipped:
-            beyond = max(_as_float(_absmax_word(words[first + j])) / max(scale, TINY) - np.float32(1), beyond)
-        _measure(words[first + j], values[j], scale, beyond, sums[first + j])
+            beyond = max(_as_float(_absmax_word(words, first + j)) / max(scale, TINY) - np.float32(1), beyond)
+        _measure(words, first + j, values, j, scale, beyond, sums)
+
+
+# Below, a block is `words[b]` and its codes are `codes[j]`: indices instead of slices, because numba counts references
+# to a slice with atomic operations, which took longer than the work on its 64 elements.
 
 
 @_strict
-def _absmax_word(x):  # type: ignore[no-untyped-def]
+def _absmaxes(words, first, count, absmax):  # type: ignore[no-untyped-def]
+    """Fills absmax of a tile's blocks; whether all of them, or a scale found by searching, suit `_fast_codes`."""
+    fast = True
+    for b in range(first, first + count):
+        top = _absmax_word(words, b)
+        absmax[b] = _as_float(top)
+        fast &= EXPONENTS[0] <= top >> 7 <= EXPONENTS[1]
+    return fast
+
+
+@_strict
+def _absmax_word(words, b):  # type: ignore[no-untyped-def]
     top = np.uint16(0)
-    for i in range(x.shape[0]):
-        top = np.uint16(max(top, np.uint16(x[i] & np.uint16(0x7FFF))))
+    for i in range(BLOCK):
+        top = np.uint16(max(top, np.uint16(words[b, i] & np.uint16(0x7FFF))))
     return top
 
 
@@ -153,56 +168,63 @@ def _ordered(word):  # type: ignore[no-untyped-def]
 
 
 @_strict
-def _codes(x, top, table, midpoints, codes):  # type: ignore[no-untyped-def]
-    exponent = top >> 7
-    if EXPONENTS[0] <= exponent <= EXPONENTS[1]:
-        _fast_codes(x, table[top & 127], np.int16((exponent - 127) << 7), codes)
-    else:
-        _exact_codes(x, _as_float(top), midpoints, codes)
+def _tile_codes(words, first, count, fast, absmax, table, midpoints, codes):  # type: ignore[no-untyped-def]
+    """The codes of a tile for the scales in `absmax`. Two loops: the compiler spoils the fast one beside the other."""
+    if fast:
+        for j in range(count):
+            _fast_codes(words, first + j, table, _as_word(absmax[first + j]), codes, j)
+        return
+    for j in range(count):
+        top = _as_word(absmax[first + j])
+        if EXPONENTS[0] <= top >> 7 <= EXPONENTS[1]:
+            _fast_codes(words, first + j, table, top, codes, j)
+        else:
+            _exact_codes(words, first + j, absmax[first + j], midpoints, codes, j)
 
 
 @_strict
-def _fast_codes(x, row, shift, codes):  # type: ignore[no-untyped-def]
-    """15 thresholds in registers: written out, because only so does the compiler keep sixteen 16-bit lanes."""
-    t0, t1, t2 = np.int16(row[0] - shift), np.int16(row[1] - shift), np.int16(row[2] - shift)
-    t3, t4, t5 = np.int16(row[3] - shift), np.int16(row[4] - shift), np.int16(row[5] - shift)
-    t6, t7, t8 = np.int16(row[6] - shift), np.int16(row[7] + shift), np.int16(row[8] + shift)
-    t9, t10, t11 = np.int16(row[9] + shift), np.int16(row[10] + shift), np.int16(row[11] + shift)
-    t12, t13, t14 = np.int16(row[12] + shift), np.int16(row[13] + shift), np.int16(row[14] + shift)
-    for i in range(x.shape[0]):
-        m = _ordered(x[i])
-        c = np.int16(m > t0)
-        c = np.int16(c + np.int16(m > t1))
-        c = np.int16(c + np.int16(m > t2))
-        c = np.int16(c + np.int16(m > t3))
-        c = np.int16(c + np.int16(m > t4))
-        c = np.int16(c + np.int16(m > t5))
-        c = np.int16(c + np.int16(m > t6))
-        c = np.int16(c + np.int16(m > t7))
-        c = np.int16(c + np.int16(m > t8))
-        c = np.int16(c + np.int16(m > t9))
-        c = np.int16(c + np.int16(m > t10))
-        c = np.int16(c + np.int16(m > t11))
-        c = np.int16(c + np.int16(m > t12))
-        c = np.int16(c + np.int16(m > t13))
-        c = np.int16(c + np.int16(m > t14))
-        codes[i] = c
+def _fast_codes(words, b, table, top, codes, j):  # type: ignore[no-untyped-def]
+    """15 thresholds in registers: written out, because only so does the compiler keep 16-bit lanes."""
+    m, shift = top & 127, np.int16(((top >> 7) - 127) << 7)
+    t0, t1, t2 = np.int16(table[m, 0] - shift), np.int16(table[m, 1] - shift), np.int16(table[m, 2] - shift)
+    t3, t4, t5 = np.int16(table[m, 3] - shift), np.int16(table[m, 4] - shift), np.int16(table[m, 5] - shift)
+    t6, t7, t8 = np.int16(table[m, 6] - shift), np.int16(table[m, 7] + shift), np.int16(table[m, 8] + shift)
+    t9, t10, t11 = np.int16(table[m, 9] + shift), np.int16(table[m, 10] + shift), np.int16(table[m, 11] + shift)
+    t12, t13, t14 = np.int16(table[m, 12] + shift), np.int16(table[m, 13] + shift), np.int16(table[m, 14] + shift)
+    for i in range(BLOCK):
+        w = _ordered(words[b, i])
+        c = np.int16(w > t0)
+        c = np.int16(c + np.int16(w > t1))
+        c = np.int16(c + np.int16(w > t2))
+        c = np.int16(c + np.int16(w > t3))
+        c = np.int16(c + np.int16(w > t4))
+        c = np.int16(c + np.int16(w > t5))
+        c = np.int16(c + np.int16(w > t6))
+        c = np.int16(c + np.int16(w > t7))
+        c = np.int16(c + np.int16(w > t8))
+        c = np.int16(c + np.int16(w > t9))
+        c = np.int16(c + np.int16(w > t10))
+        c = np.int16(c + np.int16(w > t11))
+        c = np.int16(c + np.int16(w > t12))
+        c = np.int16(c + np.int16(w > t13))
+        c = np.int16(c + np.int16(w > t14))
+        codes[j, i] = c
 
 
 @_strict
-def _exact_codes(x, absmax, midpoints, codes):  # type: ignore[no-untyped-def]
+def _exact_codes(words, b, absmax, midpoints, codes, j):  # type: ignore[no-untyped-def]
     inverse = np.float32(1) / max(absmax, TINY)
-    for i in range(x.shape[0]):
-        scaled = _as_float(x[i]) * inverse
+    for i in range(BLOCK):
+        scaled = _as_float(words[b, i]) * inverse
         code = 0
         for k in range(15):
             code += scaled > midpoints[k]
-        codes[i] = code
+        codes[j, i] = code
 
 
 @_strict
-def _search(x, top, table, midpoints, book, codes):  # type: ignore[no-untyped-def]
-    """The bf16 scale of least squared error among those tried, with its codes in `codes`.
+def _best_scale(words, b, table, top, book, codes, j):  # type: ignore[no-untyped-def]
+    """The bf16 word of the scale of least squared error among those tried; `codes[j]` is scratch.
 
     Tried are absmax, smaller scales, and for each the best scale for its codes, (w.c)/(c.c). A scale s saves
     s * (2 w.c - s c.c) of the energy of w. Where squares would leave fp32's range, absmax stays.
@@ -212,13 +234,12 @@ def _search(x, top, table, midpoints, book, codes):  # type: ignore[no-untyped-d
         for step in range(MSE_STEPS):
             word = np.uint16(top - step * MSE_STEP)
             for _ in range(2):
-                _codes(x, word, table, midpoints, codes)
-                wc, cc = _products(x, codes, book)
+                _fast_codes(words, b, table, word, codes, j)
+                wc, cc = _products(words, b, codes, j, book)
                 saved = _as_float(word) * (2 * wc - _as_float(word) * cc)
                 if saved > best:
                     best, scale = saved, word
                 word = _as_word(wc / cc)
-    _codes(x, scale, table, midpoints, codes)
     return scale
 
 
@@ -228,11 +249,11 @@ def _as_word(value):  # type: ignore[no-untyped-def]
 
 
 @_sums
-def _products(x, codes, book):  # type: ignore[no-untyped-def]
+def _products(words, b, codes, j, book):  # type: ignore[no-untyped-def]
     wc, cc = np.float32(0), np.float32(0)
-    for i in range(x.shape[0]):
-        c = book[codes[i]]
-        wc += _as_float(x[i]) * c
+    for i in range(BLOCK):
+        c = book[codes[j, i]]
+        wc += _as_float(words[b, i]) * c
         cc += c * c
     return wc, cc
 
@@ -251,17 +272,17 @@ def _unpack(packed, pairs, out):  # type: ignore[no-untyped-def]
 
 
 @_sums
-def _measure(x, values, absmax, beyond_scale, sums):  # type: ignore[no-untyped-def]
+def _measure(words, b, values, j, absmax, beyond_scale, sums):  # type: ignore[no-untyped-def]
     """In units of the scale, so that nothing overflows: u = w/scale against its code book value c."""
     inverse = np.float32(1) / max(absmax, TINY)
     limit = HALF_GAP + beyond_scale
-    uu, ee, ec, cc, beyond = np.float32(0), np.float32(0), np.float32(0), np.float32(0), np.int32(0)
-    for i in range(x.shape[0]):
-        u, c = _as_float(x[i]) * inverse, values[i]
+    uu, ee, ec, cc, beyond = np.float32(0), np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for i in range(BLOCK):
+        u, c = _as_float(words[b, i]) * inverse, values[j, i]
         e = u - c
         uu += u * u
         ee += e * e
         ec += e * c
         cc += c * c
-        beyond = np.int32(beyond + np.int32(abs(e) > limit))  # 32 bits: as many lanes as the sums
-    sums[0], sums[1], sums[2], sums[3], sums[4] = uu, ee, ec, cc, beyond
+        beyond += np.float32(1) if abs(e) > limit else np.float32(0)  # fp32 as the sums are: as many lanes
+    sums[b, 0], sums[b, 1], sums[b, 2], sums[b, 3], sums[b, 4] = uu, ee, ec, cc, beyond
