@@ -1,7 +1,7 @@
 """Artifact: a finished folder, and its manifest.
 
 The tensors lie in the format's own ecosystem's names (see the codecs); the manifest adds what those lack: what was
-built from what by which recipe, a sha256 of everything, and the error of each tensor. It is written last: present means
+built from what by which recipe, digests of everything, and the error of each tensor. It is written last: present means
 complete. Opening checks that all files are there with their sizes; `verify` reads every byte.
 """
 
@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from blake3 import blake3
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
 
 from bagel.layout import official_role
@@ -49,7 +50,7 @@ class StoredPart(_Entry):
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    blake3: str
 
     @property
     def spec(self) -> PartSpec:
@@ -57,11 +58,11 @@ class StoredPart(_Entry):
 
 
 class TensorEntry(_Entry):
-    """A tensor of the checkpoint; `sha256` is over the bf16 values that were coded."""
+    """A tensor of the checkpoint; `blake3` is over the bf16 values that were coded."""
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    blake3: str
 
 
 class UnitEntry(_Entry):
@@ -91,12 +92,12 @@ class _Listing(BaseModel):
 
 
 class SourceEntry(_Entry):
-    """The checkpoint that was compressed; `data_sha256` covers every value that was read."""
+    """The checkpoint that was compressed; `data_blake3` covers every value that was read."""
 
     name: str
     revision: str
     digest: str
-    data_sha256: str
+    data_blake3: str
 
 
 class Manifest(_Entry):
@@ -238,7 +239,7 @@ class Artifact:
                 wrong.append("its header")
             for part, p in stored.items():
                 file.seek(offsets[part])
-                if _sha256_of(file, p.spec.nbytes) != p.sha256:
+                if _blake3_of(file, p.spec.nbytes) != p.blake3:
                     wrong.append(part)
         return f"{name} was changed: {', '.join(wrong[:3])}{' and more' if len(wrong) > 3 else ''}"
 
@@ -263,8 +264,8 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha256_of(file: Any, nbytes: int) -> str:
-    total = hashlib.sha256()
+def _blake3_of(file: Any, nbytes: int) -> str:
+    total = blake3()
     while nbytes > 0 and (block := file.read(min(nbytes, 1 << 20))):
         total.update(block)
         nbytes -= len(block)

@@ -330,7 +330,7 @@ def provenance_section(source: SourceEntry, digests: Mapping[str, str], tool: st
     rows = [
         ("source", code(source.name)),
         ("revision", code(source.revision or "a local folder, no revision")),
-        ("sha256 of all source values", code(source.data_sha256 or "not taken: read while it was exported")),
+        ("blake3 of all source values", code(source.data_blake3 or "not taken: read while it was exported")),
         *((what, code(digest)) for what, digest in digests.items()),
         ("built with", plain(tool)),
     ]

@@ -110,7 +110,7 @@ class Checkpoint:
 
         The samples are 512 elements at the start, middle and end of each tensor, as bf16, and 512 bytes of each VAE
         tensor. Another packaging of the same weights has the same digest; a training step changes it. It is not proof
-        against somebody who changes single weights: the manifest has a full sha256 of every tensor that was read.
+        against somebody who changes single weights: the manifest has a full digest of every tensor that was read.
         """
         total = hashlib.sha256(b"bagel-compress checkpoint 1\n")
         for name in CONFIG_FILES:

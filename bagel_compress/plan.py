@@ -23,7 +23,7 @@ from bagel_compress.sizes import Group, group_sizes, size_text, sizes_table
 from bagel_compress.spec import PartSpec, TensorSpec
 from bagel_compress.tensorfile import file_bytes
 
-LAYOUT = 1  # version of shard order and manifest; part of the digest
+LAYOUT = 2  # version of shard order and manifest; part of the digest
 
 
 class Header(Protocol):

@@ -70,7 +70,7 @@ def statement(content: Content, reports: Mapping[str, FileEntry]) -> dict[str, A
     source = source_of(content)
     origin = {
         "uri": f"hf://{source.name}" + (f"@{source.revision}" if source.revision else ""),
-        "digest": {"sha256": source.data_sha256 or source.digest},
+        "digest": {"blake3": source.data_blake3} if source.data_blake3 else {"sha256": source.digest},
         "annotations": {"checkpoint_digest": source.digest},
     }
     external, internal = _parameters(content)

@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blake3 import blake3
+
 from bagel_compress.artifact import (
     MANIFEST,
     Artifact,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     import torch
 
 HASH_ELEMENTS = 1 << 22  # elements per step where a tensor has to be hashed apart from its coding
+UNFINISHED = 2  # shards that may still be hashed and synced while the next one is coded
 SPARE = 64 << 20  # bytes kept free for records, configs and the file system itself
 Progress = Callable[[str, int], None]  # unit name, bytes of the source that were coded
 
@@ -81,15 +84,18 @@ def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> None:
         ShardWriter() as writer,
         ThreadPoolExecutor(1, "hash") as hashing,
         ThreadPoolExecutor(1, "record") as recording,
+        ThreadPoolExecutor(1, "copy") as copying,
     ):
+        copies = _start_copies(build, checkpoint, copying)
         for shard in plan.shards:
             if shard not in records:
                 units, written = _write_shard(build, shard, checkpoint, writer, hashing, progress)
                 waiting[shard] = recording.submit(_record, build, shard, units, written)
-            for name in [n for n, future in waiting.items() if future.done() or (len(waiting) > 1 and n != shard)]:
+            for name in list(waiting)[:-UNFINISHED]:
                 records[name] = waiting.pop(name).result()
         records |= {shard: future.result() for shard, future in waiting.items()}
-    _finish(build, checkpoint, {shard: records[shard] for shard in plan.shards})
+        files = {name: future.result() for name, future in copies.items()}
+    _finish(build, checkpoint, {shard: records[shard] for shard in plan.shards}, files)
 
 
 def _write_shard(
@@ -102,7 +108,10 @@ def _write_shard(
 ) -> tuple[dict[str, UnitEntry], Future[WrittenShard]]:
     """Codes all units of a shard into its file; the parts' digests come with the future."""
     reader = _HashingReader(checkpoint, hashing)
-    begun = [(p, p.codec.begin(p.unit, reader)) for p in build.plan.in_shard(shard)]
+    begun = [
+        (p, p.codec.begin(p.unit, checkpoint if isinstance(p.codec, Raw) else reader))  # raw: the part is the tensor
+        for p in build.plan.in_shard(shard)
+    ]
     parts: dict[str, PartSpec] = {}
     for _, encoding in begun:
         parts |= encoding.parts
@@ -120,7 +129,7 @@ def _entry(placement: Placement, encoding: Encoding, shard: str, reader: _Hashin
     """What is known when a unit is coded; the digests of its parts are filled in when the file is read back."""
     plain = isinstance(encoding.codec, Raw)
     tensors = {
-        s.name: TensorEntry(dtype=s.dtype, shape=s.shape, sha256="" if plain else reader.digest(s))
+        s.name: TensorEntry(dtype=s.dtype, shape=s.shape, blake3="" if plain else reader.digest(s))
         for s in placement.unit.specs
     }
     lossless = encoding.codec.lossless or encoding.quality.noise == 0.0
@@ -128,7 +137,7 @@ def _entry(placement: Placement, encoding: Encoding, shard: str, reader: _Hashin
         codec=encoding.codec,
         shard=shard,
         tensors=tensors,
-        parts={name: StoredPart(dtype=p.dtype, shape=p.shape, sha256="") for name, p in encoding.parts.items()},
+        parts={name: StoredPart(dtype=p.dtype, shape=p.shape, blake3="") for name, p in encoding.parts.items()},
         snr_db=None if lossless else round(encoding.quality.snr_db, 4),
         reason=encoding.reason,
     )
@@ -144,25 +153,22 @@ def _record(build: Build, shard: str, units: dict[str, UnitEntry], written: Futu
 
 
 def _with_digests(unit: UnitEntry, digests: dict[str, str]) -> UnitEntry:
-    parts = {name: part.model_copy(update={"sha256": digests[name]}) for name, part in unit.parts.items()}
+    parts = {name: part.model_copy(update={"blake3": digests[name]}) for name, part in unit.parts.items()}
     tensors = {
-        name: tensor if tensor.sha256 else tensor.model_copy(update={"sha256": digests[name]})
+        name: tensor if tensor.blake3 else tensor.model_copy(update={"blake3": digests[name]})
         for name, tensor in unit.tensors.items()
     }
     return unit.model_copy(update={"parts": parts, "tensors": tensors})
 
 
-def _finish(build: Build, checkpoint: Checkpoint, records: dict[str, ShardRecord]) -> None:
-    """Everything but the shards, the manifest last."""
+def _finish(
+    build: Build, checkpoint: Checkpoint, records: dict[str, ShardRecord], copies: dict[str, FileEntry]
+) -> None:
+    """Index, config.json and, last, the manifest."""
     plan, out = build.plan, build.out
     units = {name: unit for record in records.values() for name, unit in record.units.items()}
     stored = [(p.unit, units[p.unit.name].codec) for p in plan.placements]
-    files = {shard: record.file for shard, record in records.items()}
-    apart = any(codec.scans_folder for _, codec in stored)
-    for name, source in checkpoint.files.items():
-        if name != "config.json":
-            target = "vae/ae.safetensors" if apart and name == "ae.safetensors" else name
-            files[target] = _copied(source, out / target)
+    files = {shard: record.file for shard, record in records.items()} | copies
     weight_map = {part: unit.shard for unit in units.values() for part in unit.parts}
     total = sum(part.spec.nbytes for unit in units.values() for part in unit.parts.values())
     for name, content in (
@@ -171,13 +177,13 @@ def _finish(build: Build, checkpoint: Checkpoint, records: dict[str, ShardRecord
     ):
         write_atomic(out / name, content)
         files[name] = FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    digests = sorted((name, t.sha256) for unit in units.values() for name, t in unit.tensors.items())
-    data = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests).encode()).hexdigest()
+    digests = sorted((name, t.blake3) for unit in units.values() for name, t in unit.tensors.items())
+    data = blake3("".join(f"{name} {digest}\n" for name, digest in digests).encode()).hexdigest()
     manifest = Manifest(
         tool=f"bagel-compress {version('bagel-compress')}",
         plan=plan.digest,
         source=SourceEntry(
-            name=checkpoint.name, revision=checkpoint.revision, digest=checkpoint.digest, data_sha256=data
+            name=checkpoint.name, revision=checkpoint.revision, digest=checkpoint.digest, data_blake3=data
         ),
         recipe=plan.recipe,
         recipe_digest=plan.recipe.digest,
@@ -187,17 +193,28 @@ def _finish(build: Build, checkpoint: Checkpoint, records: dict[str, ShardRecord
     write_atomic(out / MANIFEST, manifest.to_bytes())
 
 
+def _start_copies(build: Build, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Future[FileEntry]]:
+    """Begins to copy what goes with the weights: tokenizer, configs, VAE."""
+    apart = any(p.codec.scans_folder for p in build.plan.placements)
+    targets = {name: "vae/ae.safetensors" if apart and name == "ae.safetensors" else name for name in checkpoint.files}
+    return {
+        target: pool.submit(_copied, checkpoint.files[name], build.out / target)
+        for name, target in targets.items()
+        if name != "config.json"
+    }
+
+
 def _copied(source: Path, target: Path) -> FileEntry:
     """Copies a file; it appears in full, and on the disk."""
     target.parent.mkdir(exist_ok=True)
     partial = target.with_name(target.name + PARTIAL)
-    with source.open("rb") as original, partial.open("wb") as file:
-        shutil.copyfileobj(original, file, 1 << 20)
-        file.flush()
+    shutil.copyfile(source, partial)
+    with partial.open("rb+") as file:
         os.fsync(file.fileno())
+    entry = FileEntry(bytes=partial.stat().st_size, sha256=sha256_file(partial))
     partial.replace(target)
     sync_folder(target.parent)
-    return FileEntry(bytes=target.stat().st_size, sha256=sha256_file(target))
+    return entry
 
 
 class _HashingReader:
@@ -206,9 +223,9 @@ class _HashingReader:
     def __init__(self, checkpoint: Reader, pool: ThreadPoolExecutor) -> None:
         self._checkpoint = checkpoint
         self._pool = pool
-        self._totals: dict[str, hashlib._Hash] = {}
+        self._totals: dict[str, blake3] = {}
         self._read: dict[str, int] = {}
-        self._last: Future[None] | None = None
+        self._last: Future[blake3] | None = None
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         values = self._checkpoint.read(spec, start, stop)
@@ -217,7 +234,7 @@ class _HashingReader:
         return values
 
     def digest(self, spec: TensorSpec) -> str:
-        """sha256 of the whole tensor; reads what was not read in order."""
+        """blake3 of the whole tensor; reads what was not read in order."""
         for start in range(self._read.get(spec.name, 0), spec.numel, HASH_ELEMENTS):
             stop = min(start + HASH_ELEMENTS, spec.numel)
             self._take(spec, self._checkpoint.read(spec, start, stop), stop)
@@ -227,11 +244,11 @@ class _HashingReader:
         return self._totals.pop(spec.name).hexdigest()
 
     def _take(self, spec: TensorSpec, values: torch.Tensor, stop: int) -> None:
-        total = self._totals.setdefault(spec.name, hashlib.sha256())
+        total = self._totals.setdefault(spec.name, blake3())
         self._read[spec.name] = stop
         if self._last is not None:
             self._last.result()  # at most one block waits: converted blocks are anonymous memory
-        self._last = self._pool.submit(total.update, as_words(values).data)
+        self._last = self._pool.submit(total.update, as_words(values).view("uint8").data)
 
 
 @contextmanager

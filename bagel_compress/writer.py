@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from blake3 import blake3
 
 from bagel_compress.codecs.base import Chunk
 from bagel_compress.errors import CodecError
@@ -24,14 +25,14 @@ from bagel_compress.spec import PartSpec
 from bagel_compress.tensorfile import lay_out
 
 BUFFER = 8 << 20  # bytes
-BUFFERS = 3  # one being filled, one being written, one between
+BUFFERS = 6  # being filled, being written, and a few between, since encoding and writing do not keep step
 HASH_BLOCK = 1 << 20
 PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """Digests of a complete file and of each part, read back from the file."""
+    """Digests of a complete file and of each part (blake3), read back from the file."""
 
     nbytes: int
     sha256: str
@@ -43,7 +44,8 @@ class ShardWriter:
 
     def __init__(self) -> None:
         self._writing = ThreadPoolExecutor(1, "write")
-        self._finishing = ThreadPoolExecutor(1, "finish")
+        self._finishing = ThreadPoolExecutor(2, "finish")
+        self._syncing = ThreadPoolExecutor(2, "sync")
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         for _ in range(BUFFERS):
             self._free.put(np.empty(BUFFER, np.uint8))
@@ -55,6 +57,7 @@ class ShardWriter:
     def __exit__(self, *exc: object) -> None:
         self._writing.shutdown(cancel_futures=True)
         self._finishing.shutdown(cancel_futures=True)
+        self._syncing.shutdown()
         if self._open is not None:
             self._open.file.close()
 
@@ -96,7 +99,7 @@ class ShardWriter:
                 raise CodecError(f"{part}: {shard.filled[part]} of {spec.nbytes} bytes were coded; codec fault.")
         for write in shard.pending:
             write.result()
-        return self._finishing.submit(_finish, shard)
+        return self._finishing.submit(_finish, shard, self._syncing)
 
     def _write(self, file: BinaryIO, where: int, buffer: np.ndarray, nbytes: int) -> None:
         try:
@@ -124,26 +127,27 @@ class _OpenShard:
             self.pending.remove(write)
 
 
-def _finish(shard: _OpenShard) -> WrittenShard:
-    """Reads the file back (from the page cache), syncs it to the disk and gives it its name."""
+def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
+    """Reads the file back (from the page cache) while it goes to the disk, then gives it its name."""
     block = memoryview(bytearray(HASH_BLOCK))
     with shard.file as file:
         file.flush()
+        synced = syncing.submit(os.fsync, file.fileno())
         total = hashlib.sha256()
         file.seek(0)
         total.update(file.read(len(shard.header)))
         digests = {}
         for part in sorted(shard.offsets, key=lambda name: shard.offsets[name]):
             digests[part] = _hash(file, shard.parts[part].nbytes, total, block)
-        os.fsync(file.fileno())
+        synced.result()
     os.replace(file.name, shard.path)
     sync_folder(shard.path.parent)
     return WrittenShard(shard.size, total.hexdigest(), digests)
 
 
 def _hash(file: BinaryIO, nbytes: int, total: hashlib._Hash, block: memoryview) -> str:
-    """sha256 of the next `nbytes`, which also enter `total`; read into `block`, because fresh memory is slow."""
-    own = hashlib.sha256()
+    """blake3 of the next `nbytes`, which also enter `total`; read into `block`, because fresh memory is slow."""
+    own = blake3()
     while nbytes > 0:
         count = file.readinto(block[: min(nbytes, len(block))])  # type: ignore[attr-defined]
         if not count:

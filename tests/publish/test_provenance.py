@@ -65,7 +65,7 @@ def test_the_statement(artifact: Artifact, tmp_path: Path) -> None:
     assert {n: e.sha256 for n, e in artifact.manifest.files.items()}.items() <= subjects.items()
     definition = found["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["recipe_sha256"] == artifact.manifest.recipe_digest
-    assert definition["resolvedDependencies"][0]["digest"]["sha256"] == artifact.manifest.source.data_sha256
+    assert definition["resolvedDependencies"][0]["digest"]["blake3"] == artifact.manifest.source.data_blake3
     assert "torch" in found["predicate"]["runDetails"]["builder"]["version"]
     judged = {b["name"] for b in found["predicate"]["runDetails"]["byproducts"]}
     assert {"reports/parity.json", "reports/budget-rtx4070-12gb.json"} <= judged
