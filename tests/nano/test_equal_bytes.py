@@ -1,0 +1,82 @@
+"""NF4 at no more bytes than the official app's: nearer to the original, in pictures and on the way to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from bagel_compress import observe
+from bagel_compress.case import load_cases
+from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.header import TrueHeader
+from bagel_compress.load import open_model
+from bagel_compress.plan import make_plan
+from bagel_compress.recipe import Recipe
+from bagel_compress.resources import find_recipe, resource
+from bagel_compress.stream import compress
+from bagel_compress.trace import Trace
+from bagel_compress.validate.measure import measure
+
+ROOT = Path(__file__).parents[2]
+MODELS = {
+    "nano": (ROOT / "bagel_compress/data/BAGEL-nano", ("nano/draw_one", "nano/draw_two", "nano/edit_recolor")),
+    "tiny": (ROOT / "tests/data/golden/checkpoint", ("tiny/t2i_square", "tiny/edit", "tiny/think_t2i")),
+}
+# What the official app codes in NF4, with searched scales; the bridges in INT8, paid for by tables in FP8.
+EQUAL = """
+name: equal
+rules:
+  - match: {component: [latent, time, connector], kind: linear}
+    codec: int8
+  - match: {kind: [linear, head]}
+    codec: {format: nf4, scale: mse}
+  - match: {kind: embedding}
+    codec: fp8
+  - match: {}
+    codec: raw
+"""
+
+
+def shipped(name: str) -> Recipe:
+    return Recipe.load(find_recipe(name))
+
+
+@pytest.fixture(params=sorted(MODELS), scope="module")
+def model(request: pytest.FixtureRequest) -> tuple[Checkpoint, list[Trace]]:
+    """A checkpoint, and what its full-precision model does in a few cases, in fp32: only coding errors count."""
+    folder, cases = MODELS[request.param]
+    reference = open_model(folder, dtype=torch.float32)
+    files = [resource("exports") / "cases" / f"{case}.yaml" for case in cases]
+    return Checkpoint.open(folder), [observe.record(reference, case, place) for case, place in load_cases(files)]
+
+
+def distances(recipe: Recipe, model: tuple[Checkpoint, list[Trace]], out: Path) -> tuple[int, float, float]:
+    """Bytes, median error of the latent, median PSNR."""
+    checkpoint, traces = model
+    artifact = compress(make_plan(checkpoint, recipe), checkpoint, out / recipe.name)
+    sampler = open_model(artifact.path, dtype=torch.float32)
+    found = [measure(t, observe.replay(sampler, t), observe.rerun(sampler, t)).metrics for t in traces]
+    return artifact.nbytes, median(m["latent.path"] for m in found), median(m["image.psnr"] for m in found)
+
+
+def test_a_recipe_of_no_more_bytes_is_nearer(model: tuple[Checkpoint, list[Trace]], tmp_path: Path) -> None:
+    official = distances(shipped("nf4-official"), model, tmp_path)
+    equal = distances(Recipe.parse(EQUAL, "equal"), model, tmp_path)
+    assert equal[0] <= official[0]
+    assert equal[1] < official[1]
+    assert equal[2] > official[2]
+    lean = distances(shipped("nf4-lean"), model, tmp_path)  # larger at these proportions, smaller at BAGEL's
+    assert lean[1] < official[1]
+    assert lean[2] > official[2]
+
+
+def test_lean_is_smaller_than_official_at_bagels_proportions() -> None:
+    lean, official, equal = (
+        make_plan(TrueHeader(), r).nbytes
+        for r in (shipped("nf4-lean"), shipped("nf4-official"), Recipe.parse(EQUAL, "equal"))
+    )
+    assert lean < official
+    assert equal < official
