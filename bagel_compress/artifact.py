@@ -80,7 +80,7 @@ class FileEntry(_Entry):
     """A file of the folder."""
 
     bytes: int
-    sha256: str
+    blake3: str
 
 
 class _Listing(BaseModel):
@@ -215,7 +215,7 @@ class Artifact:
         faults = list(self._wrong_sizes())
         for name, entry in self.manifest.files.items():
             path = self.path / name
-            if path.is_file() and path.stat().st_size == entry.bytes and sha256_file(path) != entry.sha256:
+            if path.is_file() and path.stat().st_size == entry.bytes and blake3_file(path) != entry.blake3:
                 faults.append(self._changed(name))
         return faults + [f"{name} is not in the manifest" for name in self._extra()]
 
@@ -258,8 +258,14 @@ class Artifact:
         return {}
 
 
+def blake3_file(path: Path) -> str:
+    """BLAKE3 of a file's bytes: what manifests say of it."""
+    with path.open("rb") as file:
+        return _blake3_of(file, path.stat().st_size)
+
+
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """sha256 of a file's bytes: what the Hub, git LFS and SHA256SUMS say of it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

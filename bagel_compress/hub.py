@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from bagel_compress.artifact import MANIFESTS, Artifact, FileEntry, listed_files, sha256_file
+from bagel_compress.artifact import MANIFESTS, Artifact, FileEntry, blake3_file, listed_files
 from bagel_compress.download import first_line, transport_errors
 from bagel_compress.errors import ArtifactError, PublishError
 from bagel_compress.writer import write_atomic
@@ -224,7 +224,7 @@ def _check(repo: str, commit: str, folder: Path, files: Files) -> None:
         if _wrong(folder, files, [name]):
             _forget(folder / name)
             raise ArtifactError(
-                f"{name} of {repo} is damaged: its sha256 is not the manifest's, twice; do not use it, tell its owner."
+                f"{name} of {repo} is damaged: its digest is not the manifest's, twice; do not use it, tell its owner."
             )
 
 
@@ -232,12 +232,12 @@ def _wrong(folder: Path, files: Files, names: Iterable[str]) -> list[str]:
     """Files that are not what the manifest says. One that was read before and not touched since is not read again."""
     notes = folder.parent.parent / f"verified-{folder.name}.json"
     known = _known(notes)
-    stamps = {name: _stamp(folder / name, files[name].sha256) for name in names}
+    stamps = {name: _stamp(folder / name, files[name].blake3) for name in names}
     unread = [name for name, stamp in stamps.items() if known.get(name) != stamp]
 
     def intact(name: str) -> bool:
         entry, path = files[name], folder / name
-        return path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
+        return path.stat().st_size == entry.bytes and blake3_file(path) == entry.blake3
 
     with ThreadPoolExecutor(4, "digest") as pool:
         found = dict(zip(unread, pool.map(intact, unread), strict=True))
@@ -247,9 +247,9 @@ def _wrong(folder: Path, files: Files, names: Iterable[str]) -> list[str]:
     return [name for name, good in found.items() if not good]
 
 
-def _stamp(path: Path, sha256: str) -> list[str | int]:
+def _stamp(path: Path, digest: str) -> list[str | int]:
     status = path.stat()
-    return [sha256, status.st_size, status.st_mtime_ns]
+    return [digest, status.st_size, status.st_mtime_ns]
 
 
 def _known(notes: Path) -> dict[str, list[str | int]]:

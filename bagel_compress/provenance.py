@@ -17,13 +17,15 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bagel_compress.artifact import Artifact, FileEntry, sha256_file
+from bagel_compress.artifact import Artifact, sha256_file
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
 from bagel_compress.publish.content import Content, manifest_name, recipe_digest_of, recipe_of, source_of
+from bagel_compress.reports import REPORTS
 
 SUMS = "SHA256SUMS"
 PROVENANCE = "reports/provenance.json"
@@ -33,7 +35,15 @@ BUILD_TYPE = "https://pypi.org/project/bagel-compress/#build-v1"
 LIBRARIES = ("torch", "numpy", "safetensors", "numba", "huggingface_hub")  # those that can move a byte of a release
 
 
-def sums(files: Mapping[str, FileEntry]) -> str:
+@dataclass(frozen=True, slots=True)
+class ListedFile:
+    """A file of a release, as SHA256SUMS lists it."""
+
+    bytes: int
+    sha256: str
+
+
+def sums(files: Mapping[str, ListedFile]) -> str:
     """The content of SHA256SUMS."""
     return "".join(f"{entry.sha256}  {path}\n" for path, entry in sorted(files.items()) if path not in NOT_SUMMED)
 
@@ -63,10 +73,15 @@ def check_sums(folder: Path) -> list[str]:
     return faults + [f"{p} is not in {SUMS}" for p in extra if p.partition("/")[0] not in (".cache", ".git")]
 
 
-def statement(content: Content, reports: Mapping[str, FileEntry]) -> dict[str, Any]:
-    """The in-toto statement about a build; `reports` are the files that judged it, by path."""
-    subject = [{"name": manifest_name(content), "digest": {"sha256": content.digest}}]
-    subject += [{"name": n, "digest": {"sha256": entry.sha256}} for n, entry in sorted(content.manifest.files.items())]
+def statement(content: Content, files: Mapping[str, ListedFile]) -> dict[str, Any]:
+    """The in-toto statement about a build; `files` are those of the release so far: its own and the reports on it.
+
+    A subject's two digests tie the manifest, which has BLAKE3, to SHA256SUMS.
+    """
+    subject: list[dict[str, Any]] = [{"name": manifest_name(content), "digest": {"sha256": content.digest}}]
+    for name, entry in sorted(content.manifest.files.items()):
+        subject.append({"name": name, "digest": {"sha256": files[name].sha256, "blake3": entry.blake3}})
+    reports = {path: entry for path, entry in files.items() if path.startswith(f"{REPORTS}/")}
     source = source_of(content)
     origin = {
         "uri": f"hf://{source.name}" + (f"@{source.revision}" if source.revision else ""),
@@ -96,6 +111,15 @@ def statement(content: Content, reports: Mapping[str, FileEntry]) -> dict[str, A
     }
 
 
+def subjects(folder: Path) -> dict[str, dict[str, str]]:
+    """Digests by file as the statement of a released folder gives them; empty where it cannot be read."""
+    try:
+        found = json.loads((folder / PROVENANCE).read_bytes())
+        return {str(subject["name"]): dict(subject["digest"]) for subject in found["subject"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _parameters(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was asked for, and what followed from it."""
     recipe = recipe_of(content)
@@ -110,9 +134,9 @@ def _parameters(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
                    "versions": manifest.versions}  # fmt: skip
 
 
-def statement_bytes(content: Content, reports: Mapping[str, FileEntry]) -> bytes:
+def statement_bytes(content: Content, files: Mapping[str, ListedFile]) -> bytes:
     """`statement` as a file's content."""
-    return (json.dumps(statement(content, reports), indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(statement(content, files), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def versions() -> dict[str, str]:

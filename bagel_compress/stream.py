@@ -8,7 +8,6 @@ and on the file that was written. A killed build goes on with the first unfinish
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from bagel_compress.artifact import (
     StoredPart,
     TensorEntry,
     UnitEntry,
-    sha256_file,
+    blake3_file,
 )
 from bagel_compress.build import Build, ShardRecord, finished
 from bagel_compress.checkpoint import Checkpoint
@@ -147,7 +146,7 @@ def _record(build: Build, shard: str, units: dict[str, UnitEntry], written: Futu
     """Waits for the finished file and keeps its record."""
     result = written.result()
     complete = {name: _with_digests(unit, result.parts) for name, unit in units.items()}
-    record = ShardRecord(file=FileEntry(bytes=result.nbytes, sha256=result.sha256), units=complete)
+    record = ShardRecord(file=FileEntry(bytes=result.nbytes, blake3=result.blake3), units=complete)
     build.finish_shard(shard, record)
     return record
 
@@ -176,7 +175,7 @@ def _finish(
         ("model.safetensors.index.json", index_json(weight_map, total)),
     ):
         write_atomic(out / name, content)
-        files[name] = FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        files[name] = FileEntry(bytes=len(content), blake3=blake3(content).hexdigest())
     digests = sorted((name, t.blake3) for unit in units.values() for name, t in unit.tensors.items())
     data = blake3("".join(f"{name} {digest}\n" for name, digest in digests).encode()).hexdigest()
     manifest = Manifest(
@@ -211,7 +210,7 @@ def _copied(source: Path, target: Path) -> FileEntry:
     shutil.copyfile(source, partial)
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
-    entry = FileEntry(bytes=partial.stat().st_size, sha256=sha256_file(partial))
+    entry = FileEntry(bytes=partial.stat().st_size, blake3=blake3_file(partial))
     partial.replace(target)
     sync_folder(target.parent)
     return entry

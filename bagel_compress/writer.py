@@ -7,7 +7,6 @@ memory is slow to touch. Portable seek and write; the file appears under its nam
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 from collections.abc import Mapping
@@ -32,10 +31,10 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """Digests of a complete file and of each part (blake3), read back from the file."""
+    """BLAKE3 digests of a complete file and of each part, read back from the file."""
 
     nbytes: int
-    sha256: str
+    blake3: str
     parts: dict[str, str]
 
 
@@ -133,7 +132,7 @@ def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
     with shard.file as file:
         file.flush()
         synced = syncing.submit(os.fsync, file.fileno())
-        total = hashlib.sha256()
+        total = blake3()
         file.seek(0)
         total.update(file.read(len(shard.header)))
         digests = {}
@@ -145,8 +144,8 @@ def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
     return WrittenShard(shard.size, total.hexdigest(), digests)
 
 
-def _hash(file: BinaryIO, nbytes: int, total: hashlib._Hash, block: memoryview) -> str:
-    """blake3 of the next `nbytes`, which also enter `total`; read into `block`, because fresh memory is slow."""
+def _hash(file: BinaryIO, nbytes: int, total: blake3, block: memoryview) -> str:
+    """BLAKE3 of the next `nbytes`, which also enter `total`; read into `block`, because fresh memory is slow."""
     own = blake3()
     while nbytes > 0:
         count = file.readinto(block[: min(nbytes, len(block))])  # type: ignore[attr-defined]

@@ -1,10 +1,11 @@
 """File to file: how fast a checkpoint becomes an artifact, against `cp` of the same file, and in how much memory.
 
 Every build runs in its own process on a warm page cache and includes what `cp` does not do: encoding, checking what was
-written, sha256 of source and result, and waiting for the disk (fsync). `cp` is timed as it is (its data may still be in
-the page cache when it returns) and with a sync. Rates count bf16 source bytes; CPU seconds are user and system time
-of the whole process, which a busy machine changes less than the clock; memory is the peak of RssAnon. One JSON line
-ends the output.
+written, digests of source and result, and waiting for the disk (fsync). `cp` is timed as it is (its data may still be
+in the page cache when it returns) and with a sync. Rates count bf16 source bytes; CPU seconds are user and system time
+of the whole process, which a busy machine changes less than the clock; memory is the peak of RssAnon. Before each run a
+file as large as the source is written and deleted: on a virtual machine the first touch of memory costs ten times what
+the second does, and whoever ran first would pay for all. One JSON line ends the output.
 
     python benchmarks/bench_build.py [--layers 2] [--repeat 2] [--source DIR] [--work DIR]
 """
@@ -61,7 +62,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, object]:
     for _ in range(args.repeat):
         for name in ("cp", "cp synced", *(args.codec or CODECS)):
             warm(weights)
-            os.sync()
+            settle(work / "scratch", nbytes)
             result = (
                 copy([weights, source / "ae.safetensors"], work, name == "cp synced")
                 if name.startswith("cp")
@@ -97,6 +98,16 @@ def warm(path: Path) -> None:
     with path.open("rb") as file:
         while file.read(1 << 24):
             pass
+
+
+def settle(path: Path, nbytes: int) -> None:
+    """Writes and deletes a file: the page cache has memory that was in use before, and the disk is idle."""
+    block = bytes(1 << 23)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(0, nbytes, len(block)):
+            file.write(block)
+    path.unlink()
+    os.sync()
 
 
 def copy(files: list[Path], work: Path, synced: bool) -> dict[str, float]:

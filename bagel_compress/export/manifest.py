@@ -23,8 +23,8 @@ from bagel_compress.artifact import (
     EXTRAS,
     FileEntry,
     SourceEntry,
+    blake3_file,
     check_names,
-    sha256_file,
 )
 from bagel_compress.errors import ArtifactError
 from bagel_compress.recipe import Limits, Recipe
@@ -156,7 +156,7 @@ class ExportFolder:
         faults = list(self._wrong_sizes())
         for name, entry in self.manifest.files.items():
             path = self.path / name
-            if path.is_file() and path.stat().st_size == entry.bytes and sha256_file(path) != entry.sha256:
+            if path.is_file() and path.stat().st_size == entry.bytes and blake3_file(path) != entry.blake3:
                 faults.append(f"{name} was changed")
         known = self.manifest.files.keys() | EXTRAS | {MANIFEST}
         found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())

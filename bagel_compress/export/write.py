@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from blake3 import blake3
 
-from bagel_compress.artifact import FileEntry, sha256_file
+from bagel_compress.artifact import FileEntry, blake3_file
 from bagel_compress.errors import ExportError
 from bagel_compress.export.blocks import Block, matrices
 from bagel_compress.export.forms import FormName, Stored, coded, form_of, plain, rewrite
@@ -85,7 +85,7 @@ def _write_data(
     job: Job, path: Path, names: dict[str, str], dense: set[str], forms: dict[str, FormName], wide: bool
 ) -> tuple[dict[str, WeightEntry], FileEntry]:
     """Writes all values of a data file. Returns initialiser name -> piece."""
-    digest, position, pieces = hashlib.sha256(), 0, {}
+    digest, position, pieces = blake3(), 0, {}
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         for source_path, name in names.items():
@@ -101,7 +101,7 @@ def _write_data(
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    return pieces, FileEntry(bytes=position, sha256=digest.hexdigest())
+    return pieces, FileEntry(bytes=position, blake3=digest.hexdigest())
 
 
 def _values(
@@ -190,7 +190,7 @@ def _block_entry(
 
 def file_entry(path: Path) -> FileEntry:
     """Size and digest of a finished file."""
-    return FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+    return FileEntry(bytes=path.stat().st_size, blake3=blake3_file(path))
 
 
 def write_file(path: Path, content: bytes) -> None:

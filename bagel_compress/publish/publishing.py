@@ -7,10 +7,10 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bagel_compress.artifact import FileEntry
 from bagel_compress.card import CARD, Origin
 from bagel_compress.errors import PublishError
 from bagel_compress.hub import client, failures, split_revision
+from bagel_compress.provenance import ListedFile
 from bagel_compress.publish.content import Content, open_content, source_of
 from bagel_compress.publish.family import build_of, join, members, spliced, table_of
 from bagel_compress.publish.receipt import write_receipts
@@ -97,7 +97,7 @@ def with_table(release: Release, repo: str, revision: str) -> Release:
     path = release.folder / CARD
     content = spliced(path.read_text(encoding="utf-8"), text).encode()
     path.write_bytes(content)
-    entry = FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    entry = ListedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     return replace(release, files={**release.files, CARD: entry})
 
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagel_compress import provenance
-from bagel_compress.artifact import FileEntry, sha256_file
+from bagel_compress.artifact import blake3_file, sha256_file
 from bagel_compress.card import CARD, Origin
 from bagel_compress.errors import GateError, PublishError
+from bagel_compress.provenance import ListedFile
 from bagel_compress.publish.content import Content, label, manifest_name, source_of
 from bagel_compress.publish.evidence import Evidence, load_evidence, ran
 from bagel_compress.publish.export_card import card_of
 from bagel_compress.publish.family import BUILD, build_of
-from bagel_compress.reports import REPORTS
 
 MARK = ".release"  # beside the folder: says that it was made here and may be made again
 
@@ -36,7 +36,7 @@ class Release:
     content: Content
     evidence: Evidence
     folder: Path
-    files: Mapping[str, FileEntry]
+    files: Mapping[str, ListedFile]
     draft: bool
 
     @property
@@ -65,8 +65,7 @@ def make_release(
     files |= _report_files(content, evidence, folder)
     build = build_of(content, evidence, origin.repo, origin.base_model)
     files[BUILD] = _written(folder, BUILD, (build.model_dump_json(indent=1) + "\n").encode())
-    reports = {path: entry for path, entry in files.items() if path.startswith(f"{REPORTS}/")}
-    statement = provenance.statement_bytes(content, reports)
+    statement = provenance.statement_bytes(content, files)
     files[provenance.PROVENANCE] = _written(folder, provenance.PROVENANCE, statement)
     files[provenance.SUMS] = _written(folder, provenance.SUMS, provenance.sums(files).encode())
     if signing_key is not None:
@@ -107,20 +106,24 @@ def _fresh(folder: Path) -> None:
     folder.mkdir()
 
 
-def _content_files(content: Content, folder: Path) -> dict[str, FileEntry]:
+def _content_files(content: Content, folder: Path) -> dict[str, ListedFile]:
     """The files of the manifest, and the manifest itself."""
-    for name in content.manifest.files:
+    files = {}
+    for name, entry in content.manifest.files.items():
         _linked(content.path / name, folder / name)
+        files[name] = _entry(folder / name)
+        if blake3_file(folder / name) != entry.blake3:
+            raise GateError(f"{content.path / name} was changed while it was published; run the same command again.")
     own = manifest_name(content)
     data = (content.path / own).read_bytes()
-    manifest = FileEntry(bytes=len(data), sha256=content.digest)
+    manifest = ListedFile(bytes=len(data), sha256=content.digest)
     if hashlib.sha256(data).hexdigest() != content.digest:
         raise GateError(f"{content.path / own} was changed while it was published; run the same command again.")
     (folder / own).write_bytes(data)
-    return {**content.manifest.files, own: manifest}
+    return {**files, own: manifest}
 
 
-def _report_files(content: Content, evidence: Evidence, folder: Path) -> dict[str, FileEntry]:
+def _report_files(content: Content, evidence: Evidence, folder: Path) -> dict[str, ListedFile]:
     """Reports, their pictures and the HTML page, copied so that a later validation does not change the release."""
     files = {}
     for name in evidence.files:
@@ -139,12 +142,12 @@ def _linked(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _written(folder: Path, name: str, content: bytes) -> FileEntry:
+def _written(folder: Path, name: str, content: bytes) -> ListedFile:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return ListedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+def _entry(path: Path) -> ListedFile:
+    return ListedFile(bytes=path.stat().st_size, sha256=sha256_file(path))

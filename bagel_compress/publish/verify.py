@@ -44,7 +44,8 @@ def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
     published = (folder / provenance.SUMS).is_file()
     if published:
         files, faults = len(_sums(folder)), provenance.check_sums(folder)
-        faults += _against_manifest(_sums(folder), content.manifest.files, manifest_name(content), content.digest)
+        faults += _against_manifest(folder, content.manifest.files, manifest_name(content), content.digest)
+        faults = faults or content.verify()  # the manifest's own digests, should all the others have been forged
     else:
         files, faults = len(content.manifest.files) + 1, content.verify()
     faults += _stale_reports(content)
@@ -76,7 +77,7 @@ def verify_repo(repo: str, revision: str | None = None, full: bool = False, publ
     faults = [f"{name} is missing" for name in sums if name not in held]
     faults += [f"{name} is not what was released" for name in sums if name in held and held[name] != sums[name]]
     faults += [f"{name} is not in {provenance.SUMS}" for name in sorted(held.keys() - sums.keys()) if _covered(name)]
-    faults += _against_manifest(sums, listed, own, digest)
+    faults += _against_manifest(got[provenance.SUMS].parent, listed, own, digest)
     signature = "not checked (give --key)" if provenance.SIGNATURE in held else "none"
     how = "small files read, large ones by the digests that the Hub lists (--full reads them)"
     return Verdict(f"{repo}@{remote.commit[:12]}", digest, len(sums), how, signature, tuple(faults))
@@ -101,12 +102,13 @@ def _covered(name: str) -> bool:
     return name not in provenance.NOT_SUMMED
 
 
-def _against_manifest(sums: dict[str, str], files: Files, own: str, digest: str) -> list[str]:
-    """SHA256SUMS and the manifest have to say the same."""
+def _against_manifest(folder: Path, files: Files, own: str, digest: str) -> list[str]:
+    """SHA256SUMS and the manifest have to say the same: the provenance statement has a file's digest of both kinds."""
+    sums, subjects = _sums(folder), provenance.subjects(folder)
     faults = [
-        f"{name} has another digest in {provenance.SUMS} than in the manifest"
+        f"{name} has another digest in {provenance.SUMS} or {provenance.PROVENANCE} than in the manifest"
         for name, entry in files.items()
-        if sums.get(name) != entry.sha256
+        if subjects.get(name) != {"sha256": sums.get(name), "blake3": entry.blake3}
     ]
     return faults + ([f"{own} is not the one of {provenance.SUMS}"] if sums.get(own) != digest else [])
 

@@ -104,7 +104,7 @@ def test_broken_manifests(folder: Path, content: str, says: str) -> None:
 
 def test_a_manifest_that_points_outside(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"]["../../x"] = {"bytes": 1, "sha256": ""}
+    manifest["files"]["../../x"] = {"bytes": 1, "blake3": ""}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="points outside its folder"):
         Artifact.open(folder)

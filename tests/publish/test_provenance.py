@@ -60,9 +60,12 @@ def test_the_statement(artifact: Artifact, tmp_path: Path) -> None:
     assert (found["_type"], found["predicateType"]) == (
         "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1",
     )  # fmt: skip
-    subjects = {s["name"]: s["digest"]["sha256"] for s in found["subject"]}
-    assert subjects["manifest.json"] == artifact.digest
-    assert {n: e.sha256 for n, e in artifact.manifest.files.items()}.items() <= subjects.items()
+    subjects = {s["name"]: s["digest"] for s in found["subject"]}
+    assert subjects.pop("manifest.json") == {"sha256": artifact.digest}
+    listed = provenance.read_sums((made.folder / "SHA256SUMS").read_text())
+    assert subjects == {
+        name: {"sha256": listed[name], "blake3": entry.blake3} for name, entry in artifact.manifest.files.items()
+    }
     definition = found["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["recipe_sha256"] == artifact.manifest.recipe_digest
     assert definition["resolvedDependencies"][0]["digest"]["blake3"] == artifact.manifest.source.data_blake3

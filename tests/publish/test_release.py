@@ -112,7 +112,7 @@ def test_a_folder_of_somebody_else_is_not_touched(artifact: Artifact, tmp_path: 
 def test_a_manifest_that_leaves_its_folder(artifact: Artifact, name: str) -> None:
     path = artifact.path / "manifest.json"
     data = json.loads(path.read_bytes())
-    data["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    data["files"][name] = {"bytes": 1, "blake3": "0" * 64}
     path.write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match="points outside its folder"):
         Artifact.open(artifact.path)

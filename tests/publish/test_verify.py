@@ -10,9 +10,10 @@ import pytest
 from hub import Fault, Hub
 from publish_data import REPO, TOKEN, flip, parity
 
-from bagel_compress.artifact import Artifact
+from bagel_compress.artifact import Artifact, sha256_file
 from bagel_compress.errors import ArtifactError, CheckpointError, PublishError
 from bagel_compress.hub import fetch, fetch_model, open_artifact
+from bagel_compress.provenance import PROVENANCE
 from bagel_compress.publish.verify import verify_folder, verify_repo
 
 Publish = Callable[..., object]
@@ -49,8 +50,8 @@ def test_a_file_is_read_once_and_again_when_it_was_touched(online: Artifact, mon
     import bagel_compress.hub as hub
 
     read: list[str] = []
-    real = hub.sha256_file
-    monkeypatch.setattr(hub, "sha256_file", lambda path: (read.append(path.name), real(path))[1])
+    real = hub.blake3_file
+    monkeypatch.setattr(hub, "blake3_file", lambda path: (read.append(path.name), real(path))[1])
     folder = fetch(REPO)
     assert sorted(read) == sorted(Path(name).name for name in online.manifest.files)
     read.clear()
@@ -158,18 +159,27 @@ def test_verify_an_artifact_that_was_never_published(artifact: Artifact) -> None
 
 
 def test_sums_and_manifest_that_disagree(online: Artifact) -> None:
-    """Whoever changes a file and SHA256SUMS with it still has the manifest against them."""
-    import hashlib
-
+    """Whoever changes a file and SHA256SUMS with it still has the statement against them, and then the manifest."""
     folder, shard = online.path.with_name("nf4.release"), online.manifest.shards[0]
+    old = sha256_file(folder / shard)
     flip(folder / shard)
-    sums = folder / "SHA256SUMS"
-    old = online.manifest.files[shard].sha256
-    new = hashlib.sha256((folder / shard).read_bytes()).hexdigest()
-    text = sums.read_text().replace(old, new)
-    sums.unlink()
-    sums.write_text(text)
-    assert verify_folder(folder).faults == (f"{shard} has another digest in SHA256SUMS than in the manifest",)
+    new = sha256_file(folder / shard)
+    rewrite(folder / "SHA256SUMS", old, new)
+    found = f"{shard} has another digest in SHA256SUMS or reports/provenance.json than in the manifest"
+    assert verify_folder(folder).faults == (found,)
+    statement = sha256_file(folder / PROVENANCE)
+    rewrite(folder / PROVENANCE, old, new)
+    rewrite(folder / "SHA256SUMS", statement, sha256_file(folder / PROVENANCE))
+    (fault,) = verify_folder(folder).faults
+    assert fault.startswith(f"{shard} was changed")
+
+
+def rewrite(path: Path, old: str, new: str) -> None:
+    """Replaces text of a released file, which may be a link to the build's own."""
+    text = path.read_text()
+    assert old in text
+    path.unlink()
+    path.write_text(text.replace(old, new))
 
 
 def test_stale_reports_are_a_fault(artifact: Artifact) -> None:
@@ -223,7 +233,7 @@ def test_sums_that_leave_the_folder(online: Artifact) -> None:
 def test_a_manifest_on_the_hub_that_leaves_the_cache(hub: Hub, online: Artifact) -> None:
     files = hub.store.repos[REPO].head("main").files
     data = json.loads(hub.store.read(REPO, "manifest.json"))
-    data["files"]["../../../evil"] = {"bytes": 1, "sha256": "0" * 64}
+    data["files"]["../../../evil"] = {"bytes": 1, "blake3": "0" * 64}
     files["manifest.json"] = hub.store.keep(json.dumps(data).encode(), lfs=False)
     with pytest.raises(ArtifactError, match="points outside its folder"):
         fetch(REPO)
