@@ -28,7 +28,7 @@ METRICS: dict[str, tuple[Sense, str]] = {
     "logits.kl_mean": ("max", "logits, mean KL divergence in nats"),
     "logits.kl_p999": ("max", "logits, 99.9 % quantile of the KL divergence in nats"),
     "logits.top1": ("min", "logits, share of positions with the same first choice"),
-    "logits.top1_sure": ("min", "logits, the same where the reference gives its first choice half or more"),
+    "logits.top1_sure": ("min", "logits, share of the same first choice where the reference is at least half sure"),
     "logits.ppl_ratio": ("max", "perplexity of the reference's text over the reference's own"),
     "vae.psnr": ("min", "VAE, picture from the recorded latent, PSNR in dB"),
     "vae.rel_l2": ("max", "VAE, latents of the input pictures, relative L2"),

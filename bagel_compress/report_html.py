@@ -20,6 +20,7 @@ from bagel_compress.report_text import worst_rows
 from bagel_compress.reports import BudgetReport, CaseParity, ParityReport, Row, number
 
 WORST_MODULES = 12
+SMALL = 200  # pixels of width; a page shows pictures about 350 wide
 BRANCHES = ("guided", "cond", "text", "image")  # velocities of a step, in the order of their colours
 
 
@@ -100,7 +101,7 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
         if case.name not in pictures:
             continue
         images = "".join(
-            f"<figure><img alt='{escape(case.name)}: {what}' src='data:image/png;base64,{_base64(png)}'>"
+            f"<figure><img{_small(png)} alt='{escape(case.name)}: {what}' src='data:image/png;base64,{_base64(png)}'>"
             f"<figcaption>{what}</figcaption></figure>"
             for what, png in zip(("reference", "artifact", "difference &times;4"), pictures[case.name], strict=True)
         )
@@ -115,6 +116,11 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
             f"<p><small>{caption}</small></p></div>"
         )
     return "<h2>Pictures</h2>" + "".join(blocks) if blocks else ""
+
+
+def _small(png: bytes) -> str:
+    """A class for pictures that are shown larger than they are: their pixels stay pixels."""
+    return " class='small'" if int.from_bytes(png[16:20], "big") < SMALL else ""
 
 
 def _texts(report: ParityReport) -> str:

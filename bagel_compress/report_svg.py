@@ -107,7 +107,7 @@ def scatter(title: str, x_label: str, points: Sequence[tuple[str, float, float]]
     front = [n for n, x, y in sorted(points, key=lambda p: p[1]) if not any(_beats(q, (n, x, y)) for q in points)]
     path = " ".join(f"{spots[n][0]:.1f},{spots[n][1]:.1f}" for n in front)
     body = [
-        _grid(place, low, high),
+        _grid(place, low, high, zero=len(ys) < len(points)),
         _x_ticks(place, _apart(place, sorted(set(xs))), x_label),
         f'<polyline points="{path}" fill="none" style="stroke:var(--c0)"/>',
     ]
@@ -143,7 +143,8 @@ def _decades(values: Sequence[float]) -> tuple[float, float]:
     return (low / 10 if low == high else low), high
 
 
-def _grid(place: _Place, low: float, high: float) -> str:
+def _grid(place: _Place, low: float, high: float, zero: bool = False) -> str:
+    """A line per decade; with `zero` the lowest one is labelled as what lies on it."""
     exponents = range(round(math.log10(low)), round(math.log10(high)) + 1)
     step = max(1, len(exponents) // 5)
     drawn = []
@@ -151,9 +152,8 @@ def _grid(place: _Place, low: float, high: float) -> str:
         y = place.y(10.0**exponent)
         drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         if (exponent - exponents[0]) % step == 0:
-            drawn.append(
-                f'<text class="tick" x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{10.0**exponent:g}</text>'
-            )
+            label = "0" if zero and exponent == exponents[0] else f"{10.0**exponent:g}"
+            drawn.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{label}</text>')
     return "".join(drawn)
 
 
