@@ -41,18 +41,22 @@ ROW_SIGMA, COLUMN_SIGMA = 0.35, 0.25  # of the log-normal scales
 CHUNK = 1 << 22  # elements per step
 TABLE_BITS = 12  # resolution of the normal distribution's inverse
 NORM_SPREAD, SMALL = 0.1, 0.02  # spread of norms around 1; size of biases, embeddings and learned tables
+# A decoder large enough to time, 0.24 billion weights in both experts; heads of the released width.
+MEDIUM = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8,
+          "num_key_value_heads": 2}  # fmt: skip
+MEDIUM_SIDE = 32  # latent rows and columns: pictures of 512 x 512
 Progress = Callable[[int], object]
 
 
 def synthesise(shape: str, out: Path, seed: int, layers: int | None = None, progress: Progress | None = None) -> int:
     """Writes `ema.safetensors`, `ae.safetensors`, configs and a tokenizer into `out`; returns the bytes of the former.
 
-    `shape` is "7b-mot" (the released model) or "tiny"; `layers` decoder layers instead of all.
+    `shape` is "7b-mot" (the released model), "medium" or "tiny"; `layers` decoder layers instead of all.
     Raises CheckpointError if the folder is not empty or its disk too small.
     """
     if layers is not None and layers < 1:
         raise CheckpointError(f"--layers is {layers}; a model has at least 1 decoder layer.")
-    sizes, vae, configs = _full(layers) if shape == "7b-mot" else _tiny(layers)
+    sizes, vae, configs = _full(layers) if shape == "7b-mot" else _small(shape, layers)
     specs = {name: PartSpec("BF16", dims) for name, dims in expected_tensors(sizes).items()}
     vae_specs = {name: PartSpec("F32", dims) for name, dims in _vae_shapes(vae).items()}
     _prepare(out, sum(spec.nbytes for spec in (*specs.values(), *vae_specs.values())))
@@ -71,13 +75,15 @@ def _full(layers: int | None) -> tuple[Sizes, VAEConfig, dict[str, dict[str, Any
     return full_sizes(layers), VAEConfig(), _configs(llm, vit, {}, full_sizes(layers))
 
 
-def _tiny(layers: int | None) -> tuple[Sizes, VAEConfig, dict[str, dict[str, Any]]]:
-    """The shape of the checkpoint that comes with the package."""
+def _small(shape: str, layers: int | None) -> tuple[Sizes, VAEConfig, dict[str, dict[str, Any]]]:
+    """The shape of the checkpoint that comes with the package; "medium" has its ends and MEDIUM's decoder."""
     from bagel.vae import VAEConfig
 
     folder = resource("tiny")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     llm, vit = config["llm_config"], config["vit_config"]
+    if shape == "medium":
+        llm, config = llm | MEDIUM, config | {"max_latent_size": MEDIUM_SIDE}
     sizes = Sizes(
         hidden=llm["hidden_size"],
         intermediate=llm["intermediate_size"],

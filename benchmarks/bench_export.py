@@ -1,11 +1,11 @@
-"""One full-size decoder layer as ONNX and as TensorRT engines, beside the torch bf16 layer, and the two samplers.
+"""One full-size decoder layer as ONNX and as TensorRT engines, beside the torch bf16 layer.
 
     python benchmarks/bench_export.py [--quick] [--tokens 1] [--variants int4]
 
 Prints a line per variant, then one JSON line: export seconds and memory of the layer, the shortest pass of `gen_layer`
-at 1 and 1026 tokens as a ratio to torch bf16, engine build seconds and sizes, and the shortest denoising step of ONNX
-Runtime over torch on the tiny checkpoint. Weights are random, of the released shape. Passes of 1026 tokens are timed
-once: they take long on CPUs without bf16 units.
+at 1 and 1024 latent tokens (and two wrapper rows) as a ratio to torch bf16, engine build seconds and sizes. Weights are
+random, of the released shape. A ratio is of the best of some rounds in turn; long passes get as many as fit into
+SECONDS.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from bagel.config import BagelConfig, LLMConfig, ViTConfig
 from bagel.layers import attention, rope_table
 from bagel.mot import MoTLayer
 from bagel.vae import VAEConfig
+from bagel_compress.artifact import SourceEntry
 from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.export.build import export
-from bagel_compress.export.manifest import ExportFolder
+from bagel_compress.export.manifest import ExportFolder, ExportSource
 from bagel_compress.export.ort_session import Sessions
 from bagel_compress.export.source import Coded, Source
 from bagel_compress.export.tensorrt import build_engine
@@ -42,8 +43,9 @@ from bagel_compress.target import Target
 LLM = LLMConfig(3584, 18944, 1, 28, 4, 152064)
 CONFIG = BagelConfig(LLM, ViTConfig(1152, 4304, 1, 16), 2, 16, 64, 70)
 ROUNDS = 9
-TOKENS = (1, 1026)
-LONG = 100  # passes of more tokens are timed once, without warming up
+TOKENS = (1, 1024)
+PAUSE = 0.25  # between passes: threads of the other library that wait for work keep its cores busy for a while
+SECONDS = 12.0  # of all rounds of one ratio, once two are done
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("fp32", "raw", {"precision": "fp32"}),
     ("fp16", "raw", {"precision": "fp16"}),
@@ -58,11 +60,13 @@ ENGINES = (("bf16", "raw"), ("fp8", "fp8"), ("int8", "int8"), ("int4", "int4"))
 class OneLayer(Source):
     """A random layer of the released shape; codes are made once per codec."""
 
-    kind, name, digest, checkpoint, limits = "checkpoint", "one layer", "", "", Limits.model_validate({})
+    limits = Limits.model_validate({})
     vae, files = None, {}  # type: ignore[assignment]
 
     def __init__(self, layer: MoTLayer, codec: Codec) -> None:
-        self._codec, self.digest = codec, codec.format
+        self._codec = codec
+        origin = SourceEntry(name="one layer", revision="", digest="", data_sha256="")
+        self.identity = ExportSource(kind="checkpoint", name="one layer", digest=codec.format, checkpoint=origin)
         self._tensors = {f"layers.0.{name}": p.data for name, p in layer.named_parameters()}
         self._coded: dict[str, Coded] = {}
 
@@ -104,25 +108,25 @@ def target(**settings: Any) -> Target:
 def main() -> None:
     parser = argparse.ArgumentParser(description="ONNX and TensorRT of one full-size layer")
     parser.add_argument("--quick", action="store_true", help="no engines, three rounds")
-    parser.add_argument("--variants", nargs="+", choices=[v[0] for v in VARIANTS], help="only these of ONNX Runtime")
+    parser.add_argument("--variants", nargs="*", choices=[v[0] for v in VARIANTS], help="only these of ONNX Runtime")
+    parser.add_argument("--no-engines", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="latent tokens of the timed passes")
     args = parser.parse_args()
     rounds = 3 if args.quick else ROUNDS
     layer = random_layer()
     out = Path(tempfile.mkdtemp(prefix="bench-export-"))
-    wanted = [v for v in VARIANTS if not args.variants or v[0] in args.variants]
+    wanted = [v for v in VARIANTS if args.variants is None or v[0] in args.variants]
     try:
         result: dict[str, Any] = {"onnx": {}, "engines": {}}
         for name, codec, settings in wanted:
             result["onnx"][name] = measure_onnx(layer, codec, settings, out / "onnx", args.tokens, rounds)
             print(name, result["onnx"][name], flush=True)
-        for name, codec in () if args.quick else ENGINES:
+        for name, codec in () if args.quick or args.no_engines else ENGINES:
             result["engines"][name] = measure_engine(layer, codec, out / "engine")
             print(name, result["engines"][name], flush=True)
-        result["sampler_step_over_torch"] = sampler_ratio(out / "tiny", rounds)
     finally:
         shutil.rmtree(out)
-    print(json.dumps({"benchmark": "export", "threads": torch.get_num_threads(), **result}))
+    print(json.dumps({"benchmark": "export", "cpu": cpu_name(), "threads": torch.get_num_threads(), **result}))
 
 
 def random_layer() -> MoTLayer:
@@ -170,9 +174,9 @@ def measure_onnx(
         mine, torchs = best_of(
             lambda f=feeds: sessions.run("gen_layer_00", f),  # type: ignore[misc]
             torch_pass(layer, tokens),
-            rounds if tokens < LONG else 1,
+            rounds,
         )
-        row[f"ratio_{tokens}"] = round(mine / torchs, 3)
+        row |= {f"ratio_{tokens}": round(mine / torchs, 3), f"torch_s_{tokens}": round(torchs, 4)}
     shutil.rmtree(out)
     return row
 
@@ -236,44 +240,33 @@ def measure_engine(layer: MoTLayer, codec: str, out: Path) -> dict[str, Any]:
     }
 
 
-# --- the samplers -----------------------------------------------------------------------------------------------------
-
-
-def sampler_ratio(out: Path, rounds: int) -> float:
-    """Seconds of a denoising step of ONNX Runtime in fp32 over torch in fp32, on the tiny checkpoint."""
-    from bagel.sampler import FlowSettings, Sampler
-    from bagel_compress.export.ort_sampler import open_onnx
-    from bagel_compress.resources import resource as packaged
-
-    tiny = packaged("tiny")
-    whole = target().model_copy(update={"export": target().export.model_copy(update={"blocks": ()})})  # type: ignore[union-attr]
-    graphs = open_onnx(export(Source.open(tiny), whole, out).path, threads=torch.get_num_threads())
-    torch.set_num_threads(1)  # the model is so small that waking a second thread costs more than it does
-    flow = FlowSettings(num_timesteps=11, cfg_text_scale=1.0)
-    samplers = (graphs, Sampler.from_dir(tiny, dtype=torch.float32))
-    steps: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for sampler, kept in zip(samplers, steps, strict=True):
-            stamps: list[float] = []
-            sampler.run(["a cat"], size=(128, 128), flow=flow, on_step=lambda _: stamps.append(time.perf_counter()))  # noqa: B023
-            kept += list(np.diff(stamps))
-    return round(min(steps[0]) / min(steps[1]), 3)
-
-
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def best_of(mine: Callable[[], object], other: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Shortest seconds of each, taken in turn so that a busy machine slows both; one round has no warm-up."""
+    """Shortest seconds of each, taken in turn so that a busy machine slows both; the first round is a warm-up."""
     times: tuple[list[float], list[float]] = ([], [])
+    begun = time.perf_counter()
     with torch.no_grad():
-        for index in range(rounds + (rounds > 1)):
+        for index in range(1 + rounds):
+            if index > 1 and time.perf_counter() - begun > SECONDS:
+                break
             for work, kept in zip((mine, other), times, strict=True):
-                begun = time.perf_counter()
+                time.sleep(PAUSE)
+                start = time.perf_counter()
                 work()
-                if index or rounds == 1:
-                    kept.append(time.perf_counter() - begun)
+                if index:
+                    kept.append(time.perf_counter() - start)
     return min(times[0]), min(times[1])
+
+
+def cpu_name() -> str:
+    """The processor, and what torch and onnxruntime may use of it."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    name = next((x.partition(":")[2].strip() for x in text.splitlines() if x.startswith("model name")), "unknown")
+    units = [unit for unit in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if unit in text]
+    return f"{name} ({', '.join(units)})"
 
 
 def anonymous_gb() -> float:

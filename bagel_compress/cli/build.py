@@ -65,7 +65,7 @@ def register(verbs: Any) -> None:
         verbs, "synth", "write a synthetic checkpoint of the true shape",
         "bagel-compress synth 7b-mot --layers 2 --out out/synth2\n  bagel-compress synth tiny --out out/tiny --seed 1",
     )  # fmt: skip
-    synth.add_argument("shape", choices=("7b-mot", "tiny"))
+    synth.add_argument("shape", choices=("7b-mot", "medium", "tiny"))
     synth.add_argument("--layers", type=int, metavar="N", help="decoder layers (default: all)")
     synth.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     synth.add_argument("--seed", type=int, default=0)

@@ -61,6 +61,7 @@ def template(block: Block, dtype: torch.dtype) -> onnx.ModelProto:
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _name_axes(model, block)
+    _name_nodes(model, set(weights))
     _strip(model)
     return model
 
@@ -97,6 +98,19 @@ def _name_axes(model: onnx.ModelProto, block: Block) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.dim_param = re.sub(r"\w+", lambda m: names.get(m[0], m[0]), dim.dim_param)
+
+
+def _name_nodes(model: onnx.ModelProto, weights: set[str]) -> None:
+    """Names a node that reads a weight after it, so that graphs and error messages speak of the model's own parts.
+
+    gen.o_proj is the product with gen.o_proj.weight, gen.q_proj.bias the addition of the bias.
+    """
+    taken: set[str] = set()
+    for node in model.graph.node:
+        read = next((name for name in node.input if name in weights), None)
+        if read is not None and (name := read.removesuffix(".weight")) not in taken:
+            node.name = name
+        taken.add(node.name)
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -24,6 +24,8 @@ EXTRAS = {"tensorrt-rtx": "bagel-compress[tensorrt]", "tensorrt": "NVIDIA's tens
 # Compute capabilities that TensorRT for RTX 1.7 builds for (its ComputeCapability enum), and what needs which.
 CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 BF16_FROM, FP8_FROM = 80, 89
+# How export/graph names nodes: node_add_7, or gen.o_proj after a weight; not a source file of TensorRT.
+NODE = re.compile(r"\b(node_\w+|[a-z]\w*(?:\.(?!cpp\b|h\b)\w+)+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def _logger(trt: Any, log: list[str]) -> Any:
 def _refusal(block: str, log: Sequence[str], settings: ExportSettings) -> str:
     errors = [line for line in log if line.startswith(("error", "internal_error"))]
     said = _short(errors[0]) if errors else "no reason given"
-    node = next((m[1] for line in errors if (m := re.search(r"(node_\w+)", line))), "?")
+    node = next((m[1] for line in errors if (m := NODE.search(line))), "?")
     return (
         f"block {block}: {settings.runtime} cannot build it, at node {node} ({said});"
         " choose another precision or fewer capabilities."

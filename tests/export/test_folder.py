@@ -47,6 +47,16 @@ def test_graphs_are_standard_and_pass_the_checker(exported: ExportFolder) -> Non
     assert not {"GatherND", "ScatterND"} & nodes.keys()
 
 
+def test_nodes_are_named_after_what_they_read(exported: ExportFolder) -> None:
+    for name, entry in exported.manifest.blocks.items():
+        names = [n.name for n in onnx.load(exported.path / entry.model, load_external_data=False).graph.node]
+        assert len(set(names)) == len(names), name
+    nodes = onnx.load(exported.path / "gen_layer_00.onnx", load_external_data=False).graph.node
+    kinds = {n.name: n.op_type for n in nodes}
+    assert (kinds["gen.o_proj"], kinds["und.q_proj.bias"]) == ("MatMul", "Add")
+    assert kinds["gen.input_layernorm"] == "RMSNormalization"
+
+
 def test_axes_are_named(exported: ExportFolder) -> None:
     model = onnx.load(exported.path / "und_layer_00.onnx", load_external_data=False)
     shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}

@@ -33,6 +33,19 @@ def test_it_is_a_checkpoint_of_the_asked_shape(tmp_path: Path) -> None:
     assert not list((tmp_path / "a").glob("*.partial"))
 
 
+def test_the_medium_shape_is_a_whole_model(tmp_path: Path) -> None:
+    from bagel.sampler import FlowSettings, Sampler
+
+    synth.synthesise("medium", tmp_path / "a", 0, layers=1)
+    sampler = Sampler.from_dir(tmp_path / "a")
+    llm = sampler.bagel.config.llm
+    assert (llm.hidden_size, llm.num_layers, llm.head_dim) == (1024, 1, 128)
+    flow = FlowSettings(num_timesteps=2, cfg_text_scale=1.0)
+    image = sampler.run(["a cat"], size=(32, 48), flow=flow).image
+    assert image is not None
+    assert image.size == (48, 32)
+
+
 def test_values_look_trained(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     synth.synthesise("tiny", tmp_path / "a", 0, layers=24)
     made = load_file(tmp_path / "a" / "ema.safetensors")
