@@ -2,7 +2,7 @@
 
 The first argument is what was found, the second the reference. Everything is computed in float64, so that a value of
 zero means equality and not a rounding. Pictures are [H, W, 3] uint8. No weights are needed for any of these metrics;
-LPIPS and CLIP scores need downloaded networks and are not here.
+LPIPS is in lpips.py.
 """
 
 from __future__ import annotations

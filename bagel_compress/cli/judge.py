@@ -42,6 +42,7 @@ def register(verbs: Any) -> None:
     )  # fmt: skip
     _artifact_and_traces(validate)
     validate.add_argument("--source", metavar="DIR", help="the checkpoint, to attribute errors to components")
+    validate.add_argument("--lpips", metavar="FILE", help="AlexNet and LPIPS weights (safetensors), to measure LPIPS")
     validate.set_defaults(verb=_validate)
 
     check = add_verb(
@@ -123,7 +124,7 @@ def _validate(args: argparse.Namespace) -> int:
 
         report = validate_export(ExportFolder.open(args.artifact), args.trace, progress=say)
     else:
-        report = validate_artifact(args.artifact, args.trace, args.source, args.device, say)
+        report = validate_artifact(args.artifact, args.trace, args.source, args.device, say, args.lpips)
     page = Path(args.artifact) / "report.html"
     emit(args, report.model_dump(mode="json") | {"passed": report.passed, "page": str(page)}, table(report, page))
     return 0 if report.passed else 1

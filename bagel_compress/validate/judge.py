@@ -23,6 +23,7 @@ from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.errors import TraceError
 from bagel_compress.limits import resolve
 from bagel_compress.load import load, load_checkpoint
+from bagel_compress.lpips import Lpips
 from bagel_compress.report_html import render
 from bagel_compress.report_text import junit, markdown
 from bagel_compress.reports import REPORTS, ParityReport, load_budgets
@@ -58,8 +59,11 @@ def validate_artifact(
     source: str | Path | Checkpoint | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    lpips: str | Path | None = None,
 ) -> ParityReport:
     """Judges an artifact by its recipe's limits and writes the reports. With `source`, attributes errors to components.
+
+    `lpips`: a file of that network's weights, to measure it (lpips.py).
 
     Raises TraceError on a trace of another source, RecipeError on a limit below the noise floor; a broken limit is no
     error here but in the report (`ParityReport.require` raises).
@@ -79,7 +83,7 @@ def validate_artifact(
         reference = load_checkpoint(checkpoint, device, dtype)
     sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
     subject = Subject(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, formats(artifact))
-    found = compare(subject, files, reference, progress)
+    found = compare(subject, files, reference, progress, None if lpips is None else Lpips.open(lpips))
     write(artifact, found)
     return found.report
 

@@ -199,6 +199,12 @@ def test_validate_prints_json(verdict, lossy, own_trace, capsys):
     assert json.loads(capsys.readouterr().out)["passed"] is True
 
 
+def test_lpips_without_its_file_is_wrong_input(lossy, own_trace, tmp_path, capsys):
+    arguments = ["validate", str(lossy), "--trace", str(own_trace), "--lpips", str(tmp_path / "none.safetensors")]
+    assert main(arguments) == 2
+    assert "LPIPS weights" in capsys.readouterr().err
+
+
 def test_a_trace_of_another_checkpoint_is_refused(lossy, trace_file, capsys):
     with pytest.raises(TraceError, match="another checkpoint"):
         validate_artifact(lossy, [trace_file.path])
