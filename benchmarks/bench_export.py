@@ -65,7 +65,7 @@ class OneLayer(Source):
 
     def __init__(self, layer: MoTLayer, codec: Codec) -> None:
         self._codec = codec
-        origin = SourceEntry(name="one layer", revision="", digest="", data_sha256="")
+        origin = SourceEntry(name="one layer", revision="", digest="", data_blake3="")
         self.identity = ExportSource(kind="checkpoint", name="one layer", digest=codec.format, checkpoint=origin)
         self._tensors = {f"layers.0.{name}": p.data for name, p in layer.named_parameters()}
         self._coded: dict[str, Coded] = {}

@@ -69,10 +69,10 @@ def measure(model: str, forms: tuple[str, ...], rounds: int, folder: Path) -> di
     for form in forms:
         samplers |= exported(model, form, source, folder, threads)
     seconds = steps(samplers, SIZES[model], rounds)
-    found: dict[str, Any] = {name: round(value, 5) for name, value in seconds.items()} | {"threads": threads}
+    found: dict[str, Any] = {name: round(float(value), 5) for name, value in seconds.items()} | {"threads": threads}
     for form in forms:
         peers = ("torch fp32",) if form == "fp32" else ("torch bf16", f"torch {form}")
-        found |= {f"ort {form} / {p}": round(seconds[f"ort {form}"] / seconds[p], 3) for p in peers}
+        found |= {f"ort {form} / {p}": round(float(seconds[f"ort {form}"] / seconds[p]), 3) for p in peers}
     return found
 
 
