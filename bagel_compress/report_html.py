@@ -159,9 +159,9 @@ def _steps(report: ParityReport) -> str:
         charts.append(line_chart(case.name, "time, from noise (1) to picture (0)", lines, reverse=True))
     drawn = "".join(filter(None, charts))
     note = (
-        "<p class='soft'>Relative L2 error of the velocity at each recorded step, fed with the reference's x. Single steps"
-        " are not limited: later steps correct most of what early ones do wrong, and near 0 a small error of the picture"
-        " is a large one of the velocity.</p>"
+        "<p class='soft'>Relative L2 error of the velocity at each recorded step, fed with the reference's x. Single"
+        " steps are not limited: later steps correct most of what early ones do wrong, and near 0 a small error of the"
+        " picture is a large one of the velocity.</p>"
     )
     return f"<h2>Error along the denoising</h2>{note}<div class='charts'>{drawn}</div>" if drawn else ""
 
