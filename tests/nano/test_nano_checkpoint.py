@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +28,24 @@ def scores(draw: int, ask: int, edit: int, think: int) -> Scores:
     return run(nano_benchmark(draw, ask, edit, think), open_model(CHECKPOINT, dtype=torch.float32))
 
 
+def card() -> str:
+    return (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+
+
 def test_it_is_small() -> None:
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= MAX_BYTES
 
 
-def test_it_draws_answers_and_plans() -> None:
-    found = scores(24, 21, 0, 6)
-    for category in ("one", "two", "ask", "think"):
+def test_the_card_is_about_these_files() -> None:
+    named = re.findall(r"^\| `(\w+\.safetensors)` \| `([0-9a-f]{64})` \|$", card(), re.MULTILINE)
+    assert dict(named).keys() == {"ema.safetensors", "ae.safetensors"}
+    for file, digest in named:
+        assert hashlib.sha256((CHECKPOINT / file).read_bytes()).hexdigest() == digest, file
+
+
+def test_it_draws_answers_edits_and_plans() -> None:
+    found = scores(24, 21, 20, 6)
+    for category in TARGETS:
         assert found.mean(category) >= TARGETS[category], category
 
 
@@ -47,7 +60,7 @@ def test_the_autoencoder_holds_every_shape() -> None:
 
 
 @pytest.mark.slow
-def test_it_reaches_every_target_and_no_question_is_at_chance() -> None:
+def test_it_reaches_every_target_and_scores_what_its_card_says() -> None:
     from bagel.nano.language import CHANCE
 
     found = scores(240, 168, 100, 60)
@@ -55,3 +68,8 @@ def test_it_reaches_every_target_and_no_question_is_at_chance() -> None:
         assert found.mean(category) >= target, category
     for kind, chance in CHANCE.items():
         assert found.interval(f"ask.{kind}")[0] > chance, kind
+    stated = re.findall(r"^\| `([\w.]+)` \|.*\| (\d+) \| ([\d.]+) \(([\d.]+)\.\.([\d.]+)\) \|$", card(), re.MULTILINE)
+    assert {"one", "two", "ask", "edit", "edit.recolor", "think"} <= {name for name, *_ in stated}
+    for name, prompts, _, low, high in stated:
+        assert len(found.values[name]) == int(prompts), name
+        assert float(low) - 0.05 <= 100 * found.mean(name) <= float(high) + 0.05, name  # rounded to a tenth
