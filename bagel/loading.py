@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from bagel.config import BagelConfig
 from bagel.errors import BagelError
@@ -55,7 +58,7 @@ def load_bagel(folder: Path, device: torch.device, dtype: torch.dtype) -> Bagel:
     files = weight_files(folder)
     vae_shapes = shapes_of({n: f for f in (vae_file(folder),) for n in tensor_names(f)})
     config = read_config(folder, shapes_of(files), vae_shapes)
-    with torch.device("meta"):
+    with unfilled():
         model = Bagel(config)
     names = {parameter_path(name): name for name in expected_tensors(config.sizes)}
     fill(model, files, names, device, dtype)
@@ -66,10 +69,26 @@ def load_vae(folder: Path, device: torch.device, file: Path | None = None) -> Au
     """The autoencoder, in fp32 whatever it is stored in; `file` says where it is if not in the folder."""
     file = file or vae_file(folder)
     files = dict.fromkeys(tensor_names(file), file)
-    with torch.device("meta"):
+    with unfilled():
         vae = AutoEncoder(vae_config(folder, shapes_of(files)))
     fill(vae, files, {name: name for name, _ in vae.named_parameters()}, device, torch.float32)
     return vae.eval()
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Modules made inside are on the meta device, without initial values: drawing them is slow even for nothing."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    """What would fill a tensor leaves it as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:  # called as fill(tensor=...) by torch's dispatcher
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def read_config(

@@ -61,7 +61,7 @@ def load_checkpoint(
     """The sampler of a checkpoint in any layout: prefixes, shards, dtypes, adapter and base as opened."""
     import torch
 
-    from bagel.loading import load_vae, parameter_path, put, read_config
+    from bagel.loading import load_vae, parameter_path, put, read_config, unfilled
     from bagel.model import Bagel
     from bagel.sampler import Sampler
     from bagel.text import TextCodec
@@ -73,7 +73,7 @@ def load_checkpoint(
             if name != VAE:
                 shutil.copyfile(file, folder / name)
         vae_shapes = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
-        with torch.device("meta"):
+        with unfilled():
             bagel = Bagel(read_config(folder, checkpoint.shapes, vae_shapes))
         for spec in checkpoint.specs:
             values = checkpoint.read(spec, 0, spec.numel).reshape(spec.shape)
@@ -86,7 +86,7 @@ def load(artifact: Artifact, device: str | torch.device = "cpu", dtype: torch.dt
     """The sampler of an artifact. See `open_model` for `dtype`."""
     import torch
 
-    from bagel.loading import load_vae, read_config, shapes_of, tensor_names
+    from bagel.loading import load_vae, read_config, shapes_of, tensor_names, unfilled
     from bagel.model import Bagel
     from bagel.sampler import Sampler
     from bagel.text import TextCodec
@@ -94,7 +94,7 @@ def load(artifact: Artifact, device: str | torch.device = "cpu", dtype: torch.dt
     device = torch.device(device)
     shapes = {spec.name: spec.shape for unit in artifact.units() for spec in unit.specs}
     vae_files = dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path)
-    with torch.device("meta"):
+    with unfilled():
         bagel = Bagel(read_config(artifact.path, shapes, shapes_of(vae_files)))
     _fill(bagel, artifact, device, dtype)
     sampler = Sampler(bagel.eval(), load_vae(artifact.path, device), TextCodec.from_dir(artifact.path))
@@ -142,13 +142,24 @@ def _fill(bagel: Bagel, artifact: Artifact, device: torch.device, dtype: torch.d
     for name, entry in artifact.manifest.units.items():
         _check_shapes(artifact, name, {t: tuple(expected[parameter_path(t)].shape) for t in entry.tensors})
         parts = {part: value.to(device) for part, value in artifact.parts(name).items()}
-        if dtype is None and entry.codec.format != "raw" and all(_is_linear(t) for t in entry.tensors):
-            for tensor, module in entry.codec.linears(artifact.unit(name), parts, biases).items():
+        if dtype is None and (modules := _modules(artifact, name, parts, biases)):
+            for tensor, module in modules.items():
                 put(bagel, _module_path(tensor), module)
             continue
         for tensor, value in entry.codec.decode(artifact.unit(name), parts).items():
             if not hasattr(bagel.get_submodule(_module_path(tensor)), "describe"):
                 put(bagel, parameter_path(tensor), _parameter(value.to(device, dtype)))
+
+
+def _modules(artifact: Artifact, name: str, parts: Mapping[str, Any], biases: Mapping[str, Any]) -> dict[str, Any]:
+    """Run-time modules of a unit that stays as it is stored, by tensor; none if it is to be decoded."""
+    unit, codec = artifact.unit(name), artifact.codec(name)
+    if codec.format != "raw" and all(_is_linear(spec.name) for spec in unit.specs):
+        return codec.linears(unit, parts, biases)
+    if [official_role(spec.name).kind for spec in unit.specs] == ["embedding"]:
+        table = codec.embedding(unit, parts)
+        return {} if table is None else {unit.specs[0].name: table}
+    return {}
 
 
 def _check_shapes(artifact: Artifact, name: str, wanted: Mapping[str, tuple[int, ...]]) -> None:

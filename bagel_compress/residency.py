@@ -219,12 +219,14 @@ class Residency:
 class _HostEmbedding(nn.Module):
     """An embedding whose table is in host memory, and whose rows arrive on the device."""
 
-    def __init__(self, embedding: nn.Embedding, device: torch.device) -> None:
+    def __init__(self, embedding: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self._table, self._device = embedding.weight.detach().cpu(), device  # a plain attribute: it does not move
+        self._hidden, self._device = (embedding.cpu(),), device  # in a tuple: no submodule, so it does not move
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids.cpu(), self._table).to(self._device)
+        [table] = self._hidden
+        rows: Tensor = table(ids.cpu())
+        return rows.to(self._device)
 
 
 def _group_of(path: str) -> tuple[str, Part] | None:

@@ -131,3 +131,14 @@ def test_help_is_quick() -> None:
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr) for _ in range(3)
     ]
     assert min(times) < 0.5
+
+
+def test_opening_a_model_draws_no_initial_values() -> None:
+    """On the meta device torch would load its compiler for them, which takes longer than opening an artifact."""
+    code = (
+        "import sys, torch\nfrom bagel_compress.load import open_model\n"
+        f"open_model({str(ROOT / 'tests/data/golden/checkpoint')!r})\n"
+        "print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -162,6 +162,10 @@ class Codec(BaseModel, ABC):
         """Run-time modules of all weights of a unit of linear weights, by tensor name; `biases` by weight name."""
         return {spec.name: self.linear(spec, parts, biases.get(spec.name)) for spec in unit.specs}
 
+    def embedding(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> torch.nn.Module | None:
+        """Run-time module of an embedding table that looks rows up in the stored form; default: None, decode it."""
+        return None
+
 
 class InMemory:
     """A Reader over tensors in memory."""

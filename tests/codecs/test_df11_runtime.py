@@ -18,8 +18,10 @@ from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.device import StoredUnit
+from bagel_compress.codecs.df11.embedding import DF11Embedding
 from bagel_compress.codecs.df11.runtime import Decoder, DF11Linear, decoder_of
 from bagel_compress.codecs.df11.units import ring_weights
+from bagel_compress.errors import CodecError
 from bagel_compress.load import census, load, open_model
 from bagel_compress.plan import make_plan
 from bagel_compress.recipe import Recipe
@@ -180,3 +182,39 @@ def test_scratch_memory_can_be_given_back() -> None:
     decoder = decoder_of(CPU)
     decoder.forget()
     assert decoder._ring.numel() == 0
+
+
+def coded_table(rows: int = 3000, width: int = 96) -> tuple[Unit, dict[str, torch.Tensor], torch.Tensor]:
+    table = torch.from_numpy(np.random.default_rng(2).normal(0, 0.02, (rows, width))).bfloat16()
+    unit = Unit("e", (TensorSpec("BF16", (rows, width), "e.weight"),))
+    return unit, CODEC.encode(unit, {"e.weight": table}), table
+
+
+def test_an_embedding_decodes_the_rows_that_are_looked_up() -> None:
+    unit, parts, table = coded_table()
+    embedding = DF11Embedding(unit, parts)
+    decoded: list[int] = []
+    fill = embedding._filling.blocks
+    embedding._filling.blocks = lambda start, stop: (decoded.extend(range(start, stop)), fill(start, stop))[1]  # type: ignore[method-assign]
+    ids = torch.tensor([[0, 7], [2999, 0]])
+    assert torch.equal(embedding(ids), table[ids])
+    assert torch.equal(embedding(ids), table[ids])
+    assert len(decoded) == len(set(decoded)) <= 4 < embedding._there.size
+    assert torch.equal(embedding(torch.arange(3000)), table)
+    assert embedding.describe()["codec"] == "df11"
+
+
+def test_a_damaged_embedding_is_an_error_when_it_is_used() -> None:
+    unit, parts, _ = coded_table()
+    parts["e.encoded_exponent"] = parts["e.encoded_exponent"] ^ 0x5A
+    with pytest.raises(CodecError, match=r"^e: .*damaged"):
+        DF11Embedding(unit, parts)(torch.arange(3000))
+
+
+def test_an_artifact_keeps_its_embeddings_coded(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(CHECKPOINT)
+    artifact = compress(make_plan(checkpoint, Recipe.load(ROOT / "recipes/df11.yaml")), checkpoint, tmp_path / "a")
+    sampler = load(artifact)
+    assert isinstance(sampler.bagel.embed_tokens, DF11Embedding)
+    rows = {row.name: row for row in census(sampler.bagel, artifact)}
+    assert rows["language_model.model.embed_tokens.weight"].codec == "df11"

@@ -111,6 +111,13 @@ class DF11(Codec):
 
         return linears(unit, parts, biases)
 
+    def embedding(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> torch.nn.Module | None:
+        """On the CPU a table whose rows are decoded when they are first looked up; a GPU decodes all at once."""
+        from bagel_compress.codecs.df11.embedding import DF11Embedding
+
+        on_cpu = all(part.device.type == "cpu" for part in parts.values())
+        return DF11Embedding(unit, parts) if on_cpu and len(unit.specs) == 1 else None
+
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
         """What `DFloat11Model.from_pretrained` reads: kernel constants and the modules' patterns."""
         return {

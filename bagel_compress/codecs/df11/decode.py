@@ -50,26 +50,34 @@ class Stored:
 
 def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
     """Decodes into the front of a 1-D bf16 CPU buffer; returns that front. Raises CodecError on a damaged stream."""
-    stream, rest, gaps = (part.numpy() for part in (stored.stream, stored.rest, stored.gaps))
-    flat = out[: rest.size]
-    words = flat.view(torch.int16).numpy().view(np.uint16)
-    table = unpack.lookup_table(stored.luts)
-    # The kernel reads a few bytes past a block: the last two blocks are decoded from a padded copy.
-    inner = max(0, stored.blocks - 2)
-    end = np.concatenate([stream[inner * BLOCK_BYTES :], np.zeros(unpack.READ_SLACK, np.uint8)])
+    filling = Filling(stored, out)
+    split(filling.blocks, filling.inner, GRAIN)
+    filling.blocks(filling.inner, stored.blocks)
+    return filling.flat
 
-    args = (stream.size, table, stored.luts, gaps, stored.positions, rest, words)
-    statuses: list[int] = []
 
-    def blocks(start: int, stop: int, address: int = stream.ctypes.data) -> None:
-        statuses.append(unpack.unpack_blocks((start, stop), address, *args))
+class Filling:
+    """The front of a 1-D bf16 CPU buffer, `flat`, that is filled with a unit's weights block by block."""
 
-    split(blocks, inner, GRAIN)
-    blocks(inner, stored.blocks, end.ctypes.data - inner * BLOCK_BYTES)
-    for status in statuses:
-        if status != unpack.OK:
-            raise _damaged(stored.name, _WRONG[status])
-    return flat
+    def __init__(self, stored: Stored, out: torch.Tensor) -> None:
+        stream, rest, gaps = (part.numpy() for part in (stored.stream, stored.rest, stored.gaps))
+        self.flat = out[: rest.size]
+        words = self.flat.view(torch.int16).numpy().view(np.uint16)
+        # The kernel reads a few bytes past a block: the last two blocks are decoded from a padded copy.
+        self.inner = max(0, stored.blocks - 2)
+        self._end = np.concatenate([stream[self.inner * BLOCK_BYTES :], np.zeros(unpack.READ_SLACK, np.uint8)])
+        self._stream, self._name = stream, stored.name
+        table = unpack.lookup_table(stored.luts)
+        self._args = (stream.size, table, stored.luts, gaps, stored.positions, rest, words)
+
+    def blocks(self, start: int, stop: int) -> None:
+        """Decodes blocks [start, stop). Raises CodecError on a damaged stream."""
+        border, address = min(max(start, self.inner), stop), self._stream.ctypes.data
+        padded = self._end.ctypes.data - self.inner * BLOCK_BYTES
+        for first, last, base in ((start, border, address), (border, stop, padded)):
+            status = unpack.unpack_blocks((first, last), base, *self._args)
+            if status != unpack.OK:
+                raise _damaged(self._name, _WRONG[status])
 
 
 def check_parts(unit: Unit, parts: Mapping[str, torch.Tensor]) -> Stored:
