@@ -235,7 +235,7 @@ def _line(row: Row, verdict: str) -> str:
         f"{row.latent:.4f}",
         verdict,
         f"{row.velocity:.4f}",
-        f"{row.kl:.5f}",
+        f"{row.kl:.1e}" if row.kl else "0",
         psnr,
         f"{100 * row.same:.1f}",
     ]
