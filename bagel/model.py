@@ -84,6 +84,16 @@ class NoisyBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """The devices of a model that is spread over several. A layer's caches live with it; hidden rows travel."""
+
+    home: torch.device  # embeddings, bridges, norms: where rows enter and leave
+    layers: tuple[torch.device, ...]
+    vit: torch.device  # with its connector and position table
+    head: torch.device
+
+
+@dataclass(frozen=True, slots=True)
 class _Pass:
     """One packed pass: the understanding rows of all samples, `und_lens[b]` each, then their generation rows."""
 
@@ -107,6 +117,7 @@ class Bagel(nn.Module):
         llm = config.llm
         self.config = config
         self.skip_unused = True
+        self.places: Places | None = None  # None: all on one device
         self.embed_tokens = nn.Embedding(llm.vocab_size, llm.hidden_size)
         self.layers = nn.ModuleList(MoTLayer(llm, i) for i in range(llm.num_layers))
         self.norm_und = RMSNorm(llm.hidden_size, llm.rms_norm_eps)
@@ -122,7 +133,8 @@ class Bagel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.norm_und.weight.device
+        """Where rows enter and leave, and x is kept."""
+        return self.norm_und.weight.device if self.places is None else self.places.home
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,7 +143,8 @@ class Bagel(nn.Module):
 
     def new_context(self) -> Context:
         """An empty context."""
-        return Context(self.config.llm, self.dtype, self.device)
+        devices = (self.device,) * self.config.llm.num_layers if self.places is None else self.places.layers
+        return Context(self.config.llm, self.dtype, devices)
 
     # --- passes that fill contexts ------------------------------------------------------------------------------------
 
@@ -181,8 +194,10 @@ class Bagel(nn.Module):
         patch, side = self.config.vit.patch_size, self.config.vit_max_patches
         grids = [(i.shape[1] // patch, i.shape[2] // patch) for i in images]
         lens = [rows * cols for rows, cols in grids]
-        ids = torch.cat([grid_ids(r, c, side, self.config.interpolate_pos) for r, c in grids]).to(self.device)
-        patches = torch.cat([patchify(i.to(self.device), patch) for i in images])
+        ids = torch.cat([grid_ids(r, c, side, self.config.interpolate_pos) for r, c in grids])
+        device = self.device if self.places is None else self.places.vit
+        ids = ids.to(device)
+        patches = torch.cat([patchify(i.to(device), patch) for i in images])
         features_PD = self.vit(patches, ids, lens)
         connected_PD, places_PD = self.connector(features_PD), self.vit_pos_embed(ids)
         if tap:
@@ -192,7 +207,7 @@ class Bagel(nn.Module):
             tap("vit_out", features_PD)
             tap("connector_out", connected_PD)
             tap("vit_pos_embed", places_PD)
-        return connected_PD + places_PD, lens
+        return (connected_PD + places_PD).to(self.device), lens
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
@@ -208,7 +223,8 @@ class Bagel(nn.Module):
         h_TD = self._run(x_TD, work, first_in_last=0)
         for context in contexts:
             context.advance(1, 1)
-        return self.lm_head(self.norm_und(h_TD))  # type: ignore[no-any-return]
+        h_TD = self.norm_und(h_TD)
+        return self.lm_head(h_TD if self.places is None else h_TD.to(self.places.head))  # type: ignore[no-any-return]
 
     # --- images -------------------------------------------------------------------------------------------------------
 
@@ -281,13 +297,15 @@ class Bagel(nn.Module):
     def _run(self, x_TD: Tensor, work: _Pass, first_in_last: int, tap: Tap | None = None) -> Tensor:
         """All decoder layers. In the last one only rows from `first_in_last` on are carried through."""
         wide = sum(work.gen_lens) > 0
-        attend = _attend_with(work)
+        attend, rope, places = _attend_with(work), work.rope, self.places
         for layer in self.layers:
             first = first_in_last if layer.index == len(self.layers) - 1 else 0
-            x_TD = layer(x_TD, work.n_und, work.rope, attend, wide, first)
+            if places is not None and x_TD.device != (device := places.layers[layer.index]):
+                x_TD, rope = x_TD.to(device), (rope[0].to(device), rope[1].to(device))
+            x_TD = layer(x_TD, work.n_und, rope, attend, wide, first)
             if tap:
                 tap(f"layer{layer.index}", _official_order(x_TD, work))
-        return x_TD
+        return x_TD if places is None else x_TD.to(places.home)
 
     def _rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         llm = self.config.llm

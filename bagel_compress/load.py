@@ -8,7 +8,7 @@ A census says what each module really holds, and a compressed weight that is not
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bagel.layout import official_role
 from bagel_compress.artifact import EXPORT_MANIFEST, MANIFEST, Artifact
 from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.devices import DeviceMap, Where
 from bagel_compress.errors import ArtifactError, CheckpointError
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ class CensusRow:
     nbytes: int
 
 
-def open_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+def open_model(path: str | Path, device: Where = "cpu", dtype: torch.dtype | None = None) -> Sampler:
     """A full-precision checkpoint folder, an artifact folder or a Hub id, ready to sample.
 
-    `dtype` None is bf16, the models' own. Any other dtype gives an artifact's decoded weights in that dtype, without
-    the run-time modules. Raises CheckpointError, ArtifactError or BagelError.
+    `device` may be a map over several devices. `dtype` None is bf16, the models' own. Any other dtype gives an
+    artifact's decoded weights in that dtype, without the run-time modules. Raises CheckpointError, ArtifactError or
+    BagelError.
     """
     folder = Path(path)
     if not folder.exists():
@@ -55,9 +57,7 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     return load_checkpoint(Checkpoint.open(folder), device, dtype)
 
 
-def load_checkpoint(
-    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Sampler:
+def load_checkpoint(checkpoint: Checkpoint, device: Where = "cpu", dtype: torch.dtype | None = None) -> Sampler:
     """The sampler of a checkpoint in any layout: prefixes, shards, dtypes, adapter and base as opened."""
     import torch
 
@@ -66,7 +66,7 @@ def load_checkpoint(
     from bagel.sampler import Sampler
     from bagel.text import TextCodec
 
-    device, dtype = torch.device(device), dtype or torch.bfloat16
+    lies_on, dtype = _lies_on(device), dtype or torch.bfloat16
     with TemporaryDirectory() as gathered:
         folder = Path(gathered)
         for name, file in checkpoint.files.items():
@@ -77,30 +77,29 @@ def load_checkpoint(
             bagel = Bagel(read_config(folder, checkpoint.shapes, vae_shapes))
         for spec in checkpoint.specs:
             values = checkpoint.read(spec, 0, spec.numel).reshape(spec.shape)
-            put(bagel, parameter_path(spec.name), _parameter(values.to(device, dtype, copy=True)))
-        vae = load_vae(folder, device, checkpoint.files[VAE])
-        return Sampler(bagel.eval(), vae, TextCodec.from_dir(folder))
+            path = parameter_path(spec.name)
+            put(bagel, path, _parameter(values.to(lies_on(path), dtype, copy=True)))
+        vae = load_vae(folder, lies_on("vae"), checkpoint.files[VAE])
+        return _spread(Sampler(bagel.eval(), vae, TextCodec.from_dir(folder)), device)
 
 
-def load(artifact: Artifact, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Sampler:
-    """The sampler of an artifact. See `open_model` for `dtype`."""
-    import torch
-
+def load(artifact: Artifact, device: Where = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+    """The sampler of an artifact. See `open_model` for `device` and `dtype`."""
     from bagel.loading import load_vae, read_config, shapes_of, tensor_names, unfilled
     from bagel.model import Bagel
     from bagel.sampler import Sampler
     from bagel.text import TextCodec
 
-    device = torch.device(device)
+    lies_on = _lies_on(device)
     shapes = {spec.name: spec.shape for unit in artifact.units() for spec in unit.specs}
     vae_files = dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path)
     with unfilled():
         bagel = Bagel(read_config(artifact.path, shapes, shapes_of(vae_files)))
-    _fill(bagel, artifact, device, dtype)
-    sampler = Sampler(bagel.eval(), load_vae(artifact.path, device), TextCodec.from_dir(artifact.path))
+    _fill(bagel, artifact, lies_on, dtype)
+    sampler = Sampler(bagel.eval(), load_vae(artifact.path, lies_on("vae")), TextCodec.from_dir(artifact.path))
     if dtype is None:
         census(sampler.bagel, artifact)
-    return sampler
+    return _spread(sampler, device)
 
 
 def census(bagel: Bagel, artifact: Artifact) -> list[CensusRow]:
@@ -129,7 +128,28 @@ def _row(tensor: str, module: Any) -> CensusRow:
     return CensusRow(tensor, "raw", dtype, dtype, value.nbytes)
 
 
-def _fill(bagel: Bagel, artifact: Artifact, device: torch.device, dtype: torch.dtype | None) -> None:
+def _lies_on(device: Where) -> Callable[[str], torch.device]:
+    """Path of a module -> where its weights are loaded."""
+    import torch
+
+    if isinstance(device, DeviceMap):
+        return device.lies_on
+    everywhere = torch.device(device)
+    return lambda path: everywhere
+
+
+def _spread(sampler: Sampler, device: Where) -> Sampler:
+    """The sampler, told of its map if it has one."""
+    if isinstance(device, DeviceMap):
+        from bagel_compress.residency import wait
+
+        sampler.bagel.places = device.places()
+        if device.waiting:
+            wait(sampler, device)
+    return sampler
+
+
+def _fill(bagel: Bagel, artifact: Artifact, lies_on: Callable[[str], torch.device], dtype: torch.dtype | None) -> None:
     """Biases first, so that a linear's module is made whole; then every unit in the order of the shards."""
     from bagel.loading import parameter_path, put
 
@@ -137,10 +157,12 @@ def _fill(bagel: Bagel, artifact: Artifact, device: torch.device, dtype: torch.d
     for name, entry in artifact.manifest.units.items():
         for tensor in entry.tensors:
             if tensor.endswith(".bias"):
-                biases[tensor.removesuffix("bias") + "weight"] = artifact.decode(name)[tensor].to(device, dtype)
+                value = artifact.decode(name)[tensor]
+                biases[tensor.removesuffix("bias") + "weight"] = value.to(lies_on(_module_path(tensor)), dtype)
     expected = dict(bagel.named_parameters())
     for name, entry in artifact.manifest.units.items():
         _check_shapes(artifact, name, {t: tuple(expected[parameter_path(t)].shape) for t in entry.tensors})
+        device = lies_on(_module_path(next(iter(entry.tensors))))
         parts = {part: value.to(device) for part, value in artifact.parts(name).items()}
         if dtype is None and (modules := _modules(artifact, name, parts, biases)):
             for tensor, module in modules.items():

@@ -9,6 +9,8 @@ Weights are never changed, only their place: results are the same to the bit. Ho
 weights are meta tensors, so a use that was forgotten fails instead of computing in the wrong place. An embedding table
 that no phase lists stays in host memory for good: only the rows that are looked up travel. DF11 units own their device
 memory themselves and stay where they were loaded.
+
+The same machinery serves a device map (devices.py): what the map lets wait is brought to its own device for each call.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bagel.sampler import Sampler
+from bagel_compress.devices import DeviceMap, group_of
 from bagel_compress.target import Part, Phase, Target
 
 # Groups that come and go as one: an expert of a layer, and the parts outside of the decoder.
@@ -43,7 +46,18 @@ _PASSES: dict[str, Phase] = {
 
 def reside(sampler: Sampler, plan: Mapping[Phase, tuple[Part, ...]], device: torch.device | str) -> Residency:
     """Lets a sampler follow a plan on `device`; the sampler may be loaded there or on the CPU. Changes it in place."""
-    return Residency(sampler, plan, torch.device(device))
+    everywhere = torch.device(device)
+    return Residency(sampler, plan, lambda path: everywhere)
+
+
+def wait(sampler: Sampler, places: DeviceMap) -> Residency:
+    """Lets a sampler that was loaded by a map bring what the map keeps in host memory. Changes it in place."""
+
+    def device_of(path: str) -> torch.device | None:
+        group = group_of(path)
+        return places.device_of(group) if group in places.waiting else None
+
+    return Residency(sampler, {}, device_of)
 
 
 def place(sampler: Sampler, target: Target, device: torch.device | str) -> Residency | None:
@@ -63,6 +77,7 @@ class _Group:
     """Tensors that come and go together. `owners`: module, its dictionary of tensors, name, and the host copy."""
 
     part: Part
+    device: torch.device
     owners: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     there: bool = False
     arrival: Any = None  # CUDA event of the copies
@@ -75,11 +90,18 @@ class _Group:
 class Residency:
     """The groups of a model and where they are. `bytes_there` and `peak` count weights on the card."""
 
-    def __init__(self, sampler: Sampler, plan: Mapping[Phase, tuple[Part, ...]], device: torch.device) -> None:
-        self._plan, self._device, self._phase = plan, device, ""
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(
+        self,
+        sampler: Sampler,
+        plan: Mapping[Phase, tuple[Part, ...]],
+        device_of: Callable[[str], torch.device | None],
+    ) -> None:
+        """`device_of`: path of a module -> where it computes; None: it is there already and stays."""
+        self._plan, self._device_of, self._phase = plan, device_of, ""
+        self._sides: dict[torch.device, torch.cuda.Stream] = {}
         self.bytes_there = self.peak = 0
-        if not any("embed" in parts for parts in plan.values()):
+        device = device_of("embed_tokens")
+        if device is not None and not any("embed" in parts for parts in plan.values()):
             sampler.bagel.embed_tokens = _HostEmbedding(sampler.bagel.embed_tokens, device)  # type: ignore[assignment]
         self._groups = self._gathered(sampler)
         for group in self._groups.values():
@@ -107,32 +129,37 @@ class Residency:
             *sampler.bagel.named_modules(),
             *((f"vae.{p}", m) for p, m in sampler.vae.named_modules()),
         ]:
+            device = self._device_of(path)
+            if device is None:
+                continue
             for name, tensor in _own_tensors(module):
                 found = _group_of(f"{path}.")
                 if found is None:  # norms, bridges: small, and used in every pass
-                    _set(module, name, tensor.to(self._device))
+                    _set(module, name, tensor.to(device))
                     continue
                 key, part = found
-                groups.setdefault(key, _Group(part)).owners.append((module, name, self._host(tensor)))
+                groups.setdefault(key, _Group(part, device)).owners.append((module, name, _host(tensor, device)))
         return groups
 
-    def _host(self, tensor: Tensor) -> Tensor:
-        host = tensor.detach().cpu()
-        return host.pin_memory() if self._side is not None else host
+    def _side(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._sides:
+            self._sides[device] = torch.cuda.Stream(device)
+        return self._sides[device]
 
     def _bring(self, group: _Group) -> None:
         if group.there:
             return
-        if self._side is None:
-            _place(group, lambda host: host.to(self._device, copy=True))
+        if group.device.type != "cuda":
+            _place(group, lambda host: host.to(group.device, copy=True))
         else:
             # Memory comes from the current stream, so that what was dropped before can be used again in its order.
-            _place(group, lambda host: torch.empty_like(host, device=self._device))
-            self._side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._side):
+            _place(group, lambda host: torch.empty_like(host, device=group.device))
+            side = self._side(group.device)
+            side.wait_stream(torch.cuda.current_stream(group.device))
+            with torch.cuda.stream(side):
                 for module, name, host in group.owners:
                     _get(module, name).copy_(host, non_blocking=True)
-                group.arrival = self._side.record_event()
+                group.arrival = side.record_event()
         group.there = True
         self.bytes_there += group.nbytes
         self.peak = max(self.peak, self.bytes_there)
@@ -147,7 +174,7 @@ class Residency:
 
     def _arrived(self, group: _Group) -> None:
         if group.arrival is not None:
-            torch.cuda.current_stream(self._device).wait_event(group.arrival)
+            torch.cuda.current_stream(group.device).wait_event(group.arrival)
             group.arrival = None
 
     # --- hooks --------------------------------------------------------------------------------------------------------
@@ -227,6 +254,11 @@ class _HostEmbedding(nn.Module):
         [table] = self._hidden
         rows: Tensor = table(ids.cpu())
         return rows.to(self._device)
+
+
+def _host(tensor: Tensor, device: torch.device) -> Tensor:
+    host = tensor.detach().cpu()
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 def _group_of(path: str) -> tuple[str, Part] | None:

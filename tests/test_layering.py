@@ -16,7 +16,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "spec", "limits"}),
     frozenset({"tensorfile", "words", "codecs", "metrics", "lpips", "sizes", "resources", "download", "case"}),
     frozenset({"recipe", "runtime", "target", "checkpoint", "lora", "header", "reports", "synth_kernel"}),
-    frozenset({"plan", "artifact", "writer", "readers", "build", "synth", "hub"}),
+    frozenset({"plan", "artifact", "writer", "readers", "build", "synth", "hub", "devices"}),
     frozenset({"load", "stream", "trace", "observe", "comfy", "residency"}),
     frozenset({"export"}),
     frozenset({"validate", "report_html", "report_budgets", "report_svg", "report_text", "report_family"}),

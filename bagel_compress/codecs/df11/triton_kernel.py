@@ -11,6 +11,8 @@ Its speed was not measured on a GPU; its output was compared bit for bit in the 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -29,10 +31,11 @@ def decode(
 ) -> None:
     """Fills bf16 `out` [weights]. All on one device: int64 `table` [4096] and `positions` [blocks + 1], else uint8."""
     blocks = positions.numel() - 1
-    _decode_block[(blocks,)](
-        table, luts, stream, rest, positions, gaps, out.view(torch.int16),
-        stream.numel(), gaps.numel(), rest.numel(), luts.shape[0] - 1, LANES=THREADS_PER_BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():  # a launch goes to the current device
+        _decode_block[(blocks,)](
+            table, luts, stream, rest, positions, gaps, out.view(torch.int16),
+            stream.numel(), gaps.numel(), rest.numel(), luts.shape[0] - 1, LANES=THREADS_PER_BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
