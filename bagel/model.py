@@ -298,13 +298,13 @@ class Bagel(nn.Module):
         """All decoder layers. In the last one only rows from `first_in_last` on are carried through."""
         wide = sum(work.gen_lens) > 0
         attend, rope, places = _attend_with(work), work.rope, self.places
-        for layer in self.layers:
-            first = first_in_last if layer.index == len(self.layers) - 1 else 0
-            if places is not None and x_TD.device != (device := places.layers[layer.index]):
+        for index, layer in enumerate(self.layers):
+            first = first_in_last if index == len(self.layers) - 1 else 0
+            if places is not None and x_TD.device != (device := places.layers[index]):
                 x_TD, rope = x_TD.to(device), (rope[0].to(device), rope[1].to(device))
             x_TD = layer(x_TD, work.n_und, rope, attend, wide, first)
             if tap:
-                tap(f"layer{layer.index}", _official_order(x_TD, work))
+                tap(f"layer{index}", _official_order(x_TD, work))
         return x_TD if places is None else x_TD.to(places.home)
 
     def _rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:

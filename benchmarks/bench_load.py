@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="where files are written (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--format", action="append", choices=tuple(FORMATS), help="only these")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -64,14 +65,15 @@ def built(args: argparse.Namespace, work: Path) -> dict[str, Path]:
     from bagel_compress.stream import compress
     from bagel_compress.synth import synthesise
 
+    wanted = {name: recipe for name, recipe in FORMATS.items() if name in (args.format or FORMATS)}
     if args.artifacts is not None:
-        return {name: args.artifacts / recipe for name, recipe in FORMATS.items()}
+        return {name: args.artifacts / recipe for name, recipe in wanted.items()}
     source = args.source
     if source is None:
         source = work / "source"
         synthesise("7b-mot", source, seed=0, layers=args.layers)
     checkpoint, folders = Checkpoint.open(source), {}
-    for name, recipe in FORMATS.items():
+    for name, recipe in wanted.items():
         print(f"building {recipe}", file=sys.stderr, flush=True)
         compress(make_plan(checkpoint, Recipe.load(find_recipe(recipe))), checkpoint, work / recipe)
         folders[name] = work / recipe

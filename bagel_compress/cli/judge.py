@@ -58,7 +58,8 @@ def register(verbs: Any) -> None:
     budget = add_verb(
         verbs, "budget", "peak memory on a card, phase by phase; needs no GPU; exit 1 if it does not fit",
         "bagel-compress budget nf4 --target 12gb 16gb\n  bagel-compress budget out/nf4 --target h100 --device cuda\n"
-        "  bagel-compress budget out/nf4 --target 12gb --device cpu --source BAGEL-7B-MoT",
+        "  bagel-compress budget out/nf4 --target 12gb --device cpu --source BAGEL-7B-MoT\n"
+        "  bagel-compress budget fp8-24gb --target 12gb 12gb --together",
     )  # fmt: skip
     budget.add_argument("build", metavar="ARTIFACT|RECIPE", help="artifact folder; recipe file or packaged name")
     budget.add_argument(
@@ -72,6 +73,10 @@ def register(verbs: Any) -> None:
     budget.add_argument(
         "--device", metavar="D", help="also measure on this CUDA device, if it is the target's; cpu: times only"
     )
+    budget.add_argument(
+        "--together", action="store_true",
+        help="the targets are cards of one machine: plan which layers and parts go to which",
+    )  # fmt: skip
     add_json(budget)
     budget.set_defaults(verb=_budget)
 
@@ -84,7 +89,7 @@ def register(verbs: Any) -> None:
 
 
 def _device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1 (default cpu)")
 
 
 def _artifact_and_traces(parser: argparse.ArgumentParser) -> None:
@@ -99,10 +104,12 @@ def _trace(args: argparse.Namespace) -> int:
 
     from bagel_compress.case import load_cases
     from bagel_compress.validate.judge import record_source
+    from bagel_compress.validate.placing import one_device, where
 
     floors = {"all": ("repeat", "kernel", "dtype"), "kernel": ("repeat", "kernel"), "none": ()}[args.floor]
     dtype = getattr(torch, args.dtype)
-    file = record_source(args.source, load_cases(args.cases), args.out, args.device, dtype, floors, say)
+    device = where(args.device, args.source, say) if dtype == torch.bfloat16 else one_device(args.device)
+    file = record_source(args.source, load_cases(args.cases), args.out, device, dtype, floors, say)
     size = file.path.stat().st_size
     data = {
         "trace": str(file.path),
@@ -132,8 +139,9 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from bagel_compress.validate.gate import check
+    from bagel_compress.validate.placing import one_device
 
-    report, budgets = check(args.artifact, args.trace, args.target, args.device, say)
+    report, budgets = check(args.artifact, args.trace, args.target, one_device(args.device), say)
     page = Path(args.artifact) / "report.html"
     passed = report.passed and not any(b.broken for b in budgets)
     data = {"passed": passed, "parity": report.model_dump(mode="json"), "page": str(page)}
@@ -143,11 +151,31 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _budget(args: argparse.Namespace) -> int:
+    if args.together:
+        return _together(args)
     from bagel_compress.validate.gate import budgets_of
 
     reports = budgets_of(args.build, args.target, args.source, args.device)
     emit(args, {"budgets": [r.model_dump(mode="json") for r in reports]}, "\n\n".join(map(budget_table, reports)))
     return 1 if any(r.broken for r in reports) else 0
+
+
+def _together(args: argparse.Namespace) -> int:
+    from bagel_compress.artifact import MANIFEST
+    from bagel_compress.errors import TargetError
+    from bagel_compress.target import Target
+    from bagel_compress.validate.device_map import card_of, plan_map
+    from bagel_compress.validate.gate import planned_build
+    from bagel_compress.validate.placing import build_of
+
+    if args.device is not None:
+        raise TargetError("--together plans from the targets' memory and measures nothing; leave --device away.")
+    targets = [Target.load(target) for target in args.target]
+    is_folder = (Path(args.build) / MANIFEST).exists()
+    build = build_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
+    plan = plan_map(build, [card_of(t, f"cuda:{i}") for i, t in enumerate(targets)], targets[0].sizes)
+    emit(args, plan.to_json(), f"{build.name} on {' + '.join(t.name for t in targets)}, GiB\n{plan.table()}")
+    return 0
 
 
 def budget_table(report: BudgetReport) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.cli import add_json, add_verb, emit
+from bagel_compress.cli import add_json, add_verb, emit, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,7 +60,10 @@ def register(verbs: Any) -> None:
 def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
     parser = add_verb(verbs, name, text, examples)
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: CUDA where there is one)")
+    parser.add_argument(
+        "--device", default="auto",
+        help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1 (auto: the CUDA devices that it takes, else the CPU)",
+    )  # fmt: skip
     parser.add_argument(
         "--target", metavar="T", help="place the model as this target says (which part is on the card when)"
     )
@@ -202,31 +205,18 @@ def _opened(args: argparse.Namespace) -> Loops:
     from bagel_compress.load import open_model
     from bagel_compress.residency import place
     from bagel_compress.target import Target
+    from bagel_compress.validate.placing import one_device, where
 
-    device, dtype = device_of(args.device), {"bf16": None, "fp32": torch.float32}[args.dtype]
+    dtype = {"bf16": None, "fp32": torch.float32}[args.dtype]
+    if args.target is None and dtype is None:
+        return open_model(folder, where(args.device, folder, say))
+    device = one_device(args.device)
     if args.target is None:
         return open_model(folder, device, dtype)
     target = Target.load(args.target)
     sampler = open_model(folder, "cpu", dtype)
     place(sampler, target, device)
     return sampler
-
-
-def device_of(name: str) -> str:
-    """The torch device that --device means. Raises TargetError if it is not there."""
-    import torch
-
-    from bagel_compress.errors import TargetError
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise TargetError(f"--device {name}: this machine has no CUDA device that torch can use; use --device cpu.")
-    try:
-        torch.device(name)
-    except RuntimeError:
-        raise TargetError(f"--device {name!r} is no device; expected auto, cpu, cuda or cuda:N.") from None
-    return name
 
 
 @contextmanager

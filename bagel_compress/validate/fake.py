@@ -167,7 +167,7 @@ def fake_sampler(build: Build, dtype: torch.dtype = torch.bfloat16, ring: Tensor
     }
     ring = _ring(build.units) if ring is None else ring
     for stored in build.units:
-        if stored.codec.format == "raw" or not all(_linear(s.name) for s in stored.unit.specs):
+        if not is_run_time(stored):
             continue
         parts = {name: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]()) for name, p in stored.parts.items()}
         for tensor, module in _linears(stored, parts, biases, ring).items():
@@ -239,6 +239,11 @@ def ring_bytes(build: Build) -> int:
 def _ring_weights(units: Sequence[Stored]) -> int:
     coded = [s.unit for s in units if s.codec.format == "df11" and all(_linear(spec.name) for spec in s.unit.specs)]
     return ring_weights((unit.name, unit.numel) for unit in coded)
+
+
+def is_run_time(stored: Stored) -> bool:
+    """Whether a unit's linears run from its stored parts; what else is coded is decoded at loading."""
+    return stored.codec.format != "raw" and all(_linear(spec.name) for spec in stored.unit.specs)
 
 
 def _linear(name: str) -> bool:

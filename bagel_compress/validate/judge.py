@@ -20,7 +20,8 @@ from bagel.loading import parameter_path
 from bagel_compress.artifact import Artifact
 from bagel_compress.case import Case
 from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.errors import TraceError
+from bagel_compress.devices import DeviceMap, Where
+from bagel_compress.errors import TargetError, TraceError
 from bagel_compress.limits import resolve
 from bagel_compress.load import load, load_checkpoint
 from bagel_compress.lpips import Lpips
@@ -42,7 +43,7 @@ def record_source(
     source: str | Path | Checkpoint,
     cases: Sequence[tuple[Case, Path]],
     out: str | Path,
-    device: str = "cpu",
+    device: Where = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     floors: Sequence[str] = FLOORS,
     progress: Progress | None = None,
@@ -57,7 +58,7 @@ def validate_artifact(
     path: str | Path,
     traces: Sequence[str | Path],
     source: str | Path | Checkpoint | None = None,
-    device: str = "cpu",
+    device: Where = "cpu",
     progress: Progress | None = None,
     lpips: str | Path | None = None,
 ) -> ParityReport:
@@ -66,7 +67,7 @@ def validate_artifact(
     `lpips`: a file of that network's weights, to measure it (lpips.py).
 
     Raises TraceError on a trace of another source, RecipeError on a limit below the noise floor; a broken limit is no
-    error here but in the report (`ParityReport.require` raises).
+    error here but in the report (`ParityReport.require` raises). `device` may be a map, without `source`.
     """
     artifact = Artifact.open(path)
     recipe = artifact.manifest.recipe
@@ -77,6 +78,8 @@ def validate_artifact(
     dtype = _dtype(files)
     reference = None
     if source is not None:
+        if isinstance(device, DeviceMap):
+            raise TargetError("--source needs the artifact and the source on one device; name one, or leave it away.")
         checkpoint = _opened(source)
         for file in files:
             file.expect_source(checkpoint.digest, checkpoint.name)

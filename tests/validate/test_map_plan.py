@@ -1,0 +1,174 @@
+"""Device maps planned from the released checkpoint's header: what goes where, what waits, what is refused."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from bagel_compress.errors import TargetError
+from bagel_compress.target import GIB, MIB, Sizes, Target
+from bagel_compress.validate import placing
+from bagel_compress.validate.budget import ACTIVATIONS, CACHES, CONTEXT, predict
+from bagel_compress.validate.device_map import ASIDE, Card, _needs, card_of, held_bytes, plan_map
+from bagel_compress.validate.gate import planned_build
+
+LAYERS = 28
+
+
+def cards(*targets: str) -> list[Card]:
+    return [card_of(Target.load(target), f"cuda:{index}") for index, target in enumerate(targets)]
+
+
+@pytest.fixture(scope="module")
+def builds():
+    return {recipe: planned_build(recipe, None) for recipe in ("raw", "fp8-24gb", "nf4", "df11")}
+
+
+@pytest.mark.parametrize("recipe", ["raw", "fp8-24gb", "nf4", "df11"])
+def test_groups_weigh_what_the_budget_counts(builds, recipe):
+    """The sum of all groups is the prediction's weights; DF11's embedding table is held decoded."""
+    phase = predict(builds[recipe], Target.load("h100")).phases[0]
+    weights = sum(size for part, size in phase.parts.items() if part not in (CACHES, ACTIVATIONS, CONTEXT))
+    assert sum(held_bytes(builds[recipe]).values()) == pytest.approx(weights, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names", "used"),
+    [
+        ("fp8-24gb", ("12gb", "12gb"), 2),
+        ("raw", ("24gb", "12gb"), 2),
+        ("df11", ("16gb", "16gb"), 2),
+        ("nf4", ("16gb", "12gb"), 1),
+    ],
+)
+def test_what_fits_is_divided_in_order(builds, recipe, names, used):
+    plan = plan_map(builds[recipe], cards(*names))
+    assert not plan.places.waiting
+    assert len(plan.loads) == used
+    runs = [device for device, _ in itertools.groupby(plan.places.layers)]
+    assert runs == [f"cuda:{i}" for i in range(used)]
+    assert all(load.total <= load.card.room for load in plan.loads)
+    assert sum(load.weights for load in plan.loads) == sum(held_bytes(builds[recipe]).values())
+    caches = sum(load.caches for load in plan.loads)
+    assert 0.4 * GIB < caches < 0.7 * GIB
+
+
+def test_no_other_division_leaves_more_room(builds):
+    """Every border between two cards with every way to lay the parts aside."""
+    both = cards("24gb", "12gb")
+    needs = _needs(builds["raw"], Sizes())
+    spares = []
+    for border, chosen in itertools.product(range(LAYERS + 1), itertools.product((0, 1), repeat=len(ASIDE))):
+        parts = [[part for part, at in zip(ASIDE, chosen, strict=True) if at == index] for index in (0, 1)]
+        loads = (
+            needs.load(both[0], range(border), ["embed_tokens", "home", *parts[0]], frozenset()),
+            needs.load(both[1], range(border, LAYERS), parts[1], frozenset()),
+        )
+        spares.append(min(load.card.room - load.total for load in loads))
+    plan = plan_map(builds["raw"], both)
+    assert min(load.card.room - load.total for load in plan.loads) >= max(spares) - MIB
+
+
+def test_what_is_planned_are_the_bytes_of_the_build(builds):
+    """At four bytes a weight, as maps of unquantised fp32 modules are planned, NF4 would seem to need 58 GB."""
+    assert 4 * sum(stored.unit.numel for stored in builds["nf4"].units) > 58e9
+    assert sum(held_bytes(builds["nf4"]).values()) < 10.6e9
+
+
+def test_what_fits_nowhere_waits(builds):
+    plan = plan_map(builds["raw"], cards("12gb"))
+    waiting = plan.places.waiting
+    assert {"embed_tokens", "vae", "vit", "lm_head", f"layers.{LAYERS - 1}"} <= waiting
+    assert "layers.0" not in waiting
+    assert plan.places.lies_on("layers.27.gen.q_proj") == torch.device("cpu")
+    assert plan.places.device_of("layers.27") == torch.device("cuda:0")
+    [load] = plan.loads
+    held = held_bytes(builds["raw"])
+    there = sum(size for group, size in held.items() if group not in waiting)
+    assert load.weights == there + max(held["layers.27"], held["lm_head"])  # room for the largest that is brought
+    assert load.total <= load.card.room
+    assert plan.host == sum(held[group] for group in waiting)
+    assert "host" in plan.table()
+    assert "layers 6-27" in plan.table()
+
+
+@pytest.mark.parametrize(("recipe", "names"), [("df11", ("12gb", "12gb")), ("df11", ("12gb",))])
+def test_codes_that_cannot_wait_are_refused_in_one_sentence(builds, recipe, names):
+    with pytest.raises(TargetError, match=r"^df11 does not fit on these devices .*cannot wait in host memory") as fault:
+        plan_map(builds[recipe], cards(*names))
+    assert "\n" not in str(fault.value)
+
+
+def test_a_card_too_small_for_the_activations_is_refused(builds):
+    with pytest.raises(TargetError, match="fewer bits or more devices"):
+        plan_map(builds["nf4"], [Card("cuda:0", "small", 2 * GIB)])
+
+
+def test_smaller_pictures_need_less(builds):
+    small = Sizes(image=(512, 512), input_image=(512, 512))
+    assert not plan_map(builds["nf4"], cards("12gb"), small).places.waiting
+    assert plan_map(builds["nf4"], cards("12gb")).places.waiting
+
+
+# --- the option -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    """A machine with two cards of 12 GB, as far as planning asks."""
+    free = {"cuda:0": 12 * GIB, "cuda:1": 12 * GIB}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], free[device]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    return free
+
+
+def test_auto_takes_one_card_where_there_is_room_and_else_a_map(two_cards, builds, monkeypatch):
+    monkeypatch.setattr(placing, "build_of", lambda folder: builds["fp8-24gb"])
+    told = []
+    places = placing.where("auto", "model", told.append)
+    assert set(places.layers) == {"cuda:0", "cuda:1"}
+    assert not places.waiting
+    assert "cuda:1" in told[0]
+    two_cards["cuda:0"] = 40 * GIB
+    assert placing.where("auto", "model") == "cuda"
+    two_cards["cuda:0"] = 12 * GIB
+    assert placing.where("cuda:1,cuda:0", "model").home == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [
+        ("cuda:2", "has 2 CUDA devices"),
+        ("cuda:0,cuda:2", "has 2 CUDA devices"),
+        ("cuda:0,cuda:0", "no card of its own"),
+        ("cuda:0,cpu", "no card of its own"),
+        ("card", "is no device"),
+    ],
+)
+def test_devices_that_are_not_there(two_cards, device, sentence):
+    with pytest.raises(TargetError, match=sentence):
+        placing.where(device, "model")
+
+
+def test_without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert placing.where("auto", "model") == "cpu"
+    with pytest.raises(TargetError, match="no CUDA device"):
+        placing.where("cuda:0,cuda:1", "model")
+
+
+def test_the_command_line_plans_over_targets(cli):
+    code, out, _ = cli("budget", "fp8-24gb", "--target", "12gb", "12gb", "--together", "--json")
+    devices = json.loads(out)["devices"]
+    assert code == 0
+    assert [d["device"] for d in devices] == ["cuda:0", "cuda:1"]
+    assert devices[0]["layers"] + devices[1]["layers"] == list(range(LAYERS))
+    code, out, _ = cli("budget", "raw", "--target", "12gb", "--together")
+    assert code == 0
+    assert "host" in out
+    code, _, err = cli("budget", "df11", "--target", "12gb", "--together")
+    assert code == 2
+    assert "does not fit" in err
