@@ -19,6 +19,7 @@ parameters cannot be made of fake tensors.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -243,6 +244,8 @@ def _bitsandbytes() -> Any:
     """The library's operators, or None where it is not installed."""
     if find_spec("bitsandbytes") is None:
         return None
+    # At import it warns of a package that it can do without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401  (registers the operators)
 
     return torch.ops.bitsandbytes
