@@ -38,6 +38,7 @@ METRICS: dict[str, tuple[Sense, str]] = {
     "image.ssim": ("min", "free run, SSIM of the picture"),
     "image.ms_ssim": ("min", "free run, MS-SSIM of the picture"),
     "image.lpips": ("max", "free run, LPIPS of the picture (AlexNet), with the user's weights"),
+    "image.clip_drop": ("max", "free run, CLIP score lost against the reference's picture, with the user's model"),
     "image.cosine": ("min", "free run, cosine of the pixels"),
     "image.rel_l2": ("max", "free run, relative L2 of the pixels"),
     "image.mae": ("max", "free run, mean absolute difference of the pixels, of 255"),

@@ -110,6 +110,7 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
             f"PSNR {_show(metrics['image.psnr'])} dB, SSIM {_show(metrics['image.ssim'])},"
             f" mean difference {_show(metrics['image.mae'])} of 255"
             + (f", LPIPS {_show(metrics['image.lpips'])}" if "image.lpips" in metrics else "")
+            + (f", CLIP score {_show(metrics['image.clip'])}" if "image.clip" in metrics else "")
         ).replace("equal dB", "equal")
         blocks.append(
             f"<div class='case'><h3>{escape(case.name)} <small class='soft'>{escape(case.kind)}</small></h3>"

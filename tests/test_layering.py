@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Low to high; a module may import from its own level's modules and from lower levels, never from higher ones.
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "spec", "limits"}),
-    frozenset({"tensorfile", "words", "codecs", "metrics", "lpips", "sizes", "resources", "download", "case"}),
+    frozenset({"tensorfile", "words", "codecs", "metrics", "lpips", "clip", "sizes", "resources", "download", "case"}),
     frozenset({"recipe", "runtime", "target", "checkpoint", "lora", "header", "reports", "synth_kernel"}),
     frozenset({"plan", "artifact", "writer", "readers", "build", "synth", "hub", "devices"}),
     frozenset({"load", "stream", "trace", "observe", "comfy", "residency"}),

@@ -43,6 +43,7 @@ def register(verbs: Any) -> None:
     _artifact_and_traces(validate)
     validate.add_argument("--source", metavar="DIR", help="the checkpoint, to attribute errors to components")
     validate.add_argument("--lpips", metavar="FILE", help="AlexNet and LPIPS weights (safetensors), to measure LPIPS")
+    validate.add_argument("--clip", metavar="DIR", help="CLIP model in the layout of the Hub, to score by it")
     validate.set_defaults(verb=_validate)
 
     check = add_verb(
@@ -124,6 +125,7 @@ def _trace(args: argparse.Namespace) -> int:
 def _validate(args: argparse.Namespace) -> int:
     from bagel_compress.artifact import EXPORT_MANIFEST
     from bagel_compress.validate.judge import validate_artifact
+    from bagel_compress.validate.networks import Networks
 
     if (Path(args.artifact) / EXPORT_MANIFEST).exists():
         from bagel_compress.export.manifest import ExportFolder
@@ -131,7 +133,8 @@ def _validate(args: argparse.Namespace) -> int:
 
         report = validate_export(ExportFolder.open(args.artifact), args.trace, progress=say)
     else:
-        report = validate_artifact(args.artifact, args.trace, args.source, args.device, say, args.lpips)
+        networks = Networks.open(args.lpips, args.clip)
+        report = validate_artifact(args.artifact, args.trace, args.source, args.device, say, networks)
     page = Path(args.artifact) / "report.html"
     emit(args, report.model_dump(mode="json") | {"passed": report.passed, "page": str(page)}, table(report, page))
     return 0 if report.passed else 1

@@ -24,13 +24,13 @@ from bagel_compress.devices import DeviceMap, Where
 from bagel_compress.errors import TargetError, TraceError
 from bagel_compress.limits import resolve
 from bagel_compress.load import load, load_checkpoint
-from bagel_compress.lpips import Lpips
 from bagel_compress.report_html import render
 from bagel_compress.report_text import junit, markdown
 from bagel_compress.reports import REPORTS, ParityReport, load_budgets
 from bagel_compress.trace import TraceFile
 from bagel_compress.validate.diagnose import Format
-from bagel_compress.validate.parity import Found, Progress, Subject, compare
+from bagel_compress.validate.networks import Networks
+from bagel_compress.validate.parity import NO_NETWORKS, Found, Progress, Subject, compare
 from bagel_compress.validate.recording import FLOORS, record_cases
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ def validate_artifact(
     source: str | Path | Checkpoint | None = None,
     device: Where = "cpu",
     progress: Progress | None = None,
-    lpips: str | Path | None = None,
+    networks: Networks = NO_NETWORKS,
 ) -> ParityReport:
     """Judges an artifact by its recipe's limits and writes the reports. With `source`, attributes errors to components.
 
-    `lpips`: a file of that network's weights, to measure it (lpips.py).
+    `networks`: LPIPS and CLIP, if their weights are at hand.
 
     Raises TraceError on a trace of another source, RecipeError on a limit below the noise floor; a broken limit is no
     error here but in the report (`ParityReport.require` raises). `device` may be a map, without `source`.
@@ -86,7 +86,7 @@ def validate_artifact(
         reference = load_checkpoint(checkpoint, device, dtype)
     sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
     subject = Subject(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, formats(artifact))
-    found = compare(subject, files, reference, progress, None if lpips is None else Lpips.open(lpips))
+    found = compare(subject, files, reference, progress, networks)
     write(artifact, found)
     return found.report
 

@@ -19,17 +19,17 @@ from bagel.sampler import Sampler
 from bagel_compress import observe
 from bagel_compress.errors import RecipeError
 from bagel_compress.limits import MEDIAN, Limit
-from bagel_compress.lpips import SMALLEST, Lpips
 from bagel_compress.reports import CaseParity, ParityReport, Row
 from bagel_compress.trace import Trace, TraceFile
 from bagel_compress.validate.attribution import attribute
 from bagel_compress.validate.diagnose import Format, diagnose_case, diagnose_modules, modules, probe_values
 from bagel_compress.validate.measure import measure
+from bagel_compress.validate.networks import Networks
 from bagel_compress.validate.probes import probe
 
 FLOOR_OF = {"lossless": ("repeat",)}  # a lossless model is run exactly as the reference was
 FLOOR_KINDS = ("kernel", "dtype")
-LPIPS = "image.lpips"
+NO_NETWORKS = Networks()
 Progress = Callable[[str], None]
 
 
@@ -58,16 +58,17 @@ def compare(
     files: Sequence[TraceFile],
     reference: Sampler | None = None,
     progress: Progress | None = None,
-    lpips: Lpips | None = None,
+    networks: Networks = NO_NETWORKS,
 ) -> Found:
     """Judges a model by trace files. With the reference model at hand, errors are attributed to components.
 
-    Raises TraceError on a trace of other sizes, RecipeError on a limit below the noise floor or one on LPIPS without
-    its weights.
+    Raises TraceError on a trace of other sizes, RecipeError on a limit below the noise floor or one on a network's
+    value without its weights.
     """
     progress = progress or (lambda message: None)
-    if lpips is None and LPIPS in subject.limits:
-        raise RecipeError(f"limits: {LPIPS} is limited, but it needs its weights; give them with --lpips FILE.")
+    for metric, option in networks.absent.items():
+        if metric in subject.limits:
+            raise RecipeError(f"limits: {metric} is limited, but it needs its weights; give them with {option}.")
     for file in files:
         file.expect_model(asdict(subject.sampler.bagel.config))
     traces = [file.read(case) for file in files for case in file.header.cases]
@@ -76,7 +77,8 @@ def compare(
     for trace in traces:
         progress(f"comparing {trace.case.name}")
         forced, free = observe.replay(subject.sampler, trace), observe.rerun(subject.sampler, trace)
-        cases.append(_with_lpips(measure(trace, forced, free), free, trace, lpips))
+        case = measure(trace, forced, free)
+        cases.append(case.model_copy(update={"metrics": case.metrics | networks.metrics(free, trace)}))
         faults += diagnose_case(forced, trace)
         if "image" in trace.tensors:
             pictures[trace.case.name] = (trace.tensors["image"], free.tensors["image"])
@@ -98,16 +100,9 @@ def compare(
         shares=attribute(reference, subject.sampler, traces) if reference is not None else (),
         modules=modules(found, wanted, subject.formats),
         faults=tuple(dict.fromkeys(faults)),
-        notes=tuple(_notes(traces, lpips)),
+        notes=tuple(_notes(traces, networks)),
     )
     return Found(report, pictures)
-
-
-def _with_lpips(case: CaseParity, free: Trace, reference: Trace, lpips: Lpips | None) -> CaseParity:
-    if lpips is None or "image" not in reference.tensors or min(reference.tensors["image"].shape[:2]) < SMALLEST:
-        return case
-    value = lpips(free.tensors["image"], reference.tensors["image"])
-    return case.model_copy(update={"metrics": case.metrics | {LPIPS: value}})
 
 
 def floor_of(by_kind: Mapping[str, float], limit: Limit, level: str) -> float | None:
@@ -180,9 +175,8 @@ def _environment(sampler: Sampler, file: TraceFile) -> dict[str, str]:
     }
 
 
-def _notes(traces: Sequence[Trace], lpips: Lpips | None) -> list[str]:
-    missing = "CLIP scores are" if lpips is not None else "LPIPS (without --lpips FILE) and CLIP scores are"
-    notes = [f"{missing} not part of this report: they need downloaded networks."]
+def _notes(traces: Sequence[Trace], networks: Networks) -> list[str]:
+    notes = [f"{metric} was not measured: its weights were not given ({o})." for metric, o in networks.absent.items()]
     if any(not t.facts.floor for t in traces):
         notes.append("Some traces were recorded without a noise floor; their limits could not be checked against it.")
     return notes

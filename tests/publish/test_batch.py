@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bagel_compress import build
 from bagel_compress.artifact import sha256_file
 from bagel_compress.errors import MissingExtraError, RecipeError
 from bagel_compress.publish.batch import Batch, run_batch, summary
@@ -90,11 +91,25 @@ def test_killed_in_the_middle_and_resumed(file: Path, expected: dict[str, str], 
     victim.wait()
     finished = len(list(out.glob("*/manifest.json")))
     assert 1 <= finished < 6
-    time.sleep(0.5)  # workers notice that their parent is gone
+    wait_for_workers(out)
     again = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("  there") >= finished
     assert digests(out) == expected
+
+
+def wait_for_workers(out: Path) -> None:
+    """Until the workers have noticed that their parent is gone, which takes a busy machine a while."""
+    time.sleep(0.5)
+    deadline = time.monotonic() + 60
+    while any(is_held(lock) for lock in out.glob("*/.build/lock")):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.1)
+
+
+def is_held(lock: Path) -> bool:
+    holder = json.loads(lock.read_text())
+    return build._alive(holder["pid"], holder["started"])
 
 
 def test_one_failure_does_not_stop_the_others(file: Path, cli: Callable[..., tuple[int, str, str]]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from bagel_compress.errors import RecipeError, TraceError
 from bagel_compress.limits import resolve
 from bagel_compress.lpips import Lpips
+from bagel_compress.validate.networks import Networks
 from bagel_compress.validate.parity import Subject, compare
 
 
@@ -84,13 +85,15 @@ def test_a_wrong_file_is_named(weights, tmp_path):
 def test_a_limit_of_a_recipe_holds_breaks_and_needs_the_weights(reference, trace_file, file):
     def judged(limit, lpips):
         limits = resolve("lossless", {"image.lpips": limit})
-        return compare(Subject(reference, "x", "0", "lossless", limits), [trace_file], lpips=lpips).report
+        return compare(
+            Subject(reference, "x", "0", "lossless", limits), [trace_file], networks=Networks(lpips=lpips)
+        ).report
 
     with pytest.raises(RecipeError, match="give them with --lpips FILE"):
         judged(0.1, None)
     report = judged(0.0, Lpips.open(file))
     assert report.passed
     assert {c.metrics["image.lpips"] for c in report.cases if c.has_image} == {0.0}
-    assert "LPIPS" not in " ".join(report.notes)
+    assert "image.lpips" not in " ".join(report.notes)
     [sentence] = judged(-1.0, Lpips.open(file)).broken  # no picture is nearer than equal
     assert "image.lpips is 0, above the limit of -1" in sentence

@@ -1,0 +1,72 @@
+"""CLIP score (Hessel et al. 2021): how well a picture shows what was asked for, by a CLIP model that the user has.
+
+A folder in the layout of the Hub: config.json, model.safetensors, tokenizer.json. Read by transformers, from
+safetensors only; nothing is downloaded. The value depends on the model, so no class limits it; a recipe may limit how
+much of the reference's score a build loses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from bagel_compress.errors import MissingExtraError, TraceError
+
+# Of RGB in 0..1; preprocessor_config.json of openai/clip-vit-base-patch32 and every other model of that release.
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """The cosine of a picture and a text; higher is better."""
+
+    model: Any  # transformers.CLIPModel
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Clip:
+        """Raises MissingExtraError without transformers, TraceError on a folder that holds no such model."""
+        try:
+            from transformers import CLIPModel
+        except ImportError:
+            raise MissingExtraError(
+                "CLIP scores need the package transformers; install it with: pip install 'bagel-compress[clip]'."
+            ) from None
+        hint = "give a folder with config.json, model.safetensors and tokenizer.json"
+        words = Path(folder) / "tokenizer.json"
+        if not words.is_file():
+            raise TraceError(f"{folder} holds no CLIP model: no tokenizer.json; {hint}.")
+        try:
+            model = CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise TraceError(f"{folder} holds no CLIP model ({str(error).splitlines()[0]}); {hint}.") from None
+        config: Any = model.config
+        tokenizer = Tokenizer.from_file(str(words))
+        tokenizer.enable_truncation(config.text_config.max_position_embeddings)
+        return cls(model.eval(), tokenizer)
+
+    @torch.no_grad()
+    def __call__(self, picture_HWC: Tensor, text: str) -> float:
+        """Cosine of the embeddings of a uint8 picture and a text."""
+        ids = torch.tensor([self.tokenizer.encode(text).ids])
+        found = self.model(input_ids=ids, pixel_values=self._pixels(picture_HWC))
+        return torch.cosine_similarity(found.image_embeds, found.text_embeds).item()
+
+    def _pixels(self, picture_HWC: Tensor) -> Tensor:
+        """[1, 3, side, side]: the shorter side to `side`, bicubic; the middle of the longer one."""
+        side: int = self.model.config.vision_config.image_size
+        image = Image.fromarray(picture_HWC.numpy())
+        scale = side / min(image.size)
+        width, height = (max(side, round(scale * size)) for size in image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+        values = (np.asarray(image, np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(DEVIATION, np.float32)
+        return torch.from_numpy(values).permute(2, 0, 1)[None]
