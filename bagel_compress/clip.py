@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bagel_compress.errors import MissingExtraError, TraceError
 
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
 # Of RGB in 0..1; preprocessor_config.json of openai/clip-vit-base-patch32 and every other model of that release.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -40,16 +41,16 @@ class Clip:
             raise MissingExtraError(
                 "CLIP scores need the package transformers; install it with: pip install 'bagel-compress[clip]'."
             ) from None
-        hint = "give a folder with config.json, model.safetensors and tokenizer.json"
-        words = Path(folder) / "tokenizer.json"
-        if not words.is_file():
-            raise TraceError(f"{folder} holds no CLIP model: no tokenizer.json; {hint}.")
+        hint = f"give a folder with {', '.join(FILES)}"
+        for name in FILES:
+            if not (Path(folder) / name).is_file():
+                raise TraceError(f"{folder} holds no CLIP model: {name} is missing; {hint}.")
         try:
             model = CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, SafetensorError) as error:
             raise TraceError(f"{folder} holds no CLIP model ({str(error).splitlines()[0]}); {hint}.") from None
         config: Any = model.config
-        tokenizer = Tokenizer.from_file(str(words))
+        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         tokenizer.enable_truncation(config.text_config.max_position_embeddings)
         return cls(model.eval(), tokenizer)
 
