@@ -50,7 +50,7 @@ def register(verbs: Any) -> None:
         verbs, "check", "validate and budget in one, for CI; exit 1 and a sentence per broken limit",
         "bagel-compress check out/nf4 --trace bagel.trace.safetensors --target 12gb",
     )  # fmt: skip
-    _artifact_and_traces(check)
+    _artifact_and_traces(check, several=False)
     check.add_argument(
         "--target", required=True, nargs="+", metavar="T", help="target file, or the name of a packaged one"
     )
@@ -89,14 +89,15 @@ def register(verbs: Any) -> None:
     report.set_defaults(verb=_report)
 
 
-def _device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1 (default cpu)")
+def _device(parser: argparse.ArgumentParser, several: bool = True) -> None:
+    more = ", or several: cuda:0,cuda:1" if several else ""
+    parser.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1{more} (default cpu)")
 
 
-def _artifact_and_traces(parser: argparse.ArgumentParser) -> None:
+def _artifact_and_traces(parser: argparse.ArgumentParser, several: bool = True) -> None:
     parser.add_argument("artifact", metavar="ARTIFACT", help="folder that `compress` or `export` wrote")
     parser.add_argument("--trace", required=True, nargs="+", metavar="FILE", help="traces of the artifact's source")
-    _device(parser)
+    _device(parser, several)
     add_json(parser)
 
 
