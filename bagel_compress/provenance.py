@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bagel_compress.artifact import Artifact, sha256_file
+from bagel_compress.content import Content, manifest_name, recipe_digest_of, recipe_of, source_of
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
-from bagel_compress.publish.content import Content, manifest_name, recipe_digest_of, recipe_of, source_of
 from bagel_compress.reports import REPORTS
 
 SUMS = "SHA256SUMS"

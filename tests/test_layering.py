@@ -18,7 +18,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"recipe", "runtime", "target", "checkpoint", "lora", "header", "reports", "synth_kernel"}),
     frozenset({"plan", "artifact", "writer", "readers", "build", "synth", "hub", "devices"}),
     frozenset({"load", "stream", "trace", "observe", "comfy", "residency"}),
-    frozenset({"export"}),
+    frozenset({"export", "content"}),
     frozenset({"validate", "report_html", "report_budgets", "report_svg", "report_text", "report_family"}),
     frozenset({"publish", "card", "snippets", "provenance"}),
     frozenset({"cli", "pytest_plugin", "__main__"}),

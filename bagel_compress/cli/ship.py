@@ -72,7 +72,7 @@ def _what(parser: argparse.ArgumentParser) -> None:
 
 def _card(args: argparse.Namespace) -> int:
     from bagel_compress.card import Origin
-    from bagel_compress.publish.content import open_content, source_of
+    from bagel_compress.content import open_content, source_of
     from bagel_compress.publish.evidence import load_evidence
     from bagel_compress.publish.export_card import card_of
 

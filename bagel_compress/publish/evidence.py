@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bagel_compress.artifact import Artifact
+from bagel_compress.content import Content
 from bagel_compress.errors import ArtifactError
 from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.publish.content import Content
 from bagel_compress.reports import PARITY, REPORTS, BudgetReport, ParityReport, load_budgets
 
 PAGE = "report.html"

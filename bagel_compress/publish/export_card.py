@@ -26,8 +26,8 @@ from bagel_compress.card import (
     table,
     titled,
 )
+from bagel_compress.content import Content, recipe_digest_of, source_of
 from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.publish.content import Content, recipe_digest_of, source_of
 from bagel_compress.publish.evidence import Evidence, ran
 from bagel_compress.sizes import size_text
 from bagel_compress.snippets import export_snippets

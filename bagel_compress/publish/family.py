@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel_compress.artifact import Artifact
 from bagel_compress.card import CARD, FAMILY_END, FAMILY_START, gib, plain, table
+from bagel_compress.content import Content, label, weights_bytes
 from bagel_compress.errors import PublishError
 from bagel_compress.hub import failures, split_revision
-from bagel_compress.publish.content import Content, label, weights_bytes
 from bagel_compress.publish.evidence import Evidence
 from bagel_compress.report_text import worst_rows
 from bagel_compress.reports import Number, number

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bagel_compress.card import CARD, Origin
+from bagel_compress.content import Content, open_content, source_of
 from bagel_compress.errors import PublishError
 from bagel_compress.hub import client, failures, split_revision
 from bagel_compress.provenance import ListedFile
-from bagel_compress.publish.content import Content, open_content, source_of
 from bagel_compress.publish.family import build_of, join, members, spliced, table_of
 from bagel_compress.publish.receipt import write_receipts
 from bagel_compress.publish.release import Release, make_release

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from bagel_compress.artifact import Artifact
+from bagel_compress.content import label, recipe_digest_of, source_of, weights_bytes
 from bagel_compress.provenance import versions
-from bagel_compress.publish.content import label, recipe_digest_of, source_of, weights_bytes
 from bagel_compress.publish.evidence import ran
 from bagel_compress.publish.release import Release
 from bagel_compress.publish.upload import Uploaded

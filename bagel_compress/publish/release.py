@@ -19,9 +19,9 @@ from pathlib import Path
 from bagel_compress import provenance
 from bagel_compress.artifact import blake3_file, sha256_file
 from bagel_compress.card import CARD, Origin
+from bagel_compress.content import Content, label, manifest_name, source_of
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.provenance import ListedFile
-from bagel_compress.publish.content import Content, label, manifest_name, source_of
 from bagel_compress.publish.evidence import Evidence, load_evidence, ran
 from bagel_compress.publish.export_card import card_of
 from bagel_compress.publish.family import BUILD, build_of

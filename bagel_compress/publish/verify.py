@@ -11,9 +11,9 @@ from pathlib import Path
 
 from bagel_compress import provenance
 from bagel_compress.artifact import MANIFESTS, listed_files, sha256_file
+from bagel_compress.content import Content, manifest_name, open_content
 from bagel_compress.errors import ArtifactError, GateError
 from bagel_compress.hub import Files, client, failures, fetch, manifest_in, split_revision
-from bagel_compress.publish.content import Content, manifest_name, open_content
 from bagel_compress.publish.evidence import load_evidence
 from bagel_compress.publish.remote import Remote, look
 from bagel_compress.reports import REPORTS

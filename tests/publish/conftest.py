@@ -19,7 +19,7 @@ from hub import Hub, User
 from publish_data import BASE, CARD, REPO, TOKEN, write_reports
 
 from bagel_compress.artifact import Artifact
-from bagel_compress.publish.content import Content
+from bagel_compress.content import Content
 
 
 @pytest.fixture(autouse=True)

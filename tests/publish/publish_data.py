@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bagel_compress.artifact import Artifact
-from bagel_compress.publish.content import Content, label, source_of
+from bagel_compress.content import Content, label, source_of
 from bagel_compress.reports import BudgetReport, CaseParity, ParityReport, PhaseUse, Row, Timing
 
 TOKEN = "hf_plantedtokenXYZ0123456789abcdef"
