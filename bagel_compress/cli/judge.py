@@ -19,6 +19,18 @@ _SHORT = {
 
 def register(verbs: Any) -> None:
     """Adds this group's parsers to `verbs` (an argparse sub-parsers action)."""
+    _add_trace(verbs)
+    _add_validate_and_check(verbs)
+    _add_budget(verbs)
+    report = add_verb(
+        verbs, "report", "draw report.html again from the reports beside an artifact", "bagel-compress report out/nf4"
+    )
+    report.add_argument("artifact", metavar="ARTIFACT")
+    add_json(report)
+    report.set_defaults(verb=_report)
+
+
+def _add_trace(verbs: Any) -> None:
     trace = add_verb(
         verbs, "trace", "record what the full-precision model does, case by case; run again to go on",
         "bagel-compress trace exports/cases --source BAGEL-7B-MoT --out bagel.trace.safetensors --device cuda",
@@ -35,6 +47,8 @@ def register(verbs: Any) -> None:
     add_json(trace)
     trace.set_defaults(verb=_trace)
 
+
+def _add_validate_and_check(verbs: Any) -> None:
     validate = add_verb(
         verbs, "validate", "compare an artifact with its reference and write report.html; exit 1 on a broken limit",
         "bagel-compress validate out/nf4 --trace bagel.trace.safetensors\n"
@@ -51,11 +65,11 @@ def register(verbs: Any) -> None:
         "bagel-compress check out/nf4 --trace bagel.trace.safetensors --target 12gb",
     )  # fmt: skip
     _artifact_and_traces(check, several=False)
-    check.add_argument(
-        "--target", required=True, nargs="+", metavar="T", help="target file, or the name of a packaged one"
-    )
+    _targets(check)
     check.set_defaults(verb=_check)
 
+
+def _add_budget(verbs: Any) -> None:
     budget = add_verb(
         verbs, "budget", "peak memory on a card, phase by phase; needs no GPU; exit 1 if it does not fit",
         "bagel-compress budget nf4 --target 12gb 16gb\n  bagel-compress budget out/nf4 --target h100 --device cuda\n"
@@ -63,9 +77,7 @@ def register(verbs: Any) -> None:
         "  bagel-compress budget fp8-24gb --target 12gb 12gb --together",
     )  # fmt: skip
     budget.add_argument("build", metavar="ARTIFACT|RECIPE", help="artifact folder; recipe file or packaged name")
-    budget.add_argument(
-        "--target", required=True, nargs="+", metavar="T", help="target file, or the name of a packaged one"
-    )
+    _targets(budget)
     budget.add_argument(
         "--source", metavar="SRC",
         help="with a recipe: plan for this checkpoint (default: the released one); with an artifact and --device: time"
@@ -81,12 +93,11 @@ def register(verbs: Any) -> None:
     add_json(budget)
     budget.set_defaults(verb=_budget)
 
-    report = add_verb(
-        verbs, "report", "draw report.html again from the reports beside an artifact", "bagel-compress report out/nf4"
+
+def _targets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target", required=True, nargs="+", metavar="T", help="target file, or the name of a packaged one"
     )
-    report.add_argument("artifact", metavar="ARTIFACT")
-    add_json(report)
-    report.set_defaults(verb=_report)
 
 
 def _device(parser: argparse.ArgumentParser, several: bool = True) -> None:

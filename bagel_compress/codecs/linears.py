@@ -52,18 +52,16 @@ class CodedLinear(nn.Module, ABC):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kernel is not None:
-            return self.multiply(x)
-        return functional.linear(x, self.decoded().to(x.dtype), self._bias(x))
+        return self.multiply(x) if self.kernel is not None else self._multiply_decoded(x)
 
     @property
     @abstractmethod
     def kernel(self) -> str | None:
         """The kernel that multiplies with the codes on the device where they are; None: decode and multiply."""
 
-    @abstractmethod
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) -> (..., out) in the dtype of x, with `kernel`."""
+        """x (..., in) -> (..., out) in the dtype of x, with `kernel`; a format without kernels leaves it as it is."""
+        return self._multiply_decoded(x)
 
     @abstractmethod
     def decoded(self) -> torch.Tensor:
@@ -81,6 +79,9 @@ class CodedLinear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}"
+
+    def _multiply_decoded(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.decoded().to(x.dtype), self._bias(x))
 
     def _bias(self, x: torch.Tensor) -> torch.Tensor | None:
         return None if self.bias is None else self.bias.to(x.dtype)
@@ -213,9 +214,6 @@ class Int4Linear(CodedLinear):
     def __init__(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> None:
         super().__init__(spec, parts[f"{spec.name}_packed"], bias)
         self.register_buffer("scale", parts[f"{spec.name}_scale"])
-
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("int4 has no kernel here")
 
     def decoded(self) -> torch.Tensor:
         return int4.decode_codes(self.codes, self.scale)
