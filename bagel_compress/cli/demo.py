@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 DEMO_MODEL = "BAGEL-nano"
 DEMO_RECIPES = ("nf4", "nf4-official", "fp8-24gb", "int8-24gb", "df11")
 DEMO_CASES = ("draw_two", "edit_recolor", "ask_describe")  # thinking is scored; as a case it would double the time
-# Rows of the latent table that the packaged cases need: 1024, 128 and 64 pixels a side.
-CASES_BY_ROWS = ((4096, "."), (64, "tiny"), (16, "nano"))
+CASES_BY_SIDE = ((1024, "."), (128, "tiny"), (0, "nano"))  # largest picture side of the packaged cases, in pixels
 
 
 def register(verbs: Any) -> None:
@@ -126,5 +125,14 @@ def _cases(checkpoint: Checkpoint) -> Path:
     """The largest packaged cases that fit the checkpoint."""
     from bagel_compress.resources import resource
 
-    rows = checkpoint.shapes["latent_pos_embed.pos_embed"][0]
-    return resource("exports") / "cases" / next((c for n, c in CASES_BY_ROWS if rows >= n), CASES_BY_ROWS[-1][1])
+    largest = _largest_side(checkpoint)
+    return resource("exports") / "cases" / next(cases for side, cases in CASES_BY_SIDE if largest >= side)
+
+
+def _largest_side(checkpoint: Checkpoint) -> int:
+    """Pixels a side of the largest picture that the model draws."""
+    from bagel.loading import read_config
+
+    vae = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
+    config = read_config(checkpoint.files["llm_config.json"].parent, checkpoint.shapes, vae)
+    return config.max_latent_size * config.image_stride

@@ -63,10 +63,12 @@ def test_a_recipe_goes_all_the_way(
 def test_every_model_has_cases_that_fit(tiny: Path) -> None:
     from bagel_compress.case import load_cases
     from bagel_compress.checkpoint import Checkpoint
-    from bagel_compress.cli.demo import _cases
+    from bagel_compress.cli.demo import _cases, _largest_side
 
     for source in (tiny, NANO):
         checkpoint = Checkpoint.open(source)
         sides = [side for case, _ in load_cases([_cases(checkpoint)]) for side in case.size or ()]
         assert sides
-        assert max(sides) ** 2 <= 256 * checkpoint.shapes["latent_pos_embed.pos_embed"][0]
+        assert max(sides) <= _largest_side(checkpoint)
+    assert _largest_side(Checkpoint.open(tiny)) == 128
+    assert _largest_side(Checkpoint.open(NANO)) == 64
