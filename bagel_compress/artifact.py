@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -146,7 +146,7 @@ class Artifact:
             hint = "its build did not finish, run the same command again" if begun else "give one that compress wrote"
             raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}; {hint}.") from None
         artifact = cls(folder, parse_manifest(content, folder), hashlib.sha256(content).hexdigest())
-        faults = list(artifact._wrong_sizes()) if check else []
+        faults = list(wrong_sizes(folder, artifact.manifest.files)) if check else []
         if faults:
             raise ArtifactError(f"{folder}: {faults[0]}; copy the artifact again.")
         return artifact
@@ -212,20 +212,12 @@ class Artifact:
 
     def verify(self) -> list[str]:
         """Reads every byte. One sentence per fault: changed, missing or extra file; changed tensors by name."""
-        faults = list(self._wrong_sizes())
+        faults = list(wrong_sizes(self.path, self.manifest.files))
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if path.is_file() and path.stat().st_size == entry.bytes and blake3_file(path) != entry.blake3:
                 faults.append(self._changed(name))
-        return faults + [f"{name} is not in the manifest" for name in self._extra()]
-
-    def _wrong_sizes(self) -> Iterator[str]:
-        for name, entry in self.manifest.files.items():
-            path = self.path / name
-            if not path.is_file():
-                yield f"{name} is missing"
-            elif path.stat().st_size != entry.bytes:
-                yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+        return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
 
     def _changed(self, name: str) -> str:
         """Names the tensors of a shard whose bytes are not those of the manifest."""
@@ -243,11 +235,6 @@ class Artifact:
                     wrong.append(part)
         return f"{name} was changed: {', '.join(wrong[:3])}{' and more' if len(wrong) > 3 else ''}"
 
-    def _extra(self) -> list[str]:
-        known = self.manifest.files.keys() | EXTRAS | {MANIFEST}
-        found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
-        return [p.as_posix() for p in found if p.as_posix() not in known and p.parts[0] not in EXTRA_FOLDERS]
-
     def _shard(self, name: str) -> TensorFile:
         if name not in self._shards:
             self._shards[name] = TensorFile.open(self.path / name, ArtifactError)
@@ -256,6 +243,24 @@ class Artifact:
     @cached_property
     def _shards(self) -> dict[str, TensorFile]:
         return {}
+
+
+def wrong_sizes(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[str]:
+    """A sentence per file of a manifest that is missing or has another size."""
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != entry.bytes:
+            yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+
+
+def extra_files(folder: Path, files: Mapping[str, FileEntry], manifest: str) -> Iterator[str]:
+    """A sentence per file that is neither in the manifest nor one of those that come to lie beside a build."""
+    known = files.keys() | EXTRAS | {manifest}
+    for path in (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()):
+        if path.as_posix() not in known and path.parts[0] not in EXTRA_FOLDERS:
+            yield f"{path.as_posix()} is not in the manifest"
 
 
 def blake3_file(path: Path) -> str:

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
 from bagel_compress.artifact import (
     EXPORT_MANIFEST,
-    EXTRA_FOLDERS,
-    EXTRAS,
     FileEntry,
     SourceEntry,
     blake3_file,
     check_names,
+    extra_files,
+    wrong_sizes,
 )
 from bagel_compress.errors import ArtifactError
 from bagel_compress.recipe import Limits, Recipe
@@ -146,22 +145,19 @@ class ExportFolder:
             hint = "its export did not finish, run the same command again" if begun else "give one that export wrote"
             raise ArtifactError(f"{folder} is no export: it has no {MANIFEST}; {hint}.") from None
         opened = cls(folder, parse_export(content, folder), hashlib.sha256(content).hexdigest())
-        faults = list(opened._wrong_sizes()) if check else []
+        faults = list(wrong_sizes(folder, opened.manifest.files)) if check else []
         if faults:
             raise ArtifactError(f"{folder}: {faults[0]}; copy the export again.")
         return opened
 
     def verify(self) -> list[str]:
         """Reads every byte. One sentence per fault: a changed, missing or extra file."""
-        faults = list(self._wrong_sizes())
+        faults = list(wrong_sizes(self.path, self.manifest.files))
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if path.is_file() and path.stat().st_size == entry.bytes and blake3_file(path) != entry.blake3:
                 faults.append(f"{name} was changed")
-        known = self.manifest.files.keys() | EXTRAS | {MANIFEST}
-        found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
-        extra = [p.as_posix() for p in found if p.as_posix() not in known and p.parts[0] not in EXTRA_FOLDERS]
-        return faults + [f"{name} is not in the manifest" for name in extra]
+        return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
 
     def kinds(self) -> list[KindSize]:
         """Sizes by kind of block, in the order of a run."""
@@ -193,14 +189,6 @@ class ExportFolder:
         if limit is None or self.nbytes <= limit:
             return []
         return [f"the files have {self.nbytes / 1e9:.2f} GB, target {self.manifest.target} allows {limit / 1e9:.2f} GB"]
-
-    def _wrong_sizes(self) -> Iterator[str]:
-        for name, entry in self.manifest.files.items():
-            path = self.path / name
-            if not path.is_file():
-                yield f"{name} is missing"
-            elif path.stat().st_size != entry.bytes:
-                yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
 
 
 def parse_export(content: bytes, folder: Path) -> ExportManifest:
