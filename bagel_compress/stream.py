@@ -8,6 +8,7 @@ and on the file that was written. A killed build goes on with the first unfinish
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -65,12 +66,12 @@ def compress(plan: Plan, checkpoint: Checkpoint, out: str | Path, progress: Prog
         if done is not None:
             return done
         with Build(out, plan) as build:
-            _build(build, checkpoint, progress or (lambda unit, nbytes: None))
+            artifact = _build(build, checkpoint, progress or (lambda unit, nbytes: None))
             build.clear()
-    return Artifact.open(out)
+    return artifact
 
 
-def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> None:
+def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> Artifact:
     plan = build.plan
     records = {shard: record for shard in plan.shards if (record := build.record(shard)) is not None}
     bound = plan.nbytes if plan.sampled is None else plan.sampled
@@ -94,7 +95,7 @@ def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> None:
                 records[name] = waiting.pop(name).result()
         records |= {shard: future.result() for shard, future in waiting.items()}
         files = {name: future.result() for name, future in copies.items()}
-    _finish(build, checkpoint, {shard: records[shard] for shard in plan.shards}, files)
+    return _finish(build, checkpoint, {shard: records[shard] for shard in plan.shards}, files)
 
 
 def _write_shard(
@@ -162,7 +163,7 @@ def _with_digests(unit: UnitEntry, digests: dict[str, str]) -> UnitEntry:
 
 def _finish(
     build: Build, checkpoint: Checkpoint, records: dict[str, ShardRecord], copies: dict[str, FileEntry]
-) -> None:
+) -> Artifact:
     """Index, config.json and, last, the manifest."""
     plan, out = build.plan, build.out
     units = {name: unit for record in records.values() for name, unit in record.units.items()}
@@ -189,7 +190,9 @@ def _finish(
         units=units,
         files=dict(sorted(files.items())),
     )
-    write_atomic(out / MANIFEST, manifest.to_bytes())
+    content = manifest.to_bytes()
+    write_atomic(out / MANIFEST, content)
+    return Artifact(out, manifest, hashlib.sha256(content).hexdigest())
 
 
 def _start_copies(build: Build, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Future[FileEntry]]:

@@ -1,19 +1,21 @@
 """ShardWriter: fills safetensors files in place, from a background thread, with a few reused buffers.
 
-The layout is known before the data (`tensorfile.lay_out`), so chunks may come in any order. Encoding goes on while a
-chunk is written, and while the finished shard before it is hashed, synced and renamed. Buffers are made once: fresh
-memory is slow to touch. Portable seek and write; the file appears under its name only when it is complete.
+The layout is known before the data (`tensorfile.lay_out`), so chunks may come in any order. Encoding goes on, also of
+the next shard, while chunks are written and while what was written is read back, hashed and synced. Buffers are made
+once: fresh memory is slow to touch. Portable seek and write; the file appears under its name only when it is complete.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import queue
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from threading import BoundedSemaphore
 
 import numpy as np
 from blake3 import blake3
@@ -23,8 +25,9 @@ from bagel_compress.errors import CodecError
 from bagel_compress.spec import PartSpec
 from bagel_compress.tensorfile import lay_out
 
-BUFFER = 8 << 20  # bytes
+PIECE = 8 << 20  # bytes written at once
 BUFFERS = 6  # being filled, being written, and a few between, since encoding and writing do not keep step
+LASTING = 128  # pieces of lasting chunks that may wait: copied tensors must not hold up the coding of the next
 HASH_BLOCK = 1 << 20
 PARTIAL = ".partial"
 
@@ -39,40 +42,43 @@ class WrittenShard:
 
 
 class ShardWriter:
-    """Writes one shard at a time: `begin`, any number of `put`, `end`. Use as a context manager."""
+    """Writes shards one after the other: `begin`, any number of `put`, `end`. Use as a context manager."""
 
     def __init__(self) -> None:
         self._writing = ThreadPoolExecutor(1, "write")
+        self._copying = ThreadPoolExecutor(1, "copy")  # lasting chunks, so that no buffer waits behind them
         self._finishing = ThreadPoolExecutor(2, "finish")
         self._syncing = ThreadPoolExecutor(2, "sync")
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         for _ in range(BUFFERS):
-            self._free.put(np.empty(BUFFER, np.uint8))
-        self._open: _OpenShard | None = None
+            self._free.put(np.empty(PIECE, np.uint8))
+        self._lasting = BoundedSemaphore(LASTING)
+        self._shards: list[_OpenShard] = []
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._writing.shutdown(cancel_futures=True)
+        self._copying.shutdown(cancel_futures=True)
         self._finishing.shutdown(cancel_futures=True)
         self._syncing.shutdown()
-        if self._open is not None:
-            self._open.file.close()
+        for shard in self._shards:
+            shard.close()
 
     def begin(self, path: Path, parts: Mapping[str, PartSpec]) -> None:
         """Starts the file `path` with exactly these parts."""
         header, offsets = lay_out(parts)
         size = len(header) + sum(part.nbytes for part in parts.values())
-        file = path.with_name(path.name + PARTIAL).open("w+b")
-        self._open = _OpenShard(path, file, header, offsets, dict(parts), size, dict.fromkeys(parts, 0), [])
+        partial = path.with_name(path.name + PARTIAL)
+        file, second = partial.open("w+b", buffering=0), partial.open("r+b", buffering=0)
+        self._shards.append(_OpenShard(path, file, second, header, offsets, dict(parts), size, dict.fromkeys(parts, 0)))
         file.truncate(size)
-        file.write(header)
+        _write_all(file, header)
 
     def put(self, chunk: Chunk) -> None:
-        """Copies the chunk into free buffers and leaves them to the background thread. Raises what that met."""
-        shard = self._open
-        assert shard is not None
+        """Leaves the chunk to the background thread, copied if it will not last. Raises what that thread met."""
+        shard = self._shards[-1]
         stop = chunk.start + chunk.data.nbytes
         if chunk.part not in shard.parts or chunk.start < 0 or stop > shard.parts[chunk.part].nbytes:
             raise CodecError(
@@ -80,30 +86,35 @@ class ShardWriter:
             )
         shard.filled[chunk.part] += chunk.data.nbytes
         data = chunk.data.reshape(-1)
-        for start in range(0, data.nbytes, BUFFER):
-            piece = data[start : start + BUFFER]
-            buffer = self._free.get()
-            buffer[: piece.nbytes] = piece
-            where = shard.offsets[chunk.part] + chunk.start + start
-            shard.pending.append(self._writing.submit(self._write, shard.file, where, buffer, piece.nbytes))
+        for start in range(0, data.nbytes, PIECE):
+            piece, where = data[start : start + PIECE], shard.offsets[chunk.part] + chunk.start + start
+            if chunk.lasting:
+                self._lasting.acquire()
+                shard.pending.append(self._copying.submit(self._write_lasting, shard, where, piece))
+            else:
+                buffer = self._free.get()
+                buffer[: piece.nbytes] = piece
+                shard.pending.append(self._writing.submit(self._write_buffer, shard, where, buffer, piece.nbytes))
         shard.raise_failures()
 
     def end(self) -> Future[WrittenShard]:
-        """Every byte was put. The result is there when the file is hashed, synced and under its name."""
-        shard, self._open = self._open, None
-        assert shard is not None
+        """Every byte was put. The result is there when the file is written, hashed, synced and under its name."""
+        shard = self._shards[-1]
         for part, spec in shard.parts.items():
             if shard.filled[part] != spec.nbytes:
-                shard.file.close()
                 raise CodecError(f"{part}: {shard.filled[part]} of {spec.nbytes} bytes were coded; codec fault.")
-        for write in shard.pending:
-            write.result()
         return self._finishing.submit(_finish, shard, self._syncing)
 
-    def _write(self, file: BinaryIO, where: int, buffer: np.ndarray, nbytes: int) -> None:
+    def _write_lasting(self, shard: _OpenShard, where: int, data: np.ndarray) -> None:
         try:
-            file.seek(where)
-            file.write(buffer[:nbytes].data)
+            data[:: mmap.PAGESIZE].max()  # maps the pages of a mapped source, which inside of `write` takes much longer
+            _write_at(shard.second, where, data)
+        finally:
+            self._lasting.release()
+
+    def _write_buffer(self, shard: _OpenShard, where: int, buffer: np.ndarray, nbytes: int) -> None:
+        try:
+            _write_at(shard.file, where, buffer[:nbytes])
         finally:
             self._free.put(buffer)
 
@@ -111,13 +122,14 @@ class ShardWriter:
 @dataclass(slots=True)
 class _OpenShard:
     path: Path
-    file: BinaryIO
+    file: FileIO
+    second: FileIO  # a handle of its own for the thread that writes lasting chunks
     header: bytes
     offsets: dict[str, int]
     parts: dict[str, PartSpec]
     size: int
     filled: dict[str, int]
-    pending: list[Future[None]]
+    pending: list[Future[None]] = field(default_factory=list)
 
     def raise_failures(self) -> None:
         """Re-raises what a finished background write met, and forgets the ones that went well."""
@@ -125,30 +137,48 @@ class _OpenShard:
             write.result()
             self.pending.remove(write)
 
+    def close(self) -> None:
+        self.file.close()
+        self.second.close()
+
 
 def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
     """Reads the file back (from the page cache) while it goes to the disk, then gives it its name."""
     block = memoryview(bytearray(HASH_BLOCK))
-    with shard.file as file:
-        file.flush()
+    try:
+        for write in shard.pending:
+            write.result()
+        file, total, digests = shard.file, blake3(), {}
         synced = syncing.submit(os.fsync, file.fileno())
-        total = blake3()
         file.seek(0)
-        total.update(file.read(len(shard.header)))
-        digests = {}
+        _hash(file, len(shard.header), total, block)
         for part in sorted(shard.offsets, key=lambda name: shard.offsets[name]):
             digests[part] = _hash(file, shard.parts[part].nbytes, total, block)
         synced.result()
+    finally:
+        shard.close()
     os.replace(file.name, shard.path)
     sync_folder(shard.path.parent)
     return WrittenShard(shard.size, total.hexdigest(), digests)
 
 
-def _hash(file: BinaryIO, nbytes: int, total: blake3, block: memoryview) -> str:
+def _write_at(file: FileIO, where: int, data: np.ndarray) -> None:
+    file.seek(where)
+    _write_all(file, data.data)
+
+
+def _write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """An unbuffered file may take less than it is given."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _hash(file: FileIO, nbytes: int, total: blake3, block: memoryview) -> str:
     """BLAKE3 of the next `nbytes`, which also enter `total`; read into `block`, because fresh memory is slow."""
     own = blake3()
     while nbytes > 0:
-        count = file.readinto(block[: min(nbytes, len(block))])  # type: ignore[attr-defined]
+        count = file.readinto(block[: min(nbytes, len(block))])
         if not count:
             raise OSError(f"{file.name} became shorter while it was written")
         own.update(block[:count])

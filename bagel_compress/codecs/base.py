@@ -47,11 +47,15 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of bytes of one stored part. `data` is contiguous uint8, valid until the next chunk is asked for."""
+    """A run of bytes of one stored part. `data` is contiguous uint8, valid until the next chunk is asked for.
+
+    A `lasting` chunk stays as it is for as long as somebody holds it: a view of the source, or an array of its own.
+    """
 
     part: str
     start: int
     data: np.ndarray
+    lasting: bool = False
 
 
 @dataclass(slots=True)

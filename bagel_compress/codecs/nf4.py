@@ -159,30 +159,32 @@ class _Nf4Encoding(Encoding):
         from bagel_compress.codecs.kernels.nf4_kernels import CODE_BOOK
 
         spec, statistics = self.spec, []
-        size = min(CHUNK_ELEMENTS, spec.numel)
-        packed = np.empty(-(-size // 2), np.uint8)
+        packed = np.empty(-(-min(CHUNK_ELEMENTS, spec.numel) // 2), np.uint8)
         for start in range(0, spec.numel, CHUNK_ELEMENTS):
             words = read_words(self.source, spec, start, min(start + CHUNK_ELEMENTS, spec.numel))
             written = packed[: -(-words.size // 2)]
-            absmax, sums = _encode(words, self.codec.scale == "mse", written)
+            absmax, energies, errors = _encode(words, self.codec, written)
             if not np.isfinite(absmax).all():
                 raise not_finite(spec, self.codec)
-            self_check(spec, self.codec, not sums[:, 4].any())
+            self_check(spec, self.codec, energies[:, 2].max() <= 0)
+            signal, noise, _ = energies.sum(0).tolist()
             yield Chunk(spec.name, start // 2, written)
             if self.codec.double_quant:
-                statistics.append((absmax, sums))
+                self.quality.add(signal, 0.0)
+                statistics.append((absmax, errors))
             else:
-                self._add_quality(sums, absmax, absmax)
+                self.quality.add(signal, noise)
                 yield self._chunk("absmax", absmax, start // BLOCK * 4)
         yield self._chunk("quant_map", CODE_BOOK)
         offset = (yield from self._nest(statistics)) if statistics else None
         yield self._chunk(STATE, np.frombuffer(_state(spec, offset), np.uint8))
 
     def _nest(self, statistics: Sequence[tuple[np.ndarray, np.ndarray]]) -> Generator[Chunk, None, float]:
-        """From (absmax, sums) of all chunks. Only absmax is joined, the sums of a large tensor are 20 bytes a block."""
+        """From (absmax, errors) of all chunks. Only absmax is joined: the errors of a large tensor are 12 bytes a block."""
         import numpy as np
 
         from bagel_compress.codecs.kernels.nested_kernels import dequantize_absmax, dynamic_map, quantize_absmax
+        from bagel_compress.codecs.kernels.nf4_kernels import nested_noise
 
         absmax = np.concatenate([part for part, _ in statistics])
         codes, nested, offset = quantize_absmax(absmax)
@@ -192,39 +194,41 @@ class _Nf4Encoding(Encoding):
         yield self._chunk("nested_absmax", nested)
         yield self._chunk("nested_quant_map", dynamic_map())
         stored, first = dequantize_absmax(codes, nested, offset), 0
-        for part, sums in statistics:
-            self._add_quality(sums, part, stored[first : first + len(part)])
+        for part, errors in statistics:
+            self.quality.add(0.0, nested_noise(part, stored[first : first + len(part)], errors))
             first += len(part)
         return float(offset)
 
     def _chunk(self, key: str, values: np.ndarray, start: int = 0) -> Chunk:
         return Chunk(part_name(self.spec, key), start, values.view("uint8"))
 
-    def _add_quality(self, sums: np.ndarray, absmax: np.ndarray, stored: np.ndarray) -> None:
-        """Energies from sums in units of absmax, for codes that will be decoded with `stored` instead."""
-        import numpy as np
 
-        uu, ee, ec, cc = sums[:, :4].astype(np.float64).T
-        unit = absmax.astype(np.float64)
-        change = 1.0 - np.divide(stored, unit, out=np.ones_like(unit), where=unit > 0)
-        self.quality.add(float((uu * unit**2).sum()), float(((ee + change * (2 * ec + change * cc)) * unit**2).sum()))
+def _encode(words: np.ndarray, codec: Nf4, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whole blocks on all threads, then the short last one, into `packed`.
 
-
-def _encode(words: np.ndarray, mse: bool, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whole blocks on all threads, then the short last one, into `packed`. Returns absmax (B,) and sums (B, 5)."""
+    Returns absmax, energies and errors as `encode_blocks` describes them; the short block has a row of its own.
+    """
     import numpy as np
 
     from bagel_compress.codecs.kernels.nf4_kernels import TILE, encode_blocks, encode_tail
     from bagel_compress.codecs.kernels.threads import split
 
-    count, whole = -(-words.size // BLOCK), words.size // BLOCK
-    absmax, sums = np.empty(count, np.float32), np.empty((count, 5), np.float32)
+    whole, tail = divmod(words.size, BLOCK)
+    count, tiles = whole + (tail > 0), -(-whole // TILE)
+    absmax, errors = np.empty(count, np.float32), np.empty((count if codec.double_quant else 0, 3), np.float32)
+    energies = np.empty((tiles + (tail > 0), 3))
     blocks = words[: whole * BLOCK].reshape(whole, BLOCK)
     codes = packed[: whole * BLOCK // 2].reshape(whole, BLOCK // 2)
-    split(lambda a, b: encode_blocks(blocks[a:b], mse, codes[a:b], absmax[a:b], sums[a:b]), whole, TILE)
-    if count > whole:
-        packed[whole * BLOCK // 2 :], absmax[whole], sums[whole] = encode_tail(words[whole * BLOCK :])
-    return absmax, sums
+
+    def part(a: int, b: int) -> None:
+        rows = slice(a * TILE, min(b * TILE, whole))
+        encode_blocks(blocks[rows], codec.scale == "mse", codes[rows], absmax[rows], energies[a:b], errors[rows])
+
+    split(part, tiles, 1)
+    if tail:
+        packed[whole * BLOCK // 2 :], absmax[whole], energies[tiles], last = encode_tail(words[whole * BLOCK :])
+        errors[whole:] = last
+    return absmax, energies, errors
 
 
 def _state(spec: TensorSpec, offset: float | None) -> bytes:

@@ -51,4 +51,4 @@ class _RawEncoding(Encoding):
             size = DTYPE_BYTES[spec.dtype]
             for start in range(0, spec.numel, CHUNK_ELEMENTS):
                 values = self.source.read(spec, start, min(start + CHUNK_ELEMENTS, spec.numel))
-                yield Chunk(spec.name, start * size, values.view(torch.uint8).numpy())
+                yield Chunk(spec.name, start * size, values.view(torch.uint8).numpy(), lasting=True)
