@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from bagel_compress.artifact import MANIFESTS, Artifact, FileEntry, blake3_file, listed_files
+from bagel_compress.artifact import MANIFESTS, Artifact, FileEntry, intact, listed_files
 from bagel_compress.download import first_line, transport_errors
 from bagel_compress.errors import ArtifactError, PublishError
 from bagel_compress.writer import write_atomic
@@ -232,15 +232,11 @@ def _wrong(folder: Path, files: Files, names: Iterable[str]) -> list[str]:
     """Files that are not what the manifest says. One that was read before and not touched since is not read again."""
     notes = folder.parent.parent / f"verified-{folder.name}.json"
     known = _known(notes)
-    stamps = {name: _stamp(folder / name, files[name].blake3) for name in names}
+    stamps = {name: _stamp(folder / name, *files[name].digests.values()) for name in names}
     unread = [name for name, stamp in stamps.items() if known.get(name) != stamp]
-
-    def intact(name: str) -> bool:
-        entry, path = files[name], folder / name
-        return path.stat().st_size == entry.bytes and blake3_file(path) == entry.blake3
-
     with ThreadPoolExecutor(4, "digest") as pool:
-        found = dict(zip(unread, pool.map(intact, unread), strict=True))
+        whole = pool.map(lambda name: intact(folder / name, files[name]), unread)
+        found = dict(zip(unread, whole, strict=True))
     if unread:
         kept = {name: stamp for name, stamp in stamps.items() if found.get(name, True)}
         write_atomic(notes, json.dumps({**known, **kept}).encode())

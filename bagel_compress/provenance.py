@@ -76,11 +76,11 @@ def check_sums(folder: Path) -> list[str]:
 def statement(content: Content, files: Mapping[str, ListedFile]) -> dict[str, Any]:
     """The in-toto statement about a build; `files` are those of the release so far: its own and the reports on it.
 
-    A subject's two digests tie the manifest, which has BLAKE3, to SHA256SUMS.
+    A subject's two digests tie the manifest, which has a BLAKE3 of each file or of its tensors, to SHA256SUMS.
     """
     subject: list[dict[str, Any]] = [{"name": manifest_name(content), "digest": {"sha256": content.digest}}]
     for name, entry in sorted(content.manifest.files.items()):
-        subject.append({"name": name, "digest": {"sha256": files[name].sha256, "blake3": entry.blake3}})
+        subject.append({"name": name, "digest": {"sha256": files[name].sha256, **entry.digests}})
     reports = {path: entry for path, entry in files.items() if path.startswith(f"{REPORTS}/")}
     source = source_of(content)
     origin = {

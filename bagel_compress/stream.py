@@ -30,6 +30,7 @@ from bagel_compress.artifact import (
     TensorEntry,
     UnitEntry,
     blake3_file,
+    tensors_digest,
 )
 from bagel_compress.build import Build, ShardRecord, finished
 from bagel_compress.checkpoint import Checkpoint
@@ -147,7 +148,10 @@ def _record(build: Build, shard: str, units: dict[str, UnitEntry], written: Futu
     """Waits for the finished file and keeps its record."""
     result = written.result()
     complete = {name: _with_digests(unit, result.parts) for name, unit in units.items()}
-    record = ShardRecord(file=FileEntry(bytes=result.nbytes, blake3=result.blake3), units=complete)
+    record = ShardRecord(
+        file=FileEntry(bytes=result.nbytes, blake3_tensors=tensors_digest(result.header, result.parts.values())),
+        units=complete,
+    )
     build.finish_shard(shard, record)
     return record
 

@@ -80,7 +80,7 @@ class TensorFile:
 
 
 def lay_out(parts: Mapping[str, PartSpec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
-    """Header bytes (length prefix included) and the offset of each part from the start of the file.
+    """Header bytes (length prefix included) and the offset of each part in the file, in the order of the file.
 
     Byte-identical to `safetensors.torch.save_file(..., metadata={"format": "pt"})`: parts by dtype, then by name;
     compact JSON; spaces up to a multiple of 8 bytes. `metadata` is added to the "format" entry.

@@ -34,10 +34,10 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """BLAKE3 digests of a complete file and of each part, read back from the file."""
+    """A complete file: its JSON header and the BLAKE3 of each part, read back from it, in the order of the file."""
 
     nbytes: int
-    blake3: str
+    header: bytes
     parts: dict[str, str]
 
 
@@ -148,18 +148,18 @@ def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
     try:
         for write in shard.pending:
             write.result()
-        file, total, digests = shard.file, blake3(), {}
+        file = shard.file
         synced = syncing.submit(os.fsync, file.fileno())
         file.seek(0)
-        _hash(file, len(shard.header), total, block)
-        for part in sorted(shard.offsets, key=lambda name: shard.offsets[name]):
-            digests[part] = _hash(file, shard.parts[part].nbytes, total, block)
+        if file.read(len(shard.header)) != shard.header:
+            raise OSError(f"{file.name} is not what was written to it")
+        digests = {part: _digest(file, shard.parts[part].nbytes, block) for part in shard.offsets}
         synced.result()
     finally:
         shard.close()
     os.replace(file.name, shard.path)
     sync_folder(shard.path.parent)
-    return WrittenShard(shard.size, total.hexdigest(), digests)
+    return WrittenShard(shard.size, shard.header[8:], digests)
 
 
 def _write_at(file: FileIO, where: int, data: np.ndarray) -> None:
@@ -174,17 +174,16 @@ def _write_all(file: FileIO, data: bytes | memoryview) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _hash(file: FileIO, nbytes: int, total: blake3, block: memoryview) -> str:
-    """BLAKE3 of the next `nbytes`, which also enter `total`; read into `block`, because fresh memory is slow."""
-    own = blake3()
+def _digest(file: FileIO, nbytes: int, block: memoryview) -> str:
+    """BLAKE3 of the next `nbytes`; read into `block`, because fresh memory is slow."""
+    total = blake3()
     while nbytes > 0:
         count = file.readinto(block[: min(nbytes, len(block))])
         if not count:
             raise OSError(f"{file.name} became shorter while it was written")
-        own.update(block[:count])
         total.update(block[:count])
         nbytes -= count
-    return own.hexdigest()
+    return total.hexdigest()
 
 
 def write_atomic(path: Path, content: bytes) -> None:

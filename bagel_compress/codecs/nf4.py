@@ -180,7 +180,7 @@ class _Nf4Encoding(Encoding):
         yield self._chunk(STATE, np.frombuffer(_state(spec, offset), np.uint8))
 
     def _nest(self, statistics: Sequence[tuple[np.ndarray, np.ndarray]]) -> Generator[Chunk, None, float]:
-        """From (absmax, errors) of all chunks. Only absmax is joined: the errors of a large tensor are 12 bytes a block."""
+        """From (absmax, errors) of all chunks. Only absmax is joined: errors are 12 bytes a block."""
         import numpy as np
 
         from bagel_compress.codecs.kernels.nested_kernels import dequantize_absmax, dynamic_map, quantize_absmax

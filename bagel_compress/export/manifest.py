@@ -20,9 +20,9 @@ from bagel_compress.artifact import (
     EXPORT_MANIFEST,
     FileEntry,
     SourceEntry,
-    blake3_file,
     check_names,
     extra_files,
+    intact,
     wrong_sizes,
 )
 from bagel_compress.errors import ArtifactError
@@ -155,7 +155,7 @@ class ExportFolder:
         faults = list(wrong_sizes(self.path, self.manifest.files))
         for name, entry in self.manifest.files.items():
             path = self.path / name
-            if path.is_file() and path.stat().st_size == entry.bytes and blake3_file(path) != entry.blake3:
+            if path.is_file() and path.stat().st_size == entry.bytes and not intact(path, entry):
                 faults.append(f"{name} was changed")
         return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
 

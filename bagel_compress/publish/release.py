@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagel_compress import provenance
-from bagel_compress.artifact import blake3_file, sha256_file
+from bagel_compress.artifact import intact, sha256_file
 from bagel_compress.card import CARD, Origin
 from bagel_compress.content import Content, label, manifest_name, source_of
 from bagel_compress.errors import GateError, PublishError
@@ -112,7 +112,7 @@ def _content_files(content: Content, folder: Path) -> dict[str, ListedFile]:
     for name, entry in content.manifest.files.items():
         _linked(content.path / name, folder / name)
         files[name] = _entry(folder / name)
-        if blake3_file(folder / name) != entry.blake3:
+        if not intact(folder / name, entry):
             raise GateError(f"{content.path / name} was changed while it was published; run the same command again.")
     own = manifest_name(content)
     data = (content.path / own).read_bytes()

@@ -108,7 +108,7 @@ def _against_manifest(folder: Path, files: Files, own: str, digest: str) -> list
     faults = [
         f"{name} has another digest in {provenance.SUMS} or {provenance.PROVENANCE} than in the manifest"
         for name, entry in files.items()
-        if subjects.get(name) != {"sha256": sums.get(name), "blake3": entry.blake3}
+        if subjects.get(name) != {"sha256": sums.get(name), **entry.digests}
     ]
     return faults + ([f"{own} is not the one of {provenance.SUMS}"] if sums.get(own) != digest else [])
 

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -214,17 +215,16 @@ def test_a_disk_that_fills_up_is_one_sentence_and_resumable(
 ) -> None:
     plan = make_plan(tiny, nf4)
     written = [0]
-    original = writer.ShardWriter._write
+    original = writer._write_at
 
-    def full(self: writer.ShardWriter, file: object, where: int, buffer: np.ndarray, nbytes: int) -> None:
-        written[0] += nbytes
+    def full(file: FileIO, where: int, data: np.ndarray) -> None:
+        written[0] += data.nbytes
         if written[0] > 400_000:
-            self._free.put(buffer)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(self, file, where, buffer, nbytes)  # type: ignore[arg-type]
+        original(file, where, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.ShardWriter, "_write", full)
+        patch.setattr(writer, "_write_at", full)
         with pytest.raises(ArtifactError, match="is full; free some space and run the same command"):
             compress(plan, tiny, tmp_path / "b")
     assert not (tmp_path / "b" / MANIFEST).exists()

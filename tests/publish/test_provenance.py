@@ -64,7 +64,7 @@ def test_the_statement(artifact: Artifact, tmp_path: Path) -> None:
     assert subjects.pop("manifest.json") == {"sha256": artifact.digest}
     listed = provenance.read_sums((made.folder / "SHA256SUMS").read_text())
     assert subjects == {
-        name: {"sha256": listed[name], "blake3": entry.blake3} for name, entry in artifact.manifest.files.items()
+        name: {"sha256": listed[name], **entry.digests} for name, entry in artifact.manifest.files.items()
     }
     definition = found["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["recipe_sha256"] == artifact.manifest.recipe_digest

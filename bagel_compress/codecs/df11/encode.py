@@ -231,7 +231,7 @@ class _Packer:
         statuses: list[int] = []
 
         def verify(start: int, stop: int) -> None:
-            scratch = np.empty(CHUNK + unpack.SCRATCH_SLACK, np.uint8)
+            scratch = np.empty((2, CHUNK + unpack.SCRATCH_SLACK), np.uint8)
             statuses.append(unpack.verify_chunks((start, stop), *args, *book, scratch))
 
         split(verify, batch.chunks, 1)

@@ -2,7 +2,11 @@
 
 A table of 12 bits gives up to six exponents per lookup and, beside them, one bit where each code ends: the ends that
 cross a 64-bit window are compared with the stored gap. Codes over 12 bits are walked through the stored tables.
-No input can make a kernel loop for ever or leave its buffers: each step uses 1 to 48 bits of a bounded stream and the
+A lookup waits for the one before it, so two runs whose starts are known, chunks or blocks, are decoded in one loop.
+Kernels call each other with addresses and numbers only, and the innermost are inlined: numba counts references to
+every array that it passes, which took longer than the decoding.
+
+No input can make a kernel loop for ever or leave its buffers: each step uses 1 to 80 bits of a bounded stream and the
 counts were checked by the caller; what does not fit is reported by a status.
 """
 
@@ -15,7 +19,7 @@ import numpy as np
 from numba import njit
 
 from bagel_compress.codecs.df11.layout import BLOCK_BITS, FIRST_POINTER
-from bagel_compress.codecs.df11.words import byteswap, load64, ones, store64, trailing_zeros
+from bagel_compress.codecs.df11.words import byteswap, load8, load64, ones, store64, trailing_zeros
 
 LOOKUP_BITS = 12
 SCRATCH_SLACK = 32  # exponents written beyond a run's count
@@ -25,38 +29,45 @@ _U = np.uint64
 _PER_LOOKUP = 6
 _TOP = _U(64 - LOOKUP_BITS)
 _ENDS = _U(0xFFF)
-_LONGEST_RUN = 4 * _PER_LOOKUP
+_STEP_CODES, _STEP_BITS = 4 * _PER_LOOKUP + 1, 64  # a step may start where this many codes and bits are left
+_BROKEN = 1 << 62  # a position behind every stream: there was no code
+
+_compiled = njit(nogil=True, cache=True)
+_inlined = njit(nogil=True, inline="always")
 
 
-@njit(nogil=True, cache=True)
-def _walk(luts: np.ndarray, bits: int) -> tuple[int, int]:
-    """Exponent and code length of the code at the top of the 32-bit `bits`; length 0 if the tables give none."""
+@_compiled
+def _walk(luts: int, tables: int, bits: int) -> tuple[int, int]:
+    """Exponent and code length of the code at the top of the 32-bit `bits`; length 0 if the tables give none.
+
+    `luts` is the address of `tables` rows of 256 bytes and one more, the lengths.
+    """
     row = 0
     for level in range(4):
-        value = luts[row, (bits >> _U(24 - 8 * level)) & _U(255)]
+        value = np.int64(load8(luts + 256 * row + np.int64((bits >> _U(24 - 8 * level)) & _U(255))))
         if value < FIRST_POINTER:
-            length = luts[-1, value]
-            fits = 8 * level < length <= 8 * level + 8
-            return np.int64(value), np.int64(length) if fits else np.int64(0)
-        row = 256 - np.int64(value)
-        if row >= luts.shape[0] - 1:
+            length = np.int64(load8(luts + 256 * tables + value))
+            return value, length if 8 * level < length <= 8 * level + 8 else 0
+        row = 256 - value
+        if row >= tables:
             break
     return 0, 0
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def lookup_table(luts: np.ndarray, lookup_bits: int = LOOKUP_BITS) -> np.ndarray:
     """uint64 [2^bits] for the next (at most 12) bits: six exponents of 8 bits, 12 bits of code ends, 4 of their length.
 
     Length 0: the first code is longer than that, or none.
     """
     table = np.zeros(1 << lookup_bits, np.uint64)
+    address, tables = np.int64(luts.ctypes.data), luts.shape[0] - 1
     for index in range(1 << lookup_bits):
         used, entry = 0, _U(0)
         for k in range(_PER_LOOKUP):
             left = (_U(index) << _U(32 - lookup_bits + used)) & _U(0xFFFFFFFF)
-            exponent, length = _walk(luts, left)
-            other, _ = _walk(luts, left | ((_U(1) << _U(32 - lookup_bits + used)) - _U(1)))
+            exponent, length = _walk(address, tables, left)
+            other, _ = _walk(address, tables, left | ((_U(1) << _U(32 - lookup_bits + used)) - _U(1)))
             if length == 0 or used + length > lookup_bits or exponent != other:  # slots below EOF repeat neighbours
                 break
             used += length
@@ -65,85 +76,124 @@ def lookup_table(luts: np.ndarray, lookup_bits: int = LOOKUP_BITS) -> np.ndarray
     return table
 
 
-@njit(nogil=True, cache=True)
-def _look_up_four(word: int, table: np.ndarray, target: int) -> tuple[int, int, int, int]:
-    """Four entries for the top 48 bits of `word`; their exponents go to `target`.
+@_inlined
+def _address(array):  # type: ignore[no-untyped-def]
+    return np.int64(array.ctypes.data)
 
-    Returns their code ends as one mask, their bits, the number of exponents, and the bits of the fourth: 0 if one of
-    them, and so all after it, found no code in its 12 bits.
+
+@_inlined
+def _word_at(stream, at):  # type: ignore[no-untyped-def]
+    """The next 57 bits or more of a stream, left-aligned."""
+    return byteswap(load64(stream + (at >> 3))) << _U(at & 7)
+
+
+@_inlined
+def _step(stream, at, n, target, table, luts, tables, gaps, positions, first, gap_fault, position_fault):  # type: ignore[no-untyped-def]
+    """Four lookups, and the code that the last of them found no entry for: exponents n.. to `target`, from bit `at`.
+
+    All but numbers are addresses: of bit 0 of the stream, of the gap of window 0, of the position of block 0. `first`
+    is the index of the run's first weight. What differs from the stored gap or position enters the faults.
     """
-    ends, total, count, length = _U(0), _U(0), 0, _U(0)
+    word, ends, total, added, length = _word_at(stream, at), _U(0), _U(0), 0, _U(0)
     for _ in range(4):
-        entry = table[word >> _TOP]
-        store64(target + count, entry)
+        entry = load64(table + np.int64((word >> _TOP) << _U(3)))
+        store64(target + n + added, entry)
         length = entry >> _U(60)
         mask = (entry >> _U(48)) & _ENDS
         ends |= mask << total
         total += length
-        count += np.int64(ones(mask))
+        added += np.int64(ones(mask))
         word <<= length
-    return ends, total, count, length
+    room = _U(63) - _U(at & 63)
+    over, window = ends >> room, (at >> 6) + 1
+    crossed = _U(0) - _U(over != _U(0))  # no branch: whether a window was crossed is as good as random
+    gap = trailing_zeros(over)
+    gap_fault |= (gap ^ load8(gaps + window)) & crossed
+    if window & 511 == 0 and over != _U(0):
+        started = n + np.int64(ones(ends & ((_U(2) << (room + gap)) - _U(1))))
+        position_fault |= _U(first + started) ^ load64(positions + 8 * (window >> 9))
+    at += np.int64(total)
+    n += added
+    if length == _U(0):
+        exponent, bits = _walk(luts, tables, _word_at(stream, at) >> _U(32))
+        store64(target + n, _U(exponent))
+        n += 1
+        window = (at + bits) >> 6
+        if window != at >> 6:
+            gap_fault |= _U((at + bits) & 63) ^ load8(gaps + window)
+            if window & 511 == 0:
+                position_fault |= _U(first + n) ^ load64(positions + 8 * (window >> 9))
+        at = at + bits if bits else _BROKEN
+    return at, n, gap_fault, position_fault
 
 
-@njit(nogil=True, cache=True)
-def _run(
-    stream: int,
-    at: int,
-    end: int,
-    count: int,
-    first: int,
-    is_last: bool,
-    table: np.ndarray,
-    luts: np.ndarray,
-    gaps: np.ndarray,
-    gap_base: int,
-    positions: np.ndarray,
-    exponents: np.ndarray,
-) -> tuple[int, int]:
-    """`count` codes from bit `at` into `exponents`; they must start before bit `end`. Returns (status, bit after).
+@_compiled
+def _pair(  # type: ignore[no-untyped-def]
+    stream,
+    at,
+    end,
+    count,
+    first,
+    target,
+    gaps,
+    at2,
+    end2,
+    count2,
+    first2,
+    target2,
+    gaps2,
+    table,
+    luts,
+    tables,
+    positions,
+):
+    """Two runs at once, until one of them is nearly done: (bit, exponents) of each, and the faults of both."""
+    n, n2, gap_fault, position_fault = 0, 0, _U(0), _U(0)
+    while (
+        at + _STEP_BITS <= end and n + _STEP_CODES <= count and at2 + _STEP_BITS <= end2 and n2 + _STEP_CODES <= count2
+    ):
+        at, n, gap_fault, position_fault = _step(
+            stream, at, n, target, table, luts, tables, gaps, positions, first, gap_fault, position_fault
+        )
+        at2, n2, gap_fault, position_fault = _step(
+            stream, at2, n2, target2, table, luts, tables, gaps2, positions, first2, gap_fault, position_fault
+        )
+    return at, n, at2, n2, gap_fault, position_fault
 
-    `stream` is the address of bit 0, `first` the index of the first weight; `gaps` begins at window `gap_base`. If the
-    unit's last weight (`is_last`) ends in a window in which no code starts, that window's gap holds where the padding
-    starts, and 0 if there is none.
+
+@_compiled
+def _run(stream, at, end, n, count, first, is_last, target, gaps, table, luts, tables, positions):  # type: ignore[no-untyped-def]
+    """A run from its n-th code to its last; they must start before bit `end`. Returns (status, bit after).
+
+    If the unit's last weight (`is_last`) ends in a window in which no code starts, that window's gap holds where the
+    padding starts, and 0 if there is none.
     """
-    n, target = 0, np.int64(exponents.ctypes.data)
-    wrong = _U(0)
-    while n < count:
-        if at + 64 <= end and n + _LONGEST_RUN < count:
-            word = byteswap(load64(stream + (at >> 3))) << _U(at & 7)
-            ends, total, added, length4 = _look_up_four(word, table, target + n)
-            room = _U(64 - (at & 63))
-            if total >= room:
-                window = (at >> 6) + 1
-                gap = trailing_zeros(ends >> (room - _U(1)))
-                wrong |= gap ^ _U(gaps[window - gap_base])
-                if window & 511 == 0 and positions[window >> 9] != first + n + np.int64(
-                    ones(ends & ((_U(2) << (room - _U(1) + gap)) - _U(1)))
-                ):
-                    return BAD_POSITION, at
-            at += np.int64(total)
-            n += added
-            if length4 > _U(0):
-                continue
+    gap_fault, position_fault = _U(0), _U(0)
+    while at + _STEP_BITS <= end and n + _STEP_CODES <= count:
+        at, n, gap_fault, position_fault = _step(
+            stream, at, n, target, table, luts, tables, gaps, positions, first, gap_fault, position_fault
+        )
+    while n < count and at < _BROKEN:
         if at >= end:
             return BAD_END, at
-        word = (byteswap(load64(stream + (at >> 3))) << _U(at & 7)) >> _U(32)
-        exponent, length = _walk(luts, word)
-        if length == 0:
-            return BAD_CODE, at
-        exponents[n] = exponent
+        exponent, bits = _walk(luts, tables, _word_at(stream, at) >> _U(32))
+        store64(target + n, _U(exponent))
         n += 1
-        if (at + length) >> 6 != at >> 6:
-            window = (at + length) >> 6
-            unpadded = is_last and n == count and (at + length) & 7 == 0
-            wrong |= _U(0 if unpadded else (at + length) & 63) ^ _U(gaps[window - gap_base])
-            if window & 511 == 0 and positions[window >> 9] != first + n:
-                return BAD_POSITION, at
-        at += length
-    return (OK if wrong == _U(0) else BAD_GAP), at
+        window = (at + bits) >> 6
+        if window != at >> 6:
+            unpadded = is_last and n == count and (at + bits) & 7 == 0
+            gap_fault |= _U(0 if unpadded else (at + bits) & 63) ^ load8(gaps + window)
+            if window & 511 == 0:
+                position_fault |= _U(first + n) ^ load64(positions + 8 * (window >> 9))
+        at = at + bits if bits else _BROKEN
+    if at >= _BROKEN:
+        return BAD_CODE, at
+    if position_fault != _U(0):
+        return BAD_POSITION, at
+    return (OK if gap_fault == _U(0) else BAD_GAP), at
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _merge(exponents: np.ndarray, rest: np.ndarray, out: np.ndarray) -> None:
     """Exponents and sign-mantissa bytes to bf16 words."""
     for i in range(out.size):
@@ -155,7 +205,7 @@ def _merge(exponents: np.ndarray, rest: np.ndarray, out: np.ndarray) -> None:
         )
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def verify_chunks(
     chunks: tuple[int, int],
     words: np.ndarray,
@@ -174,46 +224,48 @@ def verify_chunks(
     """Decodes `chunks` of `chunk` weights and compares them with the uint16 `words` they were made from: status.
 
     `stream` is the address of bit 0 of the unit's stream, of which bits [bits[k], bits[k + 1]) are chunk k.
+    `exponents` is uint8 [2, chunk + SCRATCH_SLACK] scratch.
     """
-    for k in range(chunks[0], chunks[1]):
-        begin, stop = k * chunk, min((k + 1) * chunk, words.size)
-        status = _verify(
-            stream, bits[k : k + 2], first + begin, first + stop == weights, table, luts, gaps, positions,
-            exponents, rest[begin:stop], words[begin:stop],
-        )  # fmt: skip
-        if status != OK:
-            return status
+    book = (_address(table), _address(luts), luts.shape[0] - 1, _address(positions))
+    target, target2, gap = _address(exponents[0]), _address(exponents[1]), _address(gaps)
+    for k in range(chunks[0], chunks[1], 2):
+        at, n, at2, n2 = bits[k], 0, bits[k + 1], 0
+        last = min(k + 2, chunks[1])
+        if last == k + 2:
+            left = min(words.size - (k + 1) * chunk, chunk)
+            at, n, at2, n2, gap_fault, position_fault = _pair(
+                stream, at, bits[k + 1], chunk, first + k * chunk, target, gap,
+                at2, bits[k + 2], left, first + (k + 1) * chunk, target2, gap, *book,
+            )  # fmt: skip
+            if gap_fault | position_fault:
+                return BAD_POSITION if position_fault else BAD_GAP
+        for j in range(k, last):
+            begin, stop = j * chunk, min((j + 1) * chunk, words.size)
+            is_last = first + stop == weights
+            status, after = _run(
+                stream, at2 if j > k else at, bits[j + 1], n2 if j > k else n, stop - begin, first + begin, is_last,
+                target2 if j > k else target, gap, *book,
+            )  # fmt: skip
+            if status != OK:
+                return status
+            if after != bits[j + 1]:
+                return BAD_END
+            if _differ(exponents[j - k], rest[begin:stop], words[begin:stop]):
+                return DIFFERENT
     return OK
 
 
-@njit(nogil=True, cache=True)
-def _verify(
-    stream: int,
-    bits: np.ndarray,
-    first: int,
-    is_last: bool,
-    table: np.ndarray,
-    luts: np.ndarray,
-    gaps: np.ndarray,
-    positions: np.ndarray,
-    exponents: np.ndarray,
-    rest: np.ndarray,
-    words: np.ndarray,
-) -> int:
-    status, at = _run(stream, bits[0], bits[1], words.size, first, is_last, table, luts, gaps, 0, positions, exponents)
-    if status != OK:
-        return status
+@_compiled
+def _differ(exponents: np.ndarray, rest: np.ndarray, words: np.ndarray) -> bool:
     different = np.uint16(0)
     for i in range(words.size):
         byte = np.uint16(rest[i])
         word = ((byte & np.uint16(0x80)) << np.uint16(8)) | (byte & np.uint16(0x7F))
         different |= words[i] ^ (word | (np.uint16(exponents[i]) << np.uint16(7)))
-    if different != 0:
-        return DIFFERENT
-    return OK if at == bits[1] else BAD_END
+    return different != 0
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _unpack_gaps(packed: np.ndarray, block: int, gaps: np.ndarray) -> None:
     """The 512 gaps of a block and the first of the next one, if there is one, into uint8 `gaps` [513]."""
     begin = 320 * block
@@ -226,7 +278,7 @@ def _unpack_gaps(packed: np.ndarray, block: int, gaps: np.ndarray) -> None:
     gaps[512] = packed[begin + 320] >> np.uint8(3) if begin + 320 < packed.size else np.uint8(0)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def unpack_blocks(
     blocks: tuple[int, int],
     stream: int,
@@ -239,29 +291,51 @@ def unpack_blocks(
     out: np.ndarray,
 ) -> int:
     """`blocks` of a unit into uint16 `out` [weights]; returns the first status that is not OK."""
-    gaps = np.zeros(513, np.uint8)
-    exponents = np.empty(BLOCK_BITS + SCRATCH_SLACK, np.uint8)
-    for block in range(blocks[0], blocks[1]):
-        first, stop = positions[block], positions[block + 1]
-        start = block * BLOCK_BITS
-        end = min(start + BLOCK_BITS, 8 * stream_bytes)
-        _unpack_gaps(packed_gaps, block, gaps)
-        if block == 0 and gaps[0] != 0:  # the first gap of any other block is checked by the block before
+    gaps = np.zeros((2, 513), np.uint8)
+    exponents = np.empty((2, BLOCK_BITS + SCRATCH_SLACK), np.uint8)
+    book = (_address(table), _address(luts), luts.shape[0] - 1, _address(positions))
+    target, target2 = _address(exponents[0]), _address(exponents[1])
+    for block in range(blocks[0], blocks[1], 2):
+        last = min(block + 2, blocks[1])
+        for b in range(block, last):
+            _unpack_gaps(packed_gaps, b, gaps[b - block])
+        if block == 0 and gaps[0, 0] != 0:  # the first gap of any other block is checked by the block before
             return BAD_GAP
-        is_last = stop == rest.size
-        status, at = _run(
-            stream, start + gaps[0], end, stop - first, first, is_last, table, luts, gaps, start >> 6,
-            positions, exponents,
-        )  # fmt: skip
-        if status != OK:
-            return status
-        if is_last:
-            if stop > first and not 0 <= 8 * stream_bytes - at < 8:
-                return BAD_END
-            for window in range((at >> 6) + 1 if stop > first else (start >> 6) + 1, (start >> 6) + 512):
-                if gaps[window - (start >> 6)] != 0:
-                    return BAD_GAP
-        elif at < end:
-            return BAD_END
-        _merge(exponents[: stop - first], rest[first:stop], out[first:stop])
+        start, start2, end = block * BLOCK_BITS, (block + 1) * BLOCK_BITS, 8 * stream_bytes
+        gap, gap2 = _address(gaps[0]) - (start >> 6), _address(gaps[1]) - (start2 >> 6)
+        at, n, at2, n2 = start + np.int64(gaps[0, 0]), 0, start2 + np.int64(gaps[1, 0]), 0
+        if last == block + 2:
+            middle, stop = positions[block + 1], positions[block + 2]
+            at, n, at2, n2, gap_fault, position_fault = _pair(
+                stream, at, start2, middle - positions[block], positions[block], target, gap,
+                at2, min(start2 + BLOCK_BITS, end), stop - middle, middle, target2, gap2, *book,
+            )  # fmt: skip
+            if gap_fault | position_fault:
+                return BAD_POSITION if position_fault else BAD_GAP
+        for b in range(block, last):
+            second = b > block
+            first, stop = positions[b], positions[b + 1]
+            status, after = _run(
+                stream, at2 if second else at, min((b + 1) * BLOCK_BITS, end), n2 if second else n, stop - first, first,
+                stop == rest.size, target2 if second else target, gap2 if second else gap, *book,
+            )  # fmt: skip
+            if status == OK:
+                status = _check_end(b, after, first, stop, rest.size, end, gaps[b - block])
+            if status != OK:
+                return status
+            _merge(exponents[b - block, : stop - first], rest[first:stop], out[first:stop])
+    return OK
+
+
+@_compiled
+def _check_end(block: int, at: int, first: int, stop: int, weights: int, end: int, gaps: np.ndarray) -> int:
+    """A block ends where the next begins; the unit's last code in the stream's last byte, without gaps behind it."""
+    start = block * BLOCK_BITS
+    if stop < weights:
+        return OK if at >= min(start + BLOCK_BITS, end) else BAD_END
+    if stop > first and not 0 <= end - at < 8:
+        return BAD_END
+    for window in range((at >> 6) + 1 if stop > first else (start >> 6) + 1, (start >> 6) + 512):
+        if gaps[window - (start >> 6)] != 0:
+            return BAD_GAP
     return OK

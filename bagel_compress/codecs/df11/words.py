@@ -1,4 +1,4 @@
-"""Unaligned 64-bit loads and stores and bit counts for the numba kernels of this package.
+"""Loads and stores at any address and bit counts for the numba kernels of this package.
 
 A bit stream is read and written at any byte, which numpy arrays cannot express; these compile to one instruction each.
 Addresses are plain integers: the kernels that use them keep every access inside the buffers their callers sized.
@@ -13,9 +13,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-_WORD = ir.IntType(64)
+_BYTE, _WORD = ir.IntType(8), ir.IntType(64)
 _ZERO_IS_DEFINED = ir.Constant(ir.IntType(1), 0)
 _Generator = tuple[Any, Callable[..., Any]]
+
+
+@intrinsic
+def load8(typing: Any, address: Any) -> _Generator:
+    """The byte at `address`, as uint64."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.zext(builder.load(builder.inttoptr(args[0], _BYTE.as_pointer())), _WORD)
+
+    return types.uint64(types.uintp), emit
 
 
 @intrinsic

@@ -97,7 +97,12 @@ def encode_tail(words: np.ndarray) -> tuple[np.ndarray, np.float32, np.ndarray, 
     e = u - c
     errors = np.array([e @ e, e @ c, c @ c])
     unit = np.float64(absmax) ** 2
-    return (even[0::2] << 4) | even[1::2], absmax, np.array([(u @ u) * unit, errors[0] * unit, abs(e).max() - HALF_GAP]), errors
+    return (
+        (even[0::2] << 4) | even[1::2],
+        absmax,
+        np.array([(u @ u) * unit, errors[0] * unit, abs(e).max() - HALF_GAP]),
+        errors,
+    )
 
 
 def nested_noise(absmax: np.ndarray, stored: np.ndarray, errors: np.ndarray) -> float:
@@ -111,21 +116,31 @@ def _floats(bits: np.ndarray) -> np.ndarray:
 
 @_strict
 def _encode_plain(words, table, midpoints, pairs, packed, absmax, energies, errors):  # type: ignore[no-untyped-def]
-    tops, codes, values = np.empty(TILE, np.float32), np.empty((TILE, BLOCK), np.int16), np.empty((TILE, BLOCK), np.float32)
+    tops, codes, values = (
+        np.empty(TILE, np.float32),
+        np.empty((TILE, BLOCK), np.int16),
+        np.empty((TILE, BLOCK), np.float32),
+    )
     for tile in range(energies.shape[0]):
         first, last = tile * TILE, min((tile + 1) * TILE, words.shape[0])
         block, scale = words[first:last], absmax[first:last]
         plain = _absmaxes(block, tops)
         scale[:] = tops[: last - first]
         _tile_codes(block, plain, scale, table, midpoints, codes)
-        _pack_and_measure(block, codes, values, pairs, tops, packed[first:last], scale, energies[tile], errors[first:last])
+        _pack_and_measure(
+            block, codes, values, pairs, tops, packed[first:last], scale, energies[tile], errors[first:last]
+        )
 
 
 @_strict
 def _encode_searching(  # type: ignore[no-untyped-def]
     words, table, book, midpoints, pairs, packed, absmax, energies, errors
 ):
-    tops, codes, values = np.empty(TILE, np.float32), np.empty((TILE, BLOCK), np.int16), np.empty((TILE, BLOCK), np.float32)
+    tops, codes, values = (
+        np.empty(TILE, np.float32),
+        np.empty((TILE, BLOCK), np.int16),
+        np.empty((TILE, BLOCK), np.float32),
+    )
     for tile in range(energies.shape[0]):
         first, last = tile * TILE, min((tile + 1) * TILE, words.shape[0])
         block, scale = words[first:last], absmax[first:last]
@@ -133,7 +148,9 @@ def _encode_searching(  # type: ignore[no-untyped-def]
         for j in range(last - first):
             scale[j] = _as_float(_best_scale(block, j, table, _as_word(tops[j]), book, codes))
         _tile_codes(block, plain, scale, table, midpoints, codes)
-        _pack_and_measure(block, codes, values, pairs, tops, packed[first:last], scale, energies[tile], errors[first:last])
+        _pack_and_measure(
+            block, codes, values, pairs, tops, packed[first:last], scale, energies[tile], errors[first:last]
+        )
 
 
 @_strict
@@ -160,7 +177,8 @@ def _absmaxes(words, tops):  # type: ignore[no-untyped-def]
         for i in range(BLOCK):
             top = np.uint16(max(top, np.uint16(words[j, i] & np.uint16(0x7FFF))))
         tops[j] = _as_float(top)
-        plain &= EXPONENTS[0] <= top >> 7 <= EXPONENTS[1]
+        if not EXPONENTS[0] <= top >> 7 <= EXPONENTS[1]:
+            plain = False
     return plain
 
 
@@ -227,7 +245,9 @@ def _block_codes(words, j, scale, table, codes):  # type: ignore[no-untyped-def]
     t5, t6, t7, t8, t9 = table[m, 5], table[m, 6], table[m, 7], table[m, 8], table[m, 9]
     t10, t11, t12, t13, t14 = table[m, 10], table[m, 11], table[m, 12], table[m, 13], table[m, 14]
     for i in range(BLOCK):
-        codes[j, i] = _code(_relative(words[j, i], floor), t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14)
+        codes[j, i] = _code(
+            _relative(words[j, i], floor), t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14
+        )
 
 
 @_strict
@@ -289,7 +309,11 @@ def _unpack(packed, pairs, out):  # type: ignore[no-untyped-def]
 def _measure(words, values, tops, absmax, energy):  # type: ignore[no-untyped-def]
     """Energies of a tile. Errors are taken in units of each block's scale, their squares in units of the largest, so
     that nothing overflows; sums stay in LANES partial sums to the end, for one register of each."""
-    signal, noise, worst = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.full(LANES, -HALF_GAP, np.float32)
+    signal, noise, worst = (
+        np.zeros(LANES, np.float32),
+        np.zeros(LANES, np.float32),
+        np.full(LANES, -HALF_GAP, np.float32),
+    )
     unit = TINY
     for j in range(words.shape[0]):
         unit = max(unit, absmax[j])
