@@ -170,7 +170,7 @@ class _Packer:
         self._begun = 0
         self._tail = b""
         values, lengths = encoding.book.values, encoding.book.lengths
-        self._book = (values, lengths, *pack.pair_tables(values, lengths))
+        self._book = (values.astype(np.uint64), lengths, *pack.pair_tables(values, lengths))
         self._lookup = unpack.lookup_table(encoding.book.luts)
 
     def code(self, batch: _Batch) -> np.ndarray:

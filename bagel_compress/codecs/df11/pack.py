@@ -1,8 +1,9 @@
 """Numba kernels of the DF11 encoder: histogram, sign and mantissa bytes, code stream with gaps and block positions.
 
 Eight weights at a time become one piece of at most 56 bits, by a table of exponent pairs that holds, beside the joined
-code, one bit where each code ends. A piece that crosses a 64-bit window finds the next code's start in those end bits,
-so gaps and positions cost one branch per window. Rare long pieces are appended weight by weight.
+code, one bit where each code ends: where a piece crosses a 64-bit window, they tell the next code's start. Rare long
+pieces are appended weight by weight. The innermost functions get addresses and numbers and are inlined, because numba
+counts references to every array that it passes.
 All kernels release the interpreter lock; chunks of one unit are packed by any number of threads.
 """
 
@@ -14,16 +15,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from bagel_compress.codecs.df11.words import byteswap, leading_zeros, load64, ones, store64
+from bagel_compress.codecs.df11.words import byteswap, leading_zeros, load8, load16, load64, ones, store8, store64
 
 CHUNK = 1 << 16  # weights: 128 KB of bf16, which stays in the second-level cache
 ROW_SLACK = 16  # bytes that stores of eight reach beyond the last code
 _U = np.uint64
-_EXPONENTS = _U(0x00FF00FF00FF00FF)  # of four weights, after a shift by seven
-_PAIR = _U(0xFFFF)
 _CODE = _U(0xFFFFFFFF)
 _HALF = _U(32)
 _BYTE = _U(0xFF)
+
+_compiled = njit(nogil=True, cache=True)
+_inlined = njit(nogil=True, inline="always")
 
 
 def pair_tables(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +39,7 @@ def pair_tables(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
     return ((first << second_bits) | second) & _CODE | (ends << _HALF), (first_bits + second_bits).astype(np.uint8)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def count_chunks(chunks: tuple[int, int], words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
     """Histogram of the exponents of each of the `chunks` of uint16 `words` into uint32 `out` [chunk, 256].
 
@@ -47,7 +49,7 @@ def count_chunks(chunks: tuple[int, int], words: np.ndarray, tables: np.ndarray,
         _count(words[k * CHUNK : (k + 1) * CHUNK], tables, out[k])
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _count(words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
     """Eight tables, so that equal exponents in a row do not wait for each other."""
     tables[:] = 0
@@ -69,7 +71,7 @@ def _count(words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
         out[e] = total
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def pack_chunks(
     chunks: tuple[int, int],
     words: np.ndarray,
@@ -91,112 +93,100 @@ def pack_chunks(
     64-bit window than it began, `gaps` [window] and, at a block's first window, `positions` [block] get what follows.
     Returns whether every chunk had the bits it was planned with; if not, the source has changed since the first pass.
     """
+    exponents, spare = np.empty(CHUNK, np.uint8), np.empty(1, np.uint8)
+    tables = (_address(values), _address(lengths), _address(pair_values), _address(pair_lengths))
     for k in range(chunks[0], chunks[1]):
         begin = k * CHUNK
         chunk = words[begin : begin + CHUNK]
-        _split(chunk, rest[begin : begin + CHUNK])
+        _split(chunk, exponents, rest[begin : begin + CHUNK])
         if not _pack(
-            chunk, first + begin, bits[k], bits[k + 1], values, lengths, pair_values, pair_lengths, rows[k], gaps,
-            positions,
+            _address(exponents), chunk.size, first + begin, bits[k], bits[k + 1], *tables, _address(rows[k]),
+            _address(gaps), _address(positions), _address(spare),
         ):  # fmt: skip
             return False
     return True
 
 
-@njit(nogil=True, cache=True)
-def _split(words: np.ndarray, out: np.ndarray) -> None:
+@_inlined
+def _address(array):  # type: ignore[no-untyped-def]
+    return np.int64(array.ctypes.data)
+
+
+@_compiled
+def _split(words: np.ndarray, exponents: np.ndarray, rest: np.ndarray) -> None:
     for i in range(words.size):
-        out[i] = np.uint8(((words[i] >> np.uint16(8)) & np.uint16(0x80)) | (words[i] & np.uint16(0x7F)))
+        exponents[i] = np.uint8(words[i] >> np.uint16(7))
+        rest[i] = np.uint8(((words[i] >> np.uint16(8)) & np.uint16(0x80)) | (words[i] & np.uint16(0x7F)))
 
 
-@njit(nogil=True, cache=True)
-def _append(piece: int, bits: int, held: int, filled: int, address: int) -> tuple[int, int, int]:
+@_inlined
+def _append(piece, bits, held, filled, target):  # type: ignore[no-untyped-def]
     """Adds `bits` (1 to 56) of `piece` to the left-aligned `held` of which `filled` (0 to 7) bits are taken."""
     held |= piece << (_U(64) - filled - bits)
     filled += bits
-    store64(address, byteswap(held))
-    return held << (filled & _U(0x38)), filled & _U(7), address + np.int64(filled >> _U(3))
+    store64(target, byteswap(held))
+    return held << (filled & _U(0x38)), filled & _U(7), target + np.int64(filled >> _U(3))
 
 
-@njit(nogil=True, cache=True)
-def _pack(
-    words: np.ndarray,
-    first: int,
-    bit: int,
-    stop: int,
-    values: np.ndarray,
-    lengths: np.ndarray,
-    pair_values: np.ndarray,
-    pair_lengths: np.ndarray,
-    row: np.ndarray,
-    gaps: np.ndarray,
-    positions: np.ndarray,
-) -> bool:
-    source, target = np.int64(words.ctypes.data), np.int64(row.ctypes.data)
-    held, filled, at = _U(0), _U(bit & 7), _U(bit)
-    whole = words.size // 8 * 8
+@_compiled
+def _pack(  # type: ignore[no-untyped-def]
+    source, size, first, bit, stop, values, lengths, pair_values, pair_lengths, target, gaps, positions, spare
+):
+    """Codes of `size` exponents at `source`; whether they had `stop - bit` bits. All but numbers are addresses."""
+    held, filled, at, limit = _U(0), _U(bit & 7), _U(bit), _U(stop)
+    whole = size // 8 * 8
     for i in range(0, whole, 8):
-        a = (load64(source + 2 * i) >> _U(7)) & _EXPONENTS
-        b = (load64(source + 2 * i + 8) >> _U(7)) & _EXPONENTS
-        a |= a >> _U(8)
-        b |= b >> _U(8)
-        p0, p1, p2, p3 = a & _PAIR, (a >> _HALF) & _PAIR, b & _PAIR, (b >> _HALF) & _PAIR
-        bits1, bits3 = _U(pair_lengths[p1]), _U(pair_lengths[p3])
-        bits_a, bits_b = _U(pair_lengths[p0]) + bits1, _U(pair_lengths[p2]) + bits3
+        p0, p1, p2, p3 = load16(source + i), load16(source + i + 2), load16(source + i + 4), load16(source + i + 6)
+        bits1, bits3 = load8(pair_lengths + np.int64(p1)), load8(pair_lengths + np.int64(p3))
+        bits_a, bits_b = load8(pair_lengths + np.int64(p0)) + bits1, load8(pair_lengths + np.int64(p2)) + bits3
         bits = bits_a + bits_b
-        if bits_a <= _HALF and bits_b <= _HALF and bits <= _U(56):
-            joined_a = (pair_values[p0] << bits1) | pair_values[p1]
-            joined_b = (pair_values[p2] << bits3) | pair_values[p3]
-            piece = ((joined_a & _CODE) << bits_b) | (joined_b & _CODE)
-            held, filled, target = _append(piece, bits, held, filled, target)
-            end = at + bits
-            if (end >> _U(6)) != (at >> _U(6)):
-                if end > _U(stop):
-                    return False
-                over = end & _U(63)
-                ends = (((joined_a >> _HALF) << bits_b) | (joined_b >> _HALF)) & ((_U(2) << over) - _U(1))
-                gaps[end >> _U(6)] = np.uint8(over - (_U(63) - leading_zeros(ends)))
-                if ((end >> _U(6)) & _U(511)) == _U(0):
-                    positions[end >> _U(15)] = first + i + 9 - np.int64(ones(ends))
-            at = end
-        else:
-            for j in range(i, i + 8):
-                held, filled, target, at = _pack_one(
-                    words[j], first + j + 1, values, lengths, held, filled, target, at, stop, gaps, positions
-                )
-    for j in range(whole, words.size):
-        held, filled, target, at = _pack_one(
-            words[j], first + j + 1, values, lengths, held, filled, target, at, stop, gaps, positions
-        )
-    return at == _U(stop)
+        end = at + bits
+        if (bits_a > _HALF) | (bits_b > _HALF) | (bits > _U(56)) | (end > limit):
+            held, filled, target, at = _pack_few(
+                source, i, i + 8, first, limit, values, lengths, held, filled, target, at, gaps, positions
+            )
+            continue
+        joined_a = (_entry(pair_values, p0) << bits1) | _entry(pair_values, p1)
+        joined_b = (_entry(pair_values, p2) << bits3) | _entry(pair_values, p3)
+        held, filled, target = _append(((joined_a & _CODE) << bits_b) | (joined_b & _CODE), bits, held, filled, target)
+        over, window, crossed = end & _U(63), end >> _U(6), (end ^ at) >> _U(6) != _U(0)
+        ends = (((joined_a >> _HALF) << bits_b) | (joined_b >> _HALF)) & ((_U(2) << over) - _U(1))
+        # No branch: whether a piece crosses a window is as good as random. `spare` takes what is no gap.
+        place = gaps + np.int64(window) if crossed else spare
+        store8(place, over - (_U(63) - leading_zeros(ends)))
+        if window & _U(511) == _U(0) and crossed:
+            store64(positions + 8 * np.int64(window >> _U(9)), _U(first + i + 9 - np.int64(ones(ends))))
+        at = end
+    held, filled, target, at = _pack_few(
+        source, whole, size, first, limit, values, lengths, held, filled, target, at, gaps, positions
+    )
+    return at == limit
 
 
-@njit(nogil=True, cache=True)
-def _pack_one(
-    word: int,
-    following: int,
-    values: np.ndarray,
-    lengths: np.ndarray,
-    held: int,
-    filled: int,
-    target: int,
-    at: int,
-    stop: int,
-    gaps: np.ndarray,
-    positions: np.ndarray,
-) -> tuple[int, int, int, int]:
-    exponent = (word >> np.uint16(7)) & np.uint16(255)
-    bits = _U(lengths[exponent])
-    held, filled, target = _append(_U(values[exponent]), bits, held, filled, target)
-    end = at + bits
-    if (end >> _U(6)) != (at >> _U(6)) and end <= _U(stop):
-        gaps[end >> _U(6)] = np.uint8(end & _U(63))
-        if ((end >> _U(6)) & _U(511)) == _U(0):
-            positions[end >> _U(15)] = following
-    return held, filled, target, end
+@_inlined
+def _entry(table, index):  # type: ignore[no-untyped-def]
+    return load64(table + np.int64(index << _U(3)))
 
 
-@njit(nogil=True, cache=True)
+@_compiled
+def _pack_few(  # type: ignore[no-untyped-def]
+    source, begin, stop, first, limit, values, lengths, held, filled, target, at, gaps, positions
+):
+    for j in range(begin, stop):
+        exponent = np.int64(load8(source + j))
+        bits = load8(lengths + exponent)
+        held, filled, target = _append(load64(values + 8 * exponent), bits, held, filled, target)
+        end = at + bits
+        window = end >> _U(6)
+        if window != at >> _U(6) and end <= limit:
+            store8(gaps + np.int64(window), end & _U(63))
+            if window & _U(511) == _U(0):
+                store64(positions + 8 * np.int64(window >> _U(9)), _U(first + j + 1))
+        at = end
+    return held, filled, target, at
+
+
+@_compiled
 def join(rows: np.ndarray, bits: np.ndarray, out: np.ndarray) -> None:
     """Puts packed rows behind each other: row k holds bits [bits[k], bits[k + 1]). out[0] holds the byte of bits[0]."""
     base = bits[0] >> 3
@@ -209,7 +199,7 @@ def join(rows: np.ndarray, bits: np.ndarray, out: np.ndarray) -> None:
             out[begin] |= shared
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def pack_gaps(gaps: np.ndarray, out: np.ndarray) -> None:
     """5 bits each, first in the highest bits: uint8 `gaps` [8 n] into uint8 `out` [5 n]."""
     for k in range(out.size // 5):
@@ -220,7 +210,7 @@ def pack_gaps(gaps: np.ndarray, out: np.ndarray) -> None:
             out[5 * k + j] = np.uint8((word >> _U(32 - 8 * j)) & _BYTE)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def mark_blocks(words: np.ndarray, first: int, bit: int, lengths: np.ndarray, positions: np.ndarray) -> None:
     """Only the block positions of `pack`, for a unit whose blocks may hold too many weights."""
     at = bit

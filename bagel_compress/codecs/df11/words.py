@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-_BYTE, _WORD = ir.IntType(8), ir.IntType(64)
+_BYTE, _PAIR, _WORD = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _ZERO_IS_DEFINED = ir.Constant(ir.IntType(1), 0)
 _Generator = tuple[Any, Callable[..., Any]]
 
@@ -29,6 +29,18 @@ def load8(typing: Any, address: Any) -> _Generator:
 
 
 @intrinsic
+def load16(typing: Any, address: Any) -> _Generator:
+    """The little-endian 16-bit number at `address`, aligned or not, as uint64."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[0], _PAIR.as_pointer()))
+        value.align = 1
+        return builder.zext(value, _WORD)
+
+    return types.uint64(types.uintp), emit
+
+
+@intrinsic
 def load64(typing: Any, address: Any) -> _Generator:
     """The little-endian uint64 at `address`, aligned or not."""
 
@@ -38,6 +50,17 @@ def load64(typing: Any, address: Any) -> _Generator:
         return value
 
     return types.uint64(types.uintp), emit
+
+
+@intrinsic
+def store8(typing: Any, address: Any, value: Any) -> _Generator:
+    """Stores the low byte of `value` at `address`."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(builder.trunc(args[1], _BYTE), builder.inttoptr(args[0], _BYTE.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uint64), emit
 
 
 @intrinsic
