@@ -283,11 +283,11 @@ def test_the_writer_wants_every_byte_once(tmp_path: Path) -> None:
 
 
 def test_the_writer_takes_chunks_in_any_order_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "BUFFER", 1000)
+    monkeypatch.setattr(writer, "PIECE", 1000)
     a, b = (np.random.default_rng(i).integers(0, 256, size, dtype=np.uint8) for i, size in enumerate((5000, 4096)))
 
     def chunks() -> Iterator[Chunk]:
-        yield Chunk("b", 2048, b[2048:])
+        yield Chunk("b", 2048, b[2048:], lasting=True)
         yield Chunk("a", 2500, a[2500:])
         yield Chunk("b", 0, b[:2048])
         yield Chunk("a", 0, a[:2500])

@@ -50,8 +50,8 @@ def test_a_file_is_read_once_and_again_when_it_was_touched(online: Artifact, mon
     import bagel_compress.hub as hub
 
     read: list[str] = []
-    real = hub.blake3_file
-    monkeypatch.setattr(hub, "blake3_file", lambda path: (read.append(path.name), real(path))[1])
+    real = hub.intact
+    monkeypatch.setattr(hub, "intact", lambda path, entry: (read.append(path.name), real(path, entry))[1])
     folder = fetch(REPO)
     assert sorted(read) == sorted(Path(name).name for name in online.manifest.files)
     read.clear()

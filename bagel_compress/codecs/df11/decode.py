@@ -1,15 +1,19 @@
-"""The stored parts of a unit back to bf16, on the CPU. Every inconsistency is a CodecError that names the unit."""
+"""The stored parts of a unit back to bf16, on the CPU. Every inconsistency is a CodecError that names the unit.
+
+The kernels, and numba with them, are imported when something is decoded: a model opens without them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
 from bagel_compress.codecs.base import Unit
-from bagel_compress.codecs.df11 import unpack
 from bagel_compress.codecs.df11.layout import (
     BLOCK_BITS,
     BLOCK_BYTES,
@@ -24,12 +28,6 @@ from bagel_compress.codecs.kernels.threads import split
 from bagel_compress.errors import CodecError
 
 GRAIN = 16  # blocks that are worth a thread: about 200,000 weights
-_WRONG = {
-    unpack.BAD_CODE: "encoded_exponent holds bits that are no code of its luts",
-    unpack.BAD_GAP: "gaps and encoded_exponent do not agree",
-    unpack.BAD_POSITION: "output_positions and encoded_exponent do not agree",
-    unpack.BAD_END: "encoded_exponent ends before or after its weights",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +58,37 @@ class Filling:
     """The front of a 1-D bf16 CPU buffer, `flat`, that is filled with a unit's weights block by block."""
 
     def __init__(self, stored: Stored, out: torch.Tensor) -> None:
-        stream, rest, gaps = (part.numpy() for part in (stored.stream, stored.rest, stored.gaps))
-        self.flat = out[: rest.size]
-        words = self.flat.view(torch.int16).numpy().view(np.uint16)
+        self.flat = out[: stored.rest.numel()]
         # The kernel reads a few bytes past a block: the last two blocks are decoded from a padded copy.
         self.inner = max(0, stored.blocks - 2)
-        self._end = np.concatenate([stream[self.inner * BLOCK_BYTES :], np.zeros(unpack.READ_SLACK, np.uint8)])
-        self._stream, self._name = stream, stored.name
-        table = unpack.lookup_table(stored.luts)
-        self._args = (stream.size, table, stored.luts, gaps, stored.positions, rest, words)
+        self._stored = stored
 
     def blocks(self, start: int, stop: int) -> None:
         """Decodes blocks [start, stop). Raises CodecError on a damaged stream."""
-        border, address = min(max(start, self.inner), stop), self._stream.ctypes.data
+        from bagel_compress.codecs.df11 import unpack
+
+        border = min(max(start, self.inner), stop)
         padded = self._end.ctypes.data - self.inner * BLOCK_BYTES
-        for first, last, base in ((start, border, address), (border, stop, padded)):
+        for first, last, base in ((start, border, self._stored.stream.data_ptr()), (border, stop, padded)):
             status = unpack.unpack_blocks((first, last), base, *self._args)
             if status != unpack.OK:
-                raise _damaged(self._name, _WRONG[status])
+                raise _damaged(self._stored.name, unpack.REASONS[status])
+
+    @cached_property
+    def _end(self) -> np.ndarray:
+        from bagel_compress.codecs.df11 import unpack
+
+        end = self._stored.stream.numpy()[self.inner * BLOCK_BYTES :]
+        return np.concatenate([end, np.zeros(unpack.READ_SLACK, np.uint8)])
+
+    @cached_property
+    def _args(self) -> tuple[Any, ...]:
+        from bagel_compress.codecs.df11 import unpack
+
+        stored = self._stored
+        words = self.flat.view(torch.int16).numpy().view(np.uint16)
+        table, rest, gaps = unpack.lookup_table(stored.luts), stored.rest.numpy(), stored.gaps.numpy()
+        return (stored.stream.numel(), table, stored.luts, gaps, stored.positions, rest, words)
 
 
 def check_parts(unit: Unit, parts: Mapping[str, torch.Tensor]) -> Stored:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from bagel_compress.codecs.base import Unit
-from bagel_compress.codecs.df11 import unpack
 from bagel_compress.codecs.df11.decode import Stored, check_parts, decode_into
 from bagel_compress.errors import MissingExtraError
 
@@ -60,7 +59,7 @@ def decode_unit(unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torc
 
 def _gpu_decoder(stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
     """Decoding by the CUDA kernel where it compiles, else by Triton."""
-    from bagel_compress.codecs.df11 import cuda_kernel
+    from bagel_compress.codecs.df11 import cuda_kernel, unpack
 
     with_cuda, device = cuda_kernel.available(), stored.stream.device
     if not with_cuda and find_spec("triton") is None:

@@ -25,6 +25,12 @@ LOOKUP_BITS = 12
 SCRATCH_SLACK = 32  # exponents written beyond a run's count
 READ_SLACK = 16  # bytes read beyond a run's last code
 OK, BAD_CODE, BAD_GAP, BAD_POSITION, BAD_END, DIFFERENT = 0, 1, 2, 3, 4, 5
+REASONS = {
+    BAD_CODE: "encoded_exponent holds bits that are no code of its luts",
+    BAD_GAP: "gaps and encoded_exponent do not agree",
+    BAD_POSITION: "output_positions and encoded_exponent do not agree",
+    BAD_END: "encoded_exponent ends before or after its weights",
+}
 _U = np.uint64
 _PER_LOOKUP = 6
 _TOP = _U(64 - LOOKUP_BITS)
