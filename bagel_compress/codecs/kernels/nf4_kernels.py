@@ -77,7 +77,7 @@ def encode_blocks(
     """
     table, pairs = thresholds(), pair_values()
     if mse:
-        _encode_searching(words, table, CODE_BOOK, MIDPOINTS, pairs, packed, absmax, energies, errors)
+        _encode_searching(words, table, MIDPOINTS, pairs, packed, absmax, energies, errors)
     else:
         _encode_plain(words, table, MIDPOINTS, pairs, packed, absmax, energies, errors)
 
@@ -133,20 +133,14 @@ def _encode_plain(words, table, midpoints, pairs, packed, absmax, energies, erro
 
 
 @_strict
-def _encode_searching(  # type: ignore[no-untyped-def]
-    words, table, book, midpoints, pairs, packed, absmax, energies, errors
-):
-    tops, codes, values = (
-        np.empty(TILE, np.float32),
-        np.empty((TILE, BLOCK), np.int16),
-        np.empty((TILE, BLOCK), np.float32),
-    )
+def _encode_searching(words, table, midpoints, pairs, packed, absmax, energies, errors):  # type: ignore[no-untyped-def]
+    tops, codes = np.empty(TILE, np.float32), np.empty((TILE, BLOCK), np.int16)
+    values = np.empty((TILE, BLOCK), np.float32)
     for tile in range(energies.shape[0]):
         first, last = tile * TILE, min((tile + 1) * TILE, words.shape[0])
         block, scale = words[first:last], absmax[first:last]
         plain = _absmaxes(block, tops)
-        for j in range(last - first):
-            scale[j] = _as_float(_best_scale(block, j, table, _as_word(tops[j]), book, codes))
+        _search(block, plain, tops, table, midpoints, pairs, codes, packed[first:last], values, scale)
         _tile_codes(block, plain, scale, table, midpoints, codes)
         _pack_and_measure(
             block, codes, values, pairs, tops, packed[first:last], scale, energies[tile], errors[first:last]
@@ -262,34 +256,44 @@ def _exact_codes(words, j, absmax, midpoints, codes):  # type: ignore[no-untyped
 
 
 @_strict
-def _best_scale(words, j, table, top, book, codes):  # type: ignore[no-untyped-def]
-    """The bf16 word of the scale of least squared error among those tried; `codes[j]` is scratch.
+def _search(words, plain, tops, table, midpoints, pairs, codes, packed, values, scales):  # type: ignore[no-untyped-def]
+    """Fills the scales of a tile: bf16 numbers of least squared error among those tried; the rest is scratch.
 
     Tried are absmax, smaller scales, and for each the best scale for its codes, (w.c)/(c.c). A scale s saves
     s * (2 w.c - s c.c) of the energy of w. Where squares would leave fp32's range, absmax stays.
     """
-    best, scale = np.float32(0), top
-    if (EXPONENTS[0] + 64) << 7 <= top <= (EXPONENTS[1] - 64) << 7:
-        for step in range(MSE_STEPS):
-            word = np.uint16(top - step * MSE_STEP)
-            for _ in range(2):
-                _block_codes(words, j, word, table, codes)
-                wc, cc = _products(words, j, codes, book)
-                saved = _as_float(word) * (2 * wc - _as_float(word) * cc)
-                if saved > best:
-                    best, scale = saved, word
-                word = _as_word(wc / cc)
-    return scale
+    count, flat = words.shape[0], packed.reshape(-1)
+    tried, most = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
+    scales[:] = tops[:count]
+    for step in range(MSE_STEPS):
+        for j in range(count):
+            tried[j] = _as_float(_as_word(tops[j]) - step * MSE_STEP) if _searchable(tops[j]) else tops[j]
+        for _ in range(2):
+            _tile_codes(words, plain, tried[:count], table, midpoints, codes)
+            _pack(codes.reshape(-1).view(np.uint32), flat)
+            _unpack(flat, pairs, values.reshape(-1).view(np.uint64))
+            _improve(words, values, tops, tried, most, scales)
+
+
+@_strict
+def _searchable(top):  # type: ignore[no-untyped-def]
+    return (EXPONENTS[0] + 64) << 7 <= _as_word(top) <= (EXPONENTS[1] - 64) << 7
 
 
 @_sums
-def _products(words, j, codes, book):  # type: ignore[no-untyped-def]
-    wc, cc = np.float32(0), np.float32(0)
-    for i in range(BLOCK):
-        c = book[codes[j, i]]
-        wc += _as_float(words[j, i]) * c
-        cc += c * c
-    return wc, cc
+def _improve(words, values, tops, tried, most, scales):  # type: ignore[no-untyped-def]
+    """Keeps each scale tried that saves `most` so far, and leaves in `tried` the best scale for its codes."""
+    for j in range(words.shape[0]):
+        wc, cc = np.float32(0), np.float32(0)
+        for i in range(BLOCK):
+            c = values[j, i]
+            wc += _as_float(words[j, i]) * c
+            cc += c * c
+        if _searchable(tops[j]):
+            saved = tried[j] * (np.float32(2) * wc - tried[j] * cc)
+            if saved > most[j]:
+                most[j], scales[j] = saved, tried[j]
+            tried[j] = _as_float(_as_word(wc / cc))
 
 
 @_strict
