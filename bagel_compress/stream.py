@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import torch
 
 HASH_ELEMENTS = 1 << 22  # elements per step where a tensor has to be hashed apart from its coding
+UNHASHED = 4  # blocks that may wait to be hashed: converted ones are anonymous memory
 UNFINISHED = 2  # shards that may still be hashed and synced while the next one is coded
 SPARE = 64 << 20  # bytes kept free for records, configs and the file system itself
 Progress = Callable[[str, int], None]  # unit name, bytes of the source that were coded
@@ -90,8 +92,8 @@ def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> Artifact
         copies = _start_copies(build, checkpoint, copying)
         for shard in plan.shards:
             if shard not in records:
-                units, written = _write_shard(build, shard, checkpoint, writer, hashing, progress)
-                waiting[shard] = recording.submit(_record, build, shard, units, written)
+                parts = _write_shard(build, shard, checkpoint, writer, hashing, progress)
+                waiting[shard] = recording.submit(_record, build, shard, *parts)
             for name in list(waiting)[:-UNFINISHED]:
                 records[name] = waiting.pop(name).result()
         records |= {shard: future.result() for shard, future in waiting.items()}
@@ -106,8 +108,8 @@ def _write_shard(
     writer: ShardWriter,
     hashing: ThreadPoolExecutor,
     progress: Progress,
-) -> tuple[dict[str, UnitEntry], Future[WrittenShard]]:
-    """Codes all units of a shard into its file; the parts' digests come with the future."""
+) -> tuple[dict[str, UnitEntry], dict[str, Future[str]], Future[WrittenShard]]:
+    """Codes all units of a shard into its file: entries, digests of the tensors by name, and those of the parts."""
     reader = _HashingReader(checkpoint, hashing)
     begun = [
         (p, p.codec.begin(p.unit, checkpoint if isinstance(p.codec, Raw) else reader))  # raw: the part is the tensor
@@ -117,37 +119,42 @@ def _write_shard(
     for _, encoding in begun:
         parts |= encoding.parts
     writer.begin(build.out / shard, parts)
-    units = {}
+    units: dict[str, UnitEntry] = {}
+    digests: dict[str, Future[str]] = {}
     for placement, encoding in begun:
         for chunk in encoding.chunks():
             writer.put(chunk)
-        units[placement.unit.name] = _entry(placement, encoding, shard, reader)
+        units[placement.unit.name] = _entry(placement, encoding, shard)
+        if not isinstance(encoding.codec, Raw):
+            digests |= {spec.name: reader.digest(spec) for spec in placement.unit.specs}
         progress(placement.unit.name, sum(spec.nbytes for spec in placement.unit.specs))
-    return units, writer.end()
+    return units, digests, writer.end()
 
 
-def _entry(placement: Placement, encoding: Encoding, shard: str, reader: _HashingReader) -> UnitEntry:
-    """What is known when a unit is coded; the digests of its parts are filled in when the file is read back."""
-    plain = isinstance(encoding.codec, Raw)
-    tensors = {
-        s.name: TensorEntry(dtype=s.dtype, shape=s.shape, blake3="" if plain else reader.digest(s))
-        for s in placement.unit.specs
-    }
+def _entry(placement: Placement, encoding: Encoding, shard: str) -> UnitEntry:
+    """What is known when a unit is coded; the digests are filled in when all is hashed and the file was read back."""
     lossless = encoding.codec.lossless or encoding.quality.noise == 0.0
     return UnitEntry(
         codec=encoding.codec,
         shard=shard,
-        tensors=tensors,
+        tensors={s.name: TensorEntry(dtype=s.dtype, shape=s.shape, blake3="") for s in placement.unit.specs},
         parts={name: StoredPart(dtype=p.dtype, shape=p.shape, blake3="") for name, p in encoding.parts.items()},
         snr_db=None if lossless else round(encoding.quality.snr_db, 4),
         reason=encoding.reason,
     )
 
 
-def _record(build: Build, shard: str, units: dict[str, UnitEntry], written: Future[WrittenShard]) -> ShardRecord:
-    """Waits for the finished file and keeps its record."""
+def _record(
+    build: Build,
+    shard: str,
+    units: dict[str, UnitEntry],
+    digests: dict[str, Future[str]],
+    written: Future[WrittenShard],
+) -> ShardRecord:
+    """Waits for the digests of the tensors and for the finished file, and keeps its record."""
     result = written.result()
-    complete = {name: _with_digests(unit, result.parts) for name, unit in units.items()}
+    known = {name: digest.result() for name, digest in digests.items()}
+    complete = {name: _with_digests(unit, known, result.parts) for name, unit in units.items()}
     record = ShardRecord(
         file=FileEntry(bytes=result.nbytes, blake3_tensors=tensors_digest(result.header, result.parts.values())),
         units=complete,
@@ -156,13 +163,11 @@ def _record(build: Build, shard: str, units: dict[str, UnitEntry], written: Futu
     return record
 
 
-def _with_digests(unit: UnitEntry, digests: dict[str, str]) -> UnitEntry:
-    parts = {name: part.model_copy(update={"blake3": digests[name]}) for name, part in unit.parts.items()}
-    tensors = {
-        name: tensor if tensor.blake3 else tensor.model_copy(update={"blake3": digests[name]})
-        for name, tensor in unit.tensors.items()
-    }
-    return unit.model_copy(update={"parts": parts, "tensors": tensors})
+def _with_digests(unit: UnitEntry, tensors: dict[str, str], parts: dict[str, str]) -> UnitEntry:
+    """Fills the digests in. A raw tensor has none of its own: it is its part."""
+    entries = {n: t.model_copy(update={"blake3": tensors.get(n) or parts[n]}) for n, t in unit.tensors.items()}
+    stored = {name: part.model_copy(update={"blake3": parts[name]}) for name, part in unit.parts.items()}
+    return unit.model_copy(update={"tensors": entries, "parts": stored})
 
 
 def _finish(
@@ -228,10 +233,10 @@ class _HashingReader:
 
     def __init__(self, checkpoint: Reader, pool: ThreadPoolExecutor) -> None:
         self._checkpoint = checkpoint
-        self._pool = pool
+        self._pool = pool  # of one thread, so that blocks are hashed in order
         self._totals: dict[str, blake3] = {}
         self._read: dict[str, int] = {}
-        self._last: Future[blake3] | None = None
+        self._pending: deque[Future[blake3]] = deque()
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         values = self._checkpoint.read(spec, start, stop)
@@ -239,22 +244,20 @@ class _HashingReader:
             self._take(spec, values, stop)
         return values
 
-    def digest(self, spec: TensorSpec) -> str:
+    def digest(self, spec: TensorSpec) -> Future[str]:
         """blake3 of the whole tensor; reads what was not read in order."""
         for start in range(self._read.get(spec.name, 0), spec.numel, HASH_ELEMENTS):
             stop = min(start + HASH_ELEMENTS, spec.numel)
             self._take(spec, self._checkpoint.read(spec, start, stop), stop)
-        if self._last is not None:
-            self._last.result()
         del self._read[spec.name]
-        return self._totals.pop(spec.name).hexdigest()
+        return self._pool.submit(self._totals.pop(spec.name).hexdigest)
 
     def _take(self, spec: TensorSpec, values: torch.Tensor, stop: int) -> None:
         total = self._totals.setdefault(spec.name, blake3())
         self._read[spec.name] = stop
-        if self._last is not None:
-            self._last.result()  # at most one block waits: converted blocks are anonymous memory
-        self._last = self._pool.submit(total.update, as_words(values).view("uint8").data)
+        while len(self._pending) >= UNHASHED:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(total.update, as_words(values).view("uint8").data))
 
 
 @contextmanager
