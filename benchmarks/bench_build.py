@@ -3,9 +3,10 @@
 Every build runs in its own process on a warm page cache and includes what `cp` does not do: encoding, checking what was
 written, digests of source and result, and waiting for the disk (fsync). `cp` is timed as it is (its data may still be
 in the page cache when it returns) and with a sync. Rates count bf16 source bytes; CPU seconds are user and system time
-of the whole process, which a busy machine changes less than the clock; memory is the peak of RssAnon. Before each run a
-file as large as the source is written and deleted: on a virtual machine the first touch of memory costs ten times what
-the second does, and whoever ran first would pay for all. One JSON line ends the output.
+of the whole process, which a busy machine changes less than the clock; memory is the peak of RssAnon. Right before each
+clock starts a file as large as the source is written and deleted: a virtual machine gives memory back to its host a few
+seconds after it was freed, and the first touch afterwards costs ten times what the second does (`cp` after a pause of 8
+seconds took three times as long). One JSON line ends the output.
 
     python benchmarks/bench_build.py [--layers 2] [--repeat 2] [--source DIR] [--work DIR]
 """
@@ -61,8 +62,6 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, object]:
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(args.repeat):
         for name in ("cp", "cp synced", *(args.codec or CODECS)):
-            warm(weights)
-            settle(work / "scratch", nbytes)
             result = (
                 copy([weights, source / "ae.safetensors"], work, name == "cp synced")
                 if name.startswith("cp")
@@ -94,6 +93,11 @@ def synthetic(work: Path, layers: int) -> Path:
     return work / "source"
 
 
+def prepare(weights: Path, work: Path) -> None:
+    warm(weights)
+    settle(work / "scratch", weights.stat().st_size)
+
+
 def warm(path: Path) -> None:
     with path.open("rb") as file:
         while file.read(1 << 24):
@@ -101,7 +105,7 @@ def warm(path: Path) -> None:
 
 
 def settle(path: Path, nbytes: int) -> None:
-    """Writes and deletes a file: the page cache has memory that was in use before, and the disk is idle."""
+    """Writes and deletes a file: the page cache has memory that was in use just now, and the disk is idle."""
     block = bytes(1 << 23)
     with path.open("wb", buffering=0) as file:
         for _ in range(0, nbytes, len(block)):
@@ -114,6 +118,7 @@ def copy(files: list[Path], work: Path, synced: bool) -> dict[str, float]:
     """`cp` of what a build reads: the weights, and the VAE that it copies too."""
     target = work / "copy"
     target.mkdir()
+    prepare(files[0], work)
     start, before = time.perf_counter(), os.times()
     subprocess.run(["cp", *map(str, files), str(target)], check=True)
     for path in target.iterdir() if synced else ():
@@ -126,14 +131,14 @@ def copy(files: list[Path], work: Path, synced: bool) -> dict[str, float]:
 
 
 def build(name: str, source: Path, work: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", name, str(source), str(work / "artifact")]
+    command = [sys.executable, __file__, "--child", name, str(source), str(work)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     shutil.rmtree(work / "artifact")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def child(name: str, source: str, out: str) -> int:
+def child(name: str, source: str, work: str) -> int:
     """One build, after a tiny one that loads the kernels; prints seconds, bytes and the peak of RssAnon."""
     from bagel_compress.checkpoint import Checkpoint
     from bagel_compress.plan import make_plan
@@ -145,12 +150,13 @@ def child(name: str, source: str, out: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tiny = Checkpoint.open(resource("tiny"))
         compress(make_plan(tiny, recipe), tiny, Path(folder) / "tiny")
+    prepare(Path(source) / "ema.safetensors", Path(work))
     peak, stop = [0], threading.Event()
     watcher = threading.Thread(target=watch, args=(peak, stop))
     watcher.start()
     checkpoint = Checkpoint.open(source)
     start, cpu = time.perf_counter(), time.process_time()
-    artifact = compress(make_plan(checkpoint, recipe), checkpoint, out)
+    artifact = compress(make_plan(checkpoint, recipe), checkpoint, Path(work) / "artifact")
     result = {
         "seconds": round(time.perf_counter() - start, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),
