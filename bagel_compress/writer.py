@@ -1,4 +1,4 @@
-"""ShardWriter: fills safetensors files in place, from a background thread, with a few reused buffers.
+"""ShardWriter: fills safetensors files in place, from background threads, with a few reused buffers.
 
 The layout is known before the data (`tensorfile.lay_out`), so chunks may come in any order. Encoding goes on, also of
 the next shard, while chunks are written and while what was written is read back, hashed and synced. Buffers are made
@@ -7,6 +7,7 @@ once: fresh memory is slow to touch. Portable seek and write; the file appears u
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ class ShardWriter:
         _write_all(file, header)
 
     def put(self, chunk: Chunk) -> None:
-        """Leaves the chunk to the background thread, copied if it will not last. Raises what that thread met."""
+        """Leaves the chunk to a background thread, copied if it will not last. Raises what such a thread met."""
         shard = self._shards[-1]
         stop = chunk.start + chunk.data.nbytes
         if chunk.part not in shard.parts or chunk.start < 0 or stop > shard.parts[chunk.part].nbytes:
@@ -164,10 +165,13 @@ def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
 
 def _reserve(file: FileIO, size: int) -> None:
     """Sets the size; where it can, gives the file its blocks, which costs less at once than while it is written."""
+    file.truncate(size)
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:
-        file.truncate(size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system cannot
+                raise
 
 
 def _write_at(file: FileIO, where: int, data: np.ndarray) -> None:

@@ -232,6 +232,22 @@ def test_a_disk_that_fills_up_is_one_sentence_and_resumable(
     assert folder_bytes(tmp_path / "b") == folder_bytes(built)
 
 
+@pytest.mark.parametrize("fault", [errno.EOPNOTSUPP, errno.ENOSPC])
+def test_blocks_that_the_file_system_does_not_give_in_advance(
+    tiny: Checkpoint, nf4: Recipe, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int
+) -> None:
+    def refuse(handle: int, start: int, size: int) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(writer.os, "posix_fallocate", refuse, raising=False)
+    if fault == errno.ENOSPC:
+        with pytest.raises(ArtifactError, match="is full; free some space"):
+            compress(make_plan(tiny, nf4), tiny, tmp_path / "b")
+    else:
+        compress(make_plan(tiny, nf4), tiny, tmp_path / "b")
+        assert folder_bytes(tmp_path / "b") == folder_bytes(built)
+
+
 def test_not_a_number_is_named_and_refused_by_lossy_codecs(
     write: Write, tensors: dict, raw: Recipe, nf4: Recipe, tmp_path: Path
 ) -> None:
