@@ -86,7 +86,7 @@ class Fp8(MatrixCodec):
         from bagel_compress.codecs.linears import Fp8Linear
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
-        return Fp8Linear(spec, parts, bias)
+        return Fp8Linear(spec, parts[spec.name], parts[scale_name(spec)], bias, decode_codes)
 
 
 def decode_codes(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Int4(MatrixCodec):
         from bagel_compress.codecs.linears import Int4Linear
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
-        return Int4Linear(spec, parts, bias)
+        return Int4Linear(spec, parts[f"{spec.name}_packed"], parts[f"{spec.name}_scale"], bias, decode_codes)
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
         weights = {

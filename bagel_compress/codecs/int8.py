@@ -81,7 +81,7 @@ class Int8(MatrixCodec):
         from bagel_compress.codecs.linears import Int8Linear
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
-        return Int8Linear(spec, parts, bias)
+        return Int8Linear(spec, parts[spec.name], parts[scb_name(spec)], bias, decode_rows)
 
 
 def decode_rows(codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:

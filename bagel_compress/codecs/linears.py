@@ -13,6 +13,8 @@ x: exactly `F.linear(x, decoded.to(x.dtype), bias)`. On CUDA:
            relative error of a product of random normal values 0.037, against 0.026 with x in bf16
     int4   decoded here too: its kernels are those of exports (ONNX Runtime, TensorRT)
 
+The modules know no codec: each codec hands its parts and its decoder to the one that runs them.
+
 Why not the modules of `bitsandbytes.nn`: `Linear4bit` repacks its weight in an eval forward on some CPUs, and its
 parameters cannot be made of fake tensors.
 """
@@ -21,21 +23,24 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from bagel_compress.codecs import fp8, int4, int8, nf4
 from bagel_compress.spec import TensorSpec
+
+Decoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # codes (N, ...) and scales -> (N, K) bf16
 
 OUTLIER = 6.0  # llm_int8_threshold of bitsandbytes and transformers
 SCALED_MM_CAPABILITY = (8, 9)  # first CUDA capability with FP8 matrix units (Ada)
 SCALED_MM_MULTIPLE = 16  # of both dimensions of W in torch._scaled_mm
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+NF4_BLOCK = 64  # weights per absmax
 
 
 class CodedLinear(nn.Module, ABC):
@@ -92,8 +97,19 @@ class CodedLinear(nn.Module, ABC):
         return moved
 
 
+class Nested(NamedTuple):
+    """NF4's absmax in double quantisation: what its uint8 codes mean."""
+
+    absmax: torch.Tensor  # (B/256,) fp32
+    values: torch.Tensor  # (256,) fp32
+    offset: torch.Tensor  # () fp32
+
+
 class Nf4Linear(CodedLinear):
-    """bitsandbytes NF4; with double quantisation the statistics stay nested."""
+    """bitsandbytes NF4; with double quantisation the statistics stay nested.
+
+    `decode` takes codes, fp32 absmax and the shape; `unnest` makes fp32 absmax of its codes and what `Nested` holds.
+    """
 
     codec = "nf4"
     absmax: torch.Tensor
@@ -101,15 +117,22 @@ class Nf4Linear(CodedLinear):
     nested_map: torch.Tensor | None
     offset: torch.Tensor | None
 
-    def __init__(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> None:
-        super().__init__(spec, parts[spec.name], bias)
-        self.register_buffer("absmax", parts[nf4.part_name(spec, "absmax")])
-        nested = parts.get(nf4.part_name(spec, "nested_absmax"))
-        self.register_buffer("nested_absmax", nested)
-        self.register_buffer("nested_map", parts.get(nf4.part_name(spec, "nested_quant_map")))
-        self.register_buffer("offset", None if nested is None else _offset(spec, parts))
-        if self.nested_absmax is None and not _is_fake(self.codes):
-            nf4.nested_offset(spec, parts)  # checks that the text describes this weight
+    def __init__(
+        self,
+        spec: TensorSpec,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        nested: Nested | None,
+        bias: torch.Tensor | None,
+        decode: Callable[[torch.Tensor, torch.Tensor, tuple[int, ...]], torch.Tensor],
+        unnest: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__(spec, codes, bias)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested_absmax", nested.absmax if nested else None)
+        self.register_buffer("nested_map", nested.values if nested else None)
+        self.register_buffer("offset", nested.offset if nested else None)
+        self._decode, self._unnest = decode, unnest
 
     @property
     def kernel(self) -> str | None:
@@ -123,7 +146,7 @@ class Nf4Linear(CodedLinear):
             self.codes,
             self.shape,
             self.nested_absmax if nested else self.absmax,
-            nf4.BLOCK,
+            NF4_BLOCK,
             "nf4",
             bias=self._bias(x),
             absmax_8bit=self.absmax if nested else None,
@@ -135,27 +158,38 @@ class Nf4Linear(CodedLinear):
     def decoded(self) -> torch.Tensor:
         absmax = self.absmax
         if self.nested_absmax is not None and self.nested_map is not None and self.offset is not None:
-            absmax = nf4.unnest(absmax, self.nested_absmax, self.nested_map, self.offset)
+            absmax = self._unnest(absmax, self.nested_absmax, self.nested_map, self.offset)
         library = _bitsandbytes()
-        odd = self.shape[1] % 2 or self.codes.numel() * 2 % nf4.BLOCK  # it would compile a kernel for these
-        if library is None or odd or (self.shape[1] % nf4.BLOCK and _on_cpu(self.codes)):
+        odd = self.shape[1] % 2 or self.codes.numel() * 2 % NF4_BLOCK  # it would compile a kernel for these
+        if library is None or odd or (self.shape[1] % NF4_BLOCK and _on_cpu(self.codes)):
             # The last: its AVX-512 kernel (0.50.2) takes wrong scales where rows are not whole blocks.
-            return nf4.decode_codes(self.codes, absmax, self.shape)
+            return self._decode(self.codes, absmax, self.shape)
         weight: torch.Tensor = library.dequantize_4bit.default(
-            self.codes, absmax, nf4.BLOCK, "nf4", self.shape, torch.bfloat16
+            self.codes, absmax, NF4_BLOCK, "nf4", self.shape, torch.bfloat16
         )
         return weight
 
 
-class Int8Linear(CodedLinear):
-    """bitsandbytes LLM.int8 rows."""
+class ScaledLinear(CodedLinear):
+    """Codes with scales beside them, `scale`, that `decode` turns into the weight."""
+
+    scale: torch.Tensor
+
+    def __init__(
+        self, spec: TensorSpec, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, decode: Decoder
+    ) -> None:
+        super().__init__(spec, codes, bias)
+        self.register_buffer("scale", scale)
+        self._decode = decode
+
+    def decoded(self) -> torch.Tensor:
+        return self._decode(self.codes, self.scale)
+
+
+class Int8Linear(ScaledLinear):
+    """bitsandbytes LLM.int8 rows; `scale` is SCB, (N,) fp32."""
 
     codec = "int8"
-    scb: torch.Tensor
-
-    def __init__(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> None:
-        super().__init__(spec, parts[spec.name], bias)
-        self.register_buffer("scb", parts[int8.scb_name(spec)])
 
     @property
     def kernel(self) -> str | None:
@@ -167,22 +201,16 @@ class Int8Linear(CodedLinear):
         rows = x.reshape(-1, self.in_features)
         half = rows.to(torch.float16, copy=True)  # the quantiser blanks outliers in place for a moment
         codes, scales, outliers = library.int8_vectorwise_quant.default(half, OUTLIER)
-        y, _ = library.int8_mixed_scaled_mm.default(rows, codes, self.codes, scales, self.scb, outliers, self._bias(x))
+        y, _ = library.int8_mixed_scaled_mm.default(
+            rows, codes, self.codes, scales, self.scale, outliers, self._bias(x)
+        )
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def decoded(self) -> torch.Tensor:
-        return int8.decode_rows(self.codes, self.scb)
 
-
-class Fp8Linear(CodedLinear):
-    """e4m3fn with a scale per output channel or one for all."""
+class Fp8Linear(ScaledLinear):
+    """e4m3fn with a bf16 scale per output channel, (N, 1), or one for all, (1,)."""
 
     codec = "fp8"
-    scale: torch.Tensor
-
-    def __init__(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> None:
-        super().__init__(spec, parts[spec.name], bias)
-        self.register_buffer("scale", parts[fp8.scale_name(spec)])
 
     @property
     def kernel(self) -> str | None:
@@ -193,44 +221,26 @@ class Fp8Linear(CodedLinear):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         absmax = rows.abs().amax(1, keepdim=True).float()
-        scales = (absmax / fp8.FP8_MAX).clamp(min=1e-12)
-        codes = (rows / scales).clamp(-fp8.FP8_MAX, fp8.FP8_MAX).to(torch.float8_e4m3fn)
+        scales = (absmax / FP8_MAX).clamp(min=1e-12)
+        codes = (rows / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         columns = self.scale.float().reshape(1, -1).expand(1, self.out_features).contiguous()
         y = torch._scaled_mm(codes, self.codes.t(), scale_a=scales, scale_b=columns, out_dtype=torch.bfloat16)
         y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
-    def decoded(self) -> torch.Tensor:
-        return fp8.decode_codes(self.codes, self.scale)
 
-
-class Int4Linear(CodedLinear):
+class Int4Linear(ScaledLinear):
     """Symmetric INT4 in blocks of 32; no kernel, always decoded."""
 
     codec = "int4"
-    scale: torch.Tensor
     kernel = None
-
-    def __init__(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> None:
-        super().__init__(spec, parts[f"{spec.name}_packed"], bias)
-        self.register_buffer("scale", parts[f"{spec.name}_scale"])
-
-    def decoded(self) -> torch.Tensor:
-        return int4.decode_codes(self.codes, self.scale)
-
-
-def _offset(spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The number that the file keeps in JSON text, as a tensor; 0 where fake tensors have no text to read."""
-    codes = parts[spec.name]
-    value = 0.0 if _is_fake(codes) else nf4.nested_offset(spec, parts)
-    return torch.full((), value or 0.0, dtype=torch.float32, device=codes.device)
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and not _is_fake(tensor)
+    return tensor.device.type == "cpu" and not is_fake(tensor)
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
+def is_fake(tensor: torch.Tensor) -> bool:
     """Tensors that have a shape and no values."""
     from torch._subclasses.fake_tensor import FakeTensor
 

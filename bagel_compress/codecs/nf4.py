@@ -88,10 +88,18 @@ class Nf4(MatrixCodec):
         }
 
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
-        from bagel_compress.codecs.linears import Nf4Linear
+        import torch
+
+        from bagel_compress.codecs.linears import Nested, Nf4Linear, is_fake
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
-        return Nf4Linear(spec, parts, bias)
+        codes, nested = parts[spec.name], None
+        offset = 0.0 if is_fake(codes) else nested_offset(spec, parts)  # also checks that the text is of this weight
+        if self.double_quant:
+            number = torch.full((), offset or 0.0, dtype=torch.float32, device=codes.device)
+            absmax, values = (parts[part_name(spec, key)] for key in ("nested_absmax", "nested_quant_map"))
+            nested = Nested(absmax, values, number)
+        return Nf4Linear(spec, codes, parts[part_name(spec, "absmax")], nested, bias, decode_codes, unnest)
 
 
 def part_name(spec: TensorSpec, key: str) -> str:
