@@ -75,11 +75,7 @@ def encode_blocks(
     rounding explains, in units of absmax (at most 0 where all is well). With c the code book values and e = w - c in
     units of absmax, errors (B, 3) fp32 are the sums of e^2, e*c and c^2 of each block; not taken where it is empty.
     """
-    table, pairs = thresholds(), pair_values()
-    if mse:
-        _encode_searching(words, table, MIDPOINTS, pairs, packed, absmax, energies, errors)
-    else:
-        _encode_plain(words, table, MIDPOINTS, pairs, packed, absmax, energies, errors)
+    _encode(words, mse, thresholds(), MIDPOINTS, pair_values(), packed, absmax, energies, errors)
 
 
 def encode_tail(words: np.ndarray) -> tuple[np.ndarray, np.float32, np.ndarray, np.ndarray]:
@@ -97,17 +93,19 @@ def encode_tail(words: np.ndarray) -> tuple[np.ndarray, np.float32, np.ndarray, 
     e = u - c
     errors = np.array([e @ e, e @ c, c @ c])
     unit = np.float64(absmax) ** 2
-    return (
-        (even[0::2] << 4) | even[1::2],
-        absmax,
-        np.array([(u @ u) * unit, errors[0] * unit, abs(e).max() - HALF_GAP]),
-        errors,
-    )
+    energies = np.array([(u @ u) * unit, errors[0] * unit, abs(e).max() - HALF_GAP])
+    return (even[0::2] << 4) | even[1::2], absmax, energies, errors
 
 
+@_strict
 def nested_noise(absmax: np.ndarray, stored: np.ndarray, errors: np.ndarray) -> float:
     """Sum of squared errors of blocks coded with absmax (B,) and decoded with stored (B,), from their errors (B, 3)."""
-    return float(_nested_noise(absmax, stored, errors))
+    total = 0.0
+    for b in range(absmax.shape[0]):
+        unit = np.float64(absmax[b])
+        change = 1.0 - np.float64(stored[b]) / unit if unit > 0 else 0.0
+        total += (errors[b, 0] + change * (2.0 * errors[b, 1] + change * errors[b, 2])) * unit * unit
+    return total
 
 
 def _floats(bits: np.ndarray) -> np.ndarray:
@@ -115,32 +113,16 @@ def _floats(bits: np.ndarray) -> np.ndarray:
 
 
 @_strict
-def _encode_plain(words, table, midpoints, pairs, packed, absmax, energies, errors):  # type: ignore[no-untyped-def]
-    tops, codes, values = (
-        np.empty(TILE, np.float32),
-        np.empty((TILE, BLOCK), np.int16),
-        np.empty((TILE, BLOCK), np.float32),
-    )
-    for tile in range(energies.shape[0]):
-        first, last = tile * TILE, min((tile + 1) * TILE, words.shape[0])
-        block, scale = words[first:last], absmax[first:last]
-        plain = _absmaxes(block, tops)
-        scale[:] = tops[: last - first]
-        _tile_codes(block, plain, scale, table, midpoints, codes)
-        _pack_and_measure(
-            block, codes, values, pairs, tops, packed[first:last], scale, energies[tile], errors[first:last]
-        )
-
-
-@_strict
-def _encode_searching(words, table, midpoints, pairs, packed, absmax, energies, errors):  # type: ignore[no-untyped-def]
+def _encode(words, mse, table, midpoints, pairs, packed, absmax, energies, errors):  # type: ignore[no-untyped-def]
     tops, codes = np.empty(TILE, np.float32), np.empty((TILE, BLOCK), np.int16)
     values = np.empty((TILE, BLOCK), np.float32)
     for tile in range(energies.shape[0]):
         first, last = tile * TILE, min((tile + 1) * TILE, words.shape[0])
         block, scale = words[first:last], absmax[first:last]
         plain = _absmaxes(block, tops)
-        _search(block, plain, tops, table, midpoints, pairs, codes, packed[first:last], values, scale)
+        scale[:] = tops[: last - first]
+        if mse:
+            _search(block, plain, tops, table, midpoints, pairs, codes, packed[first:last], values, scale)
         _tile_codes(block, plain, scale, table, midpoints, codes)
         _pack_and_measure(
             block, codes, values, pairs, tops, packed[first:last], scale, energies[tile], errors[first:last]
@@ -257,14 +239,13 @@ def _exact_codes(words, j, absmax, midpoints, codes):  # type: ignore[no-untyped
 
 @_strict
 def _search(words, plain, tops, table, midpoints, pairs, codes, packed, values, scales):  # type: ignore[no-untyped-def]
-    """Fills the scales of a tile: bf16 numbers of least squared error among those tried; the rest is scratch.
+    """Puts the bf16 scales of least squared error among those tried in place of absmax; `codes` and on are scratch.
 
     Tried are absmax, smaller scales, and for each the best scale for its codes, (w.c)/(c.c). A scale s saves
     s * (2 w.c - s c.c) of the energy of w. Where squares would leave fp32's range, absmax stays.
     """
     count, flat = words.shape[0], packed.reshape(-1)
     tried, most = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
-    scales[:] = tops[:count]
     for step in range(MSE_STEPS):
         for j in range(count):
             tried[j] = _as_float(_as_word(tops[j]) - step * MSE_STEP) if _searchable(tops[j]) else tops[j]
@@ -313,11 +294,8 @@ def _unpack(packed, pairs, out):  # type: ignore[no-untyped-def]
 def _measure(words, values, tops, absmax, energy):  # type: ignore[no-untyped-def]
     """Energies of a tile. Errors are taken in units of each block's scale, their squares in units of the largest, so
     that nothing overflows; sums stay in LANES partial sums to the end, for one register of each."""
-    signal, noise, worst = (
-        np.zeros(LANES, np.float32),
-        np.zeros(LANES, np.float32),
-        np.full(LANES, -HALF_GAP, np.float32),
-    )
+    signal, noise = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    worst = np.full(LANES, -HALF_GAP, np.float32)
     unit = TINY
     for j in range(words.shape[0]):
         unit = max(unit, absmax[j])
@@ -348,13 +326,3 @@ def _measure_blocks(words, values, absmax, errors):  # type: ignore[no-untyped-d
             ec += e * c
             cc += c * c
         errors[j, 0], errors[j, 1], errors[j, 2] = ee, ec, cc
-
-
-@_strict
-def _nested_noise(absmax, stored, errors):  # type: ignore[no-untyped-def]
-    total = 0.0
-    for b in range(absmax.shape[0]):
-        unit = np.float64(absmax[b])
-        change = 1.0 - np.float64(stored[b]) / unit if unit > 0 else 0.0
-        total += (errors[b, 0] + change * (2.0 * errors[b, 1] + change * errors[b, 2])) * unit * unit
-    return total
