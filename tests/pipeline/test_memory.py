@@ -21,6 +21,7 @@ def test_anonymous_memory_of_a_true_shape_build(tmp_path: Path) -> None:
     """One decoder layer has the largest tensors already: embedding and head of 1.09 GB each."""
     synthesise("7b-mot", tmp_path / "source", seed=0, layers=1)
     for codec in ("nf4 double_quant", "df11"):
+        (tmp_path / codec).mkdir()
         command = [sys.executable, str(BENCH), "--child", codec, str(tmp_path / "source"), str(tmp_path / codec)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         assert json.loads(done.stdout.splitlines()[-1])["rss_anon_mb"] < LIMIT_MB
