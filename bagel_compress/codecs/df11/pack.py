@@ -15,7 +15,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from bagel_compress.codecs.df11.words import byteswap, leading_zeros, load8, load16, load64, ones, store8, store64
+from bagel_compress.codecs.df11.words import (
+    address_of,
+    byteswap,
+    leading_zeros,
+    load8,
+    load16,
+    load64,
+    ones,
+    store8,
+    store64,
+)
 
 CHUNK = 1 << 16  # weights: 128 KB of bf16, which stays in the second-level cache
 ROW_SLACK = 16  # bytes that stores of eight reach beyond the last code
@@ -53,7 +63,7 @@ def count_chunks(chunks: tuple[int, int], words: np.ndarray, tables: np.ndarray,
 def _count(words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
     """Eight tables, so that equal exponents in a row do not wait for each other."""
     tables[:] = 0
-    address = np.int64(words.ctypes.data)
+    address = address_of(words)
     whole = words.size // 8 * 8
     for i in range(0, whole, 8):
         a = load64(address + 2 * i)
@@ -94,22 +104,17 @@ def pack_chunks(
     Returns whether every chunk had the bits it was planned with; if not, the source has changed since the first pass.
     """
     exponents, spare = np.empty(CHUNK, np.uint8), np.empty(1, np.uint8)
-    tables = (_address(values), _address(lengths), _address(pair_values), _address(pair_lengths))
+    tables = (address_of(values), address_of(lengths), address_of(pair_values), address_of(pair_lengths))
     for k in range(chunks[0], chunks[1]):
         begin = k * CHUNK
         chunk = words[begin : begin + CHUNK]
         _split(chunk, exponents, rest[begin : begin + CHUNK])
         if not _pack(
-            _address(exponents), chunk.size, first + begin, bits[k], bits[k + 1], *tables, _address(rows[k]),
-            _address(gaps), _address(positions), _address(spare),
+            address_of(exponents), chunk.size, first + begin, bits[k], bits[k + 1], *tables, address_of(rows[k]),
+            address_of(gaps), address_of(positions), address_of(spare),
         ):  # fmt: skip
             return False
     return True
-
-
-@_inlined
-def _address(array):  # type: ignore[no-untyped-def]
-    return np.int64(array.ctypes.data)
 
 
 @_compiled

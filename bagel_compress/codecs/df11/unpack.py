@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 
 from bagel_compress.codecs.df11.layout import BLOCK_BITS, FIRST_POINTER
-from bagel_compress.codecs.df11.words import byteswap, load8, load64, ones, store64, trailing_zeros
+from bagel_compress.codecs.df11.words import address_of, byteswap, load8, load64, ones, store64, trailing_zeros
 
 LOOKUP_BITS = 12
 SCRATCH_SLACK = 32  # exponents written beyond a run's count
@@ -67,7 +67,7 @@ def lookup_table(luts: np.ndarray, lookup_bits: int = LOOKUP_BITS) -> np.ndarray
     Length 0: the first code is longer than that, or none.
     """
     table = np.zeros(1 << lookup_bits, np.uint64)
-    address, tables = np.int64(luts.ctypes.data), luts.shape[0] - 1
+    address, tables = address_of(luts), luts.shape[0] - 1
     for index in range(1 << lookup_bits):
         used, entry = 0, _U(0)
         for k in range(_PER_LOOKUP):
@@ -80,11 +80,6 @@ def lookup_table(luts: np.ndarray, lookup_bits: int = LOOKUP_BITS) -> np.ndarray
             entry |= (_U(exponent) << _U(8 * k)) | (_U(1) << _U(47 + used))
         table[index] = entry | (_U(used) << _U(60))
     return table
-
-
-@_inlined
-def _address(array):  # type: ignore[no-untyped-def]
-    return np.int64(array.ctypes.data)
 
 
 @_inlined
@@ -232,8 +227,8 @@ def verify_chunks(
     `stream` is the address of bit 0 of the unit's stream, of which bits [bits[k], bits[k + 1]) are chunk k.
     `exponents` is uint8 [2, chunk + SCRATCH_SLACK] scratch.
     """
-    book = (_address(table), _address(luts), luts.shape[0] - 1, _address(positions))
-    target, target2, gap = _address(exponents[0]), _address(exponents[1]), _address(gaps)
+    book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions))
+    target, target2, gap = address_of(exponents[0]), address_of(exponents[1]), address_of(gaps)
     for k in range(chunks[0], chunks[1], 2):
         at, n, at2, n2 = bits[k], 0, bits[k + 1], 0
         last = min(k + 2, chunks[1])
@@ -299,8 +294,8 @@ def unpack_blocks(
     """`blocks` of a unit into uint16 `out` [weights]; returns the first status that is not OK."""
     gaps = np.zeros((2, 513), np.uint8)
     exponents = np.empty((2, BLOCK_BITS + SCRATCH_SLACK), np.uint8)
-    book = (_address(table), _address(luts), luts.shape[0] - 1, _address(positions))
-    target, target2 = _address(exponents[0]), _address(exponents[1])
+    book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions))
+    target, target2 = address_of(exponents[0]), address_of(exponents[1])
     for block in range(blocks[0], blocks[1], 2):
         last = min(block + 2, blocks[1])
         for b in range(block, last):
@@ -308,7 +303,7 @@ def unpack_blocks(
         if block == 0 and gaps[0, 0] != 0:  # the first gap of any other block is checked by the block before
             return BAD_GAP
         start, start2, end = block * BLOCK_BITS, (block + 1) * BLOCK_BITS, 8 * stream_bytes
-        gap, gap2 = _address(gaps[0]) - (start >> 6), _address(gaps[1]) - (start2 >> 6)
+        gap, gap2 = address_of(gaps[0]) - (start >> 6), address_of(gaps[1]) - (start2 >> 6)
         at, n, at2, n2 = start + np.int64(gaps[0, 0]), 0, start2 + np.int64(gaps[1, 0]), 0
         if last == block + 2:
             middle, stop = positions[block + 1], positions[block + 2]

@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 _BYTE, _PAIR, _WORD = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _ZERO_IS_DEFINED = ir.Constant(ir.IntType(1), 0)
 _Generator = tuple[Any, Callable[..., Any]]
+
+
+@njit(nogil=True, inline="always")
+def address_of(array):  # type: ignore[no-untyped-def]
+    """Of an array's first element. The caller keeps the array alive while the address is used."""
+    return np.int64(array.ctypes.data)
 
 
 @intrinsic
