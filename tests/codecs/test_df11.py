@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,12 +252,14 @@ def test_a_source_that_changes_between_the_passes_is_refused(other: torch.Tensor
 
 
 def test_a_wrong_code_does_not_pass_verification(monkeypatch: pytest.MonkeyPatch) -> None:
-    def join_badly(rows: np.ndarray, bits: np.ndarray, out: np.ndarray) -> None:
-        join(rows, bits, out)
-        out[100] ^= 1
+    def pack_badly(*args: Any) -> bool:
+        packed = pack_chunks(*args)
+        stream = args[8]
+        stream[100] ^= 1
+        return packed
 
-    join = pack.join
-    monkeypatch.setattr(pack, "join", join_badly)
+    pack_chunks = pack.pack_chunks
+    monkeypatch.setattr(pack, "pack_chunks", pack_badly)
     unit, named = unit_of(mixed(40, 60))
     with pytest.raises(CodecError, match=r"^m: .* did not come back"):
         CODEC.encode(unit, named)

@@ -1,16 +1,17 @@
 """Coding one unit in two passes of bounded memory: `survey` counts exponents, `Df11Encoding` writes and verifies.
 
 The first pass keeps one histogram per chunk of weights. With the book they give the exact first bit of every chunk, so
-the second pass packs chunks on all threads at once and only joins the bytes that two chunks share. What was packed is
-decoded again, gaps and block positions included, and compared with the source before it is handed on.
-Memory: the workspace (about 30 MB, reused from unit to unit), one byte per 64 bits of code and 1 KiB per chunk.
+the second pass packs and verifies batches of chunks on all threads at once, and only joins the byte that two batches
+share. What was packed is decoded again, gaps and block positions included, and compared with the source before it is
+handed on.
+Memory: a workspace of about 6 MB for each thread and one more, reused from unit to unit, one byte per 64 bits of code
+and 1 KiB per chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -29,11 +30,10 @@ from bagel_compress.codecs.df11.layout import (
     Sizes,
 )
 from bagel_compress.codecs.df11.pack import CHUNK
-from bagel_compress.codecs.kernels.threads import split
+from bagel_compress.codecs.kernels.threads import ordered
 from bagel_compress.errors import CodecError
 
-BATCH = 1 << 22  # weights read, packed, verified and handed on at a time
-_CHUNKS = BATCH // CHUNK
+BATCH = 1 << 22  # weights that one thread reads, packs, verifies and hands on at a time
 _TAIL = 4 * WINDOW_BITS // 8  # bytes of the stream's end that are kept for the check on stalling
 _WRONG = {
     unpack.BAD_CODE: "a code",
@@ -46,15 +46,13 @@ _WRONG = {
 
 @dataclass(slots=True)
 class Workspace:
-    """Buffers of one encoding at a time; kept, since the first touch of fresh memory costs more than packing."""
+    """Both planes of one batch; kept, since the first touch of fresh memory costs more than packing."""
 
-    rows: np.ndarray = field(
-        default_factory=lambda: np.empty((_CHUNKS, CHUNK * MAX_CODE_BITS // 8 + pack.ROW_SLACK), np.uint8)
-    )
     rest: np.ndarray = field(default_factory=lambda: np.empty(BATCH, np.uint8))
     stream: np.ndarray = field(
-        default_factory=lambda: np.empty(BATCH * MAX_CODE_BITS // 8 + unpack.READ_SLACK, np.uint8)
+        default_factory=lambda: np.empty(BATCH * MAX_CODE_BITS // 8 + max(pack.SLACK, unpack.READ_SLACK), np.uint8)
     )
+    exponents: np.ndarray = field(default_factory=lambda: np.empty((2, CHUNK + unpack.SCRATCH_SLACK), np.uint8))
 
 
 _idle: list[Workspace] = []
@@ -88,14 +86,13 @@ class _Batch:
 def survey(unit: Unit, source: Reader) -> Survey:
     """Counts the exponents of a unit, chunk by chunk."""
     chunks = np.zeros((sum(-(-spec.numel // CHUNK) for spec in unit.specs), 256), np.uint32)
-    for batch in _batches(unit, source):
-        out = chunks[batch.chunk :]
-        split(partial(_count, batch.words, out), batch.chunks, 1)
+
+    def count(batch: _Batch) -> None:
+        pack.count_chunks(batch.words, np.empty((8, 256), np.uint32), chunks[batch.chunk :])
+
+    for _ in ordered(count, _batches(unit, source)):
+        pass
     return Survey(chunks.sum(axis=0, dtype=np.int64), chunks)
-
-
-def _count(words: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
-    pack.count_chunks((start, stop), words, np.empty((8, 256), np.uint32), out)
 
 
 def choose_book(unit: Unit, source: Reader, found: Survey) -> Book:
@@ -144,14 +141,10 @@ class Df11Encoding(Encoding):
 
     def chunks(self) -> Iterator[Chunk]:
         name = self.unit.name
-        space = _idle.pop() if _idle else Workspace()
-        packer = _Packer(self, space)
-        try:
-            for batch in _batches(self.unit, self.source):
-                stream = packer.code(batch)
-                yield Chunk(f"{name}.sign_mantissa", batch.first, space.rest[: batch.words.size])
-                yield Chunk(f"{name}.encoded_exponent", int(self.bits[batch.chunk]) >> 3, stream)
-        finally:
+        packer = _Packer(self)
+        for batch, space, size in ordered(packer.code, _batches(self.unit, self.source)):
+            yield Chunk(f"{name}.sign_mantissa", batch.first, space.rest[: batch.words.size])
+            yield Chunk(f"{name}.encoded_exponent", int(self.bits[batch.chunk]) >> 3, packer.joined(space.stream, size))
             _idle.append(space)
         ends = np.cumsum([spec.numel for spec in self.unit.specs])[:-1].astype("<i8")
         yield Chunk(f"{name}.gaps", 0, packer.packed_gaps())
@@ -161,38 +154,41 @@ class Df11Encoding(Encoding):
 
 
 class _Packer:
-    """State of the second pass from batch to batch: gaps, block positions, the byte begun, the end of the stream."""
+    """The second pass: `code` for batches in any order and thread, `joined` for its results in order."""
 
-    def __init__(self, encoding: Df11Encoding, space: Workspace) -> None:
+    def __init__(self, encoding: Df11Encoding) -> None:
         self.positions = np.zeros(encoding.sizes.blocks + 1, np.int64)
-        self._encoding, self._space = encoding, space
+        self._encoding = encoding
         self._gaps = np.zeros(THREADS_PER_BLOCK * encoding.sizes.blocks + 1, np.uint8)
-        self._begun = 0
-        self._tail = b""
+        self._begun = 0  # the byte that the last batch left unfinished
+        self._tail = b""  # the end of the stream
         values, lengths = encoding.book.values, encoding.book.lengths
         self._book = (values.astype(np.uint64), lengths, *pack.pair_tables(values, lengths))
         self._lookup = unpack.lookup_table(encoding.book.luts)
 
-    def code(self, batch: _Batch) -> np.ndarray:
-        """Packs and verifies a batch. Returns the bytes of the stream that it completed, a view of the workspace."""
-        space, encoding = self._space, self._encoding
-        bits = encoding.bits[batch.chunk : batch.chunk + batch.chunks + 1]
-        args = (batch.words, batch.first, bits, *self._book, space.rest, space.rows, self._gaps, self.positions)
-        packed: list[bool] = []
-        split(lambda start, stop: packed.append(pack.pack_chunks((start, stop), *args)), batch.chunks, 1)
-        if not all(packed):
-            raise CodecError(
-                f"{encoding.unit.name}: the source changed while it was read, near weight {batch.first}; start again."
-            )
-        space.stream[0] = self._begun
-        pack.join(space.rows, bits, space.stream)
+    def code(self, batch: _Batch) -> tuple[_Batch, Workspace, int]:
+        """Packs and verifies a batch, in a workspace that the caller gives back; and the bytes that it completes."""
+        try:
+            space = _idle.pop()
+        except IndexError:
+            space = Workspace()
+        unit = self._encoding.unit
+        bits = self._encoding.bits[batch.chunk : batch.chunk + batch.chunks + 1]
+        planes = (space.rest, space.stream)
+        if not pack.pack_chunks(batch.words, batch.first, bits, *self._book, *planes, self._gaps, self.positions):
+            raise CodecError(f"{unit.name}: the source changed while it was read, near weight {batch.first}; start again.")
         size = int((bits[-1] >> 3) - (bits[0] >> 3))
-        if batch.first + batch.words.size == encoding.unit.numel:
-            size = self._finish(int(bits[-1]), size)
-        self._verify(batch, bits)
-        self._begun = int(space.stream[size])
-        self._tail = (self._tail + space.stream[max(0, size - _TAIL) : size].tobytes())[-_TAIL:]
-        return space.stream[:size]
+        if batch.first + batch.words.size == unit.numel:
+            size = self._finish(int(bits[-1]), size, space.stream)
+        self._verify(batch, bits, space)
+        return batch, space, size
+
+    def joined(self, stream: np.ndarray, size: int) -> np.ndarray:
+        """The bytes that the next batch in order completes: a view of its `stream`."""
+        stream[0] |= self._begun
+        self._begun = int(stream[size])
+        self._tail = (self._tail + stream[max(0, size - _TAIL) : size].tobytes())[-_TAIL:]
+        return stream[:size]
 
     def packed_gaps(self) -> np.ndarray:
         packed = np.empty(GAP_BYTES * self._encoding.sizes.blocks, np.uint8)
@@ -212,32 +208,25 @@ class _Packer:
                 return self._encoding.book.without_pointers().luts
         return self._encoding.book.luts
 
-    def _finish(self, bits: int, size: int) -> int:
+    def _finish(self, bits: int, size: int, stream: np.ndarray) -> int:
         """Pads the last byte, sets the last block position, and clears a gap that would point at no padding."""
         self.positions[-1] = self._encoding.unit.numel
         hole = -bits % 8
         if hole:
-            self._space.stream[size] |= self._encoding.book.padding(hole)
+            stream[size] |= self._encoding.book.padding(hole)
             return size + 1
         if bits % WINDOW_BITS and self._gaps[bits // WINDOW_BITS] == bits % WINDOW_BITS:
             self._gaps[bits // WINDOW_BITS] = 0
         return size
 
-    def _verify(self, batch: _Batch, bits: np.ndarray) -> None:
-        encoding, words = self._encoding, batch.words
-        stream = self._space.stream.ctypes.data - (int(bits[0]) >> 3)
-        args = (words, CHUNK, stream, batch.first, encoding.unit.numel, bits, self._space.rest)
-        book = (self._lookup, encoding.book.luts, self._gaps, self.positions)
-        statuses: list[int] = []
-
-        def verify(start: int, stop: int) -> None:
-            scratch = np.empty((2, CHUNK + unpack.SCRATCH_SLACK), np.uint8)
-            statuses.append(unpack.verify_chunks((start, stop), *args, *book, scratch))
-
-        split(verify, batch.chunks, 1)
-        for status in statuses:
-            if status != unpack.OK:
-                raise CodecError(
-                    f"{encoding.unit.name}: {_WRONG[status]} did not come back as it was coded, near weight "
-                    f"{batch.first}; the memory of this machine or the source is changing under the encoder."
-                )
+    def _verify(self, batch: _Batch, bits: np.ndarray, space: Workspace) -> None:
+        unit, book = self._encoding.unit, self._encoding.book
+        stream = space.stream.ctypes.data - (int(bits[0]) >> 3)
+        args = (batch.words, CHUNK, stream, batch.first, unit.numel, bits, space.rest)
+        index = (self._lookup, book.luts, self._gaps, self.positions)
+        status = unpack.verify_chunks(*args, *index, space.exponents)
+        if status != unpack.OK:
+            raise CodecError(
+                f"{unit.name}: {_WRONG[status]} did not come back as it was coded, near weight {batch.first}; "
+                "the memory of this machine or the source is changing under the encoder."
+            )

@@ -4,7 +4,7 @@ Eight weights at a time become one piece of at most 56 bits, by a table of expon
 code, one bit where each code ends: where a piece crosses a 64-bit window, they tell the next code's start. Rare long
 pieces are appended weight by weight. The innermost functions get addresses and numbers and are inlined, because numba
 counts references to every array that it passes.
-All kernels release the interpreter lock; chunks of one unit are packed by any number of threads.
+All kernels release the interpreter lock; batches of one unit are packed by any number of threads.
 """
 
 # mypy: disable-error-code="arg-type,assignment,call-arg,call-overload,index,operator,return-value,var-annotated"
@@ -28,7 +28,7 @@ from bagel_compress.codecs.df11.words import (
 )
 
 CHUNK = 1 << 16  # weights: 128 KB of bf16, which stays in the second-level cache
-ROW_SLACK = 16  # bytes that stores of eight reach beyond the last code
+SLACK = 16  # bytes that stores of eight reach beyond the last code
 _U = np.uint64
 _CODE = _U(0xFFFFFFFF)
 _HALF = _U(32)
@@ -50,12 +50,12 @@ def pair_tables(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
 
 
 @_compiled
-def count_chunks(chunks: tuple[int, int], words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
-    """Histogram of the exponents of each of the `chunks` of uint16 `words` into uint32 `out` [chunk, 256].
+def count_chunks(words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
+    """Histogram of the exponents of each chunk of uint16 `words` into uint32 `out` [chunks, 256].
 
     `tables` is uint32 [8, 256] scratch.
     """
-    for k in range(chunks[0], chunks[1]):
+    for k in range((words.size + CHUNK - 1) // CHUNK):
         _count(words[k * CHUNK : (k + 1) * CHUNK], tables, out[k])
 
 
@@ -83,7 +83,6 @@ def _count(words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
 
 @_compiled
 def pack_chunks(
-    chunks: tuple[int, int],
     words: np.ndarray,
     first: int,
     bits: np.ndarray,
@@ -92,25 +91,27 @@ def pack_chunks(
     pair_values: np.ndarray,
     pair_lengths: np.ndarray,
     rest: np.ndarray,
-    rows: np.ndarray,
+    stream: np.ndarray,
     gaps: np.ndarray,
     positions: np.ndarray,
 ) -> bool:
-    """Both planes of the `chunks` of uint16 `words`, which are weights `first`... of the unit.
+    """Both planes of uint16 `words`, which are weights `first`... of the unit, chunk by chunk.
 
-    `rest` gets sign and mantissa, one byte each. `rows` [k] gets the codes of chunk k, which starts at bit `bits` [k]
-    of the unit's stream, from the byte of that bit on (earlier bits of that byte are 0). Where a code ends in another
+    `rest` gets sign and mantissa, one byte each. `stream` gets the codes; chunk k is bits [bits[k], bits[k + 1]) of the
+    unit's stream, and the first byte is that of bit `bits` [0], whose earlier bits are 0. Where a code ends in another
     64-bit window than it began, `gaps` [window] and, at a block's first window, `positions` [block] get what follows.
     Returns whether every chunk had the bits it was planned with; if not, the source has changed since the first pass.
     """
     exponents, spare = np.empty(CHUNK, np.uint8), np.empty(1, np.uint8)
     tables = (address_of(values), address_of(lengths), address_of(pair_values), address_of(pair_lengths))
-    for k in range(chunks[0], chunks[1]):
+    stream[0] = 0
+    for k in range(bits.size - 1):
         begin = k * CHUNK
         chunk = words[begin : begin + CHUNK]
         _split(chunk, exponents, rest[begin : begin + CHUNK])
         if not _pack(
-            address_of(exponents), chunk.size, first + begin, bits[k], bits[k + 1], *tables, address_of(rows[k]),
+            address_of(exponents), chunk.size, first + begin, bits[k], bits[k + 1], *tables,
+            address_of(stream) + (bits[k] >> 3) - (bits[0] >> 3),
             address_of(gaps), address_of(positions), address_of(spare),
         ):  # fmt: skip
             return False
@@ -137,8 +138,11 @@ def _append(piece, bits, held, filled, target):  # type: ignore[no-untyped-def]
 def _pack(  # type: ignore[no-untyped-def]
     source, size, first, bit, stop, values, lengths, pair_values, pair_lengths, target, gaps, positions, spare
 ):
-    """Codes of `size` exponents at `source`; whether they had `stop - bit` bits. All but numbers are addresses."""
-    held, filled, at, limit = _U(0), _U(bit & 7), _U(bit), _U(stop)
+    """Codes of `size` exponents at `source`; whether they had `stop - bit` bits. All but numbers are addresses.
+
+    The first `bit % 8` bits of `target` hold the end of the code before, the others are 0.
+    """
+    held, filled, at, limit = load8(target) << _U(56), _U(bit & 7), _U(bit), _U(stop)
     whole = size // 8 * 8
     for i in range(0, whole, 8):
         p0, p1, p2, p3 = load16(source + i), load16(source + i + 2), load16(source + i + 4), load16(source + i + 6)
@@ -189,19 +193,6 @@ def _pack_few(  # type: ignore[no-untyped-def]
                 store64(positions + 8 * np.int64(window >> _U(9)), _U(first + j + 1))
         at = end
     return held, filled, target, at
-
-
-@_compiled
-def join(rows: np.ndarray, bits: np.ndarray, out: np.ndarray) -> None:
-    """Puts packed rows behind each other: row k holds bits [bits[k], bits[k + 1]). out[0] holds the byte of bits[0]."""
-    base = bits[0] >> 3
-    for k in range(bits.size - 1):
-        begin = (bits[k] >> 3) - base
-        size = (bits[k + 1] + 7 >> 3) - (bits[k] >> 3)
-        if size > 0:
-            shared = out[begin] if bits[k] & 7 else np.uint8(0)
-            out[begin : begin + size] = rows[k, :size]
-            out[begin] |= shared
 
 
 @_compiled

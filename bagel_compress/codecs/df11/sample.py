@@ -44,7 +44,7 @@ def _histogram(unit: Unit, source: Reader, start: int) -> np.ndarray:
     for spec in unit.specs:
         if start < spec.numel:
             words = words_of(source.read(spec, start, min(start + RUN, spec.numel)))
-            pack.count_chunks((0, 1), words, np.empty((8, 256), np.uint32), out)
+            pack.count_chunks(words, np.empty((8, 256), np.uint32), out)
             break
         start -= spec.numel
     return out[0]

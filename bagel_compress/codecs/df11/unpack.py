@@ -208,7 +208,6 @@ def _merge(exponents: np.ndarray, rest: np.ndarray, out: np.ndarray) -> None:
 
 @_compiled
 def verify_chunks(
-    chunks: tuple[int, int],
     words: np.ndarray,
     chunk: int,
     stream: int,
@@ -222,16 +221,16 @@ def verify_chunks(
     positions: np.ndarray,
     exponents: np.ndarray,
 ) -> int:
-    """Decodes `chunks` of `chunk` weights and compares them with the uint16 `words` they were made from: status.
+    """Decodes chunks of `chunk` weights and compares them with the uint16 `words` they were made from: status.
 
     `stream` is the address of bit 0 of the unit's stream, of which bits [bits[k], bits[k + 1]) are chunk k.
     `exponents` is uint8 [2, chunk + SCRATCH_SLACK] scratch.
     """
     book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions))
     target, target2, gap = address_of(exponents[0]), address_of(exponents[1]), address_of(gaps)
-    for k in range(chunks[0], chunks[1], 2):
+    for k in range(0, bits.size - 1, 2):
         at, n, at2, n2 = bits[k], 0, bits[k + 1], 0
-        last = min(k + 2, chunks[1])
+        last = min(k + 2, bits.size - 1)
         if last == k + 2:
             left = min(words.size - (k + 1) * chunk, chunk)
             at, n, at2, n2, gap_fault, position_fault = _pair(

@@ -1,16 +1,20 @@
-"""Runs a compiled kernel over a range in contiguous parts, one per thread.
+"""Runs compiled kernels on several threads: over the parts of one range, or over blocks that follow each other.
 
 Python threads and kernels that release the GIL, not numba's own thread pool: that one aborts when two Python threads
 enter it at once (its portable `workqueue` layer), which a pipeline of readers and encoders does. The number of threads
-is torch's (`torch.set_num_threads`). Results never depend on it: each part writes its own rows.
+is torch's (`torch.set_num_threads`). Results never depend on it: each part writes its own rows, each block its own
+buffers.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
+from typing import TypeVar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def split(work: Callable[[int, int], object], count: int, grain: int) -> None:
@@ -22,12 +26,38 @@ def split(work: Callable[[int, int], object], count: int, grain: int) -> None:
         work(0, count)
         return
     step = -(-count // (parts * grain)) * grain
-    futures = [_pool().submit(work, start, min(start + step, count)) for start in range(step, count, step)]
+    futures = [_pool(parts).submit(work, start, min(start + step, count)) for start in range(step, count, step)]
     work(0, step)
     for future in futures:
         future.result()
 
 
+def ordered(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Results of `work` in the order of `items`, which one thread takes while others work.
+
+    At most one item more than there are threads is begun and not yet handed on. Unlike after `split`, no thread waits
+    for the others at the end of its part.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield from map(work, items)
+        return
+    begun: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            begun.append(_pool(threads).submit(work, item))
+            if len(begun) > threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+        wait(begun)
+
+
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="encode")
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="encode")
