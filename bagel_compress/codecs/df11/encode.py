@@ -1,11 +1,11 @@
 """Coding one unit in two passes of bounded memory: `survey` counts exponents, `Df11Encoding` writes and verifies.
 
-The first pass keeps one histogram per chunk of weights. With the book they give the exact first bit of every chunk, so
-the second pass packs and verifies batches of chunks on all threads at once, and only joins the byte that two batches
-share. What was packed is decoded again, gaps and block positions included, and compared with the source before it is
-handed on.
+The first pass keeps one histogram per batch of weights. With the book they give the exact first bit of every batch, so
+in both passes each thread works on a batch of its own and never waits for the others; only the byte that two batches
+share is joined. What was packed is decoded again and compared with the source before it is handed on, and that decoder
+finds the gaps and block positions.
 Memory: a workspace of about 6 MB for each thread and one more, reused from unit to unit, one byte per 64 bits of code
-and 1 KiB per chunk.
+and 2 KiB per batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.df11 import pack, unpack
@@ -32,67 +31,67 @@ from bagel_compress.codecs.df11.layout import (
 from bagel_compress.codecs.df11.pack import CHUNK
 from bagel_compress.codecs.kernels.threads import ordered
 from bagel_compress.errors import CodecError
+from bagel_compress.words import as_words
 
 BATCH = 1 << 22  # weights that one thread reads, packs, verifies and hands on at a time
 _TAIL = 4 * WINDOW_BITS // 8  # bytes of the stream's end that are kept for the check on stalling
-_WRONG = {
-    unpack.BAD_CODE: "a code",
-    unpack.BAD_GAP: "a gap",
-    unpack.BAD_POSITION: "a block position",
-    unpack.BAD_END: "the end of a chunk",
-    unpack.DIFFERENT: "a weight",
-}
 
 
 @dataclass(slots=True)
 class Workspace:
-    """Both planes of one batch; kept, since the first touch of fresh memory costs more than packing."""
+    """Planes and scratch of one batch; kept, since the first touch of fresh memory costs more than packing."""
 
     rest: np.ndarray = field(default_factory=lambda: np.empty(BATCH, np.uint8))
     stream: np.ndarray = field(
         default_factory=lambda: np.empty(BATCH * MAX_CODE_BITS // 8 + max(pack.SLACK, unpack.READ_SLACK), np.uint8)
     )
     exponents: np.ndarray = field(default_factory=lambda: np.empty((2, CHUNK + unpack.SCRATCH_SLACK), np.uint8))
+    pairs: np.ndarray = field(default_factory=lambda: np.empty((2, 1 << 16), np.uint32))
 
 
 _idle: list[Workspace] = []
 
 
+def _take_space() -> Workspace:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return Workspace()
+
+
 @dataclass(slots=True)
 class Survey:
-    """What the first pass found: int64 counts [256] and uint32 histograms [chunks, 256], in order of the weights."""
+    """What the first pass found: int64 counts [256] and histograms [batches, 256], in order of the weights."""
 
     counts: np.ndarray
-    chunks: np.ndarray
+    batches: np.ndarray
 
     def bits(self, book: Book) -> np.ndarray:
-        """First bit of every chunk and, last, the bits of the whole stream: int64 [chunks + 1]."""
-        return np.concatenate([[0], np.cumsum(self.chunks @ book.lengths.astype(np.int64))])
+        """First bit of every batch and, last, the bits of the whole stream: int64 [batches + 1]."""
+        return np.concatenate([[0], np.cumsum(self.batches @ book.lengths.astype(np.int64))])
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Consecutive weights of one tensor: the first one's index in the unit, and the first chunk's."""
+    """Consecutive weights of one tensor: the batch's number and the index of its first weight, in the unit."""
 
     words: np.ndarray
+    number: int
     first: int
-    chunk: int
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.words.size // CHUNK)
 
 
 def survey(unit: Unit, source: Reader) -> Survey:
-    """Counts the exponents of a unit, chunk by chunk."""
-    chunks = np.zeros((sum(-(-spec.numel // CHUNK) for spec in unit.specs), 256), np.uint32)
+    """Counts the exponents of a unit, batch by batch."""
+    found = list(ordered(_histogram, _batches(unit, source)))
+    batches = np.array(found, np.int64).reshape(-1, 256)
+    return Survey(batches.sum(axis=0), batches)
 
-    def count(batch: _Batch) -> None:
-        pack.count_chunks(batch.words, np.empty((8, 256), np.uint32), chunks[batch.chunk :])
 
-    for _ in ordered(count, _batches(unit, source)):
-        pass
-    return Survey(chunks.sum(axis=0, dtype=np.int64), chunks)
+def _histogram(batch: _Batch) -> np.ndarray:
+    space, counts = _take_space(), np.empty(256, np.int64)
+    pack.count(batch.words, space.pairs, counts)
+    _idle.append(space)
+    return counts
 
 
 def choose_book(unit: Unit, source: Reader, found: Survey) -> Book:
@@ -109,24 +108,18 @@ def densest_block(unit: Unit, source: Reader, found: Survey, book: Book) -> int:
     positions = np.zeros(int(bits[-1]) // BLOCK_BITS + 2, np.int64)
     lengths = book.lengths.astype(np.int64)
     for batch in _batches(unit, source):
-        pack.mark_blocks(batch.words, batch.first, int(bits[batch.chunk]), lengths, positions)
+        pack.mark_blocks(batch.words, batch.first, int(bits[batch.number]), lengths, positions)
     positions[-(-int(bits[-1]) // BLOCK_BITS) :] = unit.numel
     return int(np.diff(positions).max())
 
 
 def _batches(unit: Unit, source: Reader) -> Iterator[_Batch]:
-    first = chunk = 0
+    number = first = 0
     for spec in unit.specs:
         for start in range(0, spec.numel, BATCH):
-            batch = _Batch(words_of(source.read(spec, start, min(start + BATCH, spec.numel))), first, chunk)
-            yield batch
-            first, chunk = first + batch.words.size, chunk + batch.chunks
-
-
-def words_of(values: torch.Tensor) -> np.ndarray:
-    """bf16 [n] on the CPU as uint16: a view, unless it lies at an odd address."""
-    words: np.ndarray = values.view(torch.int16).numpy().view(np.uint16)
-    return words if words.flags.aligned else words.copy()
+            words = as_words(source.read(spec, start, min(start + BATCH, spec.numel)))
+            yield _Batch(words if words.flags.aligned else words.copy(), number, first)
+            number, first = number + 1, first + words.size
 
 
 @dataclass(slots=True)
@@ -143,8 +136,9 @@ class Df11Encoding(Encoding):
         name = self.unit.name
         packer = _Packer(self)
         for batch, space, size in ordered(packer.code, _batches(self.unit, self.source)):
+            start = int(self.bits[batch.number]) >> 3
             yield Chunk(f"{name}.sign_mantissa", batch.first, space.rest[: batch.words.size])
-            yield Chunk(f"{name}.encoded_exponent", int(self.bits[batch.chunk]) >> 3, packer.joined(space.stream, size))
+            yield Chunk(f"{name}.encoded_exponent", start, packer.joined(space.stream, size))
             _idle.append(space)
         ends = np.cumsum([spec.numel for spec in self.unit.specs])[:-1].astype("<i8")
         yield Chunk(f"{name}.gaps", 0, packer.packed_gaps())
@@ -158,29 +152,30 @@ class _Packer:
 
     def __init__(self, encoding: Df11Encoding) -> None:
         self.positions = np.zeros(encoding.sizes.blocks + 1, np.int64)
+        self.positions[-1] = encoding.unit.numel
         self._encoding = encoding
         self._gaps = np.zeros(THREADS_PER_BLOCK * encoding.sizes.blocks + 1, np.uint8)
         self._begun = 0  # the byte that the last batch left unfinished
         self._tail = b""  # the end of the stream
         values, lengths = encoding.book.values, encoding.book.lengths
-        self._book = (values.astype(np.uint64), lengths, *pack.pair_tables(values, lengths))
+        self._book = (values.astype(np.uint64), lengths, pack.pair_table(values, lengths))
         self._lookup = unpack.lookup_table(encoding.book.luts)
 
     def code(self, batch: _Batch) -> tuple[_Batch, Workspace, int]:
         """Packs and verifies a batch, in a workspace that the caller gives back; and the bytes that it completes."""
-        try:
-            space = _idle.pop()
-        except IndexError:
-            space = Workspace()
-        unit = self._encoding.unit
-        bits = self._encoding.bits[batch.chunk : batch.chunk + batch.chunks + 1]
-        planes = (space.rest, space.stream)
-        if not pack.pack_chunks(batch.words, batch.first, bits, *self._book, *planes, self._gaps, self.positions):
-            raise CodecError(f"{unit.name}: the source changed while it was read, near weight {batch.first}; start again.")
-        size = int((bits[-1] >> 3) - (bits[0] >> 3))
-        if batch.first + batch.words.size == unit.numel:
-            size = self._finish(int(bits[-1]), size, space.stream)
-        self._verify(batch, bits, space)
+        space, unit = _take_space(), self._encoding.unit
+        bit, stop = map(int, self._encoding.bits[batch.number : batch.number + 2])
+        starts = np.empty(-(-batch.words.size // CHUNK) + 1, np.int64)
+        pack.pack(batch.words, bit, *self._book, space.rest, space.stream, starts)
+        if starts[-1] != stop:
+            raise CodecError(
+                f"{unit.name}: the source changed while it was read, near weight {batch.first}; start again."
+            )
+        self._verify(batch, starts, space)
+        size = (stop >> 3) - (bit >> 3)
+        if batch.first + batch.words.size == unit.numel and stop % 8:
+            space.stream[size] |= self._encoding.book.padding(-stop % 8)
+            size += 1
         return batch, space, size
 
     def joined(self, stream: np.ndarray, size: int) -> np.ndarray:
@@ -208,25 +203,15 @@ class _Packer:
                 return self._encoding.book.without_pointers().luts
         return self._encoding.book.luts
 
-    def _finish(self, bits: int, size: int, stream: np.ndarray) -> int:
-        """Pads the last byte, sets the last block position, and clears a gap that would point at no padding."""
-        self.positions[-1] = self._encoding.unit.numel
-        hole = -bits % 8
-        if hole:
-            stream[size] |= self._encoding.book.padding(hole)
-            return size + 1
-        if bits % WINDOW_BITS and self._gaps[bits // WINDOW_BITS] == bits % WINDOW_BITS:
-            self._gaps[bits // WINDOW_BITS] = 0
-        return size
-
-    def _verify(self, batch: _Batch, bits: np.ndarray, space: Workspace) -> None:
+    def _verify(self, batch: _Batch, starts: np.ndarray, space: Workspace) -> None:
         unit, book = self._encoding.unit, self._encoding.book
-        stream = space.stream.ctypes.data - (int(bits[0]) >> 3)
-        args = (batch.words, CHUNK, stream, batch.first, unit.numel, bits, space.rest)
-        index = (self._lookup, book.luts, self._gaps, self.positions)
-        status = unpack.verify_chunks(*args, *index, space.exponents)
-        if status != unpack.OK:
+        stream = space.stream.ctypes.data - (int(starts[0]) >> 3)
+        index = (self._gaps, self.positions)
+        if not unpack.verify(
+            batch.words, CHUNK, stream, batch.first, unit.numel, starts, space.rest, self._lookup, book.luts, *index,
+            space.exponents,
+        ):  # fmt: skip
             raise CodecError(
-                f"{unit.name}: {_WRONG[status]} did not come back as it was coded, near weight {batch.first}; "
+                f"{unit.name}: weights did not come back as they were coded, near weight {batch.first}; "
                 "the memory of this machine or the source is changing under the encoder."
             )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from bagel_compress.codecs.base import Reader, Unit
-from bagel_compress.codecs.df11 import pack
 from bagel_compress.codecs.df11.book import make_book
-from bagel_compress.codecs.df11.encode import words_of
 from bagel_compress.codecs.df11.layout import FIRST_POINTER, MAX_TABLES, Sizes
+from bagel_compress.words import as_words
 
 RUNS = 48
 RUN = 1 << 14  # weights
@@ -21,7 +20,7 @@ def likely_bytes(unit: Unit, source: Reader) -> int:
 
     The bytes of the source (bf16) if the sample holds exponents that DF11 cannot code.
     """
-    runs = np.array([_histogram(unit, source, start) for start in _starts(unit.numel)]).astype(np.int64)
+    runs = np.array([_histogram(unit, source, start) for start in _starts(unit.numel)])
     counts = runs.sum(axis=0)
     if counts[FIRST_POINTER:].any() or not counts.any():
         return sum(spec.nbytes for spec in unit.specs)
@@ -40,11 +39,9 @@ def _starts(weights: int) -> list[int]:
 
 def _histogram(unit: Unit, source: Reader, start: int) -> np.ndarray:
     """Exponents of up to RUN weights from `start` of the unit on, within one tensor."""
-    out = np.zeros((1, 256), np.uint32)
     for spec in unit.specs:
         if start < spec.numel:
-            words = words_of(source.read(spec, start, min(start + RUN, spec.numel)))
-            pack.count_chunks(words, np.empty((8, 256), np.uint32), out)
-            break
+            words = as_words(source.read(spec, start, min(start + RUN, spec.numel)))
+            return np.bincount((words >> 7) & 0xFF, minlength=256)
         start -= spec.numel
-    return out[0]
+    return np.zeros(256, np.int64)

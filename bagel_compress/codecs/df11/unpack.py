@@ -1,4 +1,5 @@
-"""Numba kernels of the DF11 decoder, which also verifies: every gap and block position it passes must be right.
+"""Numba kernels of the DF11 decoder. Every gap and block position that it passes must be right; for the encoder it
+finds them instead, while it verifies a fresh stream.
 
 A table of 12 bits gives up to six exponents per lookup and, beside them, one bit where each code ends: the ends that
 cross a 64-bit window are compared with the stored gap. Codes over 12 bits are walked through the stored tables.
@@ -19,12 +20,12 @@ import numpy as np
 from numba import njit
 
 from bagel_compress.codecs.df11.layout import BLOCK_BITS, FIRST_POINTER
-from bagel_compress.codecs.df11.words import address_of, byteswap, load8, load64, ones, store64, trailing_zeros
+from bagel_compress.codecs.df11.words import address_of, byteswap, load8, load64, ones, store8, store64, trailing_zeros
 
 LOOKUP_BITS = 12
 SCRATCH_SLACK = 32  # exponents written beyond a run's count
 READ_SLACK = 16  # bytes read beyond a run's last code
-OK, BAD_CODE, BAD_GAP, BAD_POSITION, BAD_END, DIFFERENT = 0, 1, 2, 3, 4, 5
+OK, BAD_CODE, BAD_GAP, BAD_POSITION, BAD_END = 0, 1, 2, 3, 4
 REASONS = {
     BAD_CODE: "encoded_exponent holds bits that are no code of its luts",
     BAD_GAP: "gaps and encoded_exponent do not agree",
@@ -89,11 +90,31 @@ def _word_at(stream, at):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _step(stream, at, n, target, table, luts, tables, gaps, positions, first, gap_fault, position_fault):  # type: ignore[no-untyped-def]
+def _gap(gaps, window, gap, spare):  # type: ignore[no-untyped-def]
+    """Stores the gap of a window, or gives what it differs by."""
+    if spare:
+        store8(gaps + window, _U(gap))
+        return _U(0)
+    return _U(gap) ^ load8(gaps + window)
+
+
+@_inlined
+def _position(positions, window, weight, spare):  # type: ignore[no-untyped-def]
+    """Stores the position of the block that starts with a window, or gives what it differs by."""
+    place = positions + 8 * (window >> 9)
+    if spare:
+        store64(place, _U(weight))
+        return _U(0)
+    return _U(weight) ^ load64(place)
+
+
+@_inlined
+def _step(stream, at, n, target, table, luts, tables, gaps, positions, spare, first, gap_fault, position_fault):  # type: ignore[no-untyped-def]
     """Four lookups, and the code that the last of them found no entry for: exponents n.. to `target`, from bit `at`.
 
     All but numbers are addresses: of bit 0 of the stream, of the gap of window 0, of the position of block 0. `first`
-    is the index of the run's first weight. What differs from the stored gap or position enters the faults.
+    is the index of the run's first weight. What differs from the stored gap or position enters the faults; if there is
+    a `spare`, the address of a byte that takes what is no gap, they are stored instead.
     """
     word, ends, total, added, length = _word_at(stream, at), _U(0), _U(0), 0, _U(0)
     for _ in range(4):
@@ -107,12 +128,15 @@ def _step(stream, at, n, target, table, luts, tables, gaps, positions, first, ga
         word <<= length
     room = _U(63) - _U(at & 63)
     over, window = ends >> room, (at >> 6) + 1
-    crossed = _U(0) - _U(over != _U(0))  # no branch: whether a window was crossed is as good as random
     gap = trailing_zeros(over)
-    gap_fault |= (gap ^ load8(gaps + window)) & crossed
+    # No branch on `over`: whether a window was crossed is as good as random.
+    if spare:
+        store8(gaps + window if over != _U(0) else spare, gap)
+    else:
+        gap_fault |= (gap ^ load8(gaps + window)) & (_U(0) - _U(over != _U(0)))
     if window & 511 == 0 and over != _U(0):
         started = n + np.int64(ones(ends & ((_U(2) << (room + gap)) - _U(1))))
-        position_fault |= _U(first + started) ^ load64(positions + 8 * (window >> 9))
+        position_fault |= _position(positions, window, first + started, spare)
     at += np.int64(total)
     n += added
     if length == _U(0):
@@ -121,9 +145,9 @@ def _step(stream, at, n, target, table, luts, tables, gaps, positions, first, ga
         n += 1
         window = (at + bits) >> 6
         if window != at >> 6:
-            gap_fault |= _U((at + bits) & 63) ^ load8(gaps + window)
+            gap_fault |= _gap(gaps, window, (at + bits) & 63, spare)
             if window & 511 == 0:
-                position_fault |= _U(first + n) ^ load64(positions + 8 * (window >> 9))
+                position_fault |= _position(positions, window, first + n, spare)
         at = at + bits if bits else _BROKEN
     return at, n, gap_fault, position_fault
 
@@ -147,6 +171,7 @@ def _pair(  # type: ignore[no-untyped-def]
     luts,
     tables,
     positions,
+    spare,
 ):
     """Two runs at once, until one of them is nearly done: (bit, exponents) of each, and the faults of both."""
     n, n2, gap_fault, position_fault = 0, 0, _U(0), _U(0)
@@ -154,16 +179,16 @@ def _pair(  # type: ignore[no-untyped-def]
         at + _STEP_BITS <= end and n + _STEP_CODES <= count and at2 + _STEP_BITS <= end2 and n2 + _STEP_CODES <= count2
     ):
         at, n, gap_fault, position_fault = _step(
-            stream, at, n, target, table, luts, tables, gaps, positions, first, gap_fault, position_fault
+            stream, at, n, target, table, luts, tables, gaps, positions, spare, first, gap_fault, position_fault
         )
         at2, n2, gap_fault, position_fault = _step(
-            stream, at2, n2, target2, table, luts, tables, gaps2, positions, first2, gap_fault, position_fault
+            stream, at2, n2, target2, table, luts, tables, gaps2, positions, spare, first2, gap_fault, position_fault
         )
     return at, n, at2, n2, gap_fault, position_fault
 
 
 @_compiled
-def _run(stream, at, end, n, count, first, is_last, target, gaps, table, luts, tables, positions):  # type: ignore[no-untyped-def]
+def _run(stream, at, end, n, count, first, is_last, target, gaps, table, luts, tables, positions, spare):  # type: ignore[no-untyped-def]
     """A run from its n-th code to its last; they must start before bit `end`. Returns (status, bit after).
 
     If the unit's last weight (`is_last`) ends in a window in which no code starts, that window's gap holds where the
@@ -172,7 +197,7 @@ def _run(stream, at, end, n, count, first, is_last, target, gaps, table, luts, t
     gap_fault, position_fault = _U(0), _U(0)
     while at + _STEP_BITS <= end and n + _STEP_CODES <= count:
         at, n, gap_fault, position_fault = _step(
-            stream, at, n, target, table, luts, tables, gaps, positions, first, gap_fault, position_fault
+            stream, at, n, target, table, luts, tables, gaps, positions, spare, first, gap_fault, position_fault
         )
     while n < count and at < _BROKEN:
         if at >= end:
@@ -183,9 +208,9 @@ def _run(stream, at, end, n, count, first, is_last, target, gaps, table, luts, t
         window = (at + bits) >> 6
         if window != at >> 6:
             unpadded = is_last and n == count and (at + bits) & 7 == 0
-            gap_fault |= _U(0 if unpadded else (at + bits) & 63) ^ load8(gaps + window)
+            gap_fault |= _gap(gaps, window, 0 if unpadded else (at + bits) & 63, spare)
             if window & 511 == 0:
-                position_fault |= _U(first + n) ^ load64(positions + 8 * (window >> 9))
+                position_fault |= _position(positions, window, first + n, spare)
         at = at + bits if bits else _BROKEN
     if at >= _BROKEN:
         return BAD_CODE, at
@@ -207,7 +232,7 @@ def _merge(exponents: np.ndarray, rest: np.ndarray, out: np.ndarray) -> None:
 
 
 @_compiled
-def verify_chunks(
+def verify(
     words: np.ndarray,
     chunk: int,
     stream: int,
@@ -220,25 +245,25 @@ def verify_chunks(
     gaps: np.ndarray,
     positions: np.ndarray,
     exponents: np.ndarray,
-) -> int:
-    """Decodes chunks of `chunk` weights and compares them with the uint16 `words` they were made from: status.
+) -> bool:
+    """Decodes chunks of `chunk` weights; whether they are the uint16 `words` that they were made from.
 
-    `stream` is the address of bit 0 of the unit's stream, of which bits [bits[k], bits[k + 1]) are chunk k.
-    `exponents` is uint8 [2, chunk + SCRATCH_SLACK] scratch.
+    `stream` is the address of bit 0 of the unit's stream, of which bits [bits[k], bits[k + 1]) are chunk k; the first
+    weight is the unit's weight `first` of `weights`. On the way `gaps` and `positions`, arrays of the whole unit, get
+    what the codes' ends say. `exponents` is uint8 [2, chunk + SCRATCH_SLACK] scratch.
     """
-    book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions))
+    spare = np.empty(1, np.uint8)
+    book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions), address_of(spare))
     target, target2, gap = address_of(exponents[0]), address_of(exponents[1]), address_of(gaps)
     for k in range(0, bits.size - 1, 2):
         at, n, at2, n2 = bits[k], 0, bits[k + 1], 0
         last = min(k + 2, bits.size - 1)
         if last == k + 2:
             left = min(words.size - (k + 1) * chunk, chunk)
-            at, n, at2, n2, gap_fault, position_fault = _pair(
+            at, n, at2, n2, _, _ = _pair(
                 stream, at, bits[k + 1], chunk, first + k * chunk, target, gap,
                 at2, bits[k + 2], left, first + (k + 1) * chunk, target2, gap, *book,
             )  # fmt: skip
-            if gap_fault | position_fault:
-                return BAD_POSITION if position_fault else BAD_GAP
         for j in range(k, last):
             begin, stop = j * chunk, min((j + 1) * chunk, words.size)
             is_last = first + stop == weights
@@ -246,13 +271,9 @@ def verify_chunks(
                 stream, at2 if j > k else at, bits[j + 1], n2 if j > k else n, stop - begin, first + begin, is_last,
                 target2 if j > k else target, gap, *book,
             )  # fmt: skip
-            if status != OK:
-                return status
-            if after != bits[j + 1]:
-                return BAD_END
-            if _differ(exponents[j - k], rest[begin:stop], words[begin:stop]):
-                return DIFFERENT
-    return OK
+            if status != OK or after != bits[j + 1] or _differ(exponents[j - k], rest[begin:stop], words[begin:stop]):
+                return False
+    return True
 
 
 @_compiled
@@ -293,7 +314,7 @@ def unpack_blocks(
     """`blocks` of a unit into uint16 `out` [weights]; returns the first status that is not OK."""
     gaps = np.zeros((2, 513), np.uint8)
     exponents = np.empty((2, BLOCK_BITS + SCRATCH_SLACK), np.uint8)
-    book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions))
+    book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions), 0)
     target, target2 = address_of(exponents[0]), address_of(exponents[1])
     for block in range(blocks[0], blocks[1], 2):
         last = min(block + 2, blocks[1])

@@ -92,16 +92,6 @@ def byteswap(typing: Any, value: Any) -> _Generator:
 
 
 @intrinsic
-def leading_zeros(typing: Any, value: Any) -> _Generator:
-    """Zero bits above the highest one bit; 64 for zero."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctlz(args[0], _ZERO_IS_DEFINED)
-
-    return types.uint64(types.uint64), emit
-
-
-@intrinsic
 def trailing_zeros(typing: Any, value: Any) -> _Generator:
     """Zero bits below the lowest one bit; 64 for zero."""
 
