@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import queue
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, get_ident
 
 import numpy as np
 from blake3 import blake3
@@ -72,13 +73,17 @@ class ShardWriter:
         header, offsets = lay_out(parts)
         size = len(header) + sum(part.nbytes for part in parts.values())
         partial = path.with_name(path.name + PARTIAL)
-        file, second = partial.open("w+b", buffering=0), partial.open("r+b", buffering=0)
-        self._shards.append(_OpenShard(path, file, second, header, offsets, dict(parts), size, dict.fromkeys(parts, 0)))
+        file = partial.open("w+b", buffering=0)
+        shard = _OpenShard(path, partial, {get_ident(): file}, header, offsets, dict(parts), size)
+        self._shards.append(shard)
         _reserve(file, size)
-        _write_all(file, header)
+        shard.write(0, header)
 
     def put(self, chunk: Chunk) -> None:
-        """Leaves the chunk to a background thread, copied if it will not last. Raises what such a thread met."""
+        """Leaves the chunk to a background thread, copied if it will not last; writes a `direct` one before it returns.
+
+        Raises what a background thread met.
+        """
         shard = self._shards[-1]
         stop = chunk.start + chunk.data.nbytes
         if chunk.part not in shard.parts or chunk.start < 0 or stop > shard.parts[chunk.part].nbytes:
@@ -89,7 +94,9 @@ class ShardWriter:
         data = chunk.data.reshape(-1)
         for start in range(0, data.nbytes, PIECE):
             piece, where = data[start : start + PIECE], shard.offsets[chunk.part] + chunk.start + start
-            if chunk.lasting:
+            if chunk.direct:
+                shard.write(where, piece.data)
+            elif chunk.lasting:
                 self._lasting.acquire()
                 shard.pending.append(self._copying.submit(self._write_lasting, shard, where, piece))
             else:
@@ -109,13 +116,13 @@ class ShardWriter:
     def _write_lasting(self, shard: _OpenShard, where: int, data: np.ndarray) -> None:
         try:
             data[::FAULT_BYTES].max()  # maps the pages of a mapped source, which inside of `write` takes much longer
-            _write_at(shard.second, where, data)
+            shard.write(where, data.data)
         finally:
             self._lasting.release()
 
     def _write_buffer(self, shard: _OpenShard, where: int, buffer: np.ndarray, nbytes: int) -> None:
         try:
-            _write_at(shard.file, where, buffer[:nbytes])
+            shard.write(where, buffer[:nbytes].data)
         finally:
             self._free.put(buffer)
 
@@ -123,14 +130,28 @@ class ShardWriter:
 @dataclass(slots=True)
 class _OpenShard:
     path: Path
-    file: FileIO
-    second: FileIO  # a handle of its own for the thread that writes lasting chunks
+    partial: Path
+    handles: dict[int, FileIO]  # by thread: a handle has one position
     header: bytes
     offsets: dict[str, int]
     parts: dict[str, PartSpec]
     size: int
-    filled: dict[str, int]
+    filled: Counter[str] = field(default_factory=Counter)
     pending: list[Future[None]] = field(default_factory=list)
+
+    def handle(self) -> FileIO:
+        """This thread's handle of the file."""
+        file = self.handles.get(get_ident())
+        if file is None:
+            file = self.handles[get_ident()] = self.partial.open("r+b", buffering=0)
+        return file
+
+    def write(self, where: int, data: bytes | memoryview) -> None:
+        """Writes at byte `where` of the file. An unbuffered file may take less than it is given."""
+        file, rest = self.handle(), memoryview(data)
+        file.seek(where)
+        while rest:
+            rest = rest[file.write(rest) :]
 
     def raise_failures(self) -> None:
         """Re-raises what a finished background write met, and forgets the ones that went well."""
@@ -139,8 +160,8 @@ class _OpenShard:
             self.pending.remove(write)
 
     def close(self) -> None:
-        self.file.close()
-        self.second.close()
+        for file in self.handles.values():
+            file.close()
 
 
 def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
@@ -149,16 +170,16 @@ def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
     try:
         for write in shard.pending:
             write.result()
-        file = shard.file
+        file = shard.handle()
         synced = syncing.submit(os.fsync, file.fileno())
         file.seek(0)
         if file.read(len(shard.header)) != shard.header:
-            raise OSError(f"{file.name} is not what was written to it")
+            raise OSError(f"{shard.partial} is not what was written to it")
         digests = {part: _digest(file, shard.parts[part].nbytes, block) for part in shard.offsets}
         synced.result()
     finally:
         shard.close()
-    os.replace(file.name, shard.path)
+    os.replace(shard.partial, shard.path)
     sync_folder(shard.path.parent)
     return WrittenShard(shard.size, shard.header[8:], digests)
 
@@ -172,18 +193,6 @@ def _reserve(file: FileIO, size: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system cannot
                 raise
-
-
-def _write_at(file: FileIO, where: int, data: np.ndarray) -> None:
-    file.seek(where)
-    _write_all(file, data.data)
-
-
-def _write_all(file: FileIO, data: bytes | memoryview) -> None:
-    """An unbuffered file may take less than it is given."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
 
 
 def _digest(file: FileIO, nbytes: int, block: memoryview) -> str:

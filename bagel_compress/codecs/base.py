@@ -50,12 +50,14 @@ class Chunk:
     """A run of bytes of one stored part. `data` is contiguous uint8, valid until the next chunk is asked for.
 
     A `lasting` chunk stays as it is for as long as somebody holds it: a view of the source, or an array of its own.
+    The codec of a `direct` chunk goes on in other threads, so whoever asks for chunks may take the time to write it.
     """
 
     part: str
     start: int
     data: np.ndarray
     lasting: bool = False
+    direct: bool = False
 
 
 @dataclass(slots=True)

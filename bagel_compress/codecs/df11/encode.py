@@ -137,8 +137,8 @@ class Df11Encoding(Encoding):
         packer = _Packer(self)
         for batch, space, size in ordered(packer.code, _batches(self.unit, self.source)):
             start = int(self.bits[batch.number]) >> 3
-            yield Chunk(f"{name}.sign_mantissa", batch.first, space.rest[: batch.words.size])
-            yield Chunk(f"{name}.encoded_exponent", start, packer.joined(space.stream, size))
+            yield Chunk(f"{name}.sign_mantissa", batch.first, space.rest[: batch.words.size], direct=True)
+            yield Chunk(f"{name}.encoded_exponent", start, packer.joined(space.stream, size), direct=True)
             _idle.append(space)
         ends = np.cumsum([spec.numel for spec in self.unit.specs])[:-1].astype("<i8")
         yield Chunk(f"{name}.gaps", 0, packer.packed_gaps())

@@ -36,8 +36,8 @@ def split(work: Callable[[int, int], object], count: int, grain: int) -> None:
 def ordered(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Results of `work` in the order of `items`, which one thread takes while others work.
 
-    At most one item more than there are threads is begun and not yet handed on. Unlike after `split`, no thread waits
-    for the others at the end of its part.
+    At most twice as many items as there are threads are begun and not yet handed on. Unlike after `split`, no thread
+    waits for the others at the end of its part.
     """
     import torch
 
@@ -49,7 +49,7 @@ def ordered(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[R
     try:
         for item in items:
             begun.append(_pool(threads).submit(work, item))
-            if len(begun) > threads:
+            if len(begun) == 2 * threads:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
