@@ -12,7 +12,7 @@ from dfloat11_official import compress, emulate, package, quiet
 
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import InMemory, Unit
-from bagel_compress.codecs.df11 import pack
+from bagel_compress.codecs.df11 import encode, pack
 from bagel_compress.codecs.df11.book import _huffman, make_book, stalls
 from bagel_compress.codecs.df11.layout import SUFFIXES
 from bagel_compress.errors import CodecError, PlanError
@@ -101,6 +101,21 @@ def mixed(rows: int, columns: int) -> torch.Tensor:
 
 def test_a_tensor_over_several_chunks_and_blocks_equals_the_official_bytes() -> None:
     assert_same(coded(mixed(300, 700)), compress(mixed(300, 700)))
+
+
+@pytest.mark.parametrize(("batch", "columns"), [(1, 40), (3, 40), (1000, 700), (70_000, 700)])
+def test_batches_that_end_within_a_byte_equal_the_official_bytes(
+    batch: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "BATCH", batch)
+    monkeypatch.setattr(encode, "_idle", [])  # workspaces of that size
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        tensors = [mixed(rows, columns) for rows in (5, 300, 1)]
+        assert_same(coded(*tensors), compress(*tensors))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

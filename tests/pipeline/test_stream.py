@@ -7,7 +7,6 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -215,16 +214,16 @@ def test_a_disk_that_fills_up_is_one_sentence_and_resumable(
 ) -> None:
     plan = make_plan(tiny, nf4)
     written = [0]
-    original = writer._write_at
+    original = writer._OpenShard.write
 
-    def full(file: FileIO, where: int, data: np.ndarray) -> None:
-        written[0] += data.nbytes
+    def full(shard: writer._OpenShard, where: int, data: bytes | memoryview) -> None:
+        written[0] += len(data)
         if written[0] > 400_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(file, where, data)
+        original(shard, where, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_write_at", full)
+        patch.setattr(writer._OpenShard, "write", full)
         with pytest.raises(ArtifactError, match="is full; free some space and run the same command"):
             compress(plan, tiny, tmp_path / "b")
     assert not (tmp_path / "b" / MANIFEST).exists()
@@ -304,8 +303,9 @@ def test_the_writer_takes_chunks_in_any_order_and_size(tmp_path: Path, monkeypat
 
     def chunks() -> Iterator[Chunk]:
         yield Chunk("b", 2048, b[2048:], lasting=True)
-        yield Chunk("a", 2500, a[2500:])
+        yield Chunk("a", 2500, a[2500:3600])
         yield Chunk("b", 0, b[:2048])
+        yield Chunk("a", 3600, a[3600:], direct=True)
         yield Chunk("a", 0, a[:2500])
 
     with writer.ShardWriter() as out:
