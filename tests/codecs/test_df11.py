@@ -12,7 +12,7 @@ from dfloat11_official import compress, emulate, package, quiet
 
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import InMemory, Unit
-from bagel_compress.codecs.df11 import encode, pack
+from bagel_compress.codecs.df11 import encode, pack, unpack
 from bagel_compress.codecs.df11.book import _huffman, make_book, stalls
 from bagel_compress.codecs.df11.layout import SUFFIXES
 from bagel_compress.errors import CodecError, PlanError
@@ -266,14 +266,14 @@ def test_a_source_that_changes_between_the_passes_is_refused(other: torch.Tensor
         list(encoding.chunks())
 
 
-def test_a_wrong_code_does_not_pass_verification(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pack_badly(*args: Any) -> None:
-        packed(*args)
-        stream = args[6]
-        stream[100] ^= 1
+@pytest.mark.parametrize(("module", "table"), [(pack, "pair_table"), (unpack, "lookup_table")])
+def test_a_wrong_code_does_not_pass_verification(module: Any, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(module, table)
 
-    packed = pack.pack
-    monkeypatch.setattr(pack, "pack", pack_badly)
+    def damaged(*book: np.ndarray) -> np.ndarray:
+        return right(*book) ^ np.uint64(1)  # the last bit of each pair's code; the first exponent of each lookup
+
+    monkeypatch.setattr(module, table, damaged)
     unit, named = unit_of(mixed(40, 60))
     with pytest.raises(CodecError, match=r"^m: .* did not come back"):
         CODEC.encode(unit, named)

@@ -4,7 +4,7 @@ The first pass keeps one histogram per batch of weights. With the book they give
 in both passes each thread works on a batch of its own and never waits for the others; only the byte that two batches
 share is joined. What was packed is decoded again and compared with the source before it is handed on, and that decoder
 finds the gaps and block positions.
-Memory: a workspace of about 6 MB for each thread and one more, reused from unit to unit, one byte per 64 bits of code
+Memory: a workspace of about 4 MB for each thread and one more, reused from unit to unit, one byte per 64 bits of code
 and 2 KiB per batch.
 """
 
@@ -33,7 +33,7 @@ from bagel_compress.codecs.kernels.threads import ordered
 from bagel_compress.errors import CodecError
 from bagel_compress.words import as_words
 
-BATCH = 1 << 22  # weights that one thread reads, packs, verifies and hands on at a time
+BATCH = 1 << 21  # weights that one thread reads, packs, verifies and hands on at a time
 _TAIL = 4 * WINDOW_BITS // 8  # bytes of the stream's end that are kept for the check on stalling
 
 
@@ -157,21 +157,26 @@ class _Packer:
         self._gaps = np.zeros(THREADS_PER_BLOCK * encoding.sizes.blocks + 1, np.uint8)
         self._begun = 0  # the byte that the last batch left unfinished
         self._tail = b""  # the end of the stream
-        values, lengths = encoding.book.values, encoding.book.lengths
-        self._book = (values.astype(np.uint64), lengths, pack.pair_table(values, lengths))
-        self._lookup = unpack.lookup_table(encoding.book.luts)
+        values, lengths, luts = encoding.book.values, encoding.book.lengths, encoding.book.luts
+        pairs = pack.pair_table(values, lengths)
+        self._book = (values.astype(np.uint64), lengths, pairs, unpack.lookup_table(luts), luts)
 
     def code(self, batch: _Batch) -> tuple[_Batch, Workspace, int]:
         """Packs and verifies a batch, in a workspace that the caller gives back; and the bytes that it completes."""
         space, unit = _take_space(), self._encoding.unit
         bit, stop = map(int, self._encoding.bits[batch.number : batch.number + 2])
-        starts = np.empty(-(-batch.words.size // CHUNK) + 1, np.int64)
-        pack.pack(batch.words, bit, *self._book, space.rest, space.stream, starts)
-        if starts[-1] != stop:
+        place = (batch.first, unit.numel, bit, stop)
+        index = (self._gaps, self.positions)
+        status = pack.code(batch.words, place, *self._book, space.rest, space.stream, *index, space.exponents)
+        if status == pack.CHANGED or (status == pack.DIFFERENT and self._bits(batch) != stop - bit):
             raise CodecError(
                 f"{unit.name}: the source changed while it was read, near weight {batch.first}; start again."
             )
-        self._verify(batch, starts, space)
+        if status == pack.DIFFERENT:
+            raise CodecError(
+                f"{unit.name}: weights did not come back as they were coded, near weight {batch.first}; "
+                "the memory of this machine or the source is changing under the encoder."
+            )
         size = (stop >> 3) - (bit >> 3)
         if batch.first + batch.words.size == unit.numel and stop % 8:
             space.stream[size] |= self._encoding.book.padding(-stop % 8)
@@ -203,15 +208,5 @@ class _Packer:
                 return self._encoding.book.without_pointers().luts
         return self._encoding.book.luts
 
-    def _verify(self, batch: _Batch, starts: np.ndarray, space: Workspace) -> None:
-        unit, book = self._encoding.unit, self._encoding.book
-        stream = space.stream.ctypes.data - (int(starts[0]) >> 3)
-        index = (self._gaps, self.positions)
-        if not unpack.verify(
-            batch.words, CHUNK, stream, batch.first, unit.numel, starts, space.rest, self._lookup, book.luts, *index,
-            space.exponents,
-        ):  # fmt: skip
-            raise CodecError(
-                f"{unit.name}: weights did not come back as they were coded, near weight {batch.first}; "
-                "the memory of this machine or the source is changing under the encoder."
-            )
+    def _bits(self, batch: _Batch) -> int:
+        return int(_histogram(batch) @ self._encoding.book.lengths.astype(np.int64))

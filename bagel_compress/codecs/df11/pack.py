@@ -1,4 +1,4 @@
-"""Numba kernels of the DF11 encoder: histogram, sign and mantissa bytes, code stream.
+"""Numba kernels of the DF11 encoder: histogram, sign and mantissa bytes, code stream, verification.
 
 Eight weights at a time become one piece of at most 56 bits, by a table of exponent pairs; longer pieces, which are
 rare, are appended weight by weight. Where codes start (gaps, block positions) is found by the decoder that verifies the
@@ -15,12 +15,14 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from bagel_compress.codecs.df11.unpack import verify
 from bagel_compress.codecs.df11.words import address_of, byteswap, load8, load16, load64, store64
 
 CHUNK = 1 << 16  # weights: 128 KB of bf16, which stays in the second-level cache
 SLACK = 16  # bytes that stores of eight reach beyond the last code
 PIECE_BITS = 56  # what a piece may have: up to 7 more are taken in the word it is added to
 _TOO_LONG = 255
+CODED, CHANGED, DIFFERENT = 0, 1, 2
 _U = np.uint64
 _CODE = _U(0xFFFFFFFF)
 _HALF = _U(32)
@@ -73,30 +75,51 @@ def count(words: np.ndarray, tables: np.ndarray, out: np.ndarray) -> None:
 
 
 @_compiled
-def pack(
+def code(
     words: np.ndarray,
-    bit: int,
+    place: tuple[int, int, int, int],
     values: np.ndarray,
     lengths: np.ndarray,
     pairs: np.ndarray,
+    lookup: np.ndarray,
+    luts: np.ndarray,
     rest: np.ndarray,
     stream: np.ndarray,
-    starts: np.ndarray,
-) -> None:
-    """Both planes of uint16 `words`, chunk by chunk: `rest` gets sign and mantissa, one byte each, `stream` the codes.
+    gaps: np.ndarray,
+    positions: np.ndarray,
+    exponents: np.ndarray,
+) -> int:
+    """Packs uint16 `words`, and decodes and compares them two chunks at a time, which are still in the cache: status.
 
-    The codes start at bit `bit` of the unit's stream, and `stream` with the byte of that bit, whose earlier bits become
-    0. Chunk k is bits [starts[k], starts[k + 1]) of the unit's stream: `starts` is int64 [chunks + 1], an output.
+    `place` is the first weight's index in the unit, the unit's weights, and the bits of its stream at which these words
+    begin and end. `rest` gets sign and mantissa, one byte each; `stream` the codes, from the byte of their first bit
+    on, whose earlier bits become 0. `gaps` and `positions`, of the whole unit, get what the decoder found.
+    `exponents` is uint8 [2, CHUNK + SCRATCH_SLACK] scratch.
     """
-    exponents = np.empty(CHUNK, np.uint8)
+    first, weights, bit, stop = place
+    base = address_of(stream) - (bit >> 3)
     tables = (address_of(values), address_of(lengths), address_of(pairs))
+    starts = np.empty(3, np.int64)
     stream[0] = 0
-    starts[0] = bit
-    for k in range(starts.size - 1):
-        chunk = words[k * CHUNK : (k + 1) * CHUNK]
-        _split(chunk, exponents, rest[k * CHUNK : (k + 1) * CHUNK])
-        target = address_of(stream) + (starts[k] >> 3) - (bit >> 3)
-        starts[k + 1] = _pack(address_of(exponents), chunk.size, starts[k], *tables, target)
+    starts[2] = bit
+    for begin in range(0, words.size, 2 * CHUNK):
+        part, plane = words[begin : begin + 2 * CHUNK], rest[begin : begin + 2 * CHUNK]
+        chunks = (part.size + CHUNK - 1) // CHUNK
+        starts[0] = starts[2]
+        for k in range(chunks):
+            chunk = part[k * CHUNK : (k + 1) * CHUNK]
+            _split(chunk, exponents[0], plane[k * CHUNK : (k + 1) * CHUNK])
+            target = base + (starts[k] >> 3)
+            starts[k + 1] = _pack(address_of(exponents[0]), chunk.size, starts[k], *tables, target)
+        starts[2] = starts[chunks]
+        if starts[2] > stop:
+            return CHANGED
+        if not verify(
+            part, CHUNK, base, first + begin, weights, starts[: chunks + 1], plane, lookup, luts, gaps, positions,
+            exponents,
+        ):  # fmt: skip
+            return DIFFERENT
+    return CODED if starts[2] == stop else CHANGED
 
 
 @_compiled

@@ -246,7 +246,7 @@ def verify(
     positions: np.ndarray,
     exponents: np.ndarray,
 ) -> bool:
-    """Decodes chunks of `chunk` weights; whether they are the uint16 `words` that they were made from.
+    """Decodes one or two chunks of `chunk` weights; whether they are the uint16 `words` that they were made from.
 
     `stream` is the address of bit 0 of the unit's stream, of which bits [bits[k], bits[k + 1]) are chunk k; the first
     weight is the unit's weight `first` of `weights`. On the way `gaps` and `positions`, arrays of the whole unit, get
@@ -255,24 +255,20 @@ def verify(
     spare = np.empty(1, np.uint8)
     book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions), address_of(spare))
     target, target2, gap = address_of(exponents[0]), address_of(exponents[1]), address_of(gaps)
-    for k in range(0, bits.size - 1, 2):
-        at, n, at2, n2 = bits[k], 0, bits[k + 1], 0
-        last = min(k + 2, bits.size - 1)
-        if last == k + 2:
-            left = min(words.size - (k + 1) * chunk, chunk)
-            at, n, at2, n2, _, _ = _pair(
-                stream, at, bits[k + 1], chunk, first + k * chunk, target, gap,
-                at2, bits[k + 2], left, first + (k + 1) * chunk, target2, gap, *book,
-            )  # fmt: skip
-        for j in range(k, last):
-            begin, stop = j * chunk, min((j + 1) * chunk, words.size)
-            is_last = first + stop == weights
-            status, after = _run(
-                stream, at2 if j > k else at, bits[j + 1], n2 if j > k else n, stop - begin, first + begin, is_last,
-                target2 if j > k else target, gap, *book,
-            )  # fmt: skip
-            if status != OK or after != bits[j + 1] or _differ(exponents[j - k], rest[begin:stop], words[begin:stop]):
-                return False
+    at, n, at2, n2, last = bits[0], 0, bits[1], 0, bits.size - 1
+    if last == 2:
+        at, n, at2, n2, _, _ = _pair(
+            stream, at, bits[1], chunk, first, target, gap,
+            at2, bits[2], words.size - chunk, first + chunk, target2, gap, *book,
+        )  # fmt: skip
+    for k in range(last):
+        begin, stop = k * chunk, min((k + 1) * chunk, words.size)
+        status, after = _run(
+            stream, at2 if k else at, bits[k + 1], n2 if k else n, stop - begin, first + begin, first + stop == weights,
+            target2 if k else target, gap, *book,
+        )  # fmt: skip
+        if status != OK or after != bits[k + 1] or _differ(exponents[k], rest[begin:stop], words[begin:stop]):
+            return False
     return True
 
 
