@@ -18,7 +18,7 @@ from numba import njit
 from bagel_compress.codecs.df11.unpack import verify
 from bagel_compress.codecs.df11.words import address_of, byteswap, load8, load16, load64, store64
 
-CHUNK = 1 << 16  # weights: 128 KB of bf16, which stays in the second-level cache
+CHUNK = 1 << 15  # weights: two of them and all that is made of them stay in the second-level cache
 SLACK = 16  # bytes that stores of eight reach beyond the last code
 PIECE_BITS = 56  # what a piece may have: up to 7 more are taken in the word it is added to
 _TOO_LONG = 255
