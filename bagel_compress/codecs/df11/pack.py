@@ -99,7 +99,7 @@ def code(
     first, weights, bit, stop = place
     base = address_of(stream) - (bit >> 3)
     tables = (address_of(values), address_of(lengths), address_of(pairs))
-    starts = np.empty(3, np.int64)
+    starts, scratch = np.empty(3, np.int64), np.empty(CHUNK, np.uint16)
     stream[0] = 0
     starts[2] = bit
     for begin in range(0, words.size, 2 * CHUNK):
@@ -116,7 +116,7 @@ def code(
             return CHANGED
         if not verify(
             part, CHUNK, base, first + begin, weights, starts[: chunks + 1], plane, lookup, luts, gaps, positions,
-            exponents,
+            exponents, scratch,
         ):  # fmt: skip
             return DIFFERENT
     return CODED if starts[2] == stop else CHANGED

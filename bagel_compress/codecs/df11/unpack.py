@@ -245,12 +245,13 @@ def verify(
     gaps: np.ndarray,
     positions: np.ndarray,
     exponents: np.ndarray,
+    scratch: np.ndarray,
 ) -> bool:
     """Decodes one or two chunks of `chunk` weights; whether they are the uint16 `words` that they were made from.
 
     `stream` is the address of bit 0 of the unit's stream, of which bits [bits[k], bits[k + 1]) are chunk k; the first
     weight is the unit's weight `first` of `weights`. On the way `gaps` and `positions`, arrays of the whole unit, get
-    what the codes' ends say. `exponents` is uint8 [2, chunk + SCRATCH_SLACK] scratch.
+    what the codes' ends say. `exponents` is uint8 [2, chunk + SCRATCH_SLACK] scratch, `scratch` uint16 [chunk].
     """
     spare = np.empty(1, np.uint8)
     book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions), address_of(spare))
@@ -267,19 +268,25 @@ def verify(
             stream, at2 if k else at, bits[k + 1], n2 if k else n, stop - begin, first + begin, first + stop == weights,
             target2 if k else target, gap, *book,
         )  # fmt: skip
-        if status != OK or after != bits[k + 1] or _differ(exponents[k], rest[begin:stop], words[begin:stop]):
+        if status != OK or after != bits[k + 1] or _differ(exponents[k], rest[begin:stop], words[begin:stop], scratch):
             return False
     return True
 
 
 @_compiled
-def _differ(exponents: np.ndarray, rest: np.ndarray, words: np.ndarray) -> bool:
-    different = np.uint16(0)
+def _differ(exponents: np.ndarray, rest: np.ndarray, words: np.ndarray, scratch: np.ndarray) -> bool:
+    """Differences go through uint16 `scratch`: numba would add them up in 64 bits, at a quarter of the speed."""
     for i in range(words.size):
         byte = np.uint16(rest[i])
         word = ((byte & np.uint16(0x80)) << np.uint16(8)) | (byte & np.uint16(0x7F))
-        different |= words[i] ^ (word | (np.uint16(exponents[i]) << np.uint16(7)))
-    return different != 0
+        scratch[i] = words[i] ^ (word | (np.uint16(exponents[i]) << np.uint16(7)))
+    whole = words.size // 4 * 4
+    different, fours = _U(0), scratch[:whole].view(np.uint64)
+    for i in range(fours.size):
+        different |= fours[i]
+    for i in range(whole, words.size):
+        different |= _U(scratch[i])
+    return different != _U(0)
 
 
 @_compiled
