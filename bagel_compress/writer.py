@@ -30,6 +30,7 @@ PIECE = 8 << 20  # bytes written at once
 BUFFERS = 6  # being filled, being written, and a few between, since encoding and writing do not keep step
 LASTING = 128  # pieces of lasting chunks that may wait: copied tensors must not hold up the coding of the next
 HASH_BLOCK = 1 << 18  # bytes read back at a time: they stay in the second-level cache
+SYNC_BYTES = 192 << 20  # put between two requests to the disk; it would otherwise wait for the end of a shard
 FAULT_BYTES = 1 << 16  # mapped by one page fault (fault_around_bytes of Linux)
 PARTIAL = ".partial"
 
@@ -104,6 +105,7 @@ class ShardWriter:
                 buffer[: piece.nbytes] = piece
                 shard.pending.append(self._writing.submit(self._write_buffer, shard, where, buffer, piece.nbytes))
         shard.raise_failures()
+        shard.sync_early(self._syncing)
 
     def end(self) -> Future[WrittenShard]:
         """Every byte was put. The result is there when the file is written, hashed, synced and under its name."""
@@ -138,6 +140,8 @@ class _OpenShard:
     size: int
     filled: Counter[str] = field(default_factory=Counter)
     pending: list[Future[None]] = field(default_factory=list)
+    synced: int = 0  # bytes that were put when the disk was last asked
+    syncing: Future[None] | None = None
 
     def handle(self) -> FileIO:
         """This thread's handle of the file."""
@@ -158,6 +162,13 @@ class _OpenShard:
         for write in [w for w in self.pending if w.done()]:
             write.result()
             self.pending.remove(write)
+
+    def sync_early(self, pool: ThreadPoolExecutor) -> None:
+        """Has the disk take what was written so far, if that is much and it is not at it already."""
+        total = self.filled.total()
+        if total - self.synced >= SYNC_BYTES and (self.syncing is None or self.syncing.done()):
+            self.synced, self.syncing = total, pool.submit(os.fsync, self.handle().fileno())
+            self.pending.append(self.syncing)
 
     def close(self) -> None:
         for file in self.handles.values():
