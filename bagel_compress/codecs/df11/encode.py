@@ -4,8 +4,8 @@ The first pass keeps one histogram per batch of weights. With the book they give
 in both passes each thread works on a batch of its own and never waits for the others; only the byte that two batches
 share is joined. What was packed is decoded again and compared with the source before it is handed on, and that decoder
 finds the gaps and block positions.
-Memory: a workspace of about 4 MB for each thread and one more, reused from unit to unit, one byte per 64 bits of code
-and 2 KiB per batch.
+Memory: two workspaces of about 4 MB for each thread, reused from unit to unit, one byte per 64 bits of code and 2 KiB
+per batch.
 """
 
 from __future__ import annotations

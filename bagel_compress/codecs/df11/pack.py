@@ -2,8 +2,8 @@
 
 Eight weights at a time become one piece of at most 56 bits, by a table of exponent pairs; longer pieces, which are
 rare, are appended weight by weight. Where codes start (gaps, block positions) is found by the decoder that verifies the
-stream, for a third of what it would cost here. The innermost functions get addresses and numbers and are inlined,
-because numba counts references to every array that it passes.
+stream, which passes their ends anyway. The innermost functions get addresses and numbers and are inlined, because numba
+counts references to every array that it passes.
 All kernels release the interpreter lock; batches of one unit are packed by any number of threads.
 """
 
