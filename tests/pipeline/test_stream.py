@@ -317,3 +317,27 @@ def test_the_writer_takes_chunks_in_any_order_and_size(tmp_path: Path, monkeypat
         {"a": torch.from_numpy(a), "b": torch.from_numpy(b).view(torch.float32)}, tmp_path / "y", {"format": "pt"}
     )
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_a_fault_of_the_disk_that_is_asked_early_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults, real = [OSError(errno.EIO, os.strerror(errno.EIO))], os.fsync
+
+    def sync(handle: int) -> None:  # a system reports a fault once
+        if faults:
+            raise faults.pop()
+        real(handle)
+
+    monkeypatch.setattr(writer, "SYNC_BYTES", 1000)
+    monkeypatch.setattr(writer.os, "fsync", sync)
+    data = np.zeros(4000, np.uint8)
+    with writer.ShardWriter() as out:
+        out.begin(tmp_path / "x.safetensors", {"a": PartSpec("U8", (4000,))})
+        out.put(Chunk("a", 0, data[:2000], direct=True))
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            _put_and_end(out, Chunk("a", 2000, data[2000:]))
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def _put_and_end(out: writer.ShardWriter, chunk: Chunk) -> None:
+    out.put(chunk)
+    out.end().result()
