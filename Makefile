@@ -29,6 +29,7 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 nano: $(READY)

@@ -19,6 +19,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import platform
 import sys
@@ -181,6 +182,8 @@ def report(args: argparse.Namespace, bench: Bench, rows: dict[str, float], bits:
     print(f"bits per weight: {size:.4f}; at the exponents' entropy {entropy:.4f}; zipnn {bits:.4f}")
     print(f"bytes equal to the dfloat11 package's: {theirs}")
     versions = {p: version(p) for p in ("dfloat11", "zipnn", "numba", "numpy", "torch") if importlib.util.find_spec(p)}
+    for peer in sorted({"dfloat11", "zipnn"} - versions.keys()):
+        print(f"{peer} is not installed and left out; pip install {peer}")
     print(
         json.dumps(
             {
@@ -192,7 +195,7 @@ def report(args: argparse.Namespace, bench: Bench, rows: dict[str, float], bits:
                 "times_dfloat11": {name: round(rate / official, 1) for name, rate in rows.items()},
                 "bits_per_weight": round(size, 4),
                 "entropy_bits": round(entropy, 4),
-                "zipnn_bits": round(bits, 4),
+                "zipnn_bits": None if math.isnan(bits) else round(bits, 4),
                 "bytes_equal_official": theirs,
                 "versions": versions,
             }
