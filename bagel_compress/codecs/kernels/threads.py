@@ -22,12 +22,13 @@ def split(work: Callable[[int, int], object], count: int, grain: int) -> None:
     """Calls work(start, stop) so that [0, count) is covered once, in parts of whole `grain`s except the last."""
     import torch
 
-    parts = min(torch.get_num_threads(), -(-count // grain))
+    threads = torch.get_num_threads()
+    parts = min(threads, -(-count // grain))
     if parts <= 1:
         work(0, count)
         return
     step = -(-count // (parts * grain)) * grain
-    futures = [_pool(parts).submit(work, start, min(start + step, count)) for start in range(step, count, step)]
+    futures = [_pool(threads).submit(work, start, min(start + step, count)) for start in range(step, count, step)]
     work(0, step)
     for future in futures:
         future.result()
