@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, object]:
 
 
 def synthetic(work: Path, layers: int) -> Path:
-    from bagel_compress.synth import synthesise
+    from bagel_compress.source.synthetic import synthesise
 
     synthesise("7b-mot", work / "source", seed=0, layers=layers)
     return work / "source"
@@ -140,11 +140,11 @@ def build(name: str, source: Path, work: Path) -> dict[str, float]:
 
 def child(name: str, source: str, work: str) -> int:
     """One build, after a tiny one that loads the kernels; prints seconds, bytes and the peak of RssAnon."""
-    from bagel_compress.checkpoint import Checkpoint
-    from bagel_compress.plan import make_plan
-    from bagel_compress.recipe import Recipe
-    from bagel_compress.resources import resource
-    from bagel_compress.stream import compress
+    from bagel_compress.build.compress import compress
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.io.packaged import resource
+    from bagel_compress.source.checkpoint import Checkpoint
 
     recipe = Recipe.parse(f"name: bench\n{RULES.format(codec=CODECS[name])}", "bench")
     with tempfile.TemporaryDirectory() as folder:

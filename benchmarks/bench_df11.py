@@ -38,7 +38,7 @@ import torch
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import InMemory, Unit
 from bagel_compress.codecs.df11.decode import check_parts, decode_into
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 NAME = "bench"
 

@@ -24,7 +24,7 @@ from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11 import triton_kernel, unpack
 from bagel_compress.codecs.df11.device import StoredUnit
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 NAME = "bench"
 

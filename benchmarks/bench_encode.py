@@ -29,7 +29,7 @@ from bagel_compress.codecs.base import Codec, InMemory, Unit
 from bagel_compress.codecs.fp8 import Fp8
 from bagel_compress.codecs.int8 import Int8
 from bagel_compress.codecs.nf4 import Nf4
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 NAME = "w.weight"
 OURS: dict[str, Codec] = {

@@ -29,16 +29,16 @@ from bagel.config import BagelConfig, LLMConfig, ViTConfig
 from bagel.layers import attention, rope_table
 from bagel.mot import MoTLayer
 from bagel.vae import VAEConfig
-from bagel_compress.artifact import SourceEntry
+from bagel_compress.build.artifact import SourceEntry
+from bagel_compress.build.recipe import Limits, parse_codec
 from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.export.build import export
 from bagel_compress.export.manifest import ExportFolder, ExportSource
 from bagel_compress.export.ort_session import Sessions
 from bagel_compress.export.source import Coded, Source
 from bagel_compress.export.tensorrt import build_engine
-from bagel_compress.recipe import Limits, parse_codec
-from bagel_compress.spec import TensorSpec
-from bagel_compress.target import Target
+from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.run.target import Target
 
 LLM = LLMConfig(3584, 18944, 1, 28, 4, 152064)
 CONFIG = BagelConfig(LLM, ViTConfig(1152, 4304, 1, 16), 2, 16, 64, 70)

@@ -77,8 +77,8 @@ def measure(model: str, forms: tuple[str, ...], rounds: int, folder: Path) -> di
 
 
 def checkpoint(model: str, folder: Path) -> Path:
-    from bagel_compress.resources import resource
-    from bagel_compress.synth import synthesise
+    from bagel_compress.io.packaged import resource
+    from bagel_compress.source.synthetic import synthesise
 
     if model == "tiny":
         return resource("tiny")
@@ -89,17 +89,17 @@ def checkpoint(model: str, folder: Path) -> Path:
 
 def exported(model: str, form: str, source: Path, folder: Path, threads: int) -> dict[str, Any]:
     """The samplers of one form: ONNX Runtime, and the artifact in torch where there is one."""
-    from bagel_compress.artifact import MANIFEST
-    from bagel_compress.checkpoint import Checkpoint
+    from bagel_compress.build.artifact import MANIFEST
+    from bagel_compress.build.compress import compress
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
     from bagel_compress.export.build import export
     from bagel_compress.export.manifest import MANIFEST as EXPORT
     from bagel_compress.export.ort_sampler import open_onnx
     from bagel_compress.export.source import Source
-    from bagel_compress.load import open_model
-    from bagel_compress.plan import make_plan
-    from bagel_compress.recipe import Recipe
-    from bagel_compress.stream import compress
-    from bagel_compress.target import Target
+    from bagel_compress.run.load import open_model
+    from bagel_compress.run.target import Target
+    from bagel_compress.source.checkpoint import Checkpoint
 
     build = folder / f"{model}-{form}"
     if form != "fp32" and not (build / MANIFEST).exists():

@@ -58,12 +58,12 @@ def main() -> int:
 
 def built(args: argparse.Namespace, work: Path) -> dict[str, Path]:
     """An artifact of each format."""
-    from bagel_compress.checkpoint import Checkpoint
-    from bagel_compress.plan import make_plan
-    from bagel_compress.recipe import Recipe
-    from bagel_compress.resources import find_recipe
-    from bagel_compress.stream import compress
-    from bagel_compress.synth import synthesise
+    from bagel_compress.build.compress import compress
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.io.packaged import find_recipe
+    from bagel_compress.source.checkpoint import Checkpoint
+    from bagel_compress.source.synthetic import synthesise
 
     wanted = {name: recipe for name, recipe in FORMATS.items() if name in (args.format or FORMATS)}
     if args.artifacts is not None:
@@ -107,7 +107,7 @@ def child(what: str, folder: str) -> int:
     import torch
 
     import bagel.sampler  # noqa: F401
-    import bagel_compress.load  # noqa: F401
+    import bagel_compress.run.load  # noqa: F401
 
     torch.set_num_threads(os.cpu_count() or 1)
     start = time.perf_counter()
@@ -142,7 +142,7 @@ def load_files(folder: Path) -> object:
 
 
 def opened(folder: Path) -> object:
-    from bagel_compress.load import open_model
+    from bagel_compress.run.load import open_model
 
     return open_model(folder)
 
@@ -151,7 +151,7 @@ def touched(folder: Path) -> object:
     """The model, and a byte of every page of its files, in a map of their own, so that each page is faulted in."""
     import numpy as np
 
-    from bagel_compress.load import open_model
+    from bagel_compress.run.load import open_model
 
     sampler = open_model(folder)
     return sampler, [int(np.memmap(path, np.uint8, "r")[::PAGE].sum()) for path in weights(folder)]

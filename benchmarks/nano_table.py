@@ -31,20 +31,21 @@ from bagel.nano import language
 from bagel.nano.batches import images_to_tensor
 from bagel.nano.scenes import Scene, render, sample_scene
 from bagel.sampler import Sampler
-from bagel_compress.case import load_cases
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.limits import resolve
-from bagel_compress.load import open_model
-from bagel_compress.metrics import kl_divergence, rel_l2
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.resources import resource
-from bagel_compress.stream import compress
-from bagel_compress.trace import TraceFile
-from bagel_compress.validate import parity
-from bagel_compress.validate.nano import nano_benchmark
-from bagel_compress.validate.recording import record_cases
-from bagel_compress.validate.scores import Benchmark, Scores, compare, picture_psnr, run, same_answers
+from bagel_compress.build.compress import compress
+from bagel_compress.build.limits import resolve
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.io.packaged import resource
+from bagel_compress.parity.compare import Subject as ComparedModel
+from bagel_compress.parity.compare import compare as compare_traces
+from bagel_compress.parity.metrics import kl_divergence, rel_l2
+from bagel_compress.parity.record import record_cases
+from bagel_compress.parity.trace import TraceFile
+from bagel_compress.run.case import load_cases
+from bagel_compress.run.load import open_model
+from bagel_compress.scores.benchmark import Benchmark, Scores, compare, picture_psnr, run, same_answers
+from bagel_compress.scores.nano import nano_benchmark
+from bagel_compress.source.checkpoint import Checkpoint
 
 SOURCE = Path(__file__).resolve().parents[1] / "bagel_compress" / "data" / "BAGEL-nano"
 SHOWN = ("one", "two", "ask", "edit", "think")
@@ -173,8 +174,8 @@ def _row(recipe: Recipe, subject: Subject) -> Row:
         nbytes = artifact.nbytes
         sampler = open_model(artifact.path, dtype=torch.float32)
         limits = resolve(recipe.limits.level, recipe.limits.overrides)
-        judged = parity.Subject(sampler, recipe.name, "", recipe.limits.level, limits)
-        report = parity.compare(judged, [subject.trace]).report
+        judged = ComparedModel(sampler, recipe.name, "", recipe.limits.level, limits)
+        report = compare_traces(judged, [subject.trace]).report
         scores = subject.reference
         if all(placement.codec.lossless for placement in plan.placements):
             wanted = subject.original.bagel.state_dict()

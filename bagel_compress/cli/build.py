@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from bagel_compress.cli import add_json, add_verb, emit
 
 if TYPE_CHECKING:
-    from bagel_compress.artifact import Artifact
-    from bagel_compress.checkpoint import Checkpoint
-    from bagel_compress.plan import Plan
+    from bagel_compress.build.artifact import Artifact
+    from bagel_compress.build.plan import Plan
+    from bagel_compress.source.checkpoint import Checkpoint
 
 _SOURCE = "checkpoint folder, .safetensors file or Hub id (owner/name[@revision])"
 
@@ -82,10 +82,10 @@ def _recipe(parser: argparse.ArgumentParser, without: str) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from bagel_compress.header import TrueHeader
-    from bagel_compress.plan import make_plan
-    from bagel_compress.recipe import Recipe
-    from bagel_compress.resources import find_recipe
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.io.packaged import find_recipe
+    from bagel_compress.source.released_header import TrueHeader
 
     recipe = Recipe.load(find_recipe(args.recipe))
     header = TrueHeader() if args.source is None else open_checkpoint(args)
@@ -95,10 +95,10 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _compress(args: argparse.Namespace) -> int:
-    from bagel_compress.plan import make_plan
-    from bagel_compress.recipe import Recipe
-    from bagel_compress.resources import find_recipe
-    from bagel_compress.stream import compress
+    from bagel_compress.build.compress import compress
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.io.packaged import find_recipe
 
     recipe = Recipe.load(find_recipe(args.recipe))
     if args.source is None and recipe.source is not None:
@@ -116,8 +116,8 @@ def _compress(args: argparse.Namespace) -> int:
 
 def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that --source, --base and --lora name. Raises CheckpointError."""
-    from bagel_compress.checkpoint import Checkpoint
     from bagel_compress.errors import CheckpointError
+    from bagel_compress.source.checkpoint import Checkpoint
 
     if args.source is None:
         raise CheckpointError(f"no source: the recipe names none; give --source ({_SOURCE}).")
@@ -139,7 +139,7 @@ def progress_bar(plan: Plan) -> Iterator[Callable[[str, int], None]]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from bagel_compress.artifact import MANIFEST
+    from bagel_compress.build.artifact import MANIFEST
     from bagel_compress.cli.export import inspect_export
     from bagel_compress.export.manifest import MANIFEST as EXPORT
     from bagel_compress.export.manifest import NOTES
@@ -149,9 +149,9 @@ def _inspect(args: argparse.Namespace) -> int:
         return _inspect_artifact(args)
     if (folder / EXPORT).exists() or (folder / NOTES).exists():
         return inspect_export(args)
-    from bagel_compress.checkpoint import Checkpoint
+    from bagel_compress.build.sizes import group_sizes, sizes_table
     from bagel_compress.codecs.raw import Raw
-    from bagel_compress.sizes import group_sizes, sizes_table
+    from bagel_compress.source.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(args.path)
     groups = group_sizes((Raw(), (spec,), spec.nbytes) for spec in checkpoint.specs)
@@ -162,7 +162,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _inspect_artifact(args: argparse.Namespace) -> int:
-    from bagel_compress.artifact import Artifact
+    from bagel_compress.build.artifact import Artifact
     from bagel_compress.errors import GateError
 
     artifact = Artifact.open(args.path, check=not args.verify)
@@ -187,7 +187,7 @@ def _inspect_artifact(args: argparse.Namespace) -> int:
 
 
 def _artifact_text(artifact: Artifact, tensors: bool, verified: bool) -> str:
-    from bagel_compress.sizes import sizes_table
+    from bagel_compress.build.sizes import sizes_table
 
     manifest = artifact.manifest
     lines = [sizes_table(artifact.groups(), artifact.nbytes)]
@@ -205,8 +205,8 @@ def _artifact_text(artifact: Artifact, tensors: bool, verified: bool) -> str:
 
 
 def _comfyui(args: argparse.Namespace) -> int:
-    from bagel_compress.artifact import Artifact
-    from bagel_compress.comfy import comfyui_file
+    from bagel_compress.build.artifact import Artifact
+    from bagel_compress.build.comfyui_file import comfyui_file
 
     nbytes = comfyui_file(Artifact.open(args.artifact), Path(args.out))
     emit(args, {"path": args.out, "bytes": nbytes}, f"{args.out}: {nbytes:,} bytes")
@@ -216,7 +216,7 @@ def _comfyui(args: argparse.Namespace) -> int:
 def _synth(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from bagel_compress.synth import synthesise
+    from bagel_compress.source.synthetic import synthesise
 
     with tqdm(unit="B", unit_scale=True, file=sys.stderr, desc="synth", mininterval=0.5) as bar:
         nbytes = synthesise(args.shape, Path(args.out), args.seed, args.layers, bar.update)

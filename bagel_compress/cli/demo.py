@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from bagel_compress.cli import add_json, emit, say
 from bagel_compress.cli.build import open_checkpoint, progress_bar
 from bagel_compress.cli.export import follow_recipe
-from bagel_compress.cli.judge import table
+from bagel_compress.cli.validate import table
 
 if TYPE_CHECKING:
-    from bagel_compress.artifact import Artifact
-    from bagel_compress.checkpoint import Checkpoint
-    from bagel_compress.reports import ParityReport
+    from bagel_compress.build.artifact import Artifact
+    from bagel_compress.parity.report_data import ParityReport
+    from bagel_compress.source.checkpoint import Checkpoint
 
 DEMO_MODEL = "BAGEL-nano"
 DEMO_RECIPES = ("nf4", "nf4-official", "fp8-24gb", "int8-24gb", "df11")
@@ -72,14 +72,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from bagel_compress.case import load_cases
-    from bagel_compress.checkpoint import Checkpoint
-    from bagel_compress.plan import make_plan
-    from bagel_compress.recipe import Recipe
-    from bagel_compress.report_family import render
-    from bagel_compress.report_family import table as family_table
-    from bagel_compress.resources import find_recipe, resource
-    from bagel_compress.validate.family import Counts, compare_recipes
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.io.packaged import find_recipe, resource
+    from bagel_compress.run.case import load_cases
+    from bagel_compress.source.checkpoint import Checkpoint
+    from bagel_compress.validate.compare_recipes import Counts, compare_recipes
+    from bagel_compress.validate.recipes_page import render
+    from bagel_compress.validate.recipes_page import table as family_table
 
     source, out = resource(DEMO_MODEL), Path(args.out)
     recipes = [find_recipe(name) for name in DEMO_RECIPES]
@@ -99,10 +99,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _compress(recipe_name: str, checkpoint: Checkpoint, out: Path, quiet: bool) -> Artifact:
     """Plans and builds; the plan's table is printed first, unless `quiet`."""
-    from bagel_compress.plan import make_plan
-    from bagel_compress.recipe import Recipe
-    from bagel_compress.resources import find_recipe
-    from bagel_compress.stream import compress
+    from bagel_compress.build.compress import compress
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.io.packaged import find_recipe
 
     plan = make_plan(checkpoint, Recipe.load(find_recipe(recipe_name)))
     if not quiet:
@@ -113,8 +113,8 @@ def _compress(recipe_name: str, checkpoint: Checkpoint, out: Path, quiet: bool) 
 
 def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argparse.Namespace) -> ParityReport:
     """Records what is not yet recorded, then compares."""
-    from bagel_compress.case import load_cases
-    from bagel_compress.validate.judge import record_source, validate_artifact
+    from bagel_compress.run.case import load_cases
+    from bagel_compress.validate.artifact import record_source, validate_artifact
 
     if args.trace is None:
         record_source(checkpoint, load_cases(args.cases or [_cases(checkpoint)]), trace, args.device, progress=say)
@@ -123,7 +123,7 @@ def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argpar
 
 def _cases(checkpoint: Checkpoint) -> Path:
     """The largest packaged cases that fit the checkpoint."""
-    from bagel_compress.resources import resource
+    from bagel_compress.io.packaged import resource
 
     largest = _largest_side(checkpoint)
     return resource("exports") / "cases" / next(cases for side, cases in CASES_BY_SIDE if largest >= side)

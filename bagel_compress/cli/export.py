@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from bagel_compress.cli import add_json, emit
 
 if TYPE_CHECKING:
-    from bagel_compress.artifact import Artifact
+    from bagel_compress.build.artifact import Artifact
     from bagel_compress.export.manifest import ExportFolder
-    from bagel_compress.reports import ParityReport
+    from bagel_compress.parity.report_data import ParityReport
 
 
 def register(verbs: Any) -> None:
@@ -51,7 +51,7 @@ def _export(args: argparse.Namespace) -> int:
     lines = [summary(folder), *faults]
     passed = not faults
     if args.trace:
-        from bagel_compress.validate.exported import validate_export
+        from bagel_compress.validate.export import validate_export
 
         report = validate_export(folder, args.trace)
         passed = passed and report.passed
@@ -66,7 +66,7 @@ def _made(args: argparse.Namespace, out: Path) -> ExportFolder:
 
     from bagel_compress.export.build import export
     from bagel_compress.export.source import Source
-    from bagel_compress.target import Target
+    from bagel_compress.run.target import Target
 
     with tqdm(unit="file", desc="export", leave=False, disable=args.json or None) as bar:
 
@@ -86,8 +86,8 @@ def follow_recipe(artifact: Artifact, trace: Path) -> tuple[dict[str, Any], str,
     from bagel_compress.export.build import export
     from bagel_compress.export.manifest import MANIFEST, ExportFolder
     from bagel_compress.export.source import ArtifactSource
-    from bagel_compress.target import Target
-    from bagel_compress.validate.exported import validate_export
+    from bagel_compress.run.target import Target
+    from bagel_compress.validate.export import validate_export
 
     target = Target.load(artifact.manifest.recipe.export or "")
     out = artifact.path.with_name(f"{artifact.path.name}-{target.name}")

@@ -13,7 +13,7 @@ from bagel_compress.cli import add_json, emit
 
 if TYPE_CHECKING:
     from bagel.sampler import Sampler
-    from bagel_compress.validate.scores import Benchmark
+    from bagel_compress.scores.benchmark import Benchmark
 
 REPORT_STEPS = 50
 
@@ -60,8 +60,8 @@ def register(verbs: Any) -> None:
 def _score(args: argparse.Namespace) -> int:
     import torch
 
-    from bagel_compress.validate.scores import compare, run
-    from bagel_compress.validate.sheet import contact_sheet
+    from bagel_compress.scores.benchmark import compare, run
+    from bagel_compress.scores.contact_sheet import contact_sheet
 
     torch.set_num_threads(args.threads)
     benchmark = _benchmark(args)
@@ -85,8 +85,8 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _benchmark(args: argparse.Namespace) -> Benchmark:
-    from bagel_compress.validate.external import load_benchmark
-    from bagel_compress.validate.nano import nano_benchmark
+    from bagel_compress.scores.external_benchmark import load_benchmark
+    from bagel_compress.scores.nano import nano_benchmark
 
     if args.benchmark:
         return load_benchmark(args.benchmark)
@@ -97,7 +97,7 @@ def _benchmark(args: argparse.Namespace) -> Benchmark:
 def _sampler(model: str, device: str) -> Sampler:
     import torch
 
-    from bagel_compress.load import open_model
+    from bagel_compress.run.load import open_model
 
     return open_model(model, device, torch.float32 if device == "cpu" else None)
 

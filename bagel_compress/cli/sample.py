@@ -191,8 +191,8 @@ def _read_image(path: Path) -> Image:
 
 def _opened(args: argparse.Namespace) -> Loops:
     """The model on the device, or an export on its runtime; --target places the model by its residency plan."""
-    from bagel_compress.artifact import EXPORT_MANIFEST
-    from bagel_compress.load import downloaded
+    from bagel_compress.build.artifact import EXPORT_MANIFEST
+    from bagel_compress.run.load import downloaded
 
     folder = Path(args.model) if Path(args.model).exists() else downloaded(args.model)
     if (folder / EXPORT_MANIFEST).is_file():
@@ -202,10 +202,10 @@ def _opened(args: argparse.Namespace) -> Loops:
 
     import torch
 
-    from bagel_compress.load import open_model
-    from bagel_compress.residency import place
-    from bagel_compress.target import Target
-    from bagel_compress.validate.placing import one_device, where
+    from bagel_compress.budget.device_option import one_device, where
+    from bagel_compress.run.load import open_model
+    from bagel_compress.run.offload import place
+    from bagel_compress.run.target import Target
 
     dtype = {"bf16": None, "fp32": torch.float32}[args.dtype]
     if args.target is None and dtype is None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
-from bagel_compress.spec import DTYPE_BYTES, PartSpec, TensorSpec
+from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np

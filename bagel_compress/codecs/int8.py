@@ -26,7 +26,7 @@ from bagel_compress.codecs.matrix import (
     self_check,
 )
 from bagel_compress.errors import CodecError
-from bagel_compress.spec import PartSpec, TensorSpec
+from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 Decoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # codes (N, ...) and scales -> (N, K) bf16
 

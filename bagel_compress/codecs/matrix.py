@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from bagel_compress.codecs.base import Codec, Reader, Unit
 from bagel_compress.errors import CodecError, PlanError
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, check_shapes, not_finite, read_words, self_check
 from bagel_compress.errors import CodecError
-from bagel_compress.spec import PartSpec, TensorSpec
+from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bagel_compress.codecs.base import Chunk, Codec, Encoding, Reader, Unit
 from bagel_compress.errors import CodecError
-from bagel_compress.spec import DTYPE_BYTES, PartSpec
+from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_args
 
-from bagel_compress.artifact import FileEntry
+from bagel_compress.build.artifact import FileEntry
 from bagel_compress.errors import ExportError
 from bagel_compress.export.blocks import all_blocks
 from bagel_compress.export.graph import OPSET
@@ -30,8 +30,8 @@ from bagel_compress.export.profiles import axes_of
 from bagel_compress.export.source import FOLDER_FILES, Source
 from bagel_compress.export.tensorrt import check_settings, load_tensorrt
 from bagel_compress.export.write import Job, file_entry, plan_forms, write_file, write_group
-from bagel_compress.runtime import BlockKind, ExportSettings
-from bagel_compress.target import Target
+from bagel_compress.run.export_settings import BlockKind, ExportSettings
+from bagel_compress.run.target import Target
 
 PACKAGES = ("bagel-compress", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx")
 Progress = Callable[[str, int, int], None]  # data file, done, all

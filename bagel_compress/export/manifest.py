@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
-from bagel_compress.artifact import (
+from bagel_compress.build.artifact import (
     EXPORT_MANIFEST,
     FileEntry,
     SourceEntry,
@@ -25,9 +25,9 @@ from bagel_compress.artifact import (
     intact,
     wrong_sizes,
 )
+from bagel_compress.build.recipe import Limits, Recipe
 from bagel_compress.errors import ArtifactError
-from bagel_compress.recipe import Limits, Recipe
-from bagel_compress.runtime import ExportSettings, Range
+from bagel_compress.run.export_settings import ExportSettings, Range
 
 MANIFEST = EXPORT_MANIFEST
 NOTES = ".export"  # folder of an export that is not finished

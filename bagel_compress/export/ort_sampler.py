@@ -25,7 +25,7 @@ from bagel_compress.export.manifest import ExportFolder
 from bagel_compress.export.ort_arrays import Floats
 from bagel_compress.export.ort_model import GraphModel, Runner
 from bagel_compress.export.ort_session import Sessions
-from bagel_compress.runtime import BlockKind
+from bagel_compress.run.export_settings import BlockKind
 
 
 def open_onnx(path: str | Path, provider: str | None = None, threads: int = 0) -> GraphSampler:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from bagel.config import BagelConfig
 from bagel_compress.errors import ExportError
 from bagel_compress.export.manifest import BlockEntry
-from bagel_compress.runtime import Range
-from bagel_compress.target import Sizes
+from bagel_compress.run.export_settings import Range
+from bagel_compress.run.target import Sizes
 
 WRAPPED = 2  # the wrapper rows of an image block
 

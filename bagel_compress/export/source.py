@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel.config import BagelConfig
-from bagel_compress.artifact import MANIFEST, Artifact, SourceEntry
-from bagel_compress.checkpoint import CONFIG_FILES, OTHER_FILES, TOKENIZER_FILES, Checkpoint
+from bagel_compress.build.artifact import MANIFEST, Artifact, SourceEntry
+from bagel_compress.build.recipe import Limits
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError
 from bagel_compress.export.manifest import ExportSource
-from bagel_compress.recipe import Limits
-from bagel_compress.spec import TensorSpec
-from bagel_compress.tensorfile import TensorFile
+from bagel_compress.io.safetensors_file import TensorFile
+from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.source.checkpoint import CONFIG_FILES, OTHER_FILES, TOKENIZER_FILES, Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ class Source(ABC):
     def tensor(self, path: str) -> torch.Tensor:
         """The tensor's values, decoded; a view of the file where nothing has to be done."""
         if path.startswith(VAE_PREFIX):
-            from bagel_compress.words import as_tensor
+            from bagel_compress.io.bf16 import as_tensor
 
             name = path.removeprefix(VAE_PREFIX)
             stored = self.vae.tensors[name]

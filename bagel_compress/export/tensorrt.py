@@ -17,7 +17,7 @@ from typing import Any
 from bagel_compress.errors import ExportError, MissingExtraError
 from bagel_compress.export.manifest import BlockEntry
 from bagel_compress.export.profiles import profile
-from bagel_compress.runtime import ExportSettings, Range
+from bagel_compress.run.export_settings import ExportSettings, Range
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 EXTRAS = {"tensorrt-rtx": "bagel-compress[tensorrt]", "tensorrt": "NVIDIA's tensorrt package"}

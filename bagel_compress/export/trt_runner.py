@@ -19,7 +19,7 @@ from bagel_compress.errors import ExportError
 from bagel_compress.export.manifest import ExportFolder, PortEntry
 from bagel_compress.export.profiles import check_shapes
 from bagel_compress.export.tensorrt import load_tensorrt
-from bagel_compress.runtime import TORCH_NAMES
+from bagel_compress.run.export_settings import TORCH_NAMES
 
 EXCLUSIVE = ("und_layer", "gen_layer")  # kinds of which one at a time is on the card
 

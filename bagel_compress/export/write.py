@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from blake3 import blake3
 
-from bagel_compress.artifact import FileEntry, blake3_file
+from bagel_compress.build.artifact import FileEntry
 from bagel_compress.errors import ExportError
 from bagel_compress.export.blocks import Block, matrices
-from bagel_compress.export.forms import FormName, Stored, coded, form_of, plain, rewrite
 from bagel_compress.export.graph import template
 from bagel_compress.export.manifest import BlockEntry, PortEntry, WeightEntry
+from bagel_compress.export.onnx_weights import FormName, Stored, coded, form_of, plain, rewrite
 from bagel_compress.export.source import VAE_PREFIX, Source
 from bagel_compress.export.tensorrt import build_engine
-from bagel_compress.runtime import TORCH_NAMES, ExportSettings, Range
+from bagel_compress.io.digests import blake3_file
+from bagel_compress.run.export_settings import TORCH_NAMES, ExportSettings, Range
 
 if TYPE_CHECKING:
     import onnx

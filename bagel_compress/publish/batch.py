@@ -28,8 +28,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bagel_compress.errors import BagelCompressError, MissingExtraError, RecipeError
-from bagel_compress.sizes import size_text
-from bagel_compress.writer import write_atomic
+from bagel_compress.io.atomic import write_atomic
+from bagel_compress.io.byte_size import size_text
 
 Executor = Literal["local", "ray"]
 SUMMARY = "batch.json"
@@ -81,8 +81,8 @@ class Batch(_Frozen):
 
     def jobs(self) -> list[Job]:
         """Every source with every recipe. Raises RecipeError on a recipe that is not there or two of one name."""
-        from bagel_compress.recipe import Recipe
-        from bagel_compress.resources import find_recipe
+        from bagel_compress.build.recipe import Recipe
+        from bagel_compress.io.packaged import find_recipe
 
         base = Path(self.folder)
         files = [find_recipe(str(base / name) if (base / name).is_file() else name) for name in self.recipes]
@@ -163,10 +163,10 @@ def _run(jobs: Sequence[Job], processes: int, executor: Executor, cluster: str |
 
 def run_job(job: Job) -> Result:
     """Builds and reads back one artifact. What a user can cause is in the result, anything else is raised."""
-    from bagel_compress.checkpoint import Checkpoint
-    from bagel_compress.plan import make_plan
-    from bagel_compress.recipe import Recipe
-    from bagel_compress.stream import compress
+    from bagel_compress.build.compress import compress
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.source.checkpoint import Checkpoint
 
     began, there = time.monotonic(), (Path(job.out) / "manifest.json").exists()
     try:

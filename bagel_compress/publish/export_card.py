@@ -1,12 +1,15 @@
 """The model card of an export: what it is, block by block, what was checked, and what was not.
 
-The page says in its first lines if what it offers was never run. See bagel_compress.card for the rest of its rules.
+The page says in its first lines if what it offers was never run. See
+bagel_compress.publish.model_card for the rest of its rules.
 """
 
 from __future__ import annotations
 
-from bagel_compress.artifact import Artifact
-from bagel_compress.card import (
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.export.manifest import ExportFolder
+from bagel_compress.io.byte_size import size_text
+from bagel_compress.publish.model_card import (
     BITS,
     FAMILY_END,
     FAMILY_START,
@@ -26,13 +29,11 @@ from bagel_compress.card import (
     table,
     titled,
 )
-from bagel_compress.content import Content, recipe_digest_of, source_of
-from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.publish.evidence import Evidence, ran
-from bagel_compress.sizes import size_text
-from bagel_compress.snippets import export_snippets
+from bagel_compress.publish.release_source import Content, recipe_digest_of, source_of
+from bagel_compress.publish.requirements import Evidence, ran
+from bagel_compress.publish.snippets import export_snippets
 
-# What a form of the matrices is in words (bagel_compress.export.forms).
+# What a form of the matrices is in words (bagel_compress.export.onnx_weights).
 FORMS = {
     "dense": "plain MatMul",
     "qdq": "8-bit codes, DequantizeLinear per output channel",

@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from bagel_compress.artifact import Artifact
-from bagel_compress.content import label, recipe_digest_of, source_of, weights_bytes
-from bagel_compress.provenance import versions
-from bagel_compress.publish.evidence import ran
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.parity.report_data import BudgetReport, Number, Timing, write_json
+from bagel_compress.publish.provenance import versions
 from bagel_compress.publish.release import Release
+from bagel_compress.publish.release_source import label, recipe_digest_of, source_of, weights_bytes
+from bagel_compress.publish.requirements import ran
 from bagel_compress.publish.upload import Uploaded
-from bagel_compress.report_text import worst_rows
-from bagel_compress.reports import BudgetReport, Number, Timing, write_json
+from bagel_compress.report.text import worst_rows
 
 
 class _Frozen(BaseModel):

@@ -16,15 +16,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress import provenance
-from bagel_compress.artifact import intact, sha256_file
-from bagel_compress.card import CARD, Origin
-from bagel_compress.content import Content, label, manifest_name, source_of
+from bagel_compress.build.artifact import intact
 from bagel_compress.errors import GateError, PublishError
-from bagel_compress.provenance import ListedFile
-from bagel_compress.publish.evidence import Evidence, load_evidence, ran
+from bagel_compress.io.digests import sha256_file
+from bagel_compress.publish import provenance
+from bagel_compress.publish.collection_table import BUILD, build_of
 from bagel_compress.publish.export_card import card_of
-from bagel_compress.publish.family import BUILD, build_of
+from bagel_compress.publish.model_card import CARD, Origin
+from bagel_compress.publish.provenance import ListedFile
+from bagel_compress.publish.release_source import Content, label, manifest_name, source_of
+from bagel_compress.publish.requirements import Evidence, load_evidence, ran
 
 MARK = ".release"  # beside the folder: says that it was made here and may be made again
 

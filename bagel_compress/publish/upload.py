@@ -15,12 +15,12 @@ from dataclasses import replace as replace_fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.artifact import MANIFESTS
-from bagel_compress.download import transport_errors
+from bagel_compress.build.artifact import MANIFESTS
 from bagel_compress.errors import GateError, PublishError
-from bagel_compress.hub import TRIES, client, failures, insist, transient
 from bagel_compress.publish.release import Release
-from bagel_compress.publish.remote import OWN, Remote, holds, look, stale
+from bagel_compress.publish.remote_files import OWN, Remote, holds, look, stale
+from bagel_compress.run.fetch import TRIES, client, failures, insist, transient
+from bagel_compress.source.checkpoint_download import transport_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi

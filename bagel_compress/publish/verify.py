@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress import provenance
-from bagel_compress.artifact import MANIFESTS, listed_files, sha256_file
-from bagel_compress.content import Content, manifest_name, open_content
+from bagel_compress.build.artifact import MANIFESTS, listed_files
 from bagel_compress.errors import ArtifactError, GateError
-from bagel_compress.hub import Files, client, failures, fetch, manifest_in, split_revision
-from bagel_compress.publish.evidence import load_evidence
-from bagel_compress.publish.remote import Remote, look
-from bagel_compress.reports import REPORTS
+from bagel_compress.io.digests import sha256_file
+from bagel_compress.parity.report_data import REPORTS
+from bagel_compress.publish import provenance
+from bagel_compress.publish.release_source import Content, manifest_name, open_content
+from bagel_compress.publish.remote_files import Remote, look
+from bagel_compress.publish.requirements import load_evidence
+from bagel_compress.run.fetch import Files, client, failures, fetch, manifest_in, split_revision
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 
 from bagel_compress.codecs.base import Codec, Quality, Unit, dtype_code
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 NAME = "w.weight"
 

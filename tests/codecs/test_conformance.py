@@ -12,7 +12,7 @@ from codec_weights import NAME, Whole, decoded, encoded, same_bytes, snr_db, uni
 from bagel_compress.codecs import CODECS
 from bagel_compress.codecs.base import Codec, Encoding, Unit
 from bagel_compress.errors import CodecError, PlanError
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 VARIANTS: dict[str, list[dict[str, object]]] = {
     "nf4": [{"double_quant": d, "scale": s} for d in (False, True) for s in ("absmax", "mse")],

@@ -16,7 +16,7 @@ from bagel_compress.codecs.df11 import encode, pack, unpack
 from bagel_compress.codecs.df11.book import _huffman, make_book, stalls
 from bagel_compress.codecs.df11.layout import SUFFIXES
 from bagel_compress.errors import CodecError, PlanError
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 CODEC = DF11()
 pytestmark = pytest.mark.filterwarnings("ignore:pkg_resources", "ignore:The given NumPy array is not writable")

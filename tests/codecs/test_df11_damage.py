@@ -13,7 +13,7 @@ from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.decode import check_parts, decode_into
 from bagel_compress.codecs.df11.layout import SUFFIXES
 from bagel_compress.errors import CodecError
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 CODEC = DF11()
 GUARD = 4096

@@ -16,15 +16,15 @@ from dfloat11_official import package, quiet
 from safetensors import safe_open
 from torch import nn
 
-from bagel_compress.artifact import Artifact
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.units import pattern_dict
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.spec import TensorSpec
-from bagel_compress.stream import compress
+from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.source.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:pkg_resources", "ignore:The given NumPy array is not writable")
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "checkpoint"

@@ -13,8 +13,10 @@ import torch
 from bagel.flow import FlowSettings
 from bagel.loading import parameter_path
 from bagel.sampler import Sampler, TextSettings
-from bagel_compress.artifact import Artifact
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.device import StoredUnit
@@ -22,11 +24,9 @@ from bagel_compress.codecs.df11.embedding import DF11Embedding
 from bagel_compress.codecs.df11.runtime import Decoder, DF11Linear, decoder_of
 from bagel_compress.codecs.df11.units import ring_weights
 from bagel_compress.errors import CodecError
-from bagel_compress.load import census, load, open_model
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.spec import TensorSpec
-from bagel_compress.stream import compress
+from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.run.load import census, load, open_model
+from bagel_compress.source.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "data" / "golden" / "checkpoint"

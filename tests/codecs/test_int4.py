@@ -8,7 +8,7 @@ import torch
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.int4 import BLOCK, Int4, unpack
 from bagel_compress.errors import CodecError, PlanError
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 NAME = "language_model.model.layers.0.mlp.up_proj.weight"
 

@@ -14,13 +14,13 @@ pytest.importorskip("onnxruntime")
 
 from export_targets import target
 
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.export.build import export
 from bagel_compress.export.manifest import ExportFolder
 from bagel_compress.export.source import Source
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.stream import compress
+from bagel_compress.source.checkpoint import Checkpoint
 
 RECIPE = """
 name: test

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bagel_compress.target import Target
+from bagel_compress.run.target import Target
 
 SIZES = {"image": (128, 128), "input_image": (128, 128), "prompt_tokens": 48, "think_tokens": 48, "answer_tokens": 48}
 

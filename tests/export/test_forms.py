@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from bagel.sampler import Sampler
-from bagel_compress.artifact import Artifact
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.errors import ExportError
-from bagel_compress.export.forms import form_of, pack_int4
 from bagel_compress.export.manifest import ExportFolder
+from bagel_compress.export.onnx_weights import form_of, pack_int4
 from bagel_compress.export.ort_session import HARMFUL, Sessions
 from bagel_compress.export.source import Source
-from bagel_compress.load import open_model
-from bagel_compress.runtime import ExportSettings
+from bagel_compress.run.export_settings import ExportSettings
+from bagel_compress.run.load import open_model
 
 LAYERS = ("und_layer", "gen_layer")
 MARGIN = 1.1  # a graph may err this much more than the codec's own decode

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.resources import resource
+from bagel_compress.io.packaged import resource
 
 Cli = Callable[..., tuple[int, str, str]]
 NANO = resource("BAGEL-nano")
@@ -18,8 +18,8 @@ CASES = ("draw_two", "ask_describe")
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from bagel_compress.case import load_cases
-    from bagel_compress.validate.judge import record_source
+    from bagel_compress.run.case import load_cases
+    from bagel_compress.validate.artifact import record_source
 
     cases = load_cases([resource("exports") / "cases" / "nano" / f"{name}.yaml" for name in CASES])
     return record_source(NANO, cases, tmp_path_factory.mktemp("trace") / "t.safetensors").path
@@ -61,9 +61,9 @@ def test_a_recipe_goes_all_the_way(
 
 
 def test_every_model_has_cases_that_fit(tiny: Path) -> None:
-    from bagel_compress.case import load_cases
-    from bagel_compress.checkpoint import Checkpoint
     from bagel_compress.cli.demo import _cases, _largest_side
+    from bagel_compress.run.case import load_cases
+    from bagel_compress.source.checkpoint import Checkpoint
 
     for source in (tiny, NANO):
         checkpoint = Checkpoint.open(source)

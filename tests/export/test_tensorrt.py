@@ -13,7 +13,7 @@ from bagel_compress.export import tensorrt
 from bagel_compress.export.manifest import ExportFolder
 from bagel_compress.export.profiles import axes_of, check_shapes, profile
 from bagel_compress.export.source import Source
-from bagel_compress.runtime import ExportSettings, Range
+from bagel_compress.run.export_settings import ExportSettings, Range
 
 pytest.importorskip("tensorrt_rtx")
 LAYERS = ("und_layer", "gen_layer")

@@ -9,15 +9,15 @@ import torch
 
 from bagel.flow import FlowSettings
 from bagel.sampler import Sampler, TextSettings
-from bagel_compress.artifact import Artifact
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.devices import DeviceMap
-from bagel_compress.load import load
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.resources import find_recipe
-from bagel_compress.stream import compress
-from bagel_compress.validate.placing import where
+from bagel_compress.budget.device_option import where
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.io.packaged import find_recipe
+from bagel_compress.run.device_map import DeviceMap
+from bagel_compress.run.load import load
+from bagel_compress.source.checkpoint import Checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 TINY = Path(__file__).parents[1] / "data" / "golden" / "checkpoint"

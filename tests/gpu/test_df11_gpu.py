@@ -14,7 +14,7 @@ from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11 import cuda_kernel, unpack
 from bagel_compress.codecs.df11.device import StoredUnit
 from bagel_compress.codecs.df11.runtime import Decoder
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 CODEC = DF11()

@@ -8,19 +8,19 @@ from statistics import median
 import pytest
 import torch
 
-from bagel_compress import observe
-from bagel_compress.case import load_cases
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.header import TrueHeader
-from bagel_compress.load import open_model
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.resources import find_recipe, resource
-from bagel_compress.stream import compress
-from bagel_compress.trace import Trace
-from bagel_compress.validate.measure import measure
-from bagel_compress.validate.nano import nano_benchmark
-from bagel_compress.validate.scores import picture_psnr, run
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.io.packaged import find_recipe, resource
+from bagel_compress.parity import replay
+from bagel_compress.parity.distances import measure
+from bagel_compress.parity.trace import Trace
+from bagel_compress.run.case import load_cases
+from bagel_compress.run.load import open_model
+from bagel_compress.scores.benchmark import picture_psnr, run
+from bagel_compress.scores.nano import nano_benchmark
+from bagel_compress.source.checkpoint import Checkpoint
+from bagel_compress.source.released_header import TrueHeader
 
 ROOT = Path(__file__).parents[2]
 MODELS = {
@@ -52,7 +52,7 @@ def model(request: pytest.FixtureRequest) -> tuple[Checkpoint, list[Trace]]:
     folder, cases = MODELS[request.param]
     reference = open_model(folder, dtype=torch.float32)
     files = [resource("exports") / "cases" / f"{case}.yaml" for case in cases]
-    return Checkpoint.open(folder), [observe.record(reference, case, place) for case, place in load_cases(files)]
+    return Checkpoint.open(folder), [replay.record(reference, case, place) for case, place in load_cases(files)]
 
 
 def distances(recipe: Recipe, model: tuple[Checkpoint, list[Trace]], out: Path) -> tuple[int, float]:
@@ -60,7 +60,7 @@ def distances(recipe: Recipe, model: tuple[Checkpoint, list[Trace]], out: Path) 
     checkpoint, traces = model
     artifact = compress(make_plan(checkpoint, recipe), checkpoint, out / recipe.name)
     sampler = open_model(artifact.path, dtype=torch.float32)
-    found = [measure(t, observe.replay(sampler, t), observe.rerun(sampler, t)).metrics for t in traces]
+    found = [measure(t, replay.replay(sampler, t), replay.rerun(sampler, t)).metrics for t in traces]
     return artifact.nbytes, median(m["latent.path"] for m in found)
 
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from bagel.sampler import Sampler
-from bagel_compress.case import load_cases
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.limits import resolve
-from bagel_compress.load import open_model
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.resources import find_recipe, resource
-from bagel_compress.stream import compress
-from bagel_compress.trace import TraceFile
-from bagel_compress.validate.nano import nano_benchmark
-from bagel_compress.validate.parity import Subject, compare
-from bagel_compress.validate.recording import record_cases
-from bagel_compress.validate.scores import Scores, run
+from bagel_compress.build.compress import compress
+from bagel_compress.build.limits import resolve
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.io.packaged import find_recipe, resource
+from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.record import record_cases
+from bagel_compress.parity.trace import TraceFile
+from bagel_compress.run.case import load_cases
+from bagel_compress.run.load import open_model
+from bagel_compress.scores.benchmark import Scores, run
+from bagel_compress.scores.nano import nano_benchmark
+from bagel_compress.source.checkpoint import Checkpoint
 
 CHECKPOINT = Path(__file__).parents[2] / "bagel_compress" / "data" / "BAGEL-nano"
 BENCHMARK = nano_benchmark(draw=6, ask=14, edit=4, think=2)

@@ -15,9 +15,9 @@ from bagel.nano.detector import read
 from bagel.nano.scenes import render, sample_scene
 from bagel.nano.vae_train import reconstruct
 from bagel.vae import to_uint8
-from bagel_compress.load import open_model
-from bagel_compress.validate.nano import Shown, nano_benchmark
-from bagel_compress.validate.scores import Scores, run
+from bagel_compress.run.load import open_model
+from bagel_compress.scores.benchmark import Scores, run
+from bagel_compress.scores.nano import Shown, nano_benchmark
 
 CHECKPOINT = Path(__file__).parents[2] / "bagel_compress" / "data" / "BAGEL-nano"
 MAX_BYTES = 15_000_000

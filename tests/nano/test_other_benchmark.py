@@ -12,7 +12,7 @@ import pytest
 
 from bagel_compress.cli import main
 from bagel_compress.errors import TargetError
-from bagel_compress.validate.external import load_benchmark
+from bagel_compress.scores.external_benchmark import load_benchmark
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "bagel_compress" / "data" / "BAGEL-nano"

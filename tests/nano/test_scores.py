@@ -10,8 +10,8 @@ from PIL import Image
 from bagel.sampler import Sampler
 from bagel.settings import FlowSettings, TextSettings
 from bagel_compress.errors import TraceError
-from bagel_compress.validate.nano import nano_benchmark, score
-from bagel_compress.validate.scores import Answer, Benchmark, Prompt, Scores, _ask, compare, run, same_answers
+from bagel_compress.scores.benchmark import Answer, Benchmark, Prompt, Scores, _ask, compare, run, same_answers
+from bagel_compress.scores.nano import nano_benchmark, score
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "checkpoint"
 

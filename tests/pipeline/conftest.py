@@ -11,8 +11,8 @@ import torch
 from pipeline_data import NF4, RAW, TINY, Write
 from safetensors.torch import load_file, save_file
 
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.recipe import Recipe
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.source.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="session")

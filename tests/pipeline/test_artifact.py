@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from pipeline_data import NF4
 
-from bagel_compress.artifact import MANIFEST, Artifact
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
 from bagel_compress.errors import ArtifactError
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.stream import compress
+from bagel_compress.source.checkpoint import Checkpoint
 
 SHARD = "model-00003-of-00005.safetensors"
 
@@ -40,7 +40,7 @@ def flip(path: Path, position: int) -> None:
 
 
 def _flip_weight(folder: Path) -> None:
-    from bagel_compress.tensorfile import TensorFile
+    from bagel_compress.io.safetensors_file import TensorFile
 
     tensor = TensorFile.open(folder / SHARD).tensors["language_model.model.layers.1.mlp.up_proj.weight.absmax"]
     flip(folder / SHARD, tensor.stop - 1)

@@ -13,9 +13,9 @@ import torch
 from pipeline_data import TINY, Write
 from safetensors.torch import save_file
 
-from bagel_compress import words
-from bagel_compress.checkpoint import Checkpoint, normal_name
 from bagel_compress.errors import CheckpointError
+from bagel_compress.io import bf16
+from bagel_compress.source.checkpoint import Checkpoint, normal_name
 
 
 def test_reads_what_the_library_reads(tiny: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
@@ -30,7 +30,7 @@ def test_rounding_is_torchs() -> None:
     bits[:6] = (0x3F808000, 0x3F818000, 0x3F7FFFFF, 0x7F7FFFFF, 0xFF800000, 0x00000001)
     values = bits.view(np.float32)
     expected = torch.from_numpy(values.copy()).to(torch.bfloat16)
-    found = words.as_tensor(words.rounded(values))
+    found = bf16.as_tensor(bf16.rounded(values))
     assert found.isnan().equal(expected.isnan())
     assert found.nan_to_num(0.5).equal(expected.nan_to_num(0.5))
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build.comfyui_file import comfyui_file
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
-from bagel_compress.comfy import comfyui_file
 from bagel_compress.errors import ExportError
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.resources import find_recipe
-from bagel_compress.stream import compress
+from bagel_compress.io.packaged import find_recipe
+from bagel_compress.source.checkpoint import Checkpoint
 
 
 def test_the_file_holds_the_artifacts_weights(tiny: Checkpoint, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pipeline_data import TINY
 
-from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.errors import CheckpointError
+from bagel_compress.source.checkpoint import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "publish"))
 

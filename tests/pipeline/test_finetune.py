@@ -13,11 +13,11 @@ import torch
 from pipeline_data import TINY, Write, folder_bytes
 from safetensors.torch import save_file
 
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import CheckpointError
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.stream import compress
+from bagel_compress.source.checkpoint import Checkpoint
 
 Tensors = dict[str, torch.Tensor]
 Q = "language_model.model.layers.0.self_attn.q_proj.weight"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bagel_compress.artifact import Artifact
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.resources import find_recipe
-from bagel_compress.stream import compress
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.io.packaged import find_recipe
+from bagel_compress.source.checkpoint import Checkpoint
 
 NAME = "language_model.model.layers.1.mlp_moe_gen.gate_proj"
 

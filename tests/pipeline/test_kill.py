@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from pipeline_data import RAW, folder_bytes
 
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.stream import compress
-from bagel_compress.synth import synthesise
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.source.checkpoint import Checkpoint
+from bagel_compress.source.synthetic import synthesise
 
 KILLS = 20
 KILLS_PER_BUILD = 4
@@ -44,7 +44,7 @@ def test_kill_9_at_twenty_random_moments(tmp_path: Path) -> None:
     expected = folder_bytes(tmp_path / "whole")
     units = len(Checkpoint.open(source).specs)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "bagel_compress.stream"])  # children that have torch in 30 ms
+    context.set_forkserver_preload(["torch", "bagel_compress.build.compress"])  # children that have torch in 30 ms
 
     def run(unit: int | None, seconds: float = 0.0) -> bool:
         child = context.Process(target=_build, args=(source, str(out), unit, seconds))

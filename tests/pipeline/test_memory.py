@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_compress.synth import synthesise
+from bagel_compress.source.synthetic import synthesise
 
 BENCH = Path(__file__).parents[2] / "benchmarks" / "bench_build.py"
 LIMIT_MB = 1500

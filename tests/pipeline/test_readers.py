@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from pipeline_data import TINY
 
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.plan import make_plan
-from bagel_compress.readers import MIXED_METHOD, config_json, index_json
-from bagel_compress.recipe import Recipe
-from bagel_compress.stream import compress
+from bagel_compress.build.compress import compress
+from bagel_compress.build.loader_configs import MIXED_METHOD, config_json, index_json
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.source.checkpoint import Checkpoint
 
 RULES = "name: x\nrules: [{match: {component: llm, expert: %s, kind: linear}, codec: %s}, {match: {}, codec: raw}]"
 

@@ -11,12 +11,12 @@ import pytest
 from pipeline_data import RAW
 
 from bagel.layout import official_role
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import PlanError, RecipeError
-from bagel_compress.header import TrueHeader
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.resources import find_recipe, resource
+from bagel_compress.io.packaged import find_recipe, resource
+from bagel_compress.source.checkpoint import Checkpoint
+from bagel_compress.source.released_header import TrueHeader
 
 GOOD = """
 name: good

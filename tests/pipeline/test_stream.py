@@ -16,22 +16,22 @@ from blake3 import blake3
 from pipeline_data import Write, folder_bytes
 from safetensors.torch import load_file, save_file
 
-from bagel_compress import build, stream, writer
-from bagel_compress.artifact import MANIFEST, Artifact
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build import resume_state, shard_writer
+from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.compress import Progress, compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs.base import Chunk
 from bagel_compress.errors import ArtifactError, CheckpointError, CodecError
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.spec import PartSpec
-from bagel_compress.stream import compress
+from bagel_compress.io.tensor_spec import PartSpec
+from bagel_compress.source.checkpoint import Checkpoint
 
 
 class StoppedError(Exception):
     """Stands for whatever ends a build."""
 
 
-def stop_after(units: int) -> stream.Progress:
+def stop_after(units: int) -> Progress:
     left = [units]
 
     def progress(unit: str, nbytes: int) -> None:
@@ -202,8 +202,8 @@ def test_locks_of_the_dead(tiny: Checkpoint, raw: Recipe, tmp_path: Path, holder
 def test_too_little_space_is_found_before_the_first_byte(
     tiny: Checkpoint, raw: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = build.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = resume_state.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(resume_state.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ArtifactError, match=r"its disk has 0.001 MB free"):
         compress(make_plan(tiny, raw), tiny, tmp_path / "a")
     assert not list((tmp_path / "a").glob("*.safetensors*"))
@@ -214,16 +214,16 @@ def test_a_disk_that_fills_up_is_one_sentence_and_resumable(
 ) -> None:
     plan = make_plan(tiny, nf4)
     written = [0]
-    original = writer._OpenShard.write
+    original = shard_writer._OpenShard.write
 
-    def full(shard: writer._OpenShard, where: int, data: bytes | memoryview) -> None:
+    def full(shard: shard_writer._OpenShard, where: int, data: bytes | memoryview) -> None:
         written[0] += len(data)
         if written[0] > 400_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(shard, where, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer._OpenShard, "write", full)
+        patch.setattr(shard_writer._OpenShard, "write", full)
         with pytest.raises(ArtifactError, match="is full; free some space and run the same command"):
             compress(plan, tiny, tmp_path / "b")
     assert not (tmp_path / "b" / MANIFEST).exists()
@@ -238,7 +238,7 @@ def test_blocks_that_the_file_system_does_not_give_in_advance(
     def refuse(handle: int, start: int, size: int) -> None:
         raise OSError(fault, os.strerror(fault))
 
-    monkeypatch.setattr(writer.os, "posix_fallocate", refuse, raising=False)
+    monkeypatch.setattr(shard_writer.os, "posix_fallocate", refuse, raising=False)
     if fault == errno.ENOSPC:
         with pytest.raises(ArtifactError, match="is full; free some space"):
             compress(make_plan(tiny, nf4), tiny, tmp_path / "b")
@@ -286,7 +286,7 @@ def test_a_source_that_changes_during_the_build(write: Write, tensors: dict, raw
 
 def test_the_writer_wants_every_byte_once(tmp_path: Path) -> None:
     data = np.arange(16, dtype=np.uint8)
-    with writer.ShardWriter() as out:
+    with shard_writer.ShardWriter() as out:
         out.begin(tmp_path / "x.safetensors", {"a": PartSpec("U8", (16,)), "b": PartSpec("BF16", (4,))})
         out.put(Chunk("a", 8, data[8:]))
         out.put(Chunk("b", 0, data[:8]))
@@ -298,7 +298,7 @@ def test_the_writer_wants_every_byte_once(tmp_path: Path) -> None:
 
 
 def test_the_writer_takes_chunks_in_any_order_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "PIECE", 1000)
+    monkeypatch.setattr(shard_writer, "PIECE", 1000)
     a, b = (np.random.default_rng(i).integers(0, 256, size, dtype=np.uint8) for i, size in enumerate((5000, 4096)))
 
     def chunks() -> Iterator[Chunk]:
@@ -308,7 +308,7 @@ def test_the_writer_takes_chunks_in_any_order_and_size(tmp_path: Path, monkeypat
         yield Chunk("a", 3600, a[3600:], direct=True)
         yield Chunk("a", 0, a[:2500])
 
-    with writer.ShardWriter() as out:
+    with shard_writer.ShardWriter() as out:
         out.begin(tmp_path / "x.safetensors", {"a": PartSpec("U8", (5000,)), "b": PartSpec("F32", (1024,))})
         for chunk in chunks():
             out.put(chunk)
@@ -327,10 +327,10 @@ def test_a_fault_of_the_disk_that_is_asked_early_is_not_lost(tmp_path: Path, mon
             raise faults.pop()
         real(handle)
 
-    monkeypatch.setattr(writer, "SYNC_BYTES", 1000)
-    monkeypatch.setattr(writer.os, "fsync", sync)
+    monkeypatch.setattr(shard_writer, "SYNC_BYTES", 1000)
+    monkeypatch.setattr(shard_writer.os, "fsync", sync)
     data = np.zeros(4000, np.uint8)
-    with writer.ShardWriter() as out:
+    with shard_writer.ShardWriter() as out:
         out.begin(tmp_path / "x.safetensors", {"a": PartSpec("U8", (4000,))})
         out.put(Chunk("a", 0, data[:2000], direct=True))
         with pytest.raises(OSError, match=os.strerror(errno.EIO)):
@@ -338,6 +338,6 @@ def test_a_fault_of_the_disk_that_is_asked_early_is_not_lost(tmp_path: Path, mon
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def _put_and_end(out: writer.ShardWriter, chunk: Chunk) -> None:
+def _put_and_end(out: shard_writer.ShardWriter, chunk: Chunk) -> None:
     out.put(chunk)
     out.end().result()

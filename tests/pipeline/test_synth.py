@@ -10,23 +10,23 @@ import torch
 from pipeline_data import folder_bytes
 from safetensors.torch import load_file
 
-from bagel_compress import synth
-from bagel_compress.checkpoint import Checkpoint
 from bagel_compress.cli import main
 from bagel_compress.errors import CheckpointError
+from bagel_compress.source import synthetic
+from bagel_compress.source.checkpoint import Checkpoint
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["synth", "tiny", "--out", str(tmp_path / "a"), "--seed", "7"]) == 0
-    monkeypatch.setattr(synth, "CHUNK", 1000)
-    synth.synthesise("tiny", tmp_path / "b", 7)
-    synth.synthesise("tiny", tmp_path / "c", 8)
+    monkeypatch.setattr(synthetic, "CHUNK", 1000)
+    synthetic.synthesise("tiny", tmp_path / "b", 7)
+    synthetic.synthesise("tiny", tmp_path / "c", 8)
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
     assert Checkpoint.open(tmp_path / "a").digest != Checkpoint.open(tmp_path / "c").digest
 
 
 def test_it_is_a_checkpoint_of_the_asked_shape(tmp_path: Path) -> None:
-    synth.synthesise("tiny", tmp_path / "a", 0, layers=5)
+    synthetic.synthesise("tiny", tmp_path / "a", 0, layers=5)
     checkpoint = Checkpoint.open(tmp_path / "a")
     assert checkpoint.configs["llm_config.json"]["num_hidden_layers"] == 5
     assert sum("layers.4." in spec.name and "language" in spec.name for spec in checkpoint.specs) == 28
@@ -36,7 +36,7 @@ def test_it_is_a_checkpoint_of_the_asked_shape(tmp_path: Path) -> None:
 def test_the_medium_shape_is_a_whole_model(tmp_path: Path) -> None:
     from bagel.sampler import FlowSettings, Sampler
 
-    synth.synthesise("medium", tmp_path / "a", 0, layers=1)
+    synthetic.synthesise("medium", tmp_path / "a", 0, layers=1)
     sampler = Sampler.from_dir(tmp_path / "a")
     llm = sampler.bagel.config.llm
     assert (llm.hidden_size, llm.num_layers, llm.head_dim) == (1024, 1, 128)
@@ -47,7 +47,7 @@ def test_the_medium_shape_is_a_whole_model(tmp_path: Path) -> None:
 
 
 def test_values_look_trained(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    synth.synthesise("tiny", tmp_path / "a", 0, layers=24)
+    synthetic.synthesise("tiny", tmp_path / "a", 0, layers=24)
     made = load_file(tmp_path / "a" / "ema.safetensors")
     for name in ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"):
         assert made[name].equal(tensors[name])  # the golden tables were recorded from the official class
@@ -64,7 +64,7 @@ def test_values_look_trained(tmp_path: Path, tensors: dict[str, torch.Tensor]) -
 def test_the_full_shape_has_the_released_vae() -> None:
     from bagel.vae import VAEConfig
 
-    shapes = synth._vae_shapes(VAEConfig())
+    shapes = synthetic._vae_shapes(VAEConfig())
     assert len(shapes) == 244
     assert sum(int(np.prod(s)) for s in shapes.values()) == 83_819_683
 
@@ -72,6 +72,6 @@ def test_the_full_shape_has_the_released_vae() -> None:
 def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     with pytest.raises(CheckpointError, match="not empty"):
-        synth.synthesise("tiny", tmp_path, 0)
+        synthetic.synthesise("tiny", tmp_path, 0)
     with pytest.raises(CheckpointError, match="at least 1 decoder layer"):
-        synth.synthesise("tiny", tmp_path / "b", 0, layers=0)
+        synthetic.synthesise("tiny", tmp_path / "b", 0, layers=0)

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from bagel_compress.codecs.base import dtype_code
 from bagel_compress.errors import CheckpointError
-from bagel_compress.spec import PartSpec
-from bagel_compress.tensorfile import TensorFile, lay_out
+from bagel_compress.io.safetensors_file import TensorFile, lay_out
+from bagel_compress.io.tensor_spec import PartSpec
 
 DTYPES = (
     "uint64", "int64", "float64", "float32", "uint32", "int32", "bfloat16", "float16", "uint16", "int16",

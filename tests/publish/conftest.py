@@ -18,8 +18,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from hub import Hub, User
 from publish_data import BASE, CARD, REPO, TOKEN, write_reports
 
-from bagel_compress.artifact import Artifact
-from bagel_compress.content import Content
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.publish.release_source import Content
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
-        monkeypatch.setattr("bagel_compress.hub.PAUSE", 0.0)
+        monkeypatch.setattr("bagel_compress.run.fetch.PAUSE", 0.0)
         clock = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
         monkeypatch.setattr(http, "time", clock)  # the client's back-off is not waited for
         yield server
@@ -75,11 +75,11 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Callable[[str
 
     The shipped recipes promise cards at sizes that the tiny model cannot draw; here they promise the tests' card.
     """
-    from bagel_compress.checkpoint import Checkpoint
-    from bagel_compress.plan import make_plan
-    from bagel_compress.recipe import Recipe
-    from bagel_compress.resources import find_recipe
-    from bagel_compress.stream import compress
+    from bagel_compress.build.compress import compress
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.io.packaged import find_recipe
+    from bagel_compress.source.checkpoint import Checkpoint
 
     root = tmp_path_factory.mktemp("built")
 
@@ -102,8 +102,8 @@ def artifact(built: Callable[[str], Artifact], tmp_path: Path) -> Artifact:
 @pytest.fixture
 def publish(tmp_path: Path) -> Callable[..., object]:
     """publish() with the options that tests seldom change."""
-    from bagel_compress.publish.publishing import Published, Wish
-    from bagel_compress.publish.publishing import publish as run
+    from bagel_compress.publish.pipeline import Published, Wish
+    from bagel_compress.publish.pipeline import publish as run
 
     def go(artifact: Content, repo: str = REPO, **options: object) -> Published:
         settings = {"base_model": BASE, "receipts": tmp_path / "receipts", **options}

@@ -13,9 +13,9 @@ from huggingface_hub import HfApi, ModelCard
 from markdown_it import MarkdownIt
 from publish_data import BASE, REPO, TOKEN, budget, parity
 
-from bagel_compress.artifact import Artifact
-from bagel_compress.card import Origin, code, model_card, plain
-from bagel_compress.publish.evidence import Evidence, load_evidence
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.publish.model_card import Origin, code, model_card, plain
+from bagel_compress.publish.requirements import Evidence, load_evidence
 
 HOSTILE = [
     "x\n---\nlicense: evil\n---\n# pwned",

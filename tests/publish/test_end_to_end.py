@@ -11,8 +11,8 @@ import pytest
 from hub import Fault, Hub, User
 from publish_data import BASE, REPO, TOKEN
 
-from bagel_compress.artifact import Artifact
-from bagel_compress.resources import find_recipe
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.io.packaged import find_recipe
 
 Cli = Callable[..., tuple[int, str, str]]
 PROMPT, FLAGS = "a red teapot", ("--steps", 4, "--size", "64x64", "--seed", 7)
@@ -28,9 +28,9 @@ tasks: [t2i]
 
 def validated(artifact: Artifact, tiny: Path, trace: Path, cli: Cli) -> Artifact:
     """Real traces of one case, a real parity report, a real prediction of the memory on a card."""
-    from bagel_compress.case import load_cases
-    from bagel_compress.resources import resource
-    from bagel_compress.validate.judge import record_source, validate_artifact
+    from bagel_compress.io.packaged import resource
+    from bagel_compress.run.case import load_cases
+    from bagel_compress.validate.artifact import record_source, validate_artifact
 
     cases = load_cases([resource("exports") / "cases" / "tiny" / "t2i_square.yaml"])
     record_source(tiny, cases, trace, floors=())

@@ -18,18 +18,19 @@ pytest.importorskip("onnxruntime")
 
 from test_snippets import run_shell
 
-from bagel_compress.artifact import Artifact, sha256_file
-from bagel_compress.card import Origin
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError, GateError, PublishError
 from bagel_compress.export.build import export
 from bagel_compress.export.manifest import ExportFolder
 from bagel_compress.export.source import Source
-from bagel_compress.publish.family import Build
-from bagel_compress.publish.publishing import Published
+from bagel_compress.io.digests import sha256_file
+from bagel_compress.publish.collection_table import Build
+from bagel_compress.publish.model_card import Origin
+from bagel_compress.publish.pipeline import Published
 from bagel_compress.publish.release import Release, make_release
+from bagel_compress.publish.snippets import export_snippets
 from bagel_compress.publish.verify import verify_folder
-from bagel_compress.snippets import export_snippets
-from bagel_compress.target import Target
+from bagel_compress.run.target import Target
 
 Cli = Callable[..., tuple[int, str, str]]
 Publish = Callable[..., Published]
@@ -269,7 +270,7 @@ def test_every_snippet_runs(
 
 def test_an_export_is_no_model_for_torch(own: ExportFolder) -> None:
     from bagel_compress.errors import CheckpointError
-    from bagel_compress.load import open_model
+    from bagel_compress.run.load import open_model
 
     with pytest.raises(CheckpointError, match="is an export; open it with"):
         open_model(own.path)

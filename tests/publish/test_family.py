@@ -11,10 +11,10 @@ import pytest
 from hub import Hub
 from publish_data import BASE, REPO, TOKEN, write_reports
 
-from bagel_compress.artifact import Artifact
-from bagel_compress.card import FAMILY_END, FAMILY_START
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import PublishError
-from bagel_compress.publish.family import spliced
+from bagel_compress.publish.collection_table import spliced
+from bagel_compress.publish.model_card import FAMILY_END, FAMILY_START
 from bagel_compress.publish.receipt import Receipt
 from bagel_compress.publish.verify import verify_repo
 

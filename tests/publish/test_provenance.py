@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from publish_data import BASE, REPO, flip
 
-from bagel_compress import provenance
-from bagel_compress.artifact import Artifact
-from bagel_compress.card import Origin
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
+from bagel_compress.publish import provenance
+from bagel_compress.publish.model_card import Origin
 from bagel_compress.publish.release import Release, make_release
 from bagel_compress.publish.verify import verify_folder
 

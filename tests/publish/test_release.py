@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from publish_data import BASE, REPO, budget, flip, parity
 
-from bagel_compress.artifact import Artifact, sha256_file
-from bagel_compress.card import Origin
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import ArtifactError, GateError, PublishError
+from bagel_compress.io.digests import sha256_file
+from bagel_compress.publish.model_card import Origin
 from bagel_compress.publish.release import Release, make_release
-from bagel_compress.recipe import Recipe
 
 ORIGIN = Origin(REPO, BASE)
 

@@ -21,11 +21,11 @@ import torch
 from hub import Hub
 from publish_data import BASE
 
-from bagel_compress.artifact import Artifact
-from bagel_compress.card import Origin
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.publish.model_card import Origin
 from bagel_compress.publish.release import make_release
+from bagel_compress.publish.snippets import Snippet, snippets
 from bagel_compress.publish.upload import upload
-from bagel_compress.snippets import Snippet, snippets
 
 CASES = [
     ("raw", "Command line"), ("nf4", "Python"), ("nf4", "bitsandbytes"), ("int8-24gb", "bitsandbytes"),
@@ -151,7 +151,7 @@ def run_python(snippet: Snippet, artifact: Artifact) -> dict[str, object]:
 def test_command_lines_are_understood(built: Callable[[str], Artifact]) -> None:
     """Fast, for those that run for minutes: every verb, option and packaged target on a card exists."""
     from bagel_compress.cli import _parser
-    from bagel_compress.target import Target
+    from bagel_compress.run.target import Target
 
     lines = [line for s in snippets(built("int8-24gb"), "ann/x") if s.language == "sh" for line in s.text.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("bagel-compress")]

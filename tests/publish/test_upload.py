@@ -13,9 +13,9 @@ import pytest
 from hub import Fault, Hub, User
 from publish_data import BASE, REPO, TOKEN, flip
 
-from bagel_compress.artifact import MANIFEST, Artifact
-from bagel_compress.card import Origin
+from bagel_compress.build.artifact import MANIFEST, Artifact
 from bagel_compress.errors import GateError, PublishError
+from bagel_compress.publish.model_card import Origin
 from bagel_compress.publish.release import Release, make_release
 from bagel_compress.publish.upload import upload
 

@@ -10,11 +10,12 @@ import pytest
 from hub import Fault, Hub
 from publish_data import REPO, TOKEN, flip, parity
 
-from bagel_compress.artifact import Artifact, sha256_file
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError, CheckpointError, PublishError
-from bagel_compress.hub import fetch, fetch_model, open_artifact
-from bagel_compress.provenance import PROVENANCE
+from bagel_compress.io.digests import sha256_file
+from bagel_compress.publish.provenance import PROVENANCE
 from bagel_compress.publish.verify import verify_folder, verify_repo
+from bagel_compress.run.fetch import fetch, fetch_model, open_artifact
 
 Publish = Callable[..., object]
 Cache = Callable[[], Path]
@@ -47,7 +48,7 @@ def test_fetch_brings_what_is_needed_and_nothing_else(hub: Hub, online: Artifact
 
 
 def test_a_file_is_read_once_and_again_when_it_was_touched(online: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    import bagel_compress.hub as hub
+    import bagel_compress.run.fetch as hub
 
     read: list[str] = []
     real = hub.intact

@@ -5,7 +5,7 @@ import torch
 from tiny_suite import CASES, PICTURES, TINY
 
 from bagel.sampler import Sampler
-from bagel_compress.validate.recording import record_cases
+from bagel_compress.parity.record import record_cases
 
 
 @pytest.fixture(scope="session")

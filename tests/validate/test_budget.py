@@ -19,17 +19,17 @@ from bagel.loading import put
 from bagel.model import Bagel
 from bagel.sampler import Sampler
 from bagel.vae import AutoEncoder, VAEConfig
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.budget.fake_model import Build, FakeText
+from bagel_compress.budget.measure_gpu import require_card
+from bagel_compress.budget.planned_build import checkpoint_sizes, planned_build
+from bagel_compress.budget.predict import predict, run_passes, run_task, weight_bytes
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
 from bagel_compress.errors import TargetError
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.spec import TensorSpec
-from bagel_compress.target import Device, Sizes, Target
-from bagel_compress.validate.budget import predict, run_passes, run_task, weight_bytes
-from bagel_compress.validate.card import require_card
-from bagel_compress.validate.fake import Build, FakeText
-from bagel_compress.validate.gate import checkpoint_sizes, planned_build
+from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.run.target import Device, Sizes, Target
+from bagel_compress.source.checkpoint import Checkpoint
 
 SMALL = Sizes(image=(64, 128), input_image=(128, 96), prompt_tokens=12, think_tokens=300, answer_tokens=20)
 CARD = Device(name="a card", memory_mib=1000, context_mib=0)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bagel_compress.clip import Clip
+from bagel_compress.build.limits import resolve
 from bagel_compress.errors import RecipeError, TraceError
-from bagel_compress.limits import resolve
-from bagel_compress.validate.networks import Networks
-from bagel_compress.validate.parity import Subject, compare
+from bagel_compress.parity.clip import Clip
+from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.network_metrics import Networks
 
 transformers = pytest.importorskip("transformers")
 SIDE, LONGEST = 32, 12

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bagel_compress.case import load_cases
-from bagel_compress.report_family import render, table
-from bagel_compress.resources import find_recipe, resource
-from bagel_compress.validate.family import Counts, Family, compare_recipes
+from bagel_compress.io.packaged import find_recipe, resource
+from bagel_compress.run.case import load_cases
+from bagel_compress.validate.compare_recipes import Counts, Family, compare_recipes
+from bagel_compress.validate.recipes_page import render, table
 
 COUNTS = Counts(draw=6, ask=7, edit=4, think=2)
 

@@ -9,17 +9,17 @@ from tiny_suite import TINY
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.devices import DeviceMap, group_of
-from bagel_compress.load import load, load_checkpoint
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.resources import find_recipe
-from bagel_compress.stream import compress
-from bagel_compress.target import Device, Sizes, Target
-from bagel_compress.validate.budget import run_passes
-from bagel_compress.validate.fake import fake_sampler
-from bagel_compress.validate.gate import planned_build
+from bagel_compress.budget.fake_model import fake_sampler
+from bagel_compress.budget.planned_build import planned_build
+from bagel_compress.budget.predict import run_passes
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.io.packaged import find_recipe
+from bagel_compress.run.device_map import DeviceMap, group_of
+from bagel_compress.run.load import load, load_checkpoint
+from bagel_compress.run.target import Device, Sizes, Target
+from bagel_compress.source.checkpoint import Checkpoint
 
 # Two names of one device: they compare unequal, so rows cross and caches are split as on two cards.
 NAMES = ("cpu", "cpu:0")

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from bagel.sampler import Branches, Sampler
-from bagel_compress.limits import resolve
-from bagel_compress.metrics import gain
-from bagel_compress.report_html import render
-from bagel_compress.validate.diagnose import Format, diagnose_modules, probe_values
-from bagel_compress.validate.parity import Subject, compare
+from bagel_compress.build.limits import resolve
+from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.diagnose import Format, diagnose_modules, probe_values
+from bagel_compress.parity.metrics import gain
+from bagel_compress.report.html import render
 
 NF4 = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,

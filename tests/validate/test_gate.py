@@ -8,14 +8,14 @@ import pytest
 import yaml
 from tiny_suite import CASES, PICTURES, ROOT, TINY
 
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.stream import compress
-from bagel_compress.validate.recording import record_cases
+from bagel_compress.parity.record import record_cases
+from bagel_compress.source.checkpoint import Checkpoint
 
-PLUGIN = "bagel_compress.pytest_plugin"
+PLUGIN = "bagel_compress.validate.pytest_plugin"
 TARGET = ROOT / "tests/data/tiny-target.yaml"
 RECIPE = "name: %s\nrules:\n  - match: {}\n    codec: raw\nlimits: {class: lossless}\n"
 

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from bagel_compress.build.limits import resolve
 from bagel_compress.errors import RecipeError, TraceError
-from bagel_compress.limits import resolve
-from bagel_compress.lpips import Lpips
-from bagel_compress.validate.networks import Networks
-from bagel_compress.validate.parity import Subject, compare
+from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.lpips import Lpips
+from bagel_compress.parity.network_metrics import Networks
 
 
 def alexnet():

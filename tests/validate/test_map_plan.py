@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 
+from bagel_compress.budget import device_option
+from bagel_compress.budget.plan_devices import ASIDE, Card, _needs, card_of, held_bytes, plan_map
+from bagel_compress.budget.planned_build import planned_build
+from bagel_compress.budget.predict import ACTIVATIONS, CACHES, CONTEXT, predict
 from bagel_compress.errors import TargetError
-from bagel_compress.target import GIB, MIB, Sizes, Target
-from bagel_compress.validate import placing
-from bagel_compress.validate.budget import ACTIVATIONS, CACHES, CONTEXT, predict
-from bagel_compress.validate.device_map import ASIDE, Card, _needs, card_of, held_bytes, plan_map
-from bagel_compress.validate.gate import planned_build
+from bagel_compress.run.target import GIB, MIB, Sizes, Target
 
 LAYERS = 28
 
@@ -126,16 +126,16 @@ def two_cards(monkeypatch):
 
 
 def test_auto_takes_one_card_where_there_is_room_and_else_a_map(two_cards, builds, monkeypatch):
-    monkeypatch.setattr(placing, "build_of", lambda folder: builds["fp8-24gb"])
+    monkeypatch.setattr(device_option, "build_of", lambda folder: builds["fp8-24gb"])
     told = []
-    places = placing.where("auto", "model", told.append)
+    places = device_option.where("auto", "model", told.append)
     assert set(places.layers) == {"cuda:0", "cuda:1"}
     assert not places.waiting
     assert "cuda:1" in told[0]
     two_cards["cuda:0"] = 40 * GIB
-    assert placing.where("auto", "model") == "cuda"
+    assert device_option.where("auto", "model") == "cuda"
     two_cards["cuda:0"] = 12 * GIB
-    assert placing.where("cuda:1,cuda:0", "model").home == "cuda:1"
+    assert device_option.where("cuda:1,cuda:0", "model").home == "cuda:1"
 
 
 @pytest.mark.parametrize(
@@ -150,14 +150,14 @@ def test_auto_takes_one_card_where_there_is_room_and_else_a_map(two_cards, build
 )
 def test_devices_that_are_not_there(two_cards, device, sentence):
     with pytest.raises(TargetError, match=sentence):
-        placing.where(device, "model")
+        device_option.where(device, "model")
 
 
 def test_without_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert placing.where("auto", "model") == "cpu"
+    assert device_option.where("auto", "model") == "cpu"
     with pytest.raises(TargetError, match="no CUDA device"):
-        placing.where("cuda:0,cuda:1", "model")
+        device_option.where("cuda:0,cuda:1", "model")
 
 
 def test_the_command_line_plans_over_targets(cli):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bagel_compress import metrics
+from bagel_compress.parity import metrics
 
 
 @pytest.fixture(scope="module")

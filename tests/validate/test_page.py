@@ -7,12 +7,12 @@ import subprocess
 import pytest
 from tiny_suite import CASES, PICTURES, TINY
 
-from bagel_compress.checkpoint import Checkpoint
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.stream import compress
-from bagel_compress.validate.judge import validate_artifact
-from bagel_compress.validate.recording import record_cases
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.parity.record import record_cases
+from bagel_compress.source.checkpoint import Checkpoint
+from bagel_compress.validate.artifact import validate_artifact
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RECIPE = """

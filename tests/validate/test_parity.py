@@ -9,21 +9,21 @@ import pytest
 import torch
 from tiny_suite import CASES, PICTURES, TINY
 
-from bagel_compress.case import Flow
-from bagel_compress.checkpoint import Checkpoint
+from bagel_compress.build.compress import compress
+from bagel_compress.build.limits import CLASSES, METRICS, Limit, resolve
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
 from bagel_compress.errors import ArtifactError, RecipeError, TraceError
-from bagel_compress.limits import CLASSES, METRICS, Limit, resolve
-from bagel_compress.plan import make_plan
-from bagel_compress.recipe import Recipe
-from bagel_compress.report_html import render
-from bagel_compress.report_text import junit, markdown
-from bagel_compress.reports import ParityReport
-from bagel_compress.stream import compress
-from bagel_compress.validate.judge import validate_artifact
-from bagel_compress.validate.measure import measure, spans
-from bagel_compress.validate.parity import Subject, compare
-from bagel_compress.validate.recording import record_cases
+from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.distances import measure, spans
+from bagel_compress.parity.record import record_cases
+from bagel_compress.parity.report_data import ParityReport
+from bagel_compress.report.html import render
+from bagel_compress.report.text import junit, markdown
+from bagel_compress.run.case import Flow
+from bagel_compress.source.checkpoint import Checkpoint
+from bagel_compress.validate.artifact import validate_artifact
 
 RAW = "name: raw\nrules:\n  - match: {}\n    codec: raw\nlimits: {class: lossless}\n"
 # Random weights correct nothing and are sure of nothing, so the tests' own recipe gives NF4 the room that it takes.

@@ -9,8 +9,8 @@ from tiny_suite import PICTURES
 
 from bagel.flow import FlowSettings
 from bagel.sampler import Sampler, TextSettings
-from bagel_compress.residency import place, reside
-from bagel_compress.target import NEEDED, Device, Target
+from bagel_compress.run.offload import place, reside
+from bagel_compress.run.target import NEEDED, Device, Target
 
 FLOW = FlowSettings(num_timesteps=4, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0))
 NOTHING = {}
@@ -70,7 +70,7 @@ def test_what_waits_in_host_memory_cannot_be_used_by_mistake(reference):
 def test_coded_weights_move_as_they_are_stored(reference, plain):
     from bagel_compress.codecs.base import Unit, dtype_code
     from bagel_compress.codecs.fp8 import Fp8
-    from bagel_compress.spec import TensorSpec
+    from bagel_compress.io.tensor_spec import TensorSpec
 
     sampler, beside = own(reference), own(reference)
     for each in (sampler, beside):

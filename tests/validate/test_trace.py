@@ -10,17 +10,16 @@ from tiny_suite import CASES, PICTURES, ROOT, case
 
 from bagel.flow import FlowSettings
 from bagel.sampler import TextSettings
-from bagel_compress import observe
-from bagel_compress.case import Case, load_cases
 from bagel_compress.errors import TargetError, TraceError
-from bagel_compress.trace import TraceFile, image_tensor
-from bagel_compress.validate import recording
+from bagel_compress.parity import record, replay
+from bagel_compress.parity.trace import TraceFile, image_tensor
+from bagel_compress.run.case import Case, load_cases
 
 
 def test_a_replay_of_the_reference_gives_the_same_bits(reference, trace_file):
     for name in trace_file.header.cases:
         trace = trace_file.read(name)
-        again = observe.replay(reference, trace)
+        again = replay.replay(reference, trace)
         assert again.facts.contexts == trace.facts.contexts
         differing = [n for n, t in again.tensors.items() if not torch.equal(t, trace.tensors[n])]
         assert differing == []
@@ -33,7 +32,7 @@ def test_a_free_run_is_what_the_sampler_itself_does(reference, trace_file):
     result = reference.run(["a car"], think=True, size=(32, 64), flow=FlowSettings(**settings), text=text, seed=3)
     assert result.text == trace.facts.text
     assert torch.equal(image_tensor(result.image), trace.tensors["image"])
-    assert torch.equal(observe.rerun(reference, trace).tensors["image"], trace.tensors["image"])
+    assert torch.equal(replay.rerun(reference, trace).tensors["image"], trace.tensors["image"])
 
 
 def test_branches_steps_taps_and_logits_are_recorded(trace_file):
@@ -62,12 +61,12 @@ def test_the_noise_floor_of_a_repetition_is_zero_and_of_a_kernel_is_not(trace_fi
 def test_finished_cases_are_not_recorded_again(reference, tmp_path, monkeypatch):
     suite = [(c, PICTURES) for c in CASES[:1]]
     out = tmp_path / "a.safetensors"
-    first = recording.record_cases(reference, "tiny", "d", suite, out, floors=("repeat",))
+    first = record.record_cases(reference, "tiny", "d", suite, out, floors=("repeat",))
     recorded = []
-    real = observe.record
-    monkeypatch.setattr(observe, "record", lambda s, c, f: recorded.append(c.name) or real(s, c, f))
+    real = replay.record
+    monkeypatch.setattr(replay, "record", lambda s, c, f: recorded.append(c.name) or real(s, c, f))
     more = [*suite, (case("other", "chat", "hello"), PICTURES)]
-    again = recording.record_cases(reference, "tiny", "d", more, out, floors=("repeat",))
+    again = record.record_cases(reference, "tiny", "d", more, out, floors=("repeat",))
     assert recorded == ["other"]
     assert list(again.header.cases) == ["t2i", "other"]
     assert torch.equal(again.read("t2i").tensors["latent"], first.read("t2i").tensors["latent"])
@@ -75,7 +74,7 @@ def test_finished_cases_are_not_recorded_again(reference, tmp_path, monkeypatch)
 
 def test_an_interrupted_recording_goes_on(reference, tmp_path, monkeypatch):
     suite = [(c, PICTURES) for c in (CASES[0], CASES[3])]
-    real = observe.record
+    real = replay.record
     recorded = []
 
     def dies_at_the_second(sampler, case, folder):
@@ -84,10 +83,10 @@ def test_an_interrupted_recording_goes_on(reference, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(sampler, case, folder)
 
-    monkeypatch.setattr(observe, "record", dies_at_the_second)
+    monkeypatch.setattr(replay, "record", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        recording.record_cases(reference, "tiny", "d", suite, tmp_path / "a.safetensors", floors=())
-    recording.record_cases(reference, "tiny", "d", suite, tmp_path / "a.safetensors", floors=())
+        record.record_cases(reference, "tiny", "d", suite, tmp_path / "a.safetensors", floors=())
+    record.record_cases(reference, "tiny", "d", suite, tmp_path / "a.safetensors", floors=())
     assert recorded == ["t2i", "understand", "understand"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]
 
@@ -137,9 +136,9 @@ def test_a_trace_of_another_sampler_version_or_of_nothing_is_refused(trace_file,
 def test_a_case_that_the_model_cannot_run_is_named(reference):
     big = case("big", "t2i", "a fox", size=[1024, 1024])
     with pytest.raises(TargetError, match=r"case big cannot be run.*at most 128"):
-        observe.record(reference, big, PICTURES)
+        replay.record(reference, big, PICTURES)
     with pytest.raises(TargetError, match=r"picture .*nowhere\.png cannot be read"):
-        observe.record(reference, case("x", "edit", {"image": "nowhere.png"}, "edit"), PICTURES)
+        replay.record(reference, case("x", "edit", {"image": "nowhere.png"}, "edit"), PICTURES)
 
 
 @pytest.mark.parametrize(

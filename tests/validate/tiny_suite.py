@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bagel_compress.case import Case
+from bagel_compress.run.case import Case
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/data/golden/checkpoint"

@@ -28,7 +28,7 @@ from bagel_compress.codecs.df11.layout import (
 from bagel_compress.codecs.df11.units import Grouping, group, pattern_dict
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import PlanError
-from bagel_compress.spec import PartSpec, TensorSpec
+from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -31,7 +31,7 @@ from bagel_compress.codecs.df11.layout import (
 from bagel_compress.codecs.df11.pack import CHUNK
 from bagel_compress.codecs.kernels.threads import ordered
 from bagel_compress.errors import CodecError
-from bagel_compress.words import as_words
+from bagel_compress.io.bf16 import as_words
 
 BATCH = 1 << 21  # weights that one thread reads, packs, verifies and hands on at a time
 _TAIL = 4 * WINDOW_BITS // 8  # bytes of the stream's end that are kept for the check on stalling

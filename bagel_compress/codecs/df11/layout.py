@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bagel_compress.spec import PartSpec
+from bagel_compress.io.tensor_spec import PartSpec
 
 THREADS_PER_BLOCK = 512
 BYTES_PER_THREAD = 8

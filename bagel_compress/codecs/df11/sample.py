@@ -7,7 +7,7 @@ import numpy as np
 from bagel_compress.codecs.base import Reader, Unit
 from bagel_compress.codecs.df11.book import make_book
 from bagel_compress.codecs.df11.layout import FIRST_POINTER, MAX_TABLES, Sizes
-from bagel_compress.words import as_words
+from bagel_compress.io.bf16 import as_words
 
 RUNS = 48
 RUN = 1 << 14  # weights

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from bagel_compress.codecs.base import Unit
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 Grouping = Literal["published", "expert", "tensor"]
 RING_ALIGNMENT = 64  # weights: units begin at multiples of 128 bytes

@@ -1,0 +1,1 @@
+"""Memory and time of a build on a target, predicted or measured."""

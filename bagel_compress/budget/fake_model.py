@@ -1,0 +1,266 @@
+"""A model of the true shape without its weights: fake tensors on the CPU, stored and computed as the build would be.
+
+FakeTensorMode on device `cpu`, not meta: the shapes, dtypes and temporaries are those of a real run (on meta, attention
+takes another path with five times the memory). Every linear is the codec's own run-time module over fake codes, so its
+decoded temporaries are counted where they arise. DF11 cannot decode fake bits; its stand-in holds the stored bytes and
+the decoder's ring of scratch memory. Layers that are stored alike are made once and counted as often as they occur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bagel.config import BagelConfig
+from bagel.layout import official_role
+from bagel.loading import parameter_path, put, read_config, shapes_of, tensor_names
+from bagel.model import Bagel
+from bagel.sampler import Sampler
+from bagel.text import TextCodec
+from bagel.vae import AutoEncoder, VAEConfig
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.plan import Plan
+from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Unit
+from bagel_compress.codecs.df11.units import ring_weights
+from bagel_compress.errors import TargetError
+from bagel_compress.io.packaged import FULL_CONFIGS
+from bagel_compress.io.tensor_spec import PartSpec
+
+DF11_TYPICAL_BITS = 10.9  # per weight; the published BAGEL build has 19.89 GB of 29.21 (users' figure, DFloat11 card)
+LETTERS_PER_TOKEN = 4
+RING, CODED = "scratch_ring", "coded"  # names of the stand-in's buffers
+ALIKE = 2  # layers made of each kind
+OFFICIAL_VAE = VAEConfig(128, (1, 2, 4, 4), 2, 16)  # of the released ae.safetensors
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One unit as it is stored."""
+
+    unit: Unit
+    codec: Codec
+    parts: Mapping[str, PartSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What a memory prediction needs to know of an artifact or of a plan."""
+
+    name: str
+    digest: str
+    config: BagelConfig
+    vae: VAEConfig
+    units: tuple[Stored, ...]
+    disk: int  # bytes of the weight files and the VAE
+
+    @classmethod
+    def of_artifact(cls, artifact: Artifact) -> Build:
+        """Exact: sizes as they are stored."""
+        entries = artifact.manifest.units
+        units = tuple(
+            Stored(artifact.unit(name), e.codec, {n: p.spec for n, p in e.parts.items()}) for name, e in entries.items()
+        )
+        shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
+        vae_shapes = shapes_of(dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path))
+        config = read_config(artifact.path, shapes, vae_shapes)
+        disk = sum(entry.bytes for entry in artifact.manifest.files.values())
+        return cls(
+            artifact.manifest.recipe.name, artifact.digest, config, VAEConfig.from_shapes(vae_shapes), units, disk
+        )
+
+    @classmethod
+    def of_plan(cls, plan: Plan, folder: Path = FULL_CONFIGS, vae: VAEConfig = OFFICIAL_VAE) -> Build:
+        """From headers alone; DF11 at its typical size."""
+        units = tuple(Stored(p.unit, p.codec, _likely_parts(p.codec, p.unit)) for p in plan.placements)
+        shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
+        config = BagelConfig.from_dir(folder, shapes, vae.z_channels, vae.downsample)
+        with torch.device("meta"):
+            vae_bytes = sum(p.nbytes for p in AutoEncoder(vae).parameters())
+        disk = sum(p.nbytes for stored in units for p in stored.parts.values()) + vae_bytes
+        return cls(plan.recipe.name, plan.digest, config, vae, units, disk)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """A sampler over fake weights with one layer of each kind. `times`: path of a layer -> how many it stands for."""
+
+    sampler: Sampler
+    times: Mapping[str, int]
+    cache_scale: float  # layers of the real decoder per layer here
+
+
+def fake_model(build: Build, every_layer: bool = False) -> FakeModel:
+    """The model of a build. Call it inside a FakeTensorMode, and use it there."""
+    if every_layer:
+        return FakeModel(fake_sampler(build), {}, 1.0)
+    llm, vit = _kinds(build, "llm", build.config.llm.num_layers), _kinds(build, "vit", build.config.vit.num_layers)
+    config = replace(
+        build.config,
+        llm=replace(build.config.llm, num_layers=len(llm)),
+        vit=replace(build.config.vit, num_layers=len(vit)),
+    )
+    units = tuple(kept for stored in build.units if (kept := _renumbered(stored, llm, vit)) is not None)
+    times = {f"layers.{i}.": count for i, count in enumerate(llm.values())}
+    times |= {f"vit.layers.{i}.": count for i, count in enumerate(vit.values())}
+    ring = _ring(build.units)
+    sampler = fake_sampler(replace(build, config=config, units=units), ring=ring)
+    return FakeModel(sampler, times, build.config.llm.num_layers / len(llm))
+
+
+def _kinds(build: Build, component: str, layers: int) -> dict[int, int]:
+    """Layers to make -> how many each stands for: the first two of each kind, and the last.
+
+    Two, because the first layer's input is also the pass's and lives on; the last, because work is skipped there.
+    """
+    looks: dict[int, list[str]] = {layer: [] for layer in range(layers)}
+    for stored in build.units:
+        roles = [official_role(spec.name) for spec in stored.unit.specs]
+        if roles[0].component == component and roles[0].layer is not None:
+            shapes = [(p.dtype, p.shape) for p in stored.parts.values()]
+            looks[roles[0].layer].append(f"{roles} {stored.codec!r} {shapes}".replace(f"layer={roles[0].layer}", ""))
+    chosen: dict[str, list[int]] = {}
+    count: dict[int, int] = {}
+    for layer in range(layers - 1):
+        kept = chosen.setdefault("\n".join(looks[layer]), [])
+        if len(kept) < ALIKE:
+            kept.append(layer)
+        count[kept[-1]] = count.get(kept[-1], 0) + 1
+    return dict(sorted(count.items())) | {layers - 1: 1}
+
+
+def _renumbered(stored: Stored, llm: Mapping[int, int], vit: Mapping[int, int]) -> Stored | None:
+    """The unit under its layer's new number, without tensors of layers that are not made; None if none is left."""
+    specs = tuple(replace(s, name=name) for s in stored.unit.specs if (name := _new_name(s.name, llm, vit)) is not None)
+    if not specs:
+        return None
+    if len(stored.unit.specs) == 1:
+        old, new = (name.rpartition(".")[0] for name in (stored.unit.specs[0].name, specs[0].name))
+        parts = {name.replace(old, new): part for name, part in stored.parts.items()}
+        return Stored(Unit(specs[0].name, specs), stored.codec, parts)
+    return Stored(Unit(stored.unit.name, specs), stored.codec, stored.parts)
+
+
+def _new_name(name: str, llm: Mapping[int, int], vit: Mapping[int, int]) -> str | None:
+    role = official_role(name)
+    if role.layer is None:
+        return name
+    kept = list(llm if role.component == "llm" else vit)
+    if role.layer not in kept:
+        return None
+    return name.replace(f".layers.{role.layer}.", f".layers.{kept.index(role.layer)}.")
+
+
+def fake_sampler(build: Build, dtype: torch.dtype = torch.bfloat16, ring: Tensor | None = None) -> Sampler:
+    """The sampler over fake weights, layer by layer. Call it inside a FakeTensorMode, and use it there."""
+    bagel = Bagel(build.config)
+    for path, parameter in list(bagel.named_parameters()):
+        put(bagel, path, nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False))
+    biases = {
+        spec.name.removesuffix("bias") + "weight": torch.empty(spec.shape, dtype=dtype)
+        for stored in build.units
+        for spec in stored.unit.specs
+        if spec.name.endswith(".bias")
+    }
+    ring = _ring(build.units) if ring is None else ring
+    for stored in build.units:
+        if not is_run_time(stored):
+            continue
+        parts = {name: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]()) for name, p in stored.parts.items()}
+        for tensor, module in _linears(stored, parts, biases, ring).items():
+            put(bagel, parameter_path(tensor).removesuffix(".weight"), module)
+        if stored.codec.format == "df11" and len({official_role(s.name).layer for s in stored.unit.specs}) > 1:
+            for i, part in enumerate(parts.values()):  # the ViT as a whole
+                bagel.vit.register_buffer(f"unit{i}_{CODED}", part)
+    return Sampler(bagel.eval(), AutoEncoder(build.vae).eval().requires_grad_(False), FakeText())
+
+
+class FakeText(TextCodec):
+    """A tokenizer by length alone: four letters are a token."""
+
+    def __init__(self) -> None:
+        for name, value in (("bos", 0), ("eos", 1), ("image_start", 2), ("image_end", 3)):
+            object.__setattr__(self, name, value)
+
+    def turn(self, text: str) -> list[int]:
+        return [0] * (2 + len(text) // LETTERS_PER_TOKEN)
+
+
+def text_of(tokens: int) -> str:
+    """A text that is a turn of so many tokens."""
+    return "x" * (LETTERS_PER_TOKEN * max(0, tokens - 2))
+
+
+def _linears(
+    stored: Stored, parts: Mapping[str, Tensor], biases: Mapping[str, Tensor], ring: Tensor | None
+) -> dict[str, nn.Module]:
+    unit = stored.unit
+    if stored.codec.format == "df11":
+        assert ring is not None
+        each = [round(sum(part.nbytes for part in parts.values()) * s.numel / unit.numel) for s in unit.specs]
+        whole = len({official_role(s.name).layer for s in unit.specs}) > 1  # then the caller holds the parts
+        return {
+            s.name: _Df11(s.shape, biases.get(s.name), ring, 0 if whole else share)
+            for s, share in zip(unit.specs, each, strict=True)
+        }
+    return stored.codec.linears(unit, parts, biases)
+
+
+class _Df11(nn.Module):
+    """Holds its share of the unit's stored bytes and multiplies out of the ring."""
+
+    compute_dtype = torch.bfloat16
+
+    def __init__(self, shape: tuple[int, ...], bias: Tensor | None, ring: Tensor, stored_bytes: int) -> None:
+        super().__init__()
+        self._shape = shape
+        self.register_buffer(RING, ring)
+        self.register_buffer(CODED, torch.empty(stored_bytes, dtype=torch.uint8))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.get_buffer(RING)[: self._shape[0] * self._shape[1]].view(self._shape)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def _ring(units: Sequence[Stored]) -> Tensor | None:
+    weights = _ring_weights(units)
+    return torch.empty(weights, dtype=torch.bfloat16) if weights else None
+
+
+def ring_bytes(build: Build) -> int:
+    """Bytes of the DF11 decoder's scratch ring; 0 without DF11."""
+    return 2 * _ring_weights(build.units)
+
+
+def _ring_weights(units: Sequence[Stored]) -> int:
+    coded = [s.unit for s in units if s.codec.format == "df11" and all(_linear(spec.name) for spec in s.unit.specs)]
+    return ring_weights((unit.name, unit.numel) for unit in coded)
+
+
+def is_run_time(stored: Stored) -> bool:
+    """Whether a unit's linears run from its stored parts; what else is coded is decoded at loading."""
+    return stored.codec.format != "raw" and all(_linear(spec.name) for spec in stored.unit.specs)
+
+
+def _linear(name: str) -> bool:
+    return official_role(name).kind in ("linear", "head")
+
+
+def _likely_parts(codec: Codec, unit: Unit) -> Mapping[str, PartSpec]:
+    if codec.format == "df11":
+        return {f"{unit.name}.coded": PartSpec("U8", (round(unit.numel * DF11_TYPICAL_BITS / 8),))}
+    return codec.parts(unit)
+
+
+def check_sizes(build: Build, image: tuple[int, int]) -> None:
+    """Raises TargetError on an image size that this model has no latent positions for."""
+    stride, side = build.config.image_stride, build.config.max_latent_size
+    if any(s <= 0 or s % stride or s > side * stride for s in image):
+        raise TargetError(
+            f"the target's image is {image[0]} x {image[1]}, this model makes multiples of {stride} up to"
+            f" {side * stride}; give the target other sizes."
+        )

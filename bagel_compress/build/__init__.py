@@ -1,0 +1,1 @@
+"""From a recipe to an artifact: plan, compress, resume, what other loaders read."""

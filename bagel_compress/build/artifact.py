@@ -1,0 +1,336 @@
+"""Artifact: a finished folder, and its manifest.
+
+The tensors lie in the format's own ecosystem's names (see the codecs); the manifest adds what those lack: what was
+built from what by which recipe, digests of everything, and the error of each tensor. It is written last: present means
+complete. Opening checks that all files are there with their sizes; `verify` reads every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+
+from bagel.layout import official_role
+from bagel_compress.build.recipe import Recipe, parse_codec
+from bagel_compress.build.sizes import Group, group_sizes
+from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Unit
+from bagel_compress.errors import ArtifactError
+from bagel_compress.io.bf16 import as_tensor
+from bagel_compress.io.digests import blake3_file, blake3_of, tensors_digest
+from bagel_compress.io.safetensors_file import TensorFile, lay_out
+from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+MANIFEST = "manifest.json"
+EXPORT_MANIFEST = "export.json"  # of a folder of graphs or engines; what it holds is export's matter
+MANIFESTS = (MANIFEST, EXPORT_MANIFEST)
+FORMAT = 1  # version of the manifest's fields
+# What may lie beside the files of the manifest: written after the build, by validation, publishing or signing.
+EXTRAS = {"README.md", "LICENSE", "SHA256SUMS", "model.sig", "report.html", ".gitattributes"}
+EXTRA_FOLDERS = {"reports", ".cache", ".git"}
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredPart(_Entry):
+    """A stored tensor of a shard."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    blake3: str
+
+    @property
+    def spec(self) -> PartSpec:
+        return PartSpec(self.dtype, self.shape)
+
+
+class TensorEntry(_Entry):
+    """A tensor of the checkpoint; `blake3` is over the bf16 values that were coded."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    blake3: str
+
+
+class UnitEntry(_Entry):
+    """One unit: its tensors, how they were coded, and what is stored."""
+
+    codec: Annotated[SerializeAsAny[Codec], BeforeValidator(parse_codec)]
+    shard: str
+    tensors: dict[str, TensorEntry]
+    parts: dict[str, StoredPart]
+    snr_db: float | None = None  # of the decoded weights; None: nothing was lost
+    reason: str = ""  # why the codec is not the recipe's
+
+
+class FileEntry(_Entry):
+    """A file of the folder, with the digest of its bytes or, for a shard, the one that follows from its tensors'."""
+
+    bytes: int
+    blake3: str = ""
+    blake3_tensors: str = ""  # see `tensors_digest`
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Name of the algorithm -> digest; the one that there is."""
+        return {"blake3_tensors": self.blake3_tensors} if self.blake3_tensors else {"blake3": self.blake3}
+
+
+class _Listing(BaseModel):
+    """What the manifests of artifacts and of exports have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    files: dict[str, FileEntry]
+
+
+class SourceEntry(_Entry):
+    """The checkpoint that was compressed; `data_blake3` covers every value that was read."""
+
+    name: str
+    revision: str
+    digest: str
+    data_blake3: str
+
+
+class Manifest(_Entry):
+    """Everything known about an artifact when it was built."""
+
+    format: int = FORMAT
+    tool: str
+    plan: str  # digest of the plan
+    source: SourceEntry
+    recipe: Recipe
+    recipe_digest: str
+    units: dict[str, UnitEntry]
+    files: dict[str, FileEntry]
+
+    def to_bytes(self) -> bytes:
+        """The file's content: deterministic JSON."""
+        return self.model_dump_json(indent=1, by_alias=True).encode() + b"\n"
+
+    @cached_property
+    def unit_of(self) -> dict[str, str]:
+        """Tensor name -> name of the unit that holds it."""
+        return {tensor: name for name, unit in self.units.items() for tensor in unit.tensors}
+
+    @property
+    def shards(self) -> list[str]:
+        return sorted({unit.shard for unit in self.units.values()})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact folder."""
+
+    path: Path
+    manifest: Manifest
+    digest: str  # sha256 of the manifest: identity of the artifact
+
+    @classmethod
+    def open(cls, path: str | Path, check: bool = True) -> Artifact:
+        """Raises ArtifactError if the folder has no readable manifest, or, unless not asked to `check`, if a file is
+        missing or has a wrong size."""
+        folder = Path(path)
+        try:
+            content = (folder / MANIFEST).read_bytes()
+        except OSError:
+            begun = (folder / ".build").exists()
+            hint = "its build did not finish, run the same command again" if begun else "give one that compress wrote"
+            raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}; {hint}.") from None
+        artifact = cls(folder, parse_manifest(content, folder), hashlib.sha256(content).hexdigest())
+        faults = list(wrong_sizes(folder, artifact.manifest.files)) if check else []
+        if faults:
+            raise ArtifactError(f"{folder}: {faults[0]}; copy the artifact again.")
+        return artifact
+
+    def units(self) -> list[Unit]:
+        """All units with the specs of their tensors, in manifest order."""
+        return [self.unit(name) for name in self.manifest.units]
+
+    def unit(self, name: str) -> Unit:
+        """One unit by its name."""
+        tensors = self.manifest.units[name].tensors
+        return Unit(name, tuple(TensorSpec(t.dtype, t.shape, n) for n, t in tensors.items()))
+
+    def codec(self, name: str) -> Codec:
+        """The codec that decodes this unit."""
+        return self.manifest.units[name].codec
+
+    def parts(self, name: str) -> dict[str, torch.Tensor]:
+        """The stored tensors of a unit, mapped read-only from its shard: nothing is copied."""
+        entry = self.manifest.units[name]
+        file = self._shard(entry.shard)
+        missing = next((part for part in entry.parts if part not in file.tensors), None)
+        if missing is not None:
+            raise ArtifactError(
+                f"{file.path} lacks {missing}; run `bagel-compress inspect --verify` and copy it again."
+            )
+        return {part: _mapped(file, part) for part in entry.parts}
+
+    def part_bytes(self, name: str, part: str) -> np.ndarray:
+        """The bytes of one stored tensor of a unit: a read-only view of the shard."""
+        file = self._shard(self.manifest.units[name].shard)
+        return file.bytes[file.tensors[part].start : file.tensors[part].stop]
+
+    def decode(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a unit as the format defines them."""
+        return self.codec(name).decode(self.unit(name), self.parts(name))
+
+    @property
+    def vae_path(self) -> Path:
+        """Where this artifact keeps the VAE."""
+        return self.path / next(name for name in self.manifest.files if name.endswith("ae.safetensors"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(self.manifest.files[shard].bytes for shard in self.manifest.shards)
+
+    def groups(self) -> list[Group]:
+        """Sizes by component, expert and codec."""
+        entries = self.manifest.units.items()
+        return group_sizes(
+            (e.codec, self.unit(name).specs, sum(p.spec.nbytes for p in e.parts.values())) for name, e in entries
+        )
+
+    def snr(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest SNR in dB of the units of each "component expert codec" that lost something."""
+        values: dict[str, list[float]] = defaultdict(list)
+        for entry in self.manifest.units.values():
+            if entry.snr_db is not None:
+                role = official_role(next(iter(entry.tensors)))
+                values[f"{role.component} {role.expert} {entry.codec.format}"].append(entry.snr_db)
+        return {name: (min(found), max(found)) for name, found in sorted(values.items())}
+
+    def verify(self) -> list[str]:
+        """Reads every byte. One sentence per fault: changed, missing or extra file; changed tensors by name."""
+        faults = list(wrong_sizes(self.path, self.manifest.files))
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if path.is_file() and path.stat().st_size == entry.bytes and not intact(path, entry):
+                faults.append(self._changed(name))
+        return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
+
+    def _changed(self, name: str) -> str:
+        """Names the tensors of a shard whose bytes are not those of the manifest."""
+        stored = {part: p for u in self.manifest.units.values() if u.shard == name for part, p in u.parts.items()}
+        if not stored:
+            return f"{name} was changed"
+        header, offsets = lay_out({part: p.spec for part, p in stored.items()})
+        wrong = []
+        with (self.path / name).open("rb") as file:
+            if file.read(len(header)) != header:
+                wrong.append("its header")
+            for part, p in stored.items():
+                file.seek(offsets[part])
+                if blake3_of(file, p.spec.nbytes) != p.blake3:
+                    wrong.append(part)
+        return f"{name} was changed: {', '.join(wrong[:3])}{' and more' if len(wrong) > 3 else ''}"
+
+    def _shard(self, name: str) -> TensorFile:
+        if name not in self._shards:
+            self._shards[name] = TensorFile.open(self.path / name, ArtifactError)
+        return self._shards[name]
+
+    @cached_property
+    def _shards(self) -> dict[str, TensorFile]:
+        return {}
+
+
+def wrong_sizes(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[str]:
+    """A sentence per file of a manifest that is missing or has another size."""
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != entry.bytes:
+            yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+
+
+def extra_files(folder: Path, files: Mapping[str, FileEntry], manifest: str) -> Iterator[str]:
+    """A sentence per file that is neither in the manifest nor one of those that come to lie beside a build."""
+    known = files.keys() | EXTRAS | {manifest}
+    for path in (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()):
+        if path.as_posix() not in known and path.parts[0] not in EXTRA_FOLDERS:
+            yield f"{path.as_posix()} is not in the manifest"
+
+
+def intact(path: Path, entry: FileEntry) -> bool:
+    """Reads the file: whether its bytes are those of the entry."""
+    if path.stat().st_size != entry.bytes:
+        return False
+    if not entry.blake3_tensors:
+        return blake3_file(path) == entry.blake3
+    try:
+        file = TensorFile.open(path, ArtifactError)
+    except ArtifactError:
+        return False
+    in_file = sorted(file.tensors.values(), key=lambda tensor: (tensor.start, tensor.stop))
+    with path.open("rb") as opened:
+        opened.seek(8 + len(file.header))
+        digests = [blake3_of(opened, tensor.nbytes) for tensor in in_file]
+    return tensors_digest(file.header, digests) == entry.blake3_tensors
+
+
+def parse_manifest(content: bytes, folder: Path) -> Manifest:
+    """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
+    try:
+        data = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ArtifactError(f"{folder / MANIFEST} is not JSON; copy the artifact again.") from None
+    if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
+        raise ArtifactError(
+            f"{folder / MANIFEST} has format {data['format']}, this version reads {FORMAT}; update bagel-compress."
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise ArtifactError(
+            f"{folder / MANIFEST} is damaged at {where} ({fault['msg']}); copy the artifact again."
+        ) from None
+    check_names(manifest.files, folder / MANIFEST)
+    for shard in manifest.shards:
+        if shard not in manifest.files:
+            raise ArtifactError(f"{folder / MANIFEST} puts tensors into {shard}, which is not among its files.")
+    return manifest
+
+
+def listed_files(name: str, content: bytes, folder: Path) -> dict[str, FileEntry]:
+    """The files that a manifest of either kind lists; `name` is its own. Raises ArtifactError as `parse_manifest`."""
+    if name == MANIFEST:
+        return parse_manifest(content, folder).files
+    try:
+        files = _Listing.model_validate_json(content).files
+    except ValidationError:
+        raise ArtifactError(f"{folder / name} is damaged: it lists no files; copy the export again.") from None
+    check_names(files, folder / name)
+    return files
+
+
+def check_names(names: Iterable[str], manifest: Path) -> None:
+    """Raises ArtifactError if a file of a manifest would lie outside its folder, on any system."""
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or ":" in name:
+            raise ArtifactError(f"{manifest} points outside its folder ({name}); do not use what lies there.")
+
+
+def _mapped(file: TensorFile, part: str) -> torch.Tensor:
+    stored = file.tensors[part]
+    data = as_tensor(file.bytes[stored.start : stored.stop])
+    return data.view(TORCH_DTYPES[stored.dtype]()).reshape(stored.shape)

@@ -1,0 +1,273 @@
+"""compress: a plan and its checkpoint become an artifact, shard by shard, in bounded memory.
+
+read -> encode -> (the codec decodes and compares) -> write, with the writing, the hashing of the source and the
+finishing of the shard before each in its own thread. What the manifest says was measured on the bytes that were read
+and on the file that was written. A killed build goes on with the first unfinished shard and ends byte-identical.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from bagel_compress.build.artifact import (
+    MANIFEST,
+    Artifact,
+    FileEntry,
+    Manifest,
+    SourceEntry,
+    StoredPart,
+    TensorEntry,
+    UnitEntry,
+)
+from bagel_compress.build.loader_configs import config_json, index_json
+from bagel_compress.build.plan import Placement, Plan
+from bagel_compress.build.resume_state import Build, ShardRecord, finished
+from bagel_compress.build.shard_writer import ShardWriter, WrittenShard
+from bagel_compress.codecs.base import Encoding, Reader
+from bagel_compress.codecs.raw import Raw
+from bagel_compress.errors import ArtifactError, CheckpointError
+from bagel_compress.io.atomic import PARTIAL, sync_folder, write_atomic
+from bagel_compress.io.bf16 import as_words
+from bagel_compress.io.digests import blake3_file, tensors_digest
+from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
+from bagel_compress.source.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+HASH_ELEMENTS = 1 << 22  # elements per step where a tensor has to be hashed apart from its coding
+UNHASHED = 4  # blocks that may wait to be hashed: converted ones are anonymous memory
+UNFINISHED = 2  # shards that may still be hashed and synced while the next one is coded
+SPARE = 64 << 20  # bytes kept free for records, configs and the file system itself
+Progress = Callable[[str, int], None]  # unit name, bytes of the source that were coded
+
+
+def compress(plan: Plan, checkpoint: Checkpoint, out: str | Path, progress: Progress | None = None) -> Artifact:
+    """Builds the artifact in the folder `out`, or goes on with a build of the same plan there.
+
+    Raises ArtifactError if the folder holds something else, is locked or full; CodecError, naming the tensor, on values
+    that a codec cannot hold; CheckpointError if the source is not the plan's or changes.
+    """
+    out = Path(out)
+    if checkpoint.digest != plan.source_digest:
+        found, planned = checkpoint.digest[:12], plan.source_digest[:12]
+        raise CheckpointError(f"this checkpoint ({found}) is not the one that was planned for ({planned}); plan again.")
+    with _clean_disk_errors(out):
+        done = finished(out, plan)
+        if done is not None:
+            return done
+        with Build(out, plan) as build:
+            artifact = _build(build, checkpoint, progress or (lambda unit, nbytes: None))
+            build.clear()
+    return artifact
+
+
+def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> Artifact:
+    plan = build.plan
+    records = {shard: record for shard in plan.shards if (record := build.record(shard)) is not None}
+    bound = plan.nbytes if plan.sampled is None else plan.sampled
+    build.check_space(bound - sum(record.file.bytes for record in records.values()) + checkpoint.vae.stamp[0] + SPARE)
+    for record in records.values():
+        for name, unit in record.units.items():
+            progress(name, sum(TensorSpec(t.dtype, t.shape, n).nbytes for n, t in unit.tensors.items()))
+    waiting: dict[str, Future[ShardRecord]] = {}
+    with (
+        ShardWriter() as writer,
+        ThreadPoolExecutor(1, "hash") as hashing,
+        ThreadPoolExecutor(1, "record") as recording,
+        ThreadPoolExecutor(1, "copy") as copying,
+    ):
+        copies = _start_copies(build, checkpoint, copying)
+        for shard in plan.shards:
+            if shard not in records:
+                parts = _write_shard(build, shard, checkpoint, writer, hashing, progress)
+                waiting[shard] = recording.submit(_record, build, shard, *parts)
+            for name in list(waiting)[:-UNFINISHED]:
+                records[name] = waiting.pop(name).result()
+        records |= {shard: future.result() for shard, future in waiting.items()}
+        files = {name: future.result() for name, future in copies.items()}
+    return _finish(build, checkpoint, {shard: records[shard] for shard in plan.shards}, files)
+
+
+def _write_shard(
+    build: Build,
+    shard: str,
+    checkpoint: Checkpoint,
+    writer: ShardWriter,
+    hashing: ThreadPoolExecutor,
+    progress: Progress,
+) -> tuple[dict[str, UnitEntry], dict[str, Future[str]], Future[WrittenShard]]:
+    """Codes all units of a shard into its file: entries, digests of the tensors by name, and those of the parts."""
+    reader = _HashingReader(checkpoint, hashing)
+    begun = [
+        (p, p.codec.begin(p.unit, checkpoint if isinstance(p.codec, Raw) else reader))  # raw: the part is the tensor
+        for p in build.plan.in_shard(shard)
+    ]
+    parts: dict[str, PartSpec] = {}
+    for _, encoding in begun:
+        parts |= encoding.parts
+    writer.begin(build.out / shard, parts)
+    units: dict[str, UnitEntry] = {}
+    digests: dict[str, Future[str]] = {}
+    for placement, encoding in begun:
+        for chunk in encoding.chunks():
+            writer.put(chunk)
+        units[placement.unit.name] = _entry(placement, encoding, shard)
+        if not isinstance(encoding.codec, Raw):
+            digests |= {spec.name: reader.digest(spec) for spec in placement.unit.specs}
+        progress(placement.unit.name, sum(spec.nbytes for spec in placement.unit.specs))
+    return units, digests, writer.end()
+
+
+def _entry(placement: Placement, encoding: Encoding, shard: str) -> UnitEntry:
+    """What is known when a unit is coded; the digests are filled in when all is hashed and the file was read back."""
+    lossless = encoding.codec.lossless or encoding.quality.noise == 0.0
+    return UnitEntry(
+        codec=encoding.codec,
+        shard=shard,
+        tensors={s.name: TensorEntry(dtype=s.dtype, shape=s.shape, blake3="") for s in placement.unit.specs},
+        parts={name: StoredPart(dtype=p.dtype, shape=p.shape, blake3="") for name, p in encoding.parts.items()},
+        snr_db=None if lossless else round(encoding.quality.snr_db, 4),
+        reason=encoding.reason,
+    )
+
+
+def _record(
+    build: Build,
+    shard: str,
+    units: dict[str, UnitEntry],
+    digests: dict[str, Future[str]],
+    written: Future[WrittenShard],
+) -> ShardRecord:
+    """Waits for the digests of the tensors and for the finished file, and keeps its record."""
+    result = written.result()
+    known = {name: digest.result() for name, digest in digests.items()}
+    complete = {name: _with_digests(unit, known, result.parts) for name, unit in units.items()}
+    record = ShardRecord(
+        file=FileEntry(bytes=result.nbytes, blake3_tensors=tensors_digest(result.header, result.parts.values())),
+        units=complete,
+    )
+    build.finish_shard(shard, record)
+    return record
+
+
+def _with_digests(unit: UnitEntry, tensors: dict[str, str], parts: dict[str, str]) -> UnitEntry:
+    """Fills the digests in. A raw tensor has none of its own: it is its part."""
+    entries = {n: t.model_copy(update={"blake3": tensors.get(n) or parts[n]}) for n, t in unit.tensors.items()}
+    stored = {name: part.model_copy(update={"blake3": parts[name]}) for name, part in unit.parts.items()}
+    return unit.model_copy(update={"tensors": entries, "parts": stored})
+
+
+def _finish(
+    build: Build, checkpoint: Checkpoint, records: dict[str, ShardRecord], copies: dict[str, FileEntry]
+) -> Artifact:
+    """Index, config.json and, last, the manifest."""
+    plan, out = build.plan, build.out
+    units = {name: unit for record in records.values() for name, unit in record.units.items()}
+    stored = [(p.unit, units[p.unit.name].codec) for p in plan.placements]
+    files = {shard: record.file for shard, record in records.items()} | copies
+    weight_map = {part: unit.shard for unit in units.values() for part in unit.parts}
+    total = sum(part.spec.nbytes for unit in units.values() for part in unit.parts.values())
+    for name, content in (
+        ("config.json", config_json(checkpoint.configs, stored)),
+        ("model.safetensors.index.json", index_json(weight_map, total)),
+    ):
+        write_atomic(out / name, content)
+        files[name] = FileEntry(bytes=len(content), blake3=blake3(content).hexdigest())
+    digests = sorted((name, t.blake3) for unit in units.values() for name, t in unit.tensors.items())
+    data = blake3("".join(f"{name} {digest}\n" for name, digest in digests).encode()).hexdigest()
+    manifest = Manifest(
+        tool=f"bagel-compress {version('bagel-compress')}",
+        plan=plan.digest,
+        source=SourceEntry(
+            name=checkpoint.name, revision=checkpoint.revision, digest=checkpoint.digest, data_blake3=data
+        ),
+        recipe=plan.recipe,
+        recipe_digest=plan.recipe.digest,
+        units=units,
+        files=dict(sorted(files.items())),
+    )
+    content = manifest.to_bytes()
+    write_atomic(out / MANIFEST, content)
+    return Artifact(out, manifest, hashlib.sha256(content).hexdigest())
+
+
+def _start_copies(build: Build, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Future[FileEntry]]:
+    """Begins to copy what goes with the weights: tokenizer, configs, VAE."""
+    apart = any(p.codec.scans_folder for p in build.plan.placements)
+    targets = {name: "vae/ae.safetensors" if apart and name == "ae.safetensors" else name for name in checkpoint.files}
+    return {
+        target: pool.submit(_copied, checkpoint.files[name], build.out / target)
+        for name, target in targets.items()
+        if name != "config.json"
+    }
+
+
+def _copied(source: Path, target: Path) -> FileEntry:
+    """Copies a file; it appears in full, and on the disk."""
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(target.name + PARTIAL)
+    shutil.copyfile(source, partial)
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    entry = FileEntry(bytes=partial.stat().st_size, blake3=blake3_file(partial))
+    partial.replace(target)
+    sync_folder(target.parent)
+    return entry
+
+
+class _HashingReader:
+    """The checkpoint as a Reader that also hashes, in the background, what is read in order."""
+
+    def __init__(self, checkpoint: Reader, pool: ThreadPoolExecutor) -> None:
+        self._checkpoint = checkpoint
+        self._pool = pool  # of one thread, so that blocks are hashed in order
+        self._totals: dict[str, blake3] = {}
+        self._read: dict[str, int] = {}
+        self._pending: deque[Future[blake3]] = deque()
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        values = self._checkpoint.read(spec, start, stop)
+        if self._read.get(spec.name, 0) == start:
+            self._take(spec, values, stop)
+        return values
+
+    def digest(self, spec: TensorSpec) -> Future[str]:
+        """blake3 of the whole tensor; reads what was not read in order."""
+        for start in range(self._read.get(spec.name, 0), spec.numel, HASH_ELEMENTS):
+            stop = min(start + HASH_ELEMENTS, spec.numel)
+            self._take(spec, self._checkpoint.read(spec, start, stop), stop)
+        del self._read[spec.name]
+        return self._pool.submit(self._totals.pop(spec.name).hexdigest)
+
+    def _take(self, spec: TensorSpec, values: torch.Tensor, stop: int) -> None:
+        total = self._totals.setdefault(spec.name, blake3())
+        self._read[spec.name] = stop
+        while len(self._pending) >= UNHASHED:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(total.update, as_words(values).view("uint8").data))
+
+
+@contextmanager
+def _clean_disk_errors(out: Path) -> Iterator[None]:
+    """A full or failing disk as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ArtifactError(
+                f"the disk of {out} is full; free some space and run the same command, it goes on from the last shard."
+            ) from None
+        raise ArtifactError(f"{out} cannot be written ({error}); check the disk and its permissions.") from None

@@ -1,0 +1,208 @@
+"""Plan: the decision, from headers alone, which tensor gets which codec and lies in which shard.
+
+Total by construction: every tensor has exactly one rule (the first that matches) and every rule is hit, else PlanError.
+Shards follow the model (embeddings and head, one per decoder layer, the rest), so that names, sizes and resume points
+are known before a byte is read. No torch, no weights: under a second for the full model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from bagel.layout import official_role
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.build.sizes import Group, group_sizes, sizes_table
+from bagel_compress.codecs.base import Codec, Reader, Unit
+from bagel_compress.errors import PlanError
+from bagel_compress.io.byte_size import size_text
+from bagel_compress.io.safetensors_file import file_bytes
+from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
+
+LAYOUT = 2  # version of shard order and manifest; part of the digest
+
+
+class Header(Protocol):
+    """What a plan needs of a checkpoint: no data."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def revision(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One unit, its codec and the shard (file name) it goes into."""
+
+    unit: Unit
+    codec: Codec
+    shard: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.codec.nbytes(self.unit)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All placements in building order: shard by shard, units in the order of their first tensor."""
+
+    recipe: Recipe
+    source_name: str
+    source_revision: str
+    source_digest: str
+    shards: tuple[str, ...]
+    placements: tuple[Placement, ...]
+    sampled: int | None = (
+        None  # bytes of all shards by a sample of the data; None: sizes are exact, or there is no data
+    )
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over everything that decides the artifact's bytes: tool version, recipe, source, every placement."""
+        total = hashlib.sha256(f"bagel-compress {version('bagel-compress')} layout {LAYOUT}\n".encode())
+        total.update(
+            f"{self.recipe.digest}\n{self.source_name}\n{self.source_revision}\n{self.source_digest}\n".encode()
+        )
+        for p in self.placements:
+            tensors = [(s.name, s.dtype, s.shape) for s in p.unit.specs]
+            total.update(json.dumps([p.shard, p.unit.name, p.codec.model_dump(mode="json"), tensors]).encode())
+        return total.hexdigest()
+
+    @property
+    def exact(self) -> bool:
+        """False if a codec's size depends on the data; then all sizes are upper bounds."""
+        return all(p.codec.exact for p in self.placements)
+
+    @cached_property
+    def shard_bytes(self) -> dict[str, int]:
+        """File size of every shard, header included."""
+        parts: dict[str, dict[str, PartSpec]] = {shard: {} for shard in self.shards}
+        for p in self.placements:
+            parts[p.shard] |= p.codec.parts(p.unit)
+        return {shard: file_bytes(stored) for shard, stored in parts.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards (the VAE is copied beside them and not counted)."""
+        return sum(self.shard_bytes.values())
+
+    def in_shard(self, shard: str) -> list[Placement]:
+        """The placements of one shard, in building order."""
+        return [p for p in self.placements if p.shard == shard]
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Sizes by component, expert and codec."""
+        return group_sizes((p.codec, p.unit.specs, p.nbytes) for p in self.placements)
+
+    def table(self) -> str:
+        """The groups as text, with totals."""
+        likely = "" if self.exact else "\nthe size depends on the data: plan with --source to have it sampled"
+        if self.sampled is not None:
+            likely = f"\nby a sample of the data {size_text(self.sampled)}"
+        return sizes_table(self.groups, self.nbytes, "" if self.exact else "at most ") + (
+            f"{likely}\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
+            f" source {self.source_name} {self.source_digest[:12]}; plan {self.digest[:12]}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything the table says, and every placement."""
+        return {
+            "recipe": self.recipe.name,
+            "digest": self.digest,
+            "source": {"name": self.source_name, "revision": self.source_revision, "digest": self.source_digest},
+            "exact": self.exact,
+            "bytes": self.nbytes,
+            "sampled_bytes": self.sampled,
+            "parameters": sum(g.parameters for g in self.groups),
+            "groups": [g.to_json() for g in self.groups],
+            "shards": self.shard_bytes,
+            "units": [
+                {"name": p.unit.name, "codec": p.codec.model_dump(mode="json"), "shard": p.shard, "bytes": p.nbytes}
+                for p in self.placements
+            ],
+        }
+
+
+def make_plan(checkpoint: Header, recipe: Recipe) -> Plan:
+    """Decides every tensor. Raises PlanError: unmatched tensor, idle rule, codec that cannot, size over budget."""
+    taken = _assign(checkpoint.specs, recipe)
+    order = {spec.name: i for i, spec in enumerate(checkpoint.specs)}
+    units = [
+        (unit, rule.codec) for rule, specs in zip(recipe.rules, taken, strict=True) for unit in rule.codec.units(specs)
+    ]
+    for unit, codec in units:
+        codec.check(unit)
+    places = sorted({_place(unit) for unit, _ in units})
+    shards = {place: f"model-{i + 1:05d}-of-{len(places):05d}.safetensors" for i, place in enumerate(places)}
+    units.sort(key=lambda item: (_place(item[0]), min(order[s.name] for s in item[0].specs)))
+    placements = tuple(Placement(unit, codec, shards[_place(unit)]) for unit, codec in units)
+    source = (checkpoint.name, checkpoint.revision, checkpoint.digest)
+    plan = Plan(recipe, *source, tuple(shards.values()), placements, _sampled(placements, checkpoint))
+    _check_budget(plan)
+    return plan
+
+
+def _assign(specs: Sequence[TensorSpec], recipe: Recipe) -> list[list[TensorSpec]]:
+    """For every rule the tensors that it is the first to match."""
+    taken: list[list[TensorSpec]] = [[] for _ in recipe.rules]
+    for spec in specs:
+        role = official_role(spec.name)
+        first = next((i for i, rule in enumerate(recipe.rules) if rule.match.takes(spec, role)), None)
+        if first is None:
+            where = f"{role.component}, {role.expert}, {role.kind}"
+            raise PlanError(
+                f"recipe {recipe.name} has no rule for {spec.name} ({where});"
+                " add one, or end with `match: {}` and codec raw."
+            )
+        taken[first].append(spec)
+    for i, (rule, own) in enumerate(zip(recipe.rules, taken, strict=True)):
+        if not own:
+            lost = sum(rule.match.takes(spec, official_role(spec.name)) for spec in specs)
+            reason = f"earlier rules take its {lost} tensors" if lost else "the checkpoint has none such"
+            raise PlanError(
+                f"recipe {recipe.name} rule {i + 1} matches no tensor ({rule.match}): {reason}; remove or move it."
+            )
+    return taken
+
+
+def _place(unit: Unit) -> tuple[int, int]:
+    """Sort key of a unit's shard: embeddings and head, then decoder layers, then the rest."""
+    roles = [official_role(spec.name) for spec in unit.specs]
+    if all(role.kind in ("embedding", "head") for role in roles):
+        return (0, 0)
+    layers = {role.layer for role in roles}
+    if len(layers) == 1 and all(role.component == "llm" for role in roles) and roles[0].layer is not None:
+        return (1, roles[0].layer)
+    return (2, 0)
+
+
+def _sampled(placements: Sequence[Placement], checkpoint: Header) -> int | None:
+    """Likely bytes where a codec's size depends on the data and there is data."""
+    if not isinstance(checkpoint, Reader) or all(p.codec.exact for p in placements):
+        return None
+    return sum(p.codec.sampled(p.unit, checkpoint) for p in placements)
+
+
+def _check_budget(plan: Plan) -> None:
+    budget = plan.recipe.budget_gb
+    nbytes = plan.nbytes if plan.sampled is None else plan.sampled
+    if budget is None or nbytes <= budget * 1e9 or (plan.sampled is None and not plan.exact):
+        return
+    largest = sorted(plan.groups, key=lambda g: -g.nbytes)[:3]
+    named = ", ".join(f"{g.component} {g.expert} in {g.codec} {size_text(g.nbytes)}" for g in largest)
+    raise PlanError(
+        f"recipe {plan.recipe.name} needs {size_text(nbytes)}, its budget is {budget:g} GB;"
+        f" the largest parts are {named}: give one of them fewer bits, or raise budget_gb."
+    )

@@ -1,0 +1,189 @@
+"""The state of a build in its folder: one lock, one plan, one record per finished shard.
+
+Everything lies in `.build/` inside the artifact's folder and goes when the manifest is written. A shard whose record is
+there was synced before the record was, so a build that was killed anywhere goes on with the first shard without one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagel_compress.build.artifact import MANIFEST, Artifact, FileEntry, UnitEntry, _Entry
+from bagel_compress.build.plan import Plan
+from bagel_compress.errors import ArtifactError
+from bagel_compress.io.atomic import PARTIAL, write_atomic
+from bagel_compress.io.byte_size import size_text
+
+STATE = ".build"
+
+
+class ShardRecord(_Entry):
+    """A finished shard."""
+
+    file: FileEntry
+    units: dict[str, UnitEntry]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A folder that this process may write to. Use as a context manager; leaving it releases the lock."""
+
+    out: Path
+    plan: Plan
+
+    def __enter__(self) -> Build:
+        _refuse_foreign(self.out, self.plan)
+        state = self.out / STATE
+        state.mkdir(parents=True, exist_ok=True)
+        _lock(state / "lock")
+        try:
+            _refuse_foreign(self.out, self.plan)
+            write_atomic(state / "plan.json", json.dumps({"plan": self.plan.digest}).encode())
+            for leftover in self.out.glob(f"*{PARTIAL}"):
+                leftover.unlink()
+        except BaseException:
+            (state / "lock").unlink()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        (self.out / STATE / "lock").unlink(missing_ok=True)
+
+    def record(self, shard: str) -> ShardRecord | None:
+        """The record of a finished shard whose file is still there in full, else None."""
+        path = self.out / STATE / f"{shard}.json"
+        if not path.exists():
+            return None
+        record = ShardRecord.model_validate_json(path.read_bytes())
+        file = self.out / shard
+        return record if file.is_file() and file.stat().st_size == record.file.bytes else None
+
+    def finish_shard(self, shard: str, record: ShardRecord) -> None:
+        """Keeps the record; from here on the shard is not built again."""
+        write_atomic(self.out / STATE / f"{shard}.json", record.model_dump_json().encode())
+
+    def check_space(self, nbytes: int) -> None:
+        """Raises ArtifactError if the disk cannot take `nbytes` more."""
+        free = shutil.disk_usage(self.out).free
+        if free < nbytes:
+            raise ArtifactError(
+                f"{self.out} needs {size_text(nbytes)} more, its disk has {size_text(free)} free; free"
+                f" {size_text(nbytes - free)} or choose another disk (finished shards are kept)."
+            )
+
+    def clear(self) -> None:
+        """Removes the state: the manifest is written."""
+        shutil.rmtree(self.out / STATE)
+
+
+def finished(out: Path, plan: Plan) -> Artifact | None:
+    """The artifact that `plan` has already built in `out`, if it has."""
+    if not (out / MANIFEST).exists():
+        return None
+    _refuse_foreign(out, plan)
+    if (out / STATE).exists():  # killed between the manifest and the clearing
+        if (out / STATE / "lock").exists():
+            _remove_if_stale(out / STATE / "lock")
+        shutil.rmtree(out / STATE)
+    return Artifact.open(out)
+
+
+def _refuse_foreign(out: Path, plan: Plan) -> None:
+    """Raises ArtifactError if the folder holds anything but a build or artifact of this very plan."""
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file; choose a folder for the artifact.")
+    for path, key in ((out / MANIFEST, "finished artifact"), (out / STATE / "plan.json", "begun build")):
+        if path.exists():
+            found = _plan_digest(path)
+            if found != plan.digest:
+                raise ArtifactError(
+                    f"{out} holds the {key} of another plan ({found[:12]}, this one is {plan.digest[:12]}):"
+                    " recipe, source or version differ; choose another folder or delete this one."
+                )
+            return
+    others = [p.name for p in out.iterdir() if p.name != STATE] if out.is_dir() else []
+    if others:
+        raise ArtifactError(
+            f"{out} is not empty ({sorted(others)[0]}) and holds no build; choose a new or empty folder."
+        )
+
+
+def _plan_digest(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_bytes())["plan"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unreadable"
+
+
+def _lock(path: Path) -> None:
+    """Takes the lock, or one that a dead process of this machine left. Raises ArtifactError if it is held."""
+    mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
+    for _ in range(2):
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            _remove_if_stale(path)
+            continue
+        with os.fdopen(handle, "w") as file:
+            file.write(mine)
+        return
+    raise ArtifactError(f"{path.parent.parent} was taken by another build in this moment; run the command again.")
+
+
+def _remove_if_stale(path: Path) -> None:
+    try:
+        holder = json.loads(path.read_text())
+        pid, host, started = int(holder["pid"]), str(holder["host"]), str(holder["started"])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        pid, host, started = 0, socket.gethostname(), ""  # killed while it wrote the lock
+    if host == socket.gethostname() and not _alive(pid, started):
+        path.unlink(missing_ok=True)
+        return
+    raise ArtifactError(
+        f"{path.parent.parent} is being built by process {pid} on {host}; wait for it, or delete {path} if it is gone."
+    )
+
+
+def _alive(pid: int, started: str) -> bool:
+    """Whether the process that took the lock still runs; a number that was given out again does not count."""
+    if pid <= 0 or (started and _started(pid) != started):
+        return False
+    if os.name != "posix":
+        return _alive_windows(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _alive_windows(pid: int) -> bool:
+    """`os.kill(pid, 0)` would end the process on Windows, so its handle is asked for instead."""
+    import ctypes
+
+    still_active, query_limited = 259, 0x1000  # STILL_ACTIVE, PROCESS_QUERY_LIMITED_INFORMATION (winbase.h)
+    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
+    handle = kernel.OpenProcess(query_limited, False, pid)
+    if not handle:
+        return False
+    code = ctypes.c_ulong()
+    kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+    kernel.CloseHandle(handle)
+    return code.value == still_active
+
+
+def _started(pid: int) -> str:
+    """Start time of a process in clock ticks (field 22 of /proc/PID/stat); empty where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

@@ -1,0 +1,218 @@
+"""ShardWriter: fills safetensors files in place, from background threads, with a few reused buffers.
+
+The layout is known before the data (`safetensors_file.lay_out`), so chunks may come in any order. Encoding goes on, also of
+the next shard, while chunks are written and while what was written is read back, hashed and synced. Buffers are made
+once: fresh memory is slow to touch. Portable seek and write; the file appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from threading import BoundedSemaphore, get_ident
+
+import numpy as np
+from blake3 import blake3
+
+from bagel_compress.codecs.base import Chunk
+from bagel_compress.errors import CodecError
+from bagel_compress.io.atomic import PARTIAL, sync_folder
+from bagel_compress.io.safetensors_file import lay_out
+from bagel_compress.io.tensor_spec import PartSpec
+
+PIECE = 8 << 20  # bytes written at once
+BUFFERS = 6  # being filled, being written, and a few between, since encoding and writing do not keep step
+LASTING = 128  # pieces of lasting chunks that may wait: copied tensors must not hold up the coding of the next
+HASH_BLOCK = 1 << 18  # bytes read back at a time: they stay in the second-level cache
+SYNC_BYTES = 192 << 20  # put between two requests to the disk; it would otherwise wait for the end of a shard
+FAULT_BYTES = 1 << 16  # mapped by one page fault (fault_around_bytes of Linux)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenShard:
+    """A complete file: its JSON header and the BLAKE3 of each part, read back from it, in the order of the file."""
+
+    nbytes: int
+    header: bytes
+    parts: dict[str, str]
+
+
+class ShardWriter:
+    """Writes shards one after the other: `begin`, any number of `put`, `end`. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._writing = ThreadPoolExecutor(1, "write")
+        self._copying = ThreadPoolExecutor(1, "copy")  # lasting chunks, so that no buffer waits behind them
+        self._finishing = ThreadPoolExecutor(2, "finish")
+        self._syncing = ThreadPoolExecutor(2, "sync")
+        self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        for _ in range(BUFFERS):
+            self._free.put(np.empty(PIECE, np.uint8))
+        self._lasting = BoundedSemaphore(LASTING)
+        self._shards: list[_OpenShard] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._writing.shutdown(cancel_futures=True)
+        self._copying.shutdown(cancel_futures=True)
+        self._finishing.shutdown(cancel_futures=True)
+        self._syncing.shutdown()
+        for shard in self._shards:
+            shard.close()
+
+    def begin(self, path: Path, parts: Mapping[str, PartSpec]) -> None:
+        """Starts the file `path` with exactly these parts."""
+        header, offsets = lay_out(parts)
+        size = len(header) + sum(part.nbytes for part in parts.values())
+        partial = path.with_name(path.name + PARTIAL)
+        file = partial.open("w+b", buffering=0)
+        shard = _OpenShard(path, partial, {get_ident(): file}, header, offsets, dict(parts), size)
+        self._shards.append(shard)
+        _reserve(file, size)
+        shard.write(0, header)
+
+    def put(self, chunk: Chunk) -> None:
+        """Leaves the chunk to a background thread, copied if it will not last; writes a `direct` one before it returns.
+
+        Raises what a background thread met.
+        """
+        shard = self._shards[-1]
+        stop = chunk.start + chunk.data.nbytes
+        if chunk.part not in shard.parts or chunk.start < 0 or stop > shard.parts[chunk.part].nbytes:
+            raise CodecError(
+                f"{chunk.part}: bytes {chunk.start} to {stop} lie outside of what was announced; codec fault."
+            )
+        shard.filled[chunk.part] += chunk.data.nbytes
+        data = chunk.data.reshape(-1)
+        for start in range(0, data.nbytes, PIECE):
+            piece, where = data[start : start + PIECE], shard.offsets[chunk.part] + chunk.start + start
+            if chunk.direct:
+                shard.write(where, piece.data)
+            elif chunk.lasting:
+                self._lasting.acquire()
+                shard.pending.append(self._copying.submit(self._write_lasting, shard, where, piece))
+            else:
+                buffer = self._free.get()
+                buffer[: piece.nbytes] = piece
+                shard.pending.append(self._writing.submit(self._write_buffer, shard, where, buffer, piece.nbytes))
+        shard.raise_failures()
+        shard.sync_early(self._syncing)
+
+    def end(self) -> Future[WrittenShard]:
+        """Every byte was put. The result is there when the file is written, hashed, synced and under its name."""
+        shard = self._shards[-1]
+        for part, spec in shard.parts.items():
+            if shard.filled[part] != spec.nbytes:
+                raise CodecError(f"{part}: {shard.filled[part]} of {spec.nbytes} bytes were coded; codec fault.")
+        return self._finishing.submit(_finish, shard, self._syncing)
+
+    def _write_lasting(self, shard: _OpenShard, where: int, data: np.ndarray) -> None:
+        try:
+            data[::FAULT_BYTES].max()  # maps the pages of a mapped source, which inside of `write` takes much longer
+            shard.write(where, data.data)
+        finally:
+            self._lasting.release()
+
+    def _write_buffer(self, shard: _OpenShard, where: int, buffer: np.ndarray, nbytes: int) -> None:
+        try:
+            shard.write(where, buffer[:nbytes].data)
+        finally:
+            self._free.put(buffer)
+
+
+@dataclass(slots=True)
+class _OpenShard:
+    path: Path
+    partial: Path
+    handles: dict[int, FileIO]  # by thread: a handle has one position
+    header: bytes
+    offsets: dict[str, int]
+    parts: dict[str, PartSpec]
+    size: int
+    filled: Counter[str] = field(default_factory=Counter)
+    pending: list[Future[None]] = field(default_factory=list)
+    synced: int = 0  # bytes that were put when the disk was last asked
+    syncing: Future[None] | None = None
+
+    def handle(self) -> FileIO:
+        """This thread's handle of the file."""
+        file = self.handles.get(get_ident())
+        if file is None:
+            file = self.handles[get_ident()] = self.partial.open("r+b", buffering=0)
+        return file
+
+    def write(self, where: int, data: bytes | memoryview) -> None:
+        """Writes at byte `where` of the file. An unbuffered file may take less than it is given."""
+        file, rest = self.handle(), memoryview(data)
+        file.seek(where)
+        while rest:
+            rest = rest[file.write(rest) :]
+
+    def raise_failures(self) -> None:
+        """Re-raises what a finished background write met, and forgets the ones that went well."""
+        for write in [w for w in self.pending if w.done()]:
+            write.result()
+            self.pending.remove(write)
+
+    def sync_early(self, pool: ThreadPoolExecutor) -> None:
+        """Has the disk take what was written so far, if that is much and it is not at it already."""
+        total = self.filled.total()
+        if total - self.synced >= SYNC_BYTES and (self.syncing is None or self.syncing.done()):
+            self.synced, self.syncing = total, pool.submit(os.fsync, self.handle().fileno())
+            self.pending.append(self.syncing)
+
+    def close(self) -> None:
+        for file in self.handles.values():
+            file.close()
+
+
+def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
+    """Reads the file back (from the page cache) while it goes to the disk, then gives it its name."""
+    block = memoryview(bytearray(HASH_BLOCK))
+    try:
+        for write in shard.pending:
+            write.result()
+        file = shard.handle()
+        synced = syncing.submit(os.fsync, file.fileno())
+        file.seek(0)
+        if file.read(len(shard.header)) != shard.header:
+            raise OSError(f"{shard.partial} is not what was written to it")
+        digests = {part: _digest(file, shard.parts[part].nbytes, block) for part in shard.offsets}
+        synced.result()
+    finally:
+        shard.close()
+    os.replace(shard.partial, shard.path)
+    sync_folder(shard.path.parent)
+    return WrittenShard(shard.size, shard.header[8:], digests)
+
+
+def _reserve(file: FileIO, size: int) -> None:
+    """Sets the size; where it can, gives the file its blocks, which costs less at once than while it is written."""
+    file.truncate(size)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system cannot
+                raise
+
+
+def _digest(file: FileIO, nbytes: int, block: memoryview) -> str:
+    """BLAKE3 of the next `nbytes`; read into `block`, because fresh memory is slow."""
+    total = blake3()
+    while nbytes > 0:
+        count = file.readinto(block[: min(nbytes, len(block))])
+        if not count:
+            raise OSError(f"{file.name} became shorter while it was written")
+        total.update(block[:count])
+        nbytes -= count
+    return total.hexdigest()

@@ -1,0 +1,245 @@
+"""Verbs that judge: trace, validate, report; check and budget against a target."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bagel_compress.cli import add_json, add_verb, emit, say
+
+if TYPE_CHECKING:
+    from bagel_compress.parity.report_data import BudgetReport, ParityReport
+
+_SHORT = {
+    "understanding expert": "und", "generation expert": "gen", "embeddings and head": "embed, head",
+    "ViT, bridges, VAE": "vit, vae", "activations and scratch": "activations", "CUDA context": "context",
+}  # fmt: skip
+
+
+def register(verbs: Any) -> None:
+    """Adds this group's parsers to `verbs` (an argparse sub-parsers action)."""
+    _add_trace(verbs)
+    _add_validate_and_check(verbs)
+    _add_budget(verbs)
+    report = add_verb(
+        verbs, "report", "draw report.html again from the reports beside an artifact", "bagel-compress report out/nf4"
+    )
+    report.add_argument("artifact", metavar="ARTIFACT")
+    add_json(report)
+    report.set_defaults(verb=_report)
+
+
+def _add_trace(verbs: Any) -> None:
+    trace = add_verb(
+        verbs, "trace", "record what the full-precision model does, case by case; run again to go on",
+        "bagel-compress trace exports/cases --source BAGEL-7B-MoT --out bagel.trace.safetensors --device cuda",
+    )  # fmt: skip
+    trace.add_argument("cases", nargs="+", metavar="CASE", help="case file, or folder of them")
+    trace.add_argument("--source", required=True, metavar="DIR", help="full-precision checkpoint folder")
+    trace.add_argument("--out", required=True, metavar="FILE")
+    _device(trace)
+    trace.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    trace.add_argument(
+        "--floor", choices=("all", "kernel", "none"), default="all",
+        help="noise floor to measure; `all` also runs the model in the other dtype (fp32: twice the memory)",
+    )  # fmt: skip
+    add_json(trace)
+    trace.set_defaults(verb=_trace)
+
+
+def _add_validate_and_check(verbs: Any) -> None:
+    validate = add_verb(
+        verbs, "validate", "compare an artifact with its reference and write report.html; exit 1 on a broken limit",
+        "bagel-compress validate out/nf4 --trace bagel.trace.safetensors\n"
+        "  bagel-compress validate out/nf4 --trace a.safetensors b.safetensors --source BAGEL-7B-MoT",
+    )  # fmt: skip
+    _artifact_and_traces(validate)
+    validate.add_argument("--source", metavar="DIR", help="the checkpoint, to attribute errors to components")
+    validate.add_argument("--lpips", metavar="FILE", help="AlexNet and LPIPS weights (safetensors), to measure LPIPS")
+    validate.add_argument("--clip", metavar="DIR", help="CLIP model in the layout of the Hub, to score by it")
+    validate.set_defaults(verb=_validate)
+
+    check = add_verb(
+        verbs, "check", "validate and budget in one, for CI; exit 1 and a sentence per broken limit",
+        "bagel-compress check out/nf4 --trace bagel.trace.safetensors --target 12gb",
+    )  # fmt: skip
+    _artifact_and_traces(check, several=False)
+    _targets(check)
+    check.set_defaults(verb=_check)
+
+
+def _add_budget(verbs: Any) -> None:
+    budget = add_verb(
+        verbs, "budget", "peak memory on a card, phase by phase; needs no GPU; exit 1 if it does not fit",
+        "bagel-compress budget nf4 --target 12gb 16gb\n  bagel-compress budget out/nf4 --target h100 --device cuda\n"
+        "  bagel-compress budget out/nf4 --target 12gb --device cpu --source BAGEL-7B-MoT\n"
+        "  bagel-compress budget fp8-24gb --target 12gb 12gb --together",
+    )  # fmt: skip
+    budget.add_argument("build", metavar="ARTIFACT|RECIPE", help="artifact folder; recipe file or packaged name")
+    _targets(budget)
+    budget.add_argument(
+        "--source", metavar="SRC",
+        help="with a recipe: plan for this checkpoint (default: the released one); with an artifact and --device: time"
+        " this full-precision model in turns with it",
+    )  # fmt: skip
+    budget.add_argument(
+        "--device", metavar="D", help="also measure on this CUDA device, if it is the target's; cpu: times only"
+    )
+    budget.add_argument(
+        "--together", action="store_true",
+        help="the targets are cards of one machine: plan which layers and parts go to which",
+    )  # fmt: skip
+    add_json(budget)
+    budget.set_defaults(verb=_budget)
+
+
+def _targets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target", required=True, nargs="+", metavar="T", help="target file, or the name of a packaged one"
+    )
+
+
+def _device(parser: argparse.ArgumentParser, several: bool = True) -> None:
+    more = ", or several: cuda:0,cuda:1" if several else ""
+    parser.add_argument("--device", default="cpu", help=f"cpu, cuda, cuda:1{more} (default cpu)")
+
+
+def _artifact_and_traces(parser: argparse.ArgumentParser, several: bool = True) -> None:
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder that `compress` or `export` wrote")
+    parser.add_argument("--trace", required=True, nargs="+", metavar="FILE", help="traces of the artifact's source")
+    _device(parser, several)
+    add_json(parser)
+
+
+def _trace(args: argparse.Namespace) -> int:
+    import torch
+
+    from bagel_compress.budget.device_option import one_device, where
+    from bagel_compress.run.case import load_cases
+    from bagel_compress.validate.artifact import record_source
+
+    floors = {"all": ("repeat", "kernel", "dtype"), "kernel": ("repeat", "kernel"), "none": ()}[args.floor]
+    dtype = getattr(torch, args.dtype)
+    device = where(args.device, args.source, say) if dtype == torch.bfloat16 else one_device(args.device)
+    file = record_source(args.source, load_cases(args.cases), args.out, device, dtype, floors, say)
+    size = file.path.stat().st_size
+    data = {
+        "trace": str(file.path),
+        "bytes": size,
+        "source": file.header.source_digest,
+        "cases": list(file.header.cases),
+    }
+    emit(args, data, f"{file.path}: {len(file.header.cases)} cases, {size / 1e6:.1f} MB")
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from bagel_compress.build.artifact import EXPORT_MANIFEST
+    from bagel_compress.parity.network_metrics import Networks
+    from bagel_compress.validate.artifact import validate_artifact
+
+    if (Path(args.artifact) / EXPORT_MANIFEST).exists():
+        from bagel_compress.export.manifest import ExportFolder
+        from bagel_compress.validate.export import validate_export
+
+        report = validate_export(ExportFolder.open(args.artifact), args.trace, progress=say)
+    else:
+        networks = Networks.open(args.lpips, args.clip)
+        report = validate_artifact(args.artifact, args.trace, args.source, args.device, say, networks)
+    page = Path(args.artifact) / "report.html"
+    emit(args, report.model_dump(mode="json") | {"passed": report.passed, "page": str(page)}, table(report, page))
+    return 0 if report.passed else 1
+
+
+def _check(args: argparse.Namespace) -> int:
+    from bagel_compress.budget.device_option import one_device
+    from bagel_compress.validate.check import check
+
+    report, budgets = check(args.artifact, args.trace, args.target, one_device(args.device), say)
+    page = Path(args.artifact) / "report.html"
+    passed = report.passed and not any(b.broken for b in budgets)
+    data = {"passed": passed, "parity": report.model_dump(mode="json"), "page": str(page)}
+    text = "\n\n".join([table(report, page), *map(budget_table, budgets)])
+    emit(args, data | {"budgets": [b.model_dump(mode="json") for b in budgets]}, text)
+    return 0 if passed else 1
+
+
+def _budget(args: argparse.Namespace) -> int:
+    if args.together:
+        return _together(args)
+    from bagel_compress.validate.check import budgets_of
+
+    reports = budgets_of(args.build, args.target, args.source, args.device)
+    emit(args, {"budgets": [r.model_dump(mode="json") for r in reports]}, "\n\n".join(map(budget_table, reports)))
+    return 1 if any(r.broken for r in reports) else 0
+
+
+def _together(args: argparse.Namespace) -> int:
+    from bagel_compress.budget.device_option import build_of
+    from bagel_compress.budget.plan_devices import card_of, plan_map
+    from bagel_compress.budget.planned_build import planned_build
+    from bagel_compress.build.artifact import MANIFEST
+    from bagel_compress.errors import TargetError
+    from bagel_compress.run.target import Target
+
+    if args.device is not None:
+        raise TargetError("--together plans from the targets' memory and measures nothing; leave --device away.")
+    targets = [Target.load(target) for target in args.target]
+    is_folder = (Path(args.build) / MANIFEST).exists()
+    build = build_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
+    plan = plan_map(build, [card_of(t, f"cuda:{i}") for i, t in enumerate(targets)], targets[0].sizes)
+    emit(args, plan.to_json(), f"{build.name} on {' + '.join(t.name for t in targets)}, GiB\n{plan.table()}")
+    return 0
+
+
+def budget_table(report: BudgetReport) -> str:
+    """Peaks by phase as text, in GiB, times where they were measured, the verdict and what would make it fit."""
+    from bagel_compress.parity.report_data import TOKEN
+
+    names = list(report.phases[0].parts)
+    short = [_SHORT.get(name, name) for name in names]
+    how = f"measured on {report.measured_on}" if report.measured_on else "predicted"
+    lines = [
+        f"{report.name} on {report.target} ({report.device}), {how}, GiB; disk {report.disk / 1e9:.2f} GB",
+        f"{'phase':<24}{'peak':>8}" + "".join(f"{name:>12}" for name in short),
+    ]
+    for phase in report.phases:
+        parts = "".join(f"{phase.parts[name] / 2**30:>12.2f}" for name in names)
+        measured = "" if phase.measured is None else f"   measured {phase.measured / 2**30:.2f}"
+        lines.append(f"{phase.name:<24}{phase.total / 2**30:>8.2f}{parts}{measured}")
+    if report.timings:
+        lines.append(f"{'times on ' + (report.timed_on or 'unknown'):<24}")
+        lines.append(f"{'':<24}{'median s':>12}{'90 % s':>12}{'reference s':>12}{'ratio':>8}")
+    for t in report.timings:
+        beside = "" if t.ratio is None else f"{t.reference:>12.4g}{t.ratio:>8.2f}"
+        speed = f"   {1 / t.median:.1f} tokens/s" if t.what == TOKEN else ""
+        lines.append(f"{t.what:<24}{t.median:>12.4g}{t.p90:>12.4g}{beside}{speed}")
+    fits = f"fits: {report.peak / 2**30:.2f} of {(report.limit or 0) / 2**30:.2f} GiB" if not report.broken else ""
+    return "\n".join([*lines, *filter(None, [fits, *report.broken, *report.advice])])
+
+
+def _report(args: argparse.Namespace) -> int:
+    from bagel_compress.build.artifact import Artifact
+    from bagel_compress.validate.artifact import write_report
+
+    page = write_report(args.artifact, Artifact.open(args.artifact).digest)
+    emit(args, {"page": str(page)}, str(page))
+    return 0
+
+
+def table(report: ParityReport, page: Path) -> str:
+    """The verdict as text: the worst value of each metric, then reasons and the page."""
+    from bagel_compress.build.limits import METRICS
+    from bagel_compress.parity.report_data import number
+    from bagel_compress.report.text import worst_rows
+
+    lines = [f"{'metric':<18}{'worst case':<18}{'found':>10}{'floor':>10}{'limit':>12}"]
+    for row in worst_rows(report):
+        side = "<=" if METRICS[row.metric][0] == "max" else ">="
+        floor = "" if row.floor is None else number(row.floor)
+        limit = f"{side} {number(row.limit)}"
+        mark = "" if row.ok else "  broken"
+        lines.append(f"{row.metric:<18}{row.case or 'all':<18}{number(row.value):>10}{floor:>10}{limit:>12}{mark}")
+    lines += [*report.faults, *report.broken]
+    return "\n".join([*lines, f"{report.name}: {'passed' if report.passed else 'did not pass'}", f"{page}"])

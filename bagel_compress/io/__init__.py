@@ -1,0 +1,1 @@
+"""Files and bits: safetensors, bf16 words, what comes with the package."""

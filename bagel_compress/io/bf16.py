@@ -1,0 +1,87 @@
+"""bf16 words from mapped files: stored elements of any float type -> uint16, rounded to nearest even. numpy only."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING
+
+from bagel_compress.io.safetensors_file import StoredTensor, TensorFile
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}  # the dtypes that weights may be stored in, and their bytes
+BLOCK = 1 << 18  # elements rounded at a time: the temporaries stay in the L2 cache
+
+
+def stored(file: TensorFile, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+    """Elements [start, stop) as unsigned words of the stored width: a view of the file where it is aligned."""
+    import numpy as np
+
+    width = WIDTHS[tensor.dtype]
+    data = file.bytes[tensor.start + start * width : tensor.start + stop * width]
+    if tensor.start % width:
+        data = data.copy()  # the header of other writers need not be padded
+    return data.view(np.uint16 if width == 2 else np.uint32)
+
+
+def floats(words: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored words -> fp32 values."""
+    import numpy as np
+
+    if dtype == "F32":
+        return words.view(np.float32)
+    if dtype == "F16":
+        return words.view(np.float16).astype(np.float32)
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """fp32 -> bf16 words, to nearest, ties to even; NaN stays NaN. Equal to torch's `.to(torch.bfloat16)`."""
+    import numpy as np
+
+    out = np.empty(values.size, np.uint16)
+    for start in range(0, values.size, BLOCK):
+        block = values[start : start + BLOCK]
+        bits = block.view(np.uint32)
+        words = (bits >> 16) & 1
+        words += bits
+        words += 0x7FFF
+        words >>= 16
+        nan = np.isnan(block)
+        if nan.any():
+            words[nan] = 0x7FC0
+        out[start : start + block.size] = words
+    return out
+
+
+def as_tensor(words: np.ndarray) -> torch.Tensor:
+    """bf16 words, or bytes, -> torch tensor on the same memory. Read only: it may be a mapped file."""
+    import torch
+
+    _accept_read_only()
+    tensor = torch.from_numpy(words)
+    return tensor.view(torch.bfloat16) if words.itemsize == 2 else tensor
+
+
+def as_words(values: torch.Tensor) -> np.ndarray:
+    """1-D bf16 tensor -> its words as a numpy array on the same memory."""
+    import torch
+
+    words: np.ndarray = values.view(torch.uint16).numpy()
+    return words
+
+
+@cache
+def _accept_read_only() -> None:
+    """torch warns once per process about read-only arrays; ours are never written to, so the warning is spent here."""
+    import numpy as np
+    import torch
+
+    empty = np.zeros(1, np.uint8)
+    empty.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.from_numpy(empty)

@@ -1,0 +1,39 @@
+"""Digests of files and of tensors in files: BLAKE3 in our manifests, sha256 where the Hub and people compare."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from blake3 import blake3
+
+
+def tensors_digest(header: bytes, digests: Iterable[str]) -> str:
+    """Digest of a safetensors file from its JSON header and the BLAKE3 of each tensor, in the order of the file.
+
+    The bytes of a shard are hashed once this way, and not once for the file and once for the tensor that changed.
+    """
+    return blake3(header + b"".join(map(bytes.fromhex, digests))).hexdigest()
+
+
+def blake3_file(path: Path) -> str:
+    """BLAKE3 of a file's bytes."""
+    with path.open("rb") as file:
+        return blake3_of(file, path.stat().st_size)
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes: what the Hub, git LFS and SHA256SUMS say of it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blake3_of(file: BinaryIO, nbytes: int) -> str:
+    """BLAKE3 of the next `nbytes` bytes of an open file, or of what is left of it."""
+    total = blake3()
+    while nbytes > 0 and (block := file.read(min(nbytes, 1 << 20))):
+        total.update(block)
+        nbytes -= len(block)
+    return total.hexdigest()

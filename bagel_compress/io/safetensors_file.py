@@ -1,0 +1,163 @@
+"""The safetensors format: reading a header that may be hostile, and laying one out byte for byte as `save_file` does.
+
+Our own few lines instead of the library's, because a build has to know every offset before any data exists, and because
+a damaged source must end in one sentence. Checked before use: header length, JSON, dtypes, shapes, offsets, overlaps,
+holes and the file's size. Nothing here reads tensor data; numpy only maps it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from bagel_compress.errors import BagelCompressError, CheckpointError
+from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library (0.8, `MAX_HEADER_SIZE`)
+# The order in which `safetensors.serialize_file` 0.8 places tensors: by dtype in this order, then by name.
+DTYPE_ORDER = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(PartSpec):
+    """A tensor of a file; `start` and `stop` are byte offsets from the start of the file."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose header was read and checked. `stamp` is (size, mtime in ns) at that time."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    header: bytes
+    stamp: tuple[int, int]
+
+    @classmethod
+    def open(cls, path: Path, error: type[BagelCompressError] = CheckpointError) -> TensorFile:
+        """Reads and checks the header. Raises `error`, in one sentence, on anything that is not as the format says."""
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                header = file.read(_header_length(file.read(8), status.st_size, path, error))
+        except OSError as fault:
+            raise error(f"{path} cannot be read ({fault.strerror}).") from None
+        table, metadata = _parse(header, path, error)
+        base = 8 + len(header)
+        tensors = {name: _stored(name, row, base, path, error) for name, row in table.items()}
+        _check_cover(tensors, base, status.st_size, path, error)
+        return cls(path, tensors, metadata, header, (status.st_size, status.st_mtime_ns))
+
+    @cached_property
+    def bytes(self) -> np.ndarray:
+        """The whole file as a read-only uint8 map. Pages come and go with the system's cache; nothing is allocated."""
+        import numpy as np
+
+        with self.path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+    def changed(self) -> bool:
+        """True if the file is no longer the one whose header was read."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return True
+        return (status.st_size, status.st_mtime_ns) != self.stamp
+
+
+def lay_out(parts: Mapping[str, PartSpec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
+    """Header bytes (length prefix included) and the offset of each part in the file, in the order of the file.
+
+    Byte-identical to `safetensors.torch.save_file(..., metadata={"format": "pt"})`: parts by dtype, then by name;
+    compact JSON; spaces up to a multiple of 8 bytes. `metadata` is added to the "format" entry.
+    """
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
+    position = 0
+    for name in sorted(parts, key=lambda n: (DTYPE_ORDER[parts[n].dtype], n)):
+        part = parts[name]
+        stop = position + part.nbytes
+        table[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    offsets = {name: base + row["data_offsets"][0] for name, row in table.items() if name != "__metadata__"}
+    return struct.pack("<Q", len(text)) + text, offsets
+
+
+def file_bytes(parts: Mapping[str, PartSpec]) -> int:
+    """Size of the file that `lay_out` describes."""
+    return len(lay_out(parts)[0]) + sum(part.nbytes for part in parts.values())
+
+
+def _header_length(prefix: bytes, size: int, path: Path, error: type[BagelCompressError]) -> int:
+    if len(prefix) < 8:
+        raise error(f"{path} has {size} bytes; a safetensors file starts with an 8-byte header length. Copy it again.")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER:
+        raise error(f"{path} is not a safetensors file: its first 8 bytes would mean a header of {length} bytes.")
+    if 8 + length > size:
+        raise error(f"{path} is truncated: {size} bytes, its header alone needs {8 + length}. Copy it again.")
+    return int(length)
+
+
+def _parse(
+    header: bytes, path: Path, error: type[BagelCompressError]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    try:
+        table = json.loads(header)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise error(f"{path} is not a safetensors file: its header is not JSON.") from None
+    if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
+        raise error(f"{path} is not a safetensors file: its header is not a table of tensors.")
+    metadata = table.pop("__metadata__", {})
+    return table, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _stored(name: str, row: Mapping[str, Any], base: int, path: Path, error: type[BagelCompressError]) -> StoredTensor:
+    dtype, shape, offsets = row.get("dtype"), row.get("shape"), row.get("data_offsets")
+    if dtype not in DTYPE_BYTES:
+        raise error(f"{path}: tensor {name} has dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}.")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise error(f"{path}: tensor {name} has shape {shape!r} and offsets {offsets!r}; the header is damaged.")
+    needed = prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != needed:
+        found = offsets[1] - offsets[0]
+        raise error(
+            f"{path}: tensor {name} takes {found} bytes, {dtype} {shape} needs {needed}; the header is damaged."
+        )
+    return StoredTensor(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _naturals(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+
+
+def _check_cover(
+    tensors: Mapping[str, StoredTensor], base: int, size: int, path: Path, error: type[BagelCompressError]
+) -> None:
+    """The format wants the data area covered without overlap or hole, and nothing behind it."""
+    end, last = base, "the header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            fault = "overlaps" if tensor.start < end else "leaves a hole after"
+            raise error(f"{path}: tensor {name} {fault} {last}; the header is damaged.")
+        end, last = tensor.stop, name
+    if end > size:
+        raise error(f"{path} is truncated: {size} bytes, its header promises {end}. Copy it again.")
+    if end < size:
+        raise error(f"{path} has {size - end} bytes behind its last tensor; it is damaged. Copy it again.")

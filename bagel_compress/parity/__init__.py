@@ -1,0 +1,1 @@
+"""How far a build is from its reference, measured against a trace."""

@@ -1,0 +1,89 @@
+"""Attribution: which part of an artifact costs what.
+
+The reference with one component's modules taken from the artifact, everything else untouched; then the next one. The
+modules are lent, not copied, so this needs both models in memory and nothing more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from bagel.model import Bagel
+from bagel.sampler import Sampler
+from bagel_compress.parity import replay
+from bagel_compress.parity.distances import measure
+from bagel_compress.parity.report_data import Share
+from bagel_compress.parity.trace import Trace
+
+_ATTENTION = r"(?:[qkvo]_proj|[qk]_norm|input_layernorm)"
+_MLP = r"(?:(?:gate|up|down)_proj|post_attention_layernorm)"
+COMPONENTS = {
+    "und attention": rf"layers\.\d+\.und\.{_ATTENTION}",
+    "und MLP": rf"layers\.\d+\.und\.{_MLP}",
+    "gen attention": rf"layers\.\d+\.gen\.{_ATTENTION}",
+    "gen MLP": rf"layers\.\d+\.gen\.{_MLP}",
+    "ViT": r"vit",
+    "connector": r"connector|vit_pos_embed",
+    "embeddings": r"embed_tokens",
+    "latent and time": r"vae2llm|llm2vae|latent_pos_embed|time_embedder",
+    "head": r"lm_head|norm_und|norm_gen",
+}
+STEPS, LOGITS = 2, 8  # what is replayed per case: enough to rank components
+
+
+def attribute(reference: Sampler, artifact: Sampler, traces: Sequence[Trace]) -> tuple[Share, ...]:
+    """The cost of each component: error of the path and mean KL of logits, mean over the cases."""
+    thin = [_thinned(trace) for trace in traces]
+    shares = []
+    for component, pattern in COMPONENTS.items():
+        with lent(reference.bagel, artifact.bagel, pattern):
+            measured = [measure(trace, replay.replay(reference, trace), None).metrics for trace in thin]
+        shares.append(
+            Share(
+                component=component,
+                velocity=_mean([m["velocity.path"] for m in measured if "velocity.path" in m]),
+                logits=_mean([m["logits.kl_mean"] for m in measured if "logits.kl_mean" in m]),
+            )
+        )
+    return tuple(shares)
+
+
+@contextmanager
+def lent(reference: Bagel, artifact: Bagel, pattern: str) -> Iterator[None]:
+    """Puts the artifact's modules whose path matches into the reference, and takes them out again."""
+    paths = [path for path, _ in reference.named_modules() if re.fullmatch(pattern, path)]
+    kept = {path: reference.get_submodule(path) for path in paths}
+    try:
+        for path in paths:
+            _put(reference, path, artifact.get_submodule(path))
+        yield
+    finally:
+        for path, module in kept.items():
+            _put(reference, path, module)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _thinned(trace: Trace) -> Trace:
+    """First and middle step, some logits, no taps."""
+    steps = trace.steps[:: max(1, len(trace.steps) // STEPS)][:STEPS]
+    kept = {
+        name: tensor
+        for name, tensor in trace.tensors.items()
+        if not name.startswith("tap/") and (not name.startswith("step") or int(name[4:].split("/")[0]) in steps)
+    }
+    if "ids" in kept:
+        kept["ids"], kept["logits"] = kept["ids"][:LOGITS], kept["logits"][:LOGITS]
+    return replace(trace, tensors=kept)
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,182 @@
+"""Parity: an artifact against the traces of its reference.
+
+Teacher-forced first (where do the numbers part), then free (what would a person see), for every case; probes of the
+linear modules; the limits of the recipe, each beside the noise floor. A limit below the floor is an error: nobody could
+hold it, not even the reference.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from bagel.sampler import Sampler
+from bagel_compress.build.limits import MEDIAN, Limit
+from bagel_compress.errors import RecipeError
+from bagel_compress.parity import replay
+from bagel_compress.parity.attribution import attribute
+from bagel_compress.parity.diagnose import Format, diagnose_case, diagnose_modules, modules, probe_values
+from bagel_compress.parity.distances import measure
+from bagel_compress.parity.linear_probes import probe
+from bagel_compress.parity.network_metrics import Networks
+from bagel_compress.parity.report_data import CaseParity, ParityReport, Row
+from bagel_compress.parity.trace import Trace, TraceFile
+
+FLOOR_OF = {"lossless": ("repeat",)}  # a lossless model is run exactly as the reference was
+FLOOR_KINDS = ("kernel", "dtype")
+NO_NETWORKS = Networks()
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is judged: a loaded model and what is known about it."""
+
+    sampler: Sampler
+    name: str
+    digest: str  # of the manifest
+    level: str
+    limits: Mapping[str, Limit]
+    formats: Mapping[str, Format] = field(default_factory=dict)  # linear module path -> how it is stored
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A report with the pictures it is about: case -> (reference, found), uint8 [H, W, 3]."""
+
+    report: ParityReport
+    pictures: Mapping[str, tuple[Tensor, Tensor]]
+
+
+def compare(
+    subject: Subject,
+    files: Sequence[TraceFile],
+    reference: Sampler | None = None,
+    progress: Progress | None = None,
+    networks: Networks = NO_NETWORKS,
+) -> Found:
+    """Judges a model by trace files. With the reference model at hand, errors are attributed to components.
+
+    Raises TraceError on a trace of other sizes, RecipeError on a limit below the noise floor or one on a network's
+    value without its weights.
+    """
+    progress = progress or (lambda message: None)
+    for metric, option in networks.absent.items():
+        if metric in subject.limits:
+            raise RecipeError(f"limits: {metric} is limited, but it needs its weights; give them with {option}.")
+    for file in files:
+        file.expect_model(asdict(subject.sampler.bagel.config))
+    traces = [file.read(case) for file in files for case in file.header.cases]
+    _reachable(subject, traces)
+    cases, faults, pictures = [], [], {}
+    for trace in traces:
+        progress(f"comparing {trace.case.name}")
+        forced, free = replay.replay(subject.sampler, trace), replay.rerun(subject.sampler, trace)
+        case = measure(trace, forced, free)
+        cases.append(case.model_copy(update={"metrics": case.metrics | networks.metrics(free, trace)}))
+        faults += diagnose_case(forced, trace)
+        if "image" in trace.tensors:
+            pictures[trace.case.name] = (trace.tensors["image"], free.tensors["image"])
+    progress("probing the linear modules")
+    wanted = {path: answers for file in files for path, answers in file.probes().items()}
+    found = probe(subject.sampler.bagel) if wanted else {}
+    faults += diagnose_modules(found, wanted, subject.formats, subject.limits.get("linear.gain"))
+    if reference is not None:
+        progress("attributing the error to components")
+    report = ParityReport(
+        artifact=subject.digest,
+        name=subject.name,
+        level=subject.level,
+        source=files[0].header.source,
+        source_digest=files[0].header.source_digest,
+        environment=_environment(subject.sampler, files[0]),
+        rows=_rows(subject, cases, probe_values(found, wanted) if wanted else {}),
+        cases=tuple(cases),
+        shares=attribute(reference, subject.sampler, traces) if reference is not None else (),
+        modules=modules(found, wanted, subject.formats),
+        faults=tuple(dict.fromkeys(faults)),
+        notes=tuple(_notes(traces, networks)),
+    )
+    return Found(report, pictures)
+
+
+def floor_of(by_kind: Mapping[str, float], limit: Limit, level: str) -> float | None:
+    """The floor that a limit of this class has to respect: the worst of the reference's distances from itself."""
+    values = [by_kind[kind] for kind in FLOOR_OF.get(level, FLOOR_KINDS) if kind in by_kind]
+    if not values:
+        return None
+    return max(values) if limit.sense == "max" else min(values)
+
+
+def _reachable(subject: Subject, traces: Sequence[Trace]) -> None:
+    """Raises RecipeError if the reference itself does not hold a limit."""
+    for metric, limit in subject.limits.items():
+        floors = {
+            t.case.name: floor
+            for t in traces
+            if (floor := floor_of(t.facts.floor.get(metric, {}), limit, subject.level)) is not None
+        }
+        if not floors:
+            continue
+        worst = _summary(metric, limit, list(floors.values()))
+        if not limit.holds(worst):
+            side = "below" if limit.sense == "max" else "above"
+            raise RecipeError(
+                f"limits: {metric} is limited to {limit.value:g}, {side} the noise floor of {worst:.4g} (the reference"
+                " against itself); nothing can hold it, so loosen the limit or record with a finer dtype."
+            )
+
+
+def _summary(metric: str, limit: Limit, values: Sequence[float]) -> float:
+    """What a limit is compared with, over cases: the median for free runs, the worst otherwise."""
+    if metric.startswith(MEDIAN):
+        return median(values)
+    return max(values) if limit.sense == "max" else min(values)
+
+
+def _rows(subject: Subject, cases: Sequence[CaseParity], probes: Mapping[str, float]) -> tuple[Row, ...]:
+    rows = []
+    for metric, limit in subject.limits.items():
+        if metric in probes:
+            rows.append(_row("", metric, probes[metric], None, limit))
+            continue
+        measured = [(c, c.metrics[metric]) for c in cases if metric in c.metrics]
+        floors = {c.name: floor_of(c.floor.get(metric, {}), limit, subject.level) for c, _ in measured}
+        if metric.startswith(MEDIAN) and measured:
+            known = [f for f in floors.values() if f is not None]
+            value = median(v for _, v in measured)
+            rows.append(_row("", metric, value, median(known) if known else None, limit))
+        else:
+            rows += [_row(c.name, metric, v, floors[c.name], limit) for c, v in measured]
+    return tuple(rows)
+
+
+def _row(case: str, metric: str, value: float, floor: float | None, limit: Limit) -> Row:
+    ok = limit.holds(value)
+    return Row(case=case, metric=metric, value=value, floor=floor, limit=limit.value, source=limit.source, ok=ok)
+
+
+def _environment(sampler: Sampler, file: TraceFile) -> dict[str, str]:
+    device = sampler.bagel.device
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()})",
+        "dtype": str(sampler.bagel.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "reference device": file.header.device,
+        "reference dtype": file.header.dtype,
+        "reference torch": file.header.versions.get("torch", "unknown"),
+    }
+
+
+def _notes(traces: Sequence[Trace], networks: Networks) -> list[str]:
+    notes = [f"{metric} was not measured: its weights were not given ({o})." for metric, o in networks.absent.items()]
+    if any(not t.facts.floor for t in traces):
+        notes.append("Some traces were recorded without a noise floor; their limits could not be checked against it.")
+    return notes

@@ -1,0 +1,237 @@
+"""Diagnosis: known ways to break a compressed model, recognised by their signature and named in a sentence.
+
+Limits say that something is wrong, this says what. Each function looks for one kind of fault.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from bagel_compress.build.limits import Limit
+from bagel_compress.parity import metrics
+from bagel_compress.parity.report_data import ModuleError
+from bagel_compress.parity.trace import Trace
+
+SATURATED = 3.0  # a module this many times worse than the median of its format, with a loss of gain, is saturated
+SAME = 0.98  # cosine above which two answers are the same module's (NF4 reaches 0.995 on normal weights)
+PIXEL_MIDDLE = 127.5
+CERTAIN = 2.0  # standard errors: a 95 % interval
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What the manifest says about a linear module."""
+
+    name: str
+    lossless: bool
+
+
+def modules(
+    found: Mapping[str, Tensor], reference: Mapping[str, Tensor], formats: Mapping[str, Format]
+) -> tuple[ModuleError, ...]:
+    """Distance of every linear module's answers, without the bias."""
+    return tuple(
+        ModuleError(
+            module=path,
+            codec=formats[path].name if path in formats else "",
+            rel_l2=metrics.rel_l2(_without_bias(found[path]), _without_bias(reference[path])),
+            gain=metrics.gain(_without_bias(found[path]), _without_bias(reference[path])),
+        )
+        for path in reference
+        if path in found
+    )
+
+
+def probe_values(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+    """The two gated values of the probes: worst certain deviation of a gain from 1, worst difference of a bias."""
+    gains = [gain.deviation for gain in _group_gains(found, reference).values()]
+    biases = [metrics.max_abs(found[path][0], reference[path][0]) for path in reference if path in found]
+    return {"linear.gain": max(gains, default=0.0), "linear.bias": max(biases, default=0.0)}
+
+
+def diagnose_modules(
+    found: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    formats: Mapping[str, Format],
+    gain_limit: Limit | None,
+) -> list[str]:
+    """Faults of single modules: bias, swap, saturation, a format that is not in effect, a wrong scale."""
+    errors = {m.module: m for m in modules(found, reference, formats)}
+    faults = [*_biases(found, reference), *_swapped(found, reference), *_not_in_effect(errors, formats)]
+    saturated = list(_saturated(errors, formats))
+    faults += [s for _, s in saturated]
+    named = {path for path, _ in saturated} | {p for p in errors if any(f"{_owner(p)} " in f for f in faults)}
+    faults += _scales(found, reference, gain_limit, named)
+    return faults
+
+
+def diagnose_case(found: Trace, reference: Trace) -> list[str]:
+    """Faults of the sampler's machinery: contexts, guidance branches, VAE."""
+    where = f"case {reference.case.name}: "
+    faults = [*_contexts(found, reference), *_branches(found, reference), *_vae(found, reference)]
+    return [where + fault for fault in faults]
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+def _without_bias(answers: Tensor) -> Tensor:
+    return answers[1:].double() - answers[:1].double()
+
+
+def _owner(path: str) -> str:
+    """The expert of a layer, or the part outside of layers, that a module belongs to."""
+    match = re.match(r"(layers\.\d+\.(?:und|gen)|vit\.layers\.\d+)\.", path)
+    return match[1] if match else path
+
+
+@dataclass(frozen=True, slots=True)
+class _Gain:
+    """The gain of some modules and its standard error: eight answers of one small module say little."""
+
+    value: float
+    error: float
+
+    @property
+    def deviation(self) -> float:
+        """How far off 1 the gain is for certain."""
+        return max(0.0, abs(self.value - 1.0) - CERTAIN * self.error)
+
+
+def _group_gains(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, _Gain]:
+    """Gain of each expert of a layer, its modules pooled: single small modules scatter too much."""
+    groups: dict[str, list[str]] = {}
+    for path in reference:
+        if path in found:
+            groups.setdefault(_owner(path), []).append(path)
+    return {
+        owner: _gain(torch.cat([_products(found[path], reference[path]) for path in paths]))
+        for owner, paths in groups.items()
+    }
+
+
+def _products(found: Tensor, reference: Tensor) -> Tensor:
+    """Per answer <found, reference> and <reference, reference>, scaled so that a module weighs by its outputs."""
+    a, b = _without_bias(found), _without_bias(reference)
+    return torch.stack([(a * b).sum(-1), (b * b).sum(-1)], -1) / b.square().mean().clamp(min=1e-30)
+
+
+def _gain(products_N2: Tensor) -> _Gain:
+    crossed, own = products_N2.unbind(-1)
+    whole = own.sum()
+    if whole == 0:  # a module that answers nothing: its bias says the rest
+        return _Gain(1.0, 0.0)
+    value = crossed.sum() / whole
+    return _Gain(value.item(), ((crossed - value * own).norm() / whole).item())
+
+
+def _biases(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Iterator[str]:
+    for path, wanted in reference.items():
+        if path not in found or not wanted[0].any():
+            continue
+        if not found[path][0].any():
+            yield f"{path} lost its bias: its answer to zeros is zero, the reference's is not."
+        elif metrics.rel_l2(found[path][0], wanted[0]) > 0.01:
+            yield f"{path} has another bias: it is off by {metrics.rel_l2(found[path][0], wanted[0]):.0%}."
+
+
+def _swapped(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Iterator[str]:
+    layers: dict[str, list[bool]] = {}
+    for path, wanted in reference.items():
+        if ".und." not in path:
+            continue
+        other = path.replace(".und.", ".gen.")
+        if path not in found or other not in found or wanted.shape != reference[other].shape:
+            continue
+        crossed = metrics.cosine(_without_bias(found[path]), _without_bias(reference[other])) > SAME
+        straight = metrics.cosine(_without_bias(found[path]), _without_bias(wanted)) > SAME
+        layers.setdefault(path.split(".und.")[0], []).append(crossed and not straight)
+    for layer, swaps in layers.items():
+        if all(swaps):
+            yield f"{layer}.und and {layer}.gen are swapped: each answers as the other one's reference."
+        elif any(swaps):
+            yield f"{layer}: {sum(swaps)} modules of the two experts are swapped."
+
+
+def _not_in_effect(errors: Mapping[str, ModuleError], formats: Mapping[str, Format]) -> Iterator[str]:
+    for path, error in errors.items():
+        form = formats.get(path)
+        if form is not None and not form.lossless and error.rel_l2 == 0.0:
+            yield f"{path} is not compressed: it is {form.name} by the recipe, but answers exactly as the source does."
+
+
+def _saturated(errors: Mapping[str, ModuleError], formats: Mapping[str, Format]) -> Iterator[tuple[str, str]]:
+    by_format: dict[str, list[ModuleError]] = {}
+    for error in errors.values():
+        by_format.setdefault(error.codec, []).append(error)
+    for codec, group in by_format.items():
+        usual = median(e.rel_l2 for e in group)
+        for e in group:
+            if e.rel_l2 > SATURATED * max(usual, 1e-3) and 0.3 < e.gain < 0.99 and codec:
+                times = e.rel_l2 / max(usual, 1e-9)
+                yield (
+                    e.module,
+                    f"{e.module} is saturated: its error of {e.rel_l2:.1%} is {times:.0f} times that of the other"
+                    f" {codec} modules, and its gain is {e.gain:.3f}.",
+                )
+
+
+def _scales(
+    found: Mapping[str, Tensor], reference: Mapping[str, Tensor], limit: Limit | None, named: set[str]
+) -> Iterator[str]:
+    explained = {_owner(path) for path in named}
+    for owner, gain in _group_gains(found, reference).items():
+        if limit is not None and not limit.holds(gain.deviation) and owner not in explained:
+            yield f"{owner} has a wrong scale: its answers are {gain.value:.4f} times the reference's."
+
+
+# --- sampler ----------------------------------------------------------------------------------------------------------
+
+
+def _contexts(found: Trace, reference: Trace) -> Iterator[str]:
+    for branch, (length, rope) in reference.facts.contexts.items():
+        length_found, rope_found = found.facts.contexts.get(branch, (0, 0))
+        if (length_found, rope_found) == (length, rope):
+            continue
+        thoughts = (
+            "; the thoughts are missing" if branch == "cond" and reference.case.think and length_found < length else ""
+        )
+        yield (
+            f"the {branch} context holds {length_found} tokens at position {rope_found}, the reference's {length} at"
+            f" {rope}{thoughts}."
+        )
+
+
+def _branches(found: Trace, reference: Trace) -> Iterator[str]:
+    """A branch that gives cond's velocity although the reference's does not."""
+    for name, branch in (("v_text", "text-dropped"), ("v_image", "image-dropped")):
+        same, different = 0, 0
+        for index in reference.steps:
+            key, cond = f"step{index}/{name}", f"step{index}/v_cond"
+            if key not in reference.tensors or torch.equal(reference.tensors[key], reference.tensors[cond]):
+                continue
+            different += 1
+            same += key in found.tensors and metrics.rel_l2(found.tensors[key], found.tensors[cond]) < 1e-6
+        if different and same == different:
+            yield f"the {branch} branch gives the conditional velocity at every step: its context was not forked."
+
+
+def _vae(found: Trace, reference: Trace) -> Iterator[str]:
+    pairs = zip(found.series("vae_latent"), reference.series("vae_latent"), strict=False)
+    for index, (a, b) in enumerate(pairs):
+        if metrics.rel_l2(a, b) > 0.05:
+            yield f"the VAE encodes picture {index} to {metrics.gain(a, b):.3f} times the reference's latent."
+    if "image" in reference.tensors and "image" in found.tensors:
+        a, b = (t.tensors["image"].double() - PIXEL_MIDDLE for t in (found, reference))
+        if metrics.rel_l2(a, b) > 0.05:
+            yield (
+                "the VAE decodes the recorded latent to another picture"
+                f" (PSNR {metrics.psnr(found.tensors['image'], reference.tensors['image']):.1f} dB,"
+                f" contrast {metrics.gain(a, b):.2f} times): its weights or its scale differ."
+            )

@@ -1,0 +1,175 @@
+"""Comparing two observations of a case, name by name: numbers, nothing decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from bagel.flow import schedule
+from bagel_compress.parity import metrics
+from bagel_compress.parity.report_data import CaseParity, StateError, StepError, TextPair
+from bagel_compress.parity.trace import Trace
+from bagel_compress.run.case import Flow, Picture
+
+BRANCHES = {"v_cond": "cond", "v_text": "text", "v_image": "image", "v": "guided"}
+SURE = 0.5  # probability of its first choice from which on the reference counts as sure of a token
+DRIFT_FACTOR = 3.0  # a state is where the drift begins if it is this much further off than the one before it
+
+
+def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
+    """Distances of a teacher-forced and, if given, a free observation from the trace."""
+    case = reference.case
+    steps, states = _steps(forced, reference), _states(forced, reference)
+    values: dict[str, float] = {}
+    if steps:
+        values["velocity.path"] = _path(forced, reference)
+        values["velocity.rel_l2"] = max(s.rel_l2 for s in steps)
+        values["velocity.cosine"] = min(s.cosine for s in steps)
+    values |= _vae(forced, reference) | _logits(forced, reference)
+    text = None
+    if free is not None:
+        values |= _picture(free, reference)
+        text = _text(free, reference)
+    if text is not None:
+        values["text.exact"] = float(text.exact)
+        values["text.prefix"] = text.prefix / text.length
+    return CaseParity(
+        name=case.name,
+        kind=("think + " if case.think else "") + case.kind,
+        prompt=" ".join("[picture]" if isinstance(t, Picture) else t for t in case.turns),
+        metrics=values,
+        floor=reference.facts.floor,
+        steps=steps,
+        states=states,
+        drift=first_drift(states),
+        text=text,
+        has_image="image" in reference.tensors and free is not None,
+    )
+
+
+def first_drift(states: tuple[StateError, ...]) -> str | None:
+    """The first state, in order of events and layers, whose error jumps over everything before it at its event.
+
+    The first state that is off at all if there is no jump; None if all are equal.
+    """
+    first_off = None
+    worst: dict[str, float] = {}
+    for state in states:
+        before = worst.get(state.event)
+        where = f"{state.event} {state.name}"
+        if state.rel_l2 > 0 and first_off is None:
+            first_off = where
+        if before is not None and before > 0 and state.rel_l2 > DRIFT_FACTOR * before and state.rel_l2 > 0.01:
+            return where
+        worst[state.event] = max(worst.get(state.event, 0.0), state.rel_l2)
+    return first_off
+
+
+def spans(flow: Flow, recorded: Sequence[int]) -> dict[int, float]:
+    """Recorded step -> the time that it stands for: every step of the schedule counts for the nearest recorded one."""
+    found = dict.fromkeys(recorded, 0.0)
+    times = schedule(flow.num_timesteps, flow.timestep_shift).tolist()
+    for index, (start, end) in enumerate(pairwise(times)):
+        found[min(recorded, key=lambda step: abs(step - index))] += start - end
+    return found
+
+
+def _path(found: Trace, reference: Trace) -> float:
+    """Error of the guided velocities times the time they stand for, as a share of the length of the whole path."""
+    error, length = 0.0, 0.0
+    for step, time in spans(reference.case.flow, reference.steps).items():
+        wanted = reference.tensors[f"step{step}/v"].double()
+        error += time * (found.tensors[f"step{step}/v"].double() - wanted).norm().item()
+        length += time * wanted.norm().item()
+    return error / length if length else 0.0
+
+
+def _steps(found: Trace, reference: Trace) -> tuple[StepError, ...]:
+    errors = []
+    for index in reference.steps:
+        t = float(reference.tensors[f"step{index}/t"])
+        for tensor, branch in BRANCHES.items():
+            name = f"step{index}/{tensor}"
+            if name in reference.tensors and name in found.tensors:
+                a, b = found.tensors[name], reference.tensors[name]
+                errors.append(
+                    StepError(step=index, t=t, branch=branch, rel_l2=metrics.rel_l2(a, b), cosine=metrics.cosine(a, b))
+                )
+    return tuple(errors)
+
+
+def _states(found: Trace, reference: Trace) -> tuple[StateError, ...]:
+    names = sorted((n for n in reference.tensors if n.startswith("tap/") and n in found.tensors), key=_event_order)
+    return tuple(
+        StateError(
+            event=name.split("/")[1],
+            name=name.split("/")[2],
+            rel_l2=metrics.rel_l2(found.tensors[name], reference.tensors[name]),
+        )
+        for name in names
+    )
+
+
+def _event_order(name: str) -> tuple[int, int, int, str]:
+    """Context events in order, then denoising steps; in an event the stages before the layers, then the layers."""
+    _, event, state = name.split("/")
+    step = event.startswith("step")
+    number = int(event.removeprefix("step")) if step else int(event.split("_")[0])
+    layer = int(state.removeprefix("layer")) if state.startswith("layer") else -1
+    return int(step), number, layer, state
+
+
+def _vae(found: Trace, reference: Trace) -> dict[str, float]:
+    values = {}
+    pairs = list(zip(found.series("vae_latent"), reference.series("vae_latent"), strict=False))
+    if pairs:
+        values["vae.rel_l2"] = max(metrics.rel_l2(a, b) for a, b in pairs)
+    if "image" in found.tensors and "image" in reference.tensors:
+        values["vae.psnr"] = metrics.psnr(found.tensors["image"], reference.tensors["image"])
+    return values
+
+
+def _logits(found: Trace, reference: Trace) -> dict[str, float]:
+    if "logits" not in reference.tensors or "logits" not in found.tensors:
+        return {}
+    a, b = found.tensors["logits"], reference.tensors["logits"]
+    count = min(a.shape[0], b.shape[0])
+    a, b = a[:count].double(), b[:count].double()
+    next_ids = torch.cat([reference.tensors["ids"][1 : count + 1], b[-1:].argmax(-1)])[:count]
+    divergence = metrics.kl_divergence(a, b)
+    sure = b.softmax(-1).max(-1).values >= SURE
+    return ({"logits.top1_sure": metrics.top1(a[sure], b[sure])} if sure.any() else {}) | {
+        "logits.kl_mean": divergence.mean().item(),
+        "logits.kl_p999": divergence.quantile(0.999).item(),
+        "logits.top1": metrics.top1(a, b),
+        "logits.ppl_ratio": metrics.perplexity_ratio(a, b, next_ids),
+        "logits.rel_l2": metrics.rel_l2(a, b),
+    }
+
+
+def _picture(free: Trace, reference: Trace) -> dict[str, float]:
+    if "image" not in reference.tensors:
+        return {}
+    a, b = free.tensors["image"], reference.tensors["image"]
+    noise, latent = reference.series("noise")[-1], reference.tensors["latent"]
+    return {
+        "latent.path": metrics.rel_l2(free.tensors["latent"] - noise, latent - noise),
+        "image.psnr": metrics.psnr(a, b),
+        "image.ssim": metrics.ssim(a, b),
+        "image.ms_ssim": metrics.ms_ssim(a, b),
+        "image.cosine": metrics.cosine(a, b),
+        "image.rel_l2": metrics.rel_l2(a, b),
+        "image.mae": metrics.mae(a, b),
+    }
+
+
+def _text(free: Trace, reference: Trace) -> TextPair | None:
+    if "ids" not in reference.tensors:
+        return None
+    found, wanted = free.tensors["ids"].tolist(), reference.tensors["ids"].tolist()
+    prefix = metrics.common_prefix(found, wanted)
+    exact = found == wanted
+    texts = (reference.facts.text or "", free.facts.text or "")
+    return TextPair(reference=texts[0], found=texts[1], exact=exact, prefix=prefix, length=len(wanted))

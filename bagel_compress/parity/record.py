@@ -1,0 +1,124 @@
+"""Recording traces: the cases, the probes of the linear modules, and the noise floor, in one resumable run.
+
+The noise floor is the reference against itself: replayed under another attention kernel with the guidance branches
+merged into one pass, and in the other of bf16 and fp32. It is measured here, once, where the reference runs anyway, so
+that a small machine can judge an artifact without ever loading the reference.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bagel.sampler import Sampler
+from bagel_compress.errors import TraceError
+from bagel_compress.parity import replay
+from bagel_compress.parity.distances import measure
+from bagel_compress.parity.linear_probes import probe
+from bagel_compress.parity.trace import Header, Trace, TraceFile, save
+from bagel_compress.run.case import Case
+
+FLOORS = ("repeat", "kernel", "dtype")
+Progress = Callable[[str], None]
+
+
+def record_cases(
+    sampler: Sampler,
+    source: str,
+    source_digest: str,
+    cases: Sequence[tuple[Case, Path]],
+    out: str | Path,
+    floors: Sequence[str] = FLOORS,
+    progress: Progress | None = None,
+) -> TraceFile:
+    """Records cases (each with the folder of its pictures) into one file and returns it, opened.
+
+    `source` and `source_digest` name the checkpoint that the sampler was loaded from (Checkpoint.name and .digest).
+    Finished cases are kept beside the file until it is complete, so an interrupted run goes on where it was. Raises
+    TargetError on a case that this model cannot run.
+    """
+    out, progress = Path(out), progress or (lambda message: None)
+    header = _header(sampler, source, source_digest)
+    parts = out.with_name(out.name + ".parts")
+    traces = []
+    for case, folder in cases:
+        part = parts / f"{case.name}.safetensors"
+        done = _finished(part, header, case, floors) or _finished(out, header, case, floors)
+        if done is None:
+            progress(f"recording {case.name}")
+            trace = replay.record(sampler, case, folder)
+            done = replace(trace, facts=trace.facts.model_copy(update={"floor": _floors(sampler, trace, floors)}))
+            save(part, header, [done], {})
+        traces.append(done)
+    save(out, header, traces, probe(sampler.bagel))
+    shutil.rmtree(parts, ignore_errors=True)
+    return TraceFile.open(out)
+
+
+def _header(sampler: Sampler, source: str, digest: str) -> Header:
+    device = sampler.bagel.device
+    return Header(
+        source=source,
+        source_digest=digest,
+        model=asdict(sampler.bagel.config),
+        dtype=str(sampler.bagel.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        versions={
+            "torch": torch.__version__,
+            "bagel-compress": version("bagel-compress"),
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _finished(path: Path, header: Header, case: Case, floors: Sequence[str]) -> Trace | None:
+    """The trace of this very case, if it was recorded before from the same source in the same way."""
+    try:
+        file = TraceFile.open(path)
+    except TraceError:
+        return None
+    there = file.header
+    same = (there.source_digest, there.dtype, there.device, there.versions) == (
+        header.source_digest, header.dtype, header.device, header.versions,
+    )  # fmt: skip
+    if not same or case.name not in there.cases or there.cases[case.name].digest != case.digest:
+        return None
+    trace = file.read(case.name)
+    known = {kind for values in trace.facts.floor.values() for kind in values}
+    return trace if set(floors) <= known or not floors else None
+
+
+def _floors(sampler: Sampler, trace: Trace, floors: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Metric -> kind of change -> distance of the reference from itself."""
+    floor: dict[str, dict[str, float]] = {}
+    for kind in floors:
+        with changed(sampler, kind) as other:
+            measured = measure(trace, replay.replay(other, trace), replay.rerun(other, trace))
+        for metric, value in measured.metrics.items():
+            floor.setdefault(metric, {})[kind] = value
+    return floor
+
+
+@contextmanager
+def changed(sampler: Sampler, kind: str) -> Iterator[Sampler]:
+    """The same model computed in another way: `repeat` (the same way), `kernel`, or `dtype`."""
+    other = Sampler(sampler.bagel, sampler.vae, sampler.text)
+    if kind == "dtype":
+        wide = torch.float32 if sampler.bagel.dtype != torch.float32 else torch.bfloat16
+        other.bagel = copy.deepcopy(sampler.bagel).to(wide)
+        yield other
+    elif kind == "kernel":
+        other.merge_branches = True
+        with sdpa_kernel(SDPBackend.MATH):
+            yield other
+    else:
+        yield other

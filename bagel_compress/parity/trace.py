@@ -1,0 +1,193 @@
+"""Trace: a case and what the reference sampler did with it; and the file that holds traces of several cases.
+
+One safetensors file, so that it opens lazily and cannot run code. Its header says where it comes from (digest of the
+source, sampler version, sizes of the model), so that a trace is never compared with another model's. Tensors are kept
+in the dtype they had. Names, under `case/NAME/`:
+
+    picture0 ..                      input pictures, uint8 [H, W, 3]
+    noise0 ..                        normal draws in order: one per picture in an edit, then the initial x
+    vae_latent0 ..                   VAE latents of the input pictures [z, h, w]
+    ids, logits                      decoded ids (start token first), logits after each of the first ones [n, V]
+    step12/x, t, v_cond, v_text, v_image, v      entering step 12; velocities of the branches and the guided one
+    tap/EVENT/layer0 ..              chosen rows of the state after each layer, at each event
+    latent, image                    final packed latent, picture uint8 [H, W, 3]
+
+and under `probe/MODULE` the answers of every linear module to fixed inputs (linear_probes.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bagel_compress.errors import TraceError
+from bagel_compress.parity.report_data import Number
+from bagel_compress.run.case import Case
+
+SAMPLER_VERSION = "1"  # raised by any change of the sampler that moves a trace
+METADATA_KEY = "bagel_trace"
+
+
+class Facts(BaseModel):
+    """What is not a tensor. `contexts`: tokens and rope position of each guidance branch before denoising."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str | None = None
+    contexts: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    floor: dict[str, dict[str, Number]] = Field(
+        default_factory=dict, description="metric -> the reference against itself, by what was changed"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One case and what was recorded."""
+
+    case: Case
+    tensors: Mapping[str, Tensor]
+    facts: Facts = field(default_factory=Facts)
+
+    @property
+    def steps(self) -> list[int]:
+        """Indices of the recorded denoising steps."""
+        return sorted(int(name[4:-2]) for name in self.tensors if name.startswith("step") and name.endswith("/x"))
+
+    def series(self, stem: str) -> list[Tensor]:
+        """Tensors stem0, stem1, ..."""
+        found: list[Tensor] = []
+        while (name := f"{stem}{len(found)}") in self.tensors:
+            found.append(self.tensors[name])
+        return found
+
+
+class Header(BaseModel):
+    """Where a trace file comes from and what must be in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sampler: str = SAMPLER_VERSION
+    source: str = Field(description="public name of the checkpoint")
+    source_digest: str
+    model: dict[str, Any] = Field(description="configuration of the model: sizes")
+    dtype: str
+    device: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    cases: dict[str, Case] = Field(default_factory=dict)
+    facts: dict[str, Facts] = Field(default_factory=dict)
+    tensors: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="case -> names of its tensors")
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFile:
+    """A trace file that was opened: its header; tensors are read case by case."""
+
+    path: Path
+    header: Header
+
+    @classmethod
+    def open(cls, path: str | Path) -> TraceFile:
+        """Raises TraceError on a truncated or foreign file, another sampler version, or a case with missing tensors."""
+        path = Path(path)
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                metadata, names = handle.metadata() or {}, set(handle.keys())
+        except FileNotFoundError:
+            raise TraceError(f"trace {path} does not exist; record one with `bagel-compress trace`.") from None
+        except (SafetensorError, OSError) as error:
+            raise TraceError(
+                f"trace {path} is truncated or no safetensors file ({error}); record or copy it again."
+            ) from None
+        header = _header(path, metadata)
+        for case, tensors in header.tensors.items():
+            if missing := sorted({f"case/{case}/{name}" for name in tensors} - names):
+                raise TraceError(f"trace {path} lacks {missing[0]} of case {case}; record it again.")
+        return cls(path, header)
+
+    def read(self, case: str) -> Trace:
+        """The trace of one case."""
+        prefix = f"case/{case}/"
+        with safe_open(str(self.path), framework="pt") as handle:
+            tensors = {name: handle.get_tensor(prefix + name) for name in self.header.tensors[case]}
+        return Trace(self.header.cases[case], tensors, self.header.facts[case])
+
+    def probes(self) -> dict[str, Tensor]:
+        """Recorded answers of the linear modules, by module path."""
+        with safe_open(str(self.path), framework="pt") as handle:
+            return {n.removeprefix("probe/"): handle.get_tensor(n) for n in handle.keys() if n.startswith("probe/")}  # noqa: SIM118
+
+    def expect_source(self, digest: str, what: str) -> None:
+        """Raises TraceError unless the trace was made from the checkpoint with this digest."""
+        if digest != self.header.source_digest:
+            raise TraceError(
+                f"trace {self.path} was recorded from {self.header.source} ({self.header.source_digest[:12]}), but"
+                f" {what} comes from another checkpoint ({digest[:12]}); record a trace from its source."
+            )
+
+    def expect_model(self, model: Mapping[str, Any]) -> None:
+        """Raises TraceError unless the model has the sizes that the trace was recorded with."""
+        found, wanted = _flat(json.loads(json.dumps(model))), _flat(self.header.model)
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                raise TraceError(
+                    f"trace {self.path} was recorded with {key} = {wanted.get(key)}, the model has {found.get(key)};"
+                    " record a trace from this model's source."
+                )
+
+
+def save(path: Path, header: Header, traces: list[Trace], probes: Mapping[str, Tensor]) -> None:
+    """Writes a trace file; a temporary name is used until it is complete."""
+    tensors = {f"case/{t.case.name}/{name}": tensor.clone() for t in traces for name, tensor in t.tensors.items()}
+    tensors |= {f"probe/{name}": tensor.contiguous() for name, tensor in probes.items()}
+    header = header.model_copy(
+        update={
+            "cases": {t.case.name: t.case for t in traces},
+            "facts": {t.case.name: t.facts for t in traces},
+            "tensors": {t.case.name: tuple(sorted(t.tensors)) for t in traces},
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, str(partial), metadata={METADATA_KEY: header.model_dump_json()})
+    partial.replace(path)
+
+
+def image_tensor(picture: Any) -> Tensor:
+    """A PIL picture as uint8 [H, W, 3]."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(picture, dtype=np.uint8))
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> Header:
+    if METADATA_KEY not in metadata:
+        raise TraceError(
+            f"{path} is no trace: its header has no {METADATA_KEY}; record one with `bagel-compress trace`."
+        )
+    raw = json.loads(metadata[METADATA_KEY])
+    if raw.get("sampler") != SAMPLER_VERSION:
+        raise TraceError(
+            f"trace {path} was recorded with sampler version {raw.get('sampler')}, this is version {SAMPLER_VERSION};"
+            " record it again."
+        )
+    try:
+        return Header.model_validate(raw)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise TraceError(f"trace {path} has a damaged header ({where}: {fault['msg']}); record it again.") from None
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(data, Mapping):
+        return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: data}

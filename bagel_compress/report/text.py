@@ -1,0 +1,67 @@
+"""The parity report for machines and for a CI page: JUnit XML and a Markdown summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from bagel_compress.build.limits import METRICS
+from bagel_compress.parity.report_data import BudgetReport, ParityReport, Row, number, sentence
+
+
+def junit(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
+    """One test case per limit, one per fault and per overrun of a budget."""
+    suite = ElementTree.Element("testsuite", name=_xml(f"bagel-compress {report.name}"))
+    tests = [(row.case or "all cases", row.metric, "" if row.ok else sentence(row)) for row in report.rows]
+    tests += [("diagnosis", f"fault {i + 1}", fault) for i, fault in enumerate(report.faults)]
+    for budget in budgets:
+        tests += [("budget", budget.target, " ".join(budget.broken))]
+    for where, name, failure in tests:
+        case = ElementTree.SubElement(suite, "testcase", classname=_xml(where), name=_xml(name))
+        if failure:
+            ElementTree.SubElement(case, "failure", message=_xml(failure))
+    suite.set("tests", str(len(tests)))
+    suite.set("failures", str(sum(bool(failure) for _, _, failure in tests)))
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def markdown(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
+    """A summary for a CI step: verdict, reasons, the worst value of each metric."""
+    reasons = [*report.faults, *report.broken, *(s for b in budgets for s in b.broken)]
+    lines = [f"### {_cell(report.name)}: {'did not pass' if reasons else 'passed'}", ""]
+    lines += [f"- {_cell(reason)}" for reason in reasons] + ([""] if reasons else [])
+    lines += ["| value | worst case | found | floor | limit | |", "|---|---|---|---|---|---|"]
+    for row in worst_rows(report):
+        side = "&le;" if METRICS[row.metric][0] == "max" else "&ge;"
+        floor = "" if row.floor is None else number(row.floor)
+        lines.append(
+            f"| {_cell(METRICS[row.metric][1])} | {_cell(row.case or 'all cases')} | {number(row.value)} | {floor} |"
+            f" {side} {number(row.limit)} | {'holds' if row.ok else '**broken**'} |"
+        )
+    if budgets:
+        lines += ["", "| target | peak | limit |", "|---|---|---|"]
+        for budget in budgets:
+            limit = "" if budget.limit is None else f"{budget.limit / 2**30:.2f} GiB"
+            how = "measured" if budget.measured_on else "predicted"
+            lines.append(f"| {_cell(budget.target)} | {budget.peak / 2**30:.2f} GiB {how} | {limit} |")
+    return "\n".join(lines) + "\n"
+
+
+def worst_rows(report: ParityReport) -> list[Row]:
+    """The row of each metric that is nearest to its limit or furthest beyond."""
+    worst: dict[str, Row] = {}
+    for row in report.rows:
+        sign = 1 if METRICS[row.metric][0] == "max" else -1
+        kept = worst.get(row.metric)
+        if kept is None or sign * (row.value - row.limit) > sign * (kept.value - kept.limit):
+            worst[row.metric] = row
+    return list(worst.values())
+
+
+def _xml(text: str) -> str:
+    """Without the control characters that XML cannot carry."""
+    return "".join(c for c in text if c.isprintable())
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

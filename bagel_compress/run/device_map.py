@@ -1,0 +1,61 @@
+"""DeviceMap: which device holds and computes which part of a model that is spread over several.
+
+Layers go to devices in runs, so that hidden rows cross as rarely as there are devices; each layer's caches live with
+it. What waits in host memory is brought to its device for every use and dropped after it (offload.py). The map says
+where; `validate.device_map` plans one from the bytes of a build.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+    from bagel.model import Places
+
+Where: TypeAlias = "str | torch.device | DeviceMap"  # what a model is opened on
+
+_GROUP = re.compile(r"layers\.\d+|embed_tokens|lm_head|vae(?=\.|$)|(vit|connector|vit_pos_embed)(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMap:
+    """A device for each layer and part, by torch's names. `waiting`: groups (see `group_of`) in host memory."""
+
+    layers: tuple[str, ...]
+    home: str  # embeddings, norms, bridges
+    vit: str  # with its connector and position table
+    head: str
+    vae: str
+    waiting: frozenset[str] = frozenset()
+
+    def device_of(self, group: str) -> torch.device:
+        """Where a group computes."""
+        import torch
+
+        kind, _, index = group.partition(".")
+        parts = {"vit": self.vit, "lm_head": self.head, "vae": self.vae}
+        return torch.device(self.layers[int(index)] if kind == "layers" else parts.get(kind, self.home))
+
+    def lies_on(self, path: str) -> torch.device:
+        """Where a module's weights are loaded, by its path in `bagel.Bagel`; the VAE is "vae"."""
+        import torch
+
+        group = group_of(path)
+        return torch.device("cpu") if group in self.waiting else self.device_of(group)
+
+    def places(self) -> Places:
+        """What the model has to know."""
+        from bagel.model import Places
+
+        layers = tuple(self.device_of(f"layers.{index}") for index in range(len(self.layers)))
+        return Places(self.device_of("home"), layers, self.device_of("vit"), self.device_of("lm_head"))
+
+
+def group_of(path: str) -> str:
+    """What moves as one: "layers.N", "embed_tokens", "lm_head", "vit" (and what belongs to it), "vae", else "home"."""
+    match = _GROUP.match(path)
+    return "home" if match is None else "vit" if match[1] else match[0]

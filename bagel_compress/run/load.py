@@ -1,0 +1,217 @@
+"""load: an artifact becomes a sampler, with the codecs' run-time modules at their places.
+
+Everything goes from the mapped file straight to the device, one unit at a time: memory never holds the model twice.
+Linear weights stay as they are stored and are multiplied by their codec's module; what is not a linear is decoded once.
+A census says what each module really holds, and a compressed weight that is not in effect is an error.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from bagel.layout import official_role
+from bagel_compress.build.artifact import EXPORT_MANIFEST, MANIFEST, Artifact
+from bagel_compress.errors import ArtifactError, CheckpointError
+from bagel_compress.run.device_map import DeviceMap, Where
+from bagel_compress.source.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from bagel.model import Bagel
+    from bagel.sampler import Sampler
+
+VAE = "ae.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class CensusRow:
+    """What one linear or stored tensor of a loaded model is: bytes on the device, stored dtype, how it is computed."""
+
+    name: str  # official tensor name
+    codec: str
+    stored: str
+    compute: str
+    nbytes: int
+
+
+def open_model(path: str | Path, device: Where = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+    """A full-precision checkpoint folder, an artifact folder or a Hub id, ready to sample.
+
+    `device` may be a map over several devices. `dtype` None is bf16, the models' own. Any other dtype gives an
+    artifact's decoded weights in that dtype, without the run-time modules. Raises CheckpointError, ArtifactError or
+    BagelError.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        folder = downloaded(str(path))
+    if (folder / EXPORT_MANIFEST).exists():
+        raise CheckpointError(f"{path} is an export; open it with bagel_compress.export.ort_sampler.open_onnx.")
+    if (folder / MANIFEST).exists():
+        return load(Artifact.open(folder), device, dtype)
+    return load_checkpoint(Checkpoint.open(folder), device, dtype)
+
+
+def load_checkpoint(checkpoint: Checkpoint, device: Where = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+    """The sampler of a checkpoint in any layout: prefixes, shards, dtypes, adapter and base as opened."""
+    import torch
+
+    from bagel.loading import load_vae, parameter_path, put, read_config, unfilled
+    from bagel.model import Bagel
+    from bagel.sampler import Sampler
+    from bagel.text import TextCodec
+
+    lies_on, dtype = _lies_on(device), dtype or torch.bfloat16
+    with TemporaryDirectory() as gathered:
+        folder = Path(gathered)
+        for name, file in checkpoint.files.items():
+            if name != VAE:
+                shutil.copyfile(file, folder / name)
+        vae_shapes = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
+        with unfilled():
+            bagel = Bagel(read_config(folder, checkpoint.shapes, vae_shapes))
+        for spec in checkpoint.specs:
+            values = checkpoint.read(spec, 0, spec.numel).reshape(spec.shape)
+            path = parameter_path(spec.name)
+            put(bagel, path, _parameter(values.to(lies_on(path), dtype, copy=True)))
+        vae = load_vae(folder, lies_on("vae"), checkpoint.files[VAE])
+        return _spread(Sampler(bagel.eval(), vae, TextCodec.from_dir(folder)), device)
+
+
+def load(artifact: Artifact, device: Where = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+    """The sampler of an artifact. See `open_model` for `device` and `dtype`."""
+    from bagel.loading import load_vae, read_config, shapes_of, tensor_names, unfilled
+    from bagel.model import Bagel
+    from bagel.sampler import Sampler
+    from bagel.text import TextCodec
+
+    lies_on = _lies_on(device)
+    shapes = {spec.name: spec.shape for unit in artifact.units() for spec in unit.specs}
+    vae_files = dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path)
+    with unfilled():
+        bagel = Bagel(read_config(artifact.path, shapes, shapes_of(vae_files)))
+    _fill(bagel, artifact, lies_on, dtype)
+    sampler = Sampler(bagel.eval(), load_vae(artifact.path, lies_on("vae")), TextCodec.from_dir(artifact.path))
+    if dtype is None:
+        census(sampler.bagel, artifact)
+    return _spread(sampler, device)
+
+
+def census(bagel: Bagel, artifact: Artifact) -> list[CensusRow]:
+    """What every tensor of the loaded model is. Raises ArtifactError if a compressed linear is not in effect."""
+    rows = []
+    for name, entry in artifact.manifest.units.items():
+        for tensor in entry.tensors:
+            module = bagel.get_submodule(_module_path(tensor))
+            row = _row(tensor, module)
+            if _is_linear(tensor) and row.codec != entry.codec.format:
+                raise ArtifactError(
+                    f"{tensor} is stored as {entry.codec.format} (unit {name}) but runs as {row.codec} {row.stored};"
+                    " this model would not have the size it promises."
+                )
+            rows.append(row)
+    return rows
+
+
+def _row(tensor: str, module: Any) -> CensusRow:
+    leaf = tensor.rpartition(".")[2]
+    if leaf == "weight" and hasattr(module, "describe"):
+        about = module.describe()
+        return CensusRow(tensor, about["codec"], about["stored"], about["compute"], module.stored_bytes)
+    value = getattr(module, leaf)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return CensusRow(tensor, "raw", dtype, dtype, value.nbytes)
+
+
+def _lies_on(device: Where) -> Callable[[str], torch.device]:
+    """Path of a module -> where its weights are loaded."""
+    import torch
+
+    if isinstance(device, DeviceMap):
+        return device.lies_on
+    everywhere = torch.device(device)
+    return lambda path: everywhere
+
+
+def _spread(sampler: Sampler, device: Where) -> Sampler:
+    """The sampler, told of its map if it has one."""
+    if isinstance(device, DeviceMap):
+        from bagel_compress.run.offload import wait
+
+        sampler.bagel.places = device.places()
+        if device.waiting:
+            wait(sampler, device)
+    return sampler
+
+
+def _fill(bagel: Bagel, artifact: Artifact, lies_on: Callable[[str], torch.device], dtype: torch.dtype | None) -> None:
+    """Biases first, so that a linear's module is made whole; then every unit in the order of the shards."""
+    from bagel.loading import parameter_path, put
+
+    biases: dict[str, torch.Tensor] = {}
+    for name, entry in artifact.manifest.units.items():
+        for tensor in entry.tensors:
+            if tensor.endswith(".bias"):
+                value = artifact.decode(name)[tensor]
+                biases[tensor.removesuffix("bias") + "weight"] = value.to(lies_on(_module_path(tensor)), dtype)
+    expected = dict(bagel.named_parameters())
+    for name, entry in artifact.manifest.units.items():
+        _check_shapes(artifact, name, {t: tuple(expected[parameter_path(t)].shape) for t in entry.tensors})
+        device = lies_on(_module_path(next(iter(entry.tensors))))
+        parts = {part: value.to(device) for part, value in artifact.parts(name).items()}
+        if dtype is None and (modules := _modules(artifact, name, parts, biases)):
+            for tensor, module in modules.items():
+                put(bagel, _module_path(tensor), module)
+            continue
+        for tensor, value in entry.codec.decode(artifact.unit(name), parts).items():
+            if not hasattr(bagel.get_submodule(_module_path(tensor)), "describe"):
+                put(bagel, parameter_path(tensor), _parameter(value.to(device, dtype)))
+
+
+def _modules(artifact: Artifact, name: str, parts: Mapping[str, Any], biases: Mapping[str, Any]) -> dict[str, Any]:
+    """Run-time modules of a unit that stays as it is stored, by tensor; none if it is to be decoded."""
+    unit, codec = artifact.unit(name), artifact.codec(name)
+    if codec.format != "raw" and all(_is_linear(spec.name) for spec in unit.specs):
+        return codec.linears(unit, parts, biases)
+    if [official_role(spec.name).kind for spec in unit.specs] == ["embedding"]:
+        table = codec.embedding(unit, parts)
+        return {} if table is None else {unit.specs[0].name: table}
+    return {}
+
+
+def _check_shapes(artifact: Artifact, name: str, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    for tensor, entry in artifact.manifest.units[name].tensors.items():
+        if entry.shape != wanted[tensor]:
+            raise ArtifactError(
+                f"{artifact.path}: {tensor} has shape {list(entry.shape)}, its configs ask for {list(wanted[tensor])}."
+            )
+
+
+def _parameter(value: torch.Tensor) -> Any:
+    import torch
+
+    return torch.nn.Parameter(value, requires_grad=False)
+
+
+def _module_path(tensor: str) -> str:
+    from bagel.loading import parameter_path
+
+    return parameter_path(tensor).rpartition(".")[0]
+
+
+def _is_linear(tensor: str) -> bool:
+    return official_role(tensor).kind in ("linear", "head")
+
+
+def downloaded(name: str) -> Path:
+    """The folder of a published artifact or export, or of a full-precision repository. Raises CheckpointError."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name} is neither a folder nor a Hub id (user/name).")
+    from bagel_compress.run.fetch import fetch_model
+
+    return fetch_model(name)

@@ -1,0 +1,110 @@
+"""Target: where a build runs. A card with its usable memory, the sizes asked of it, and the budget it must keep.
+
+A target knows no weights and no formats; any artifact can be held against any target. YAML under exports/.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bagel_compress.errors import TargetError
+from bagel_compress.io.packaged import resource
+from bagel_compress.run.case import load_yaml
+from bagel_compress.run.export_settings import ExportSettings
+
+MIB, GIB = 2**20, 2**30
+Task = Literal["t2i", "edit", "understand", "think"]
+Phase = Literal["text", "vit", "vae_encode", "latent", "decode", "denoise", "vae_decode"]
+Part = Literal["und", "gen", "embed", "head", "vit", "bridges", "vae"]
+# What each phase computes with: layers of the understanding expert take part in every pass of the decoder. Bridges
+# (norms, time embedder, vae2llm, llm2vae, the latent table) are small and always on the card.
+NEEDED: dict[Phase, tuple[Part, ...]] = {
+    "text": ("und", "bridges"),
+    "vit": ("und", "vit", "bridges"),
+    "vae_encode": ("vae",),
+    "latent": ("und", "gen", "bridges"),
+    "decode": ("und", "head", "bridges"),
+    "denoise": ("und", "gen", "bridges"),
+    "vae_decode": ("vae",),
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Device(_Frozen):
+    """A card. `reserved_mib` is what the driver, a desktop and other programs hold of it."""
+
+    name: str
+    memory_mib: int = Field(gt=0, description="total memory as nvidia-smi prints it")
+    reserved_mib: int = Field(default=0, ge=0)
+    context_mib: int = Field(default=500, ge=0, description="CUDA context and library handles of the process itself")
+
+    @property
+    def usable(self) -> int:
+        """Bytes that the process may use, its CUDA context included."""
+        return (self.memory_mib - self.reserved_mib) * MIB
+
+
+class Sizes(_Frozen):
+    """What is asked of the model; tokens are counted after the tokenizer."""
+
+    image: tuple[int, int] = Field(default=(1024, 1024), description="height, width of the output")
+    input_image: tuple[int, int] = Field(default=(1024, 1024), description="height, width of an input picture")
+    prompt_tokens: int = Field(default=64, ge=2)
+    think_tokens: int = Field(default=512, ge=1)
+    answer_tokens: int = Field(default=256, ge=1)
+
+
+class Budget(_Frozen):
+    """Limits. Times are asked only of measurements on this very card."""
+
+    peak_gib: float | None = Field(default=None, gt=0, description="device memory; default: all that is usable")
+    disk_gb: float | None = Field(default=None, gt=0, description="files of the artifact, in 1e9 bytes")
+    seconds_per_image: float | None = Field(default=None, gt=0)
+    tokens_per_second: float | None = Field(default=None, gt=0)
+    step_ratio: float | None = Field(default=None, gt=0, description="seconds per step over the reference's")
+
+
+class Target(_Frozen):
+    """One place to run."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    summary: str = ""
+    device: Device
+    sizes: Sizes = Sizes()
+    tasks: tuple[Task, ...] = ("t2i", "edit", "understand", "think")
+    budget: Budget = Budget()
+    residency: dict[Phase, tuple[Part, ...]] | None = Field(
+        default=None,
+        description="parts on the card in each phase; the others wait in host memory, and come layer by layer where a"
+        " phase computes with them. None: all, always",
+    )
+    vae_on_host: bool = Field(
+        default=False, description="encode and decode pictures on the CPU, as the official app does"
+    )
+    export: ExportSettings | None = None
+
+    @property
+    def limit(self) -> float:
+        """Bytes of device memory that may be used, CUDA context included."""
+        return self.device.usable if self.budget.peak_gib is None else self.budget.peak_gib * GIB
+
+    def resident(self, phase: Phase) -> tuple[Part, ...] | None:
+        """Parts on the card in a phase; None: all."""
+        return None if self.residency is None else (*self.residency.get(phase, ()), "bridges")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Target:
+        """A YAML file, or the name of a target that comes with the package. Raises TargetError."""
+        if Path(path).is_file():
+            return load_yaml(cls, Path(path), "target")
+        packaged = resource("exports") / f"{str(path).removeprefix('exports/').removesuffix('.yaml')}.yaml"
+        if not packaged.is_file():
+            known = ", ".join(sorted(p.stem for p in resource("exports").glob("*.yaml")))
+            raise TargetError(f"target {path} does not exist; give a YAML file or one of {known}.")
+        return load_yaml(cls, packaged, "target")

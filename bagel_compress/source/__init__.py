@@ -1,0 +1,1 @@
+"""Where weights come from: checkpoints in any layout, adapters, downloads, synthetic ones."""

@@ -1,0 +1,306 @@
+"""Checkpoint: a BAGEL folder, file or Hub repository as one list of tensors under their official names.
+
+Fine-tunes are brought into the official form while they are read, never by loading them: sharded files, fp32 or fp16
+weights (rounded to nearest even bf16), wrapper prefixes, configs that lie elsewhere, LoRA adapters. So every variant of
+the same weights has the same specs, the same values and the same `digest`.
+
+Numbers are handled as bf16 words in numpy; torch is imported only by `read`, which the codecs call. Files are mapped,
+not loaded: a value costs no anonymous memory unless it has to be converted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bagel.layout import Role, Sizes, expected_tensors, official_role, role_of
+from bagel_compress.errors import CheckpointError
+from bagel_compress.io import bf16
+from bagel_compress.io.safetensors_file import StoredTensor, TensorFile
+from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.source.adapter import Adapter
+from bagel_compress.source.checkpoint_download import fetch
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+WEIGHT_FILES = ("ema.safetensors", "model.safetensors", "model.safetensors.index.json")  # first found is read
+VAE_FILES = ("ae.safetensors", "vae/ae.safetensors")
+CONFIG_FILES = ("llm_config.json", "vit_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json",
+)  # fmt: skip
+OTHER_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "LICENSE")
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
+SAMPLE = 512  # elements at the start, the middle and the end of each tensor that enter the digest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors in the order of the official file (by name), all bf16, and the files that go with them."""
+
+    name: str  # repository id, or "local": where a folder lies must not change what is built from it
+    revision: str  # commit of the repository; empty for a folder
+    specs: tuple[TensorSpec, ...]
+    files: Mapping[str, Path]  # configs and tokenizer, by name; `ae.safetensors` is the VAE wherever it lies
+    sources: Mapping[str, tuple[TensorFile, StoredTensor]] = field(repr=False)
+    vae: TensorFile = field(repr=False)
+    adapter: Adapter | None = None
+
+    @classmethod
+    def open(cls, source: str | Path, base: str | Path | None = None, lora: str | Path | None = None) -> Checkpoint:
+        """Opens a folder, a .safetensors file or a Hub id (`owner/name` or `owner/name@revision`).
+
+        `base` gives the configs, tokenizer and VAE that a fine-tune lacks; `lora` is a peft adapter folder to merge.
+        Raises CheckpointError if anything is missing, damaged, or not the shape that the configs promise.
+        """
+        path, name, revision = locate(source, weights=True)
+        folder = path if path.is_dir() else path.parent
+        folders = [folder] if base is None else [folder, locate(base, weights=False)[0]]
+        sources = _normalised(_tensor_files(path), path)
+        files = _aux_files(folders)
+        adapter = None if lora is None else Adapter.open(Path(lora), normal_name, sources)
+        if adapter is not None:
+            sources |= adapter.replaced
+        _check(sources, files, path)
+        specs = tuple(TensorSpec("BF16", t.shape, n) for n, (_, t) in sorted(sources.items()))
+        return cls(name, revision, specs, files, sources, _vae(files["ae.safetensors"]), adapter)
+
+    def role(self, name: str) -> Role:
+        """What the tensor is."""
+        return official_role(name)
+
+    @cached_property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The JSON files by name: llm_config.json, vit_config.json and, where there are, config.json and others."""
+        return {name: _json(path) for name, path in self.files.items() if name.endswith("config.json")}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {spec.name: spec.shape for spec in self.specs}
+
+    def words(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the flattened tensor as bf16 words (uint16); a view of the file where it is bf16.
+
+        Raises CheckpointError if the file is not what it was when it was opened.
+        """
+        file, tensor = self.sources[name]
+        if file.changed():
+            raise CheckpointError(f"{file.path} was changed while it was read; start again with the finished file.")
+        if self.adapter is not None and name in self.adapter.pairs:
+            return bf16.rounded(_merged(self.adapter, name, file, tensor, start, stop))
+        values = bf16.stored(file, tensor, start, stop)
+        return values if tensor.dtype == "BF16" else bf16.rounded(bf16.floats(values, tensor.dtype))
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        """`words` as a bf16 torch tensor: the codecs' Reader. Read only: it may be the mapped file itself."""
+        return bf16.as_tensor(self.words(spec.name, start, stop))
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the normalised checkpoint, cheap: sha256 of names, shapes, configs and samples of every tensor.
+
+        The samples are 512 elements at the start, middle and end of each tensor, as bf16, and 512 bytes of each VAE
+        tensor. Another packaging of the same weights has the same digest; a training step changes it. It is not proof
+        against somebody who changes single weights: the manifest has a full digest of every tensor that was read.
+        """
+        total = hashlib.sha256(b"bagel-compress checkpoint 1\n")
+        for name in CONFIG_FILES:
+            total.update(json.dumps(self.configs[name], sort_keys=True).encode() + b"\n")
+        for spec in self.specs:
+            total.update(f"{spec.name} {list(spec.shape)}\n".encode())
+            middle = max(0, spec.numel // 2 - SAMPLE // 2)
+            for start in (0, middle, max(0, spec.numel - SAMPLE)):
+                total.update(self.words(spec.name, start, min(start + SAMPLE, spec.numel)).tobytes())
+        for name, tensor in sorted(self.vae.tensors.items()):
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            total.update(self.vae.bytes[tensor.start : min(tensor.start + SAMPLE, tensor.stop)].tobytes())
+        return total.hexdigest()
+
+
+def normal_name(name: str) -> str | None:
+    """The official name of a tensor as trainers and wrappers call it, or None if BAGEL has no such tensor."""
+    for wrapper in WRAPPERS:
+        name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
+    while role_of(name) is None and name.startswith("model."):
+        name = name.removeprefix("model.")
+    role = role_of(name)
+    return name if role is not None and role.component != "vae" else None
+
+
+def locate(source: str | Path, weights: bool) -> tuple[Path, str, str]:
+    """Path, public name and revision of a source; downloads a repository id."""
+    path = Path(source)
+    if path.exists():
+        if (path / "manifest.json").exists():
+            raise CheckpointError(
+                f"{path} is an artifact of bagel-compress, not a full-precision checkpoint; give its source."
+            )
+        return path, "local", ""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+    if match is None or str(source).startswith("."):
+        raise CheckpointError(
+            f"{source} does not exist; give a checkpoint folder, a .safetensors file or a Hub id (owner/name)."
+        )
+    small = (*CONFIG_FILES, *VAE_FILES, *TOKENIZER_FILES, *OTHER_FILES)
+    folder, revision = fetch(match[1], match[2], small, WEIGHT_FILES if weights else ())
+    return folder, match[1], revision
+
+
+def _aux_files(folders: list[Path]) -> dict[str, Path]:
+    """Configs, tokenizer and VAE, from the first folder that has each."""
+    places = {name: (name,) for name in (*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES)} | {"ae.safetensors": VAE_FILES}
+    files: dict[str, Path] = {}
+    for name, options in places.items():
+        found = [folder / option for folder in folders for option in options if (folder / option).is_file()]
+        if found:
+            files[name] = found[0]
+    for name in (*CONFIG_FILES, "ae.safetensors"):
+        if name not in files:
+            raise CheckpointError(
+                f"{folders[0]} has no {name}; copy it from the base model or name a folder that has it with --base."
+            )
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
+        raise CheckpointError(
+            f"{folders[0]} has no tokenizer.json; copy it from the base model or name a folder that has it with --base."
+        )
+    return files
+
+
+def _tensor_files(path: Path) -> list[TensorFile]:
+    """The file or shards that hold the weights."""
+    if path.is_file():
+        return [TensorFile.open(path)]
+    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{path} has no weights; expected one of {', '.join(WEIGHT_FILES)}.")
+    return [TensorFile.open(found)] if found.suffix == ".safetensors" else _indexed(found)
+
+
+def _indexed(index: Path) -> list[TensorFile]:
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to files; copy it again.")
+    for file in sorted(set(weight_map.values())):
+        if Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file or ":" in file:
+            raise CheckpointError(
+                f"{index} points outside its folder ({file}); refuse it, or write plain file names into it."
+            )
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index} names {file}, which is not there; copy the missing shard.")
+    files = {file: TensorFile.open(index.parent / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in files[file].tensors:
+            raise CheckpointError(f"{index} says that {file} holds {name}, but it does not; copy both again.")
+    return list(files.values())
+
+
+def _normalised(files: list[TensorFile], path: Path) -> dict[str, tuple[TensorFile, StoredTensor]]:
+    """Official name -> where it lies."""
+    sources: dict[str, tuple[TensorFile, StoredTensor]] = {}
+    for file in files:
+        for stored_name, tensor in file.tensors.items():
+            name = normal_name(stored_name)
+            if name is None:
+                raise CheckpointError(
+                    f"{file.path} holds {stored_name}, which is no tensor of BAGEL; remove it or use another file."
+                )
+            if name in sources:
+                raise CheckpointError(
+                    f"{path} holds {name} twice ({stored_name} in {file.path.name}); remove one of them."
+                )
+            if tensor.dtype not in bf16.WIDTHS:
+                raise CheckpointError(
+                    f"{file.path}: {stored_name} is {tensor.dtype}, expected BF16, F16 or F32 weights."
+                )
+            sources[name] = (file, tensor)
+    return sources
+
+
+def _check(sources: Mapping[str, tuple[TensorFile, StoredTensor]], files: Mapping[str, Path], path: Path) -> None:
+    """Every tensor that the configs promise, no other, each in its shape."""
+    shapes = {name: tensor.shape for name, (_, tensor) in sources.items()}
+    expected = expected_tensors(_sizes(files, shapes))
+    if missing := sorted(expected.keys() - shapes.keys()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{path} lacks {missing[0]}{more}; it is not a complete BAGEL checkpoint of this configuration."
+        )
+    if extra := sorted(shapes.keys() - expected.keys()):
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise CheckpointError(
+            f"{path} has {extra[0]}{more}, more than its configs say; check the layer counts in its configs."
+        )
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise CheckpointError(f"{path}: {name} has shape {list(shape)}, the configs say {list(expected[name])}.")
+
+
+def _sizes(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> Sizes:
+    """Configured sizes; those that upstream hard-codes (table rows, latent width, kept ViT layers) from the shapes."""
+    llm, vit = (_json(files[name]) for name in CONFIG_FILES)
+    heads = _count(llm, "num_attention_heads", files["llm_config.json"])
+    kept = {int(m[1]) for name in shapes if (m := re.match(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.", name))}
+    configured = _count(vit, "num_hidden_layers", files["vit_config.json"])
+    rows = {name: shapes.get(name, (0,))[0] for name in ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")}
+    return Sizes(
+        hidden=_count(llm, "hidden_size", files["llm_config.json"]),
+        intermediate=_count(llm, "intermediate_size", files["llm_config.json"]),
+        layers=_count(llm, "num_hidden_layers", files["llm_config.json"]),
+        heads=heads,
+        kv_heads=int(llm.get("num_key_value_heads", heads)),
+        vocab=_count(llm, "vocab_size", files["llm_config.json"]),
+        vit_hidden=_count(vit, "hidden_size", files["vit_config.json"]),
+        vit_intermediate=_count(vit, "intermediate_size", files["vit_config.json"]),
+        vit_layers=configured if len(kept) == configured else configured - 1,
+        vit_patch=int(vit.get("patch_size", 14)) ** 2 * int(vit.get("num_channels", 3)),
+        latent=shapes.get("vae2llm.weight", (0, 64))[-1],
+        latent_rows=rows["latent_pos_embed.pos_embed"] or 4096,
+        vit_rows=rows["vit_pos_embed.pos_embed"] or 4900,
+    )
+
+
+def _count(config: Mapping[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(f"{path}: {key} is {value!r}, expected a positive integer.")
+    return value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); copy it again from the base model.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object.")
+    return data
+
+
+def _vae(path: Path) -> TensorFile:
+    file = TensorFile.open(path)
+    unknown = next((n for n in file.tensors if (role := role_of(n)) is None or role.component != "vae"), None)
+    if unknown is not None or not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= file.tensors.keys():
+        raise CheckpointError(
+            f"{path} is not BAGEL's VAE ({unknown or 'no encoder or decoder'}); take ae.safetensors of the base model."
+        )
+    return file
+
+
+def _merged(adapter: Adapter, name: str, file: TensorFile, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+    """fp32 values of a weight with its LoRA pair added, for the rows that [start, stop) touches."""
+    import numpy as np
+
+    columns = tensor.shape[1]
+    first, last = start // columns, -(-stop // columns)
+    values = bf16.floats(bf16.stored(file, tensor, first * columns, last * columns), tensor.dtype).astype(np.float64)
+    values += adapter.delta(name, first, last).reshape(-1)
+    return values[start - first * columns : stop - first * columns].astype(np.float32)

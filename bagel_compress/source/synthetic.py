@@ -1,0 +1,250 @@
+"""synthesise: a checkpoint of the true shape with made-up weights, written by streaming.
+
+For benchmarks, for VRAM and latency checks (which do not depend on the values), and for trying the tool without 29 GB
+of download. Every value is a function of (seed, tensor, position), so neither threads nor chunk sizes change a byte.
+
+Matrices look trained to a codec: normal values times log-normal row and column scales (sigma 0.35 and 0.25) with 0.2 %
+outliers of six times the size; their bf16 exponents then have 2.7 bits of entropy, as the released weights' do
+(about 2.65). Norms are near 1, sin-cos tables are the real ones. Pictures from such weights are noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from math import isqrt
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+from bagel.layout import Sizes, expected_tensors, official_role
+from bagel_compress.errors import CheckpointError
+from bagel_compress.io.atomic import PARTIAL
+from bagel_compress.io.byte_size import size_text
+from bagel_compress.io.packaged import FULL_CONFIGS, resource
+from bagel_compress.io.safetensors_file import TensorFile, lay_out
+from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
+from bagel_compress.source.released_header import full_sizes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bagel.vae import VAEConfig
+
+ROW_SIGMA, COLUMN_SIGMA = 0.35, 0.25  # of the log-normal scales
+CHUNK = 1 << 22  # elements per step
+TABLE_BITS = 12  # resolution of the normal distribution's inverse
+NORM_SPREAD, SMALL = 0.1, 0.02  # spread of norms around 1; size of biases, embeddings and learned tables
+# A decoder large enough to time, 0.24 billion weights in both experts; heads of the released width.
+MEDIUM = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8,
+          "num_key_value_heads": 2}  # fmt: skip
+MEDIUM_SIDE = 32  # latent rows and columns: pictures of 512 x 512
+Progress = Callable[[int], object]
+
+
+def synthesise(shape: str, out: Path, seed: int, layers: int | None = None, progress: Progress | None = None) -> int:
+    """Writes `ema.safetensors`, `ae.safetensors`, configs and a tokenizer into `out`; returns the bytes of the former.
+
+    `shape` is "7b-mot" (the released model), "medium" or "tiny"; `layers` decoder layers instead of all.
+    Raises CheckpointError if the folder is not empty or its disk too small.
+    """
+    if layers is not None and layers < 1:
+        raise CheckpointError(f"--layers is {layers}; a model has at least 1 decoder layer.")
+    sizes, vae, configs = _full(layers) if shape == "7b-mot" else _small(shape, layers)
+    specs = {name: PartSpec("BF16", dims) for name, dims in expected_tensors(sizes).items()}
+    vae_specs = {name: PartSpec("F32", dims) for name, dims in _vae_shapes(vae).items()}
+    _prepare(out, sum(spec.nbytes for spec in (*specs.values(), *vae_specs.values())))
+    for name, config in configs.items():
+        (out / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
+    _write_tokenizer(out, sizes.vocab)
+    _write(out / "ae.safetensors", vae_specs, seed, lambda done: None)
+    _write(out / "ema.safetensors", specs, seed, progress or (lambda done: None))
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def _full(layers: int | None) -> tuple[Sizes, VAEConfig, dict[str, dict[str, Any]]]:
+    from bagel.vae import VAEConfig
+
+    llm, vit = (json.loads((FULL_CONFIGS / f"{name}_config.json").read_text("utf-8")) for name in ("llm", "vit"))
+    return full_sizes(layers), VAEConfig(), _configs(llm, vit, {}, full_sizes(layers))
+
+
+def _small(shape: str, layers: int | None) -> tuple[Sizes, VAEConfig, dict[str, dict[str, Any]]]:
+    """The shape of the checkpoint that comes with the package; "medium" has its ends and MEDIUM's decoder."""
+    from bagel.vae import VAEConfig
+
+    folder = resource("tiny")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    llm, vit = config["llm_config"], config["vit_config"]
+    if shape == "medium":
+        llm, config = llm | MEDIUM, config | {"max_latent_size": MEDIUM_SIDE}
+    sizes = Sizes(
+        hidden=llm["hidden_size"],
+        intermediate=llm["intermediate_size"],
+        layers=llm["num_hidden_layers"] if layers is None else layers,
+        heads=llm["num_attention_heads"],
+        kv_heads=llm["num_key_value_heads"],
+        vocab=llm["vocab_size"],
+        vit_hidden=vit["hidden_size"],
+        vit_intermediate=vit["intermediate_size"],
+        vit_layers=vit["num_hidden_layers"] - 1,
+        latent_rows=config["max_latent_size"] ** 2,
+        vit_rows=config["vit_max_num_patch_per_side"] ** 2,
+    )
+    shapes = {name: tensor.shape for name, tensor in TensorFile.open(folder / "ae.safetensors").tensors.items()}
+    return sizes, VAEConfig.from_shapes(shapes), _configs(llm, vit, config, sizes)
+
+
+def _configs(
+    llm: dict[str, Any], vit: dict[str, Any], extra: dict[str, Any], sizes: Sizes
+) -> dict[str, dict[str, Any]]:
+    """The JSON files; ids are those of the small tokenizer."""
+    llm = llm | {"num_hidden_layers": sizes.layers, "bos_token_id": 560, "eos_token_id": 562}
+    config = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"} | extra
+    config |= {
+        "max_latent_size": isqrt(sizes.latent_rows),
+        "vit_max_num_patch_per_side": isqrt(sizes.vit_rows),
+        "llm_config": llm,
+        "vit_config": vit,
+    }
+    return {
+        "llm_config.json": llm,
+        "vit_config.json": vit,
+        "config.json": config,
+        "generation_config.json": {"bos_token_id": 560, "eos_token_id": [562, 560], "pad_token_id": 560},
+    }
+
+
+def _vae_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
+    import torch
+
+    from bagel.vae import AutoEncoder
+
+    with torch.device("meta"):
+        state = AutoEncoder(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _prepare(out: Path, nbytes: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    others = [path.name for path in out.iterdir() if not path.name.endswith(PARTIAL)]
+    if others:
+        raise CheckpointError(
+            f"{out} is not empty ({sorted(others)[0]}); choose a new folder for the synthetic checkpoint."
+        )
+    free = shutil.disk_usage(out).free
+    if free < nbytes:
+        raise CheckpointError(f"{out} needs {size_text(nbytes)}, its disk has {size_text(free)} free; choose another.")
+
+
+def _write_tokenizer(out: Path, vocab: int) -> None:
+    """The small tokenizer, with words that no text contains up to the size of the embedding, so that any id decodes."""
+    folder = resource("tiny")
+    for name in ("merges.txt", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, out / name)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    words = json.loads((folder / "vocab.json").read_text("utf-8"))
+    first = 1 + max(*words.values(), *(token["id"] for token in tokenizer["added_tokens"]))
+    padding = {f"pad{i}": i for i in range(first, vocab)}
+    tokenizer["model"]["vocab"] |= padding
+    for name, data in (("tokenizer.json", tokenizer), ("vocab.json", words | padding)):
+        (out / name).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8", newline="\n")
+
+
+def _write(path: Path, specs: Mapping[str, PartSpec], seed: int, progress: Progress) -> None:
+    """One file, front to back: chunks are made by all cores, in reused buffers, while the one before is written."""
+    import numpy as np
+
+    header, offsets = lay_out(specs)
+    partial = path.with_name(path.name + PARTIAL)
+    workers = os.cpu_count() or 1
+    free = [np.empty(CHUNK, np.uint16) for _ in range(workers + 1)]
+    ahead: deque[tuple[np.ndarray, Future[np.ndarray]]] = deque()
+
+    def write_first() -> None:
+        buffer, made = ahead.popleft()
+        progress(file.write(made.result().data))
+        free.append(buffer)
+
+    with partial.open("wb") as file, ThreadPoolExecutor(workers) as pool:
+        file.write(header)
+        for name in sorted(specs, key=offsets.__getitem__):
+            spec = TensorSpec(specs[name].dtype, specs[name].shape, name)
+            make = _tensor(spec, seed)
+            for start in range(0, spec.numel, CHUNK):
+                if not free:
+                    write_first()
+                buffer = free.pop()
+                out = buffer[: min(CHUNK, spec.numel - start)]
+                ahead.append((buffer, pool.submit(make, start, out)))
+        while ahead:
+            write_first()
+    partial.replace(path)
+
+
+def _tensor(spec: TensorSpec, seed: int) -> Callable[[int, np.ndarray], np.ndarray]:
+    """What fills a uint16 array with the bf16 words from `start` on, and gives what to store (uint32 for F32)."""
+    import numpy as np
+
+    from bagel_compress.source.synthetic_kernel import fill
+
+    role = official_role(spec.name)
+    key = zlib.crc32(spec.name.encode()) << 32 | (seed & 0xFFFFFFFF)
+    if spec.name.endswith("pos_embed.pos_embed"):
+        return _sin_cos(*spec.shape)
+    matrix = role.kind in ("linear", "head", "conv")
+    columns = spec.numel // spec.shape[0] if matrix else 1
+    spread = float(columns) ** -0.5 if matrix else NORM_SPREAD if role.kind == "norm" else SMALL
+    one = role.kind == "norm" and spec.name.endswith("weight")
+    scales = _log_normal(columns if matrix else 1, key ^ 0x5BD1E995, COLUMN_SIGMA if matrix else 0.0) * np.float32(
+        spread
+    )
+    rows = _log_normal(spec.shape[0] if matrix else 1, key ^ 0x2545F491, ROW_SIGMA if matrix else 0.0)
+    table = _normal_table()
+
+    def make(start: int, out: np.ndarray) -> np.ndarray:
+        fill(out, start, np.uint64(key), table, rows, scales, columns, np.float32(one), matrix)
+        return out if spec.dtype == "BF16" else out.astype(np.uint32) << 16
+
+    return make
+
+
+def _log_normal(count: int, key: int, sigma: float) -> np.ndarray:
+    """exp(sigma * normal), in steps of 2^-12 so that no system's `exp` can change a bit of the weights."""
+    import numpy as np
+
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return (np.round(np.exp(sigma * generator.standard_normal(count)) * 4096) / 4096).astype(np.float32)
+
+
+@cache
+def _normal_table() -> np.ndarray:
+    """Inverse of the normal distribution at the edges of 4096 equal slices; the outermost slices end at 4.5 sigma."""
+    import numpy as np
+
+    count = 1 << TABLE_BITS
+    inner = [NormalDist().inv_cdf(i / count) for i in range(1, count)]
+    return np.round(np.array([-4.5, *inner, 4.5]), 6).astype(np.float32)
+
+
+def _sin_cos(rows: int, width: int) -> Callable[[int, np.ndarray], np.ndarray]:
+    """The fixed position table: first half the column, second half the row; each half sines then cosines.
+
+    position * 10000^(-k / (width / 4)), k = 0 .. width / 4 - 1 (the formula of MAE's 2-D sin-cos embedding).
+    """
+    import numpy as np
+
+    from bagel_compress.io.bf16 import rounded
+
+    side = isqrt(rows)
+    angles = np.outer(np.arange(side), 10000.0 ** (-np.arange(width // 4) / (width / 4)))
+    half = rounded(np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32).reshape(-1)).reshape(side, -1)
+    cells = np.arange(rows)
+    table = np.concatenate([half[cells % side], half[cells // side]], 1).reshape(-1)
+    return lambda start, out: table[start : start + out.size]

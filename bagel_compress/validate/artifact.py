@@ -1,0 +1,160 @@
+"""From folders to a verdict: opens an artifact and its traces, compares, and writes the reports beside the artifact.
+
+reports/parity.json      everything, for programs         reports/CASE.png    reference, artifact, difference
+reports/junit.xml        one test per limit               report.html         the same for people
+reports/summary.md       for the page of a CI run
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bagel.layout import official_role
+from bagel.loading import parameter_path
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.limits import resolve
+from bagel_compress.errors import TargetError, TraceError
+from bagel_compress.parity.compare import NO_NETWORKS, Found, Progress, Subject, compare
+from bagel_compress.parity.diagnose import Format
+from bagel_compress.parity.network_metrics import Networks
+from bagel_compress.parity.record import FLOORS, record_cases
+from bagel_compress.parity.report_data import REPORTS, ParityReport, load_budgets
+from bagel_compress.parity.trace import TraceFile
+from bagel_compress.report.html import render
+from bagel_compress.report.text import junit, markdown
+from bagel_compress.run.case import Case
+from bagel_compress.run.device_map import DeviceMap, Where
+from bagel_compress.run.load import load, load_checkpoint
+from bagel_compress.source.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DIFFERENCE_GAIN = 4
+
+
+def record_source(
+    source: str | Path | Checkpoint,
+    cases: Sequence[tuple[Case, Path]],
+    out: str | Path,
+    device: Where = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    floors: Sequence[str] = FLOORS,
+    progress: Progress | None = None,
+) -> TraceFile:
+    """Records cases on a full-precision checkpoint folder. See record_cases."""
+    checkpoint = _opened(source)
+    sampler = load_checkpoint(checkpoint, device, dtype)
+    return record_cases(sampler, checkpoint.name, checkpoint.digest, cases, out, floors, progress)
+
+
+def validate_artifact(
+    path: str | Path,
+    traces: Sequence[str | Path],
+    source: str | Path | Checkpoint | None = None,
+    device: Where = "cpu",
+    progress: Progress | None = None,
+    networks: Networks = NO_NETWORKS,
+) -> ParityReport:
+    """Judges an artifact by its recipe's limits and writes the reports. With `source`, attributes errors to components.
+
+    `networks`: LPIPS and CLIP, if their weights are at hand.
+
+    Raises TraceError on a trace of another source, RecipeError on a limit below the noise floor; a broken limit is no
+    error here but in the report (`ParityReport.require` raises). `device` may be a map, without `source`.
+    """
+    artifact = Artifact.open(path)
+    recipe = artifact.manifest.recipe
+    limits = resolve(recipe.limits.level, recipe.limits.overrides)
+    files = [TraceFile.open(trace) for trace in traces]
+    for file in files:
+        file.expect_source(artifact.manifest.source.digest, str(path))
+    dtype = _dtype(files)
+    reference = None
+    if source is not None:
+        if isinstance(device, DeviceMap):
+            raise TargetError("--source needs the artifact and the source on one device; name one, or leave it away.")
+        checkpoint = _opened(source)
+        for file in files:
+            file.expect_source(checkpoint.digest, checkpoint.name)
+        reference = load_checkpoint(checkpoint, device, dtype)
+    sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
+    subject = Subject(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, formats(artifact))
+    found = compare(subject, files, reference, progress, networks)
+    write(artifact, found)
+    return found.report
+
+
+def write(artifact: Artifact, found: Found) -> Path:
+    """Writes all reports of a verdict. Returns the path of report.html."""
+    folder = artifact.path / REPORTS
+    found.report.save(artifact.path)
+    for case, (reference, picture) in found.pictures.items():
+        strip(reference, picture).save(folder / f"{case}.png")
+    return write_report(artifact.path, artifact.digest)
+
+
+def write_report(path: str | Path, digest: str | None = None) -> Path:
+    """Draws report.html, junit.xml and summary.md from the reports that lie beside an artifact. Returns the first."""
+    path = Path(path)
+    report = ParityReport.load(path, digest)
+    budgets = load_budgets(path, digest)
+    pictures = {c.name: _thirds(path / REPORTS / f"{c.name}.png") for c in report.cases if c.has_image}
+    page = path / "report.html"
+    page.write_text(render(report, pictures, budgets), encoding="utf-8")
+    (path / REPORTS / "junit.xml").write_text(junit(report, budgets), encoding="utf-8")
+    (path / REPORTS / "summary.md").write_text(markdown(report, budgets), encoding="utf-8")
+    return page
+
+
+def formats(artifact: Artifact) -> dict[str, Format]:
+    """Path of each linear module -> how the manifest says it is stored."""
+    known = {}
+    for entry in artifact.manifest.units.values():
+        form = Format(entry.codec.format, entry.codec.lossless)
+        for tensor in entry.tensors:
+            if official_role(tensor).kind in ("linear", "head"):
+                known[parameter_path(tensor).removesuffix(".weight")] = form
+    return known
+
+
+def strip(reference: Tensor, found: Tensor) -> Image.Image:
+    """Reference, artifact and their difference times DIFFERENCE_GAIN, side by side; uint8 [H, W, 3] in."""
+    from PIL import Image
+
+    difference = (reference.int() - found.int()).abs() * DIFFERENCE_GAIN
+    joined = torch.cat([reference, found, difference.clamp(max=255).to(torch.uint8)], dim=1)
+    return Image.fromarray(joined.numpy())
+
+
+def _thirds(path: Path) -> list[bytes]:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        width = image.width // 3
+        return [_png(image.crop((i * width, 0, (i + 1) * width, image.height))) for i in range(3)]
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+
+def _opened(source: str | Path | Checkpoint) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+
+
+def _dtype(files: Sequence[TraceFile]) -> torch.dtype:
+    """The dtype that the traces were recorded in; raises TraceError if they differ."""
+    names = sorted({file.header.dtype for file in files})
+    if len(names) != 1:
+        raise TraceError(f"the traces were recorded in {' and '.join(names)}; give traces of one dtype.")
+    dtype: torch.dtype = getattr(torch, names[0])
+    return dtype
