@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint test-slow test-gpu bench nano nano-table clean
+.PHONY: demo test lint coverage test-slow test-gpu bench nano nano-table clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+coverage: $(READY)
+	$(BIN)/python -m pytest --cov=bagel --cov=bagel_compress --cov-report=term --cov-report=html:out/coverage
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
