@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "spec", "limits"}),
     frozenset({"tensorfile", "words", "codecs", "metrics", "lpips", "clip", "sizes", "resources", "download", "case"}),
-    frozenset({"recipe", "runtime", "target", "checkpoint", "lora", "header", "reports", "synth_kernel"}),
+    frozenset({"calibrate", "recipe", "runtime", "target", "checkpoint", "lora", "header", "reports", "synth_kernel"}),
     frozenset({"plan", "artifact", "writer", "readers", "build", "synth", "hub", "devices"}),
     frozenset({"load", "stream", "trace", "observe", "comfy", "residency"}),
     frozenset({"export", "content"}),
