@@ -31,6 +31,10 @@ class CodecError(BagelCompressError):
     """A tensor's values cannot be coded, or stored parts cannot be decoded. Names the tensor."""
 
 
+class CalibrationError(BagelCompressError):
+    """A calibration set does not fit the checkpoint, or what it gives cannot steer a rounding."""
+
+
 class ArtifactError(BagelCompressError):
     """An artifact folder is incomplete, inconsistent, or belongs to another plan."""
 

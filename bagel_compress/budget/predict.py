@@ -1,8 +1,8 @@
 """Budget: the peak memory of a build on a target, predicted without a GPU, phase by phase.
 
-The sampler itself runs over fake tensors of the true shape (fake_model.py) and every storage is counted (memory_tracker.py), so that
-caches of all guidance branches, activations and decoded weights are what the code really makes. To them come the
-weights as they are stored and the CUDA context.
+The sampler itself runs over fake tensors of the true shape (fake_model.py) and every storage is counted
+(memory_tracker.py), so that caches of all guidance branches, activations and decoded weights are what the code really
+makes. To them come the weights as they are stored and the CUDA context.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """ShardWriter: fills safetensors files in place, from background threads, with a few reused buffers.
 
-The layout is known before the data (`safetensors_file.lay_out`), so chunks may come in any order. Encoding goes on, also of
-the next shard, while chunks are written and while what was written is read back, hashed and synced. Buffers are made
-once: fresh memory is slow to touch. Portable seek and write; the file appears under its name only when it is complete.
+The layout is known before the data (`safetensors_file.lay_out`), so chunks may come in any order. Encoding goes on,
+also of the next shard, while chunks are written and while what was written is read back, hashed and synced. Buffers
+are made once: fresh memory is slow to touch. Portable seek and write; the file appears under its name only when it is
+complete.
 """
 
 from __future__ import annotations

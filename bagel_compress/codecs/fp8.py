@@ -18,9 +18,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
+from bagel_compress.codecs.calibrated import CalibratedCodec
+from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, searched
 from bagel_compress.codecs.matrix import (
     MatrixCodec,
     absmax_words,
@@ -43,7 +46,7 @@ SCALE_WORDS = (0x0080, 0x7B11)
 SEARCH = (0, *range(-40, 0, 8), *range(8, 96, 8))  # bf16 words from absmax/448: about 0.7 to 1.7 of it, itself first
 
 
-class Fp8(MatrixCodec):
+class Fp8(CalibratedCodec, MatrixCodec):
     """e4m3fn with one scale per output channel or per tensor."""
 
     format: Literal["fp8"] = "fp8"
@@ -57,6 +60,9 @@ class Fp8(MatrixCodec):
 
     def begin(self, unit: Unit, source: Reader) -> Encoding:
         return _Fp8Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+
+    def grid(self, spec: TensorSpec) -> Grid:
+        return _Fp8Grid(self, spec)
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code) * scale, in bf16: `compressed_tensors.quantization.dequantize`, bit for bit."""
@@ -115,6 +121,38 @@ def comfy_metadata(weights: Iterable[str]) -> dict[str, str]:
     """
     layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in weights}
     return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+class _Fp8Grid(Grid):
+    """One scale per row, or one for all."""
+
+    levels = Levels(low=-FP8_MAX, high=FP8_MAX, mantissa=3, smallest=2.0**-6)
+
+    def __init__(self, codec: Fp8, spec: TensorSpec) -> None:
+        self.codec, self.spec, self.block = codec, spec, spec.shape[1]
+
+    def scales(self, weights: torch.Tensor, curvature: Curvature) -> Scales:
+        absmax = weights.abs().amax(1, keepdim=True)
+        if self.codec.granularity == "tensor":
+            absmax = absmax.amax(0, keepdim=True)
+        plain = partial(_plain_scale, absmax)
+        scale = searched(self, weights, curvature, plain) if self.codec.scale == "mse" else plain(1.0)
+        shape = self.codec.parts(Unit(self.spec.name, (self.spec,)))[scale_name(self.spec)].shape
+        return Scales(scale, {scale_name(self.spec): scale.bfloat16().cpu().reshape(shape)})
+
+    def pack(self, levels: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {self.spec.name: levels.cpu().contiguous().to(torch.float8_e4m3fn)} | dict(scales.stored)
+
+
+def _plain_scale(absmax: torch.Tensor, factor: float) -> torch.Tensor:
+    """absmax / 448 cut at `factor` of absmax: fp32 values that bf16 holds, 1 for zero."""
+    import torch
+
+    low, high = (torch.tensor(word, dtype=torch.int16).view(torch.bfloat16).float() for word in SCALE_WORDS)
+    scale = (absmax * factor / FP8_MAX).bfloat16().float().clamp(float(low), float(high))
+    return scale.where(absmax > 0, scale.new_ones(()))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
+from bagel_compress.codecs.calibrated import CalibratedCodec
+from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
 from bagel_compress.codecs.matrix import MatrixCodec, check_shapes, not_finite
 from bagel_compress.errors import CodecError, PlanError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
@@ -33,7 +36,7 @@ SHRINK = {"absmax": (1.0,), "mse": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}  # factors
 WIDE = 3.0e38  # blocks beyond it use codes -7..7, so that no decoded value overflows
 
 
-class Int4(MatrixCodec):
+class Int4(CalibratedCodec, MatrixCodec):
     """Symmetric INT4, block 32 along the input."""
 
     format: Literal["int4"] = "int4"
@@ -59,6 +62,9 @@ class Int4(MatrixCodec):
 
     def begin(self, unit: Unit, source: Reader) -> Encoding:
         return _Int4Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+
+    def grid(self, spec: TensorSpec) -> Grid:
+        return _Int4Grid(self, spec)
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code * scale), the product in fp32."""
@@ -123,6 +129,39 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     pairs = packed.contiguous().view(torch.uint8)
     codes = torch.stack([pairs & 0x0F, pairs >> 4], dim=-1).flatten(1)
     return codes.view(torch.int8) - 8
+
+
+class _Int4Grid(Grid):
+    """Blocks along the rows."""
+
+    block = BLOCK
+    levels = Levels(low=-8, high=7)
+
+    def __init__(self, codec: Int4, spec: TensorSpec) -> None:
+        self.codec, self.spec = codec, spec
+
+    def scales(self, weights: torch.Tensor, curvature: Curvature) -> Scales:
+        import torch
+
+        absmax = block_absmax(weights, BLOCK)
+        plain = partial(_plain_scale, absmax)
+        scale = searched(self, weights, curvature, plain) if self.codec.scale == "mse" else plain(1.0)
+        shape = torch.tensor(self.spec.shape, dtype=torch.int64)
+        stored = {f"{self.spec.name}_scale": scale.bfloat16().cpu(), f"{self.spec.name}_shape": shape}
+        return Scales(scale, stored)
+
+    def pack(self, levels: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+        import torch
+
+        nibbles = (levels.cpu() + 8).to(torch.uint8)
+        packed = (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(torch.int32)
+        return {f"{self.spec.name}_packed": packed} | dict(scales.stored)
+
+
+def _plain_scale(absmax: torch.Tensor, factor: float) -> torch.Tensor:
+    """compressed-tensors' scale for blocks cut at `factor` of absmax: fp32 values that bf16 holds, 1 for zero."""
+    scale = (absmax * factor / LEVELS).bfloat16().float()
+    return scale.where(scale > 0, scale.new_ones(()))
 
 
 @dataclass(slots=True)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
+from bagel_compress.codecs.calibrated import CalibratedCodec
+from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, searched
 from bagel_compress.codecs.matrix import (
     MatrixCodec,
     absmax_words,
@@ -33,12 +35,13 @@ if TYPE_CHECKING:
     import torch
 
 HALF_OVERFLOW_WORD = 0x4780  # bf16 of 65536: the first that fp16 (up to 65504) cannot hold
+HALF_MAX = 65504.0
 PER_127 = 7.874015718698502e-3  # 1/127 as bitsandbytes' int8_vectorwise_dequant writes it
 SEARCH = tuple(1 - 0.02 * step for step in range(16))  # of absmax, itself first
 DECODE_ELEMENTS = 1 << 22  # decoded at a time: bounds the fp32 temporary to 16 MB
 
 
-class Int8(MatrixCodec):
+class Int8(CalibratedCodec, MatrixCodec):
     """Symmetric int8 with one fp32 scale per output channel."""
 
     format: Literal["int8"] = "int8"
@@ -54,6 +57,9 @@ class Int8(MatrixCodec):
 
     def begin(self, unit: Unit, source: Reader) -> Encoding:
         return _Int8Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+
+    def grid(self, spec: TensorSpec) -> Grid:
+        return _Int8Grid(self, spec)
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code * SCB / 127) in fp32, as `bitsandbytes.functional.int8_vectorwise_dequant` does it, then bf16."""
@@ -100,6 +106,40 @@ def scb_name(spec: TensorSpec) -> str:
     return f"{spec.name.removesuffix('weight')}SCB"
 
 
+class _Int8Grid(Grid):
+    """One scale per row. A row of zeros has SCB 1 here: decoded like nearest rounding's 0, and no divisor to avoid."""
+
+    levels = Levels(low=-127, high=127)
+    factor = PER_127
+
+    def __init__(self, codec: Int8, spec: TensorSpec) -> None:
+        self.codec, self.spec, self.block = codec, spec, spec.shape[1]
+
+    def scales(self, weights: torch.Tensor, curvature: Curvature) -> Scales:
+        import torch
+
+        absmax = weights.abs().amax(1, keepdim=True)
+        if float(absmax.max()) > HALF_MAX:
+            raise _too_large(self.spec)
+        absmax = absmax.where(absmax > 0, absmax.new_ones(()))
+        searching = self.codec.scale == "mse"
+        scale = searched(self, weights, curvature, lambda factor: absmax * factor) if searching else absmax
+        kind = torch.zeros((), dtype=torch.uint8)
+        return Scales(scale, {scb_name(self.spec): scale.cpu().reshape(-1), f"{self.spec.name}_format": kind})
+
+    def pack(self, levels: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {self.spec.name: levels.cpu().contiguous().to(torch.int8)} | dict(scales.stored)
+
+
+def _too_large(spec: TensorSpec) -> CodecError:
+    return CodecError(
+        f"{spec.name}: holds a weight over 65504, the largest fp16 number, and int8 goes through fp16; "
+        "give this tensor codec fp8 or raw."
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class _Int8Encoding(Encoding):
     codec: Int8
@@ -134,10 +174,7 @@ class _Int8Encoding(Encoding):
 
         tops = absmax_words(words, self.spec, self.codec)
         if (tops >= HALF_OVERFLOW_WORD).any():
-            raise CodecError(
-                f"{self.spec.name}: holds a weight over 65504, the largest fp16 number, and int8 goes through fp16; "
-                "give this tensor codec fp8 or raw."
-            )
+            raise _too_large(self.spec)
         scb = np.array([half_of(top) for top in tops], np.float32)
         if self.codec.scale == "absmax":
             return scb

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
+from bagel_compress.codecs.calibrated import CalibratedCodec
+from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
 from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, check_shapes, not_finite, read_words, self_check
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
@@ -42,7 +44,7 @@ OFFSET_TEXT = 22  # characters of the longest Python text of a non-negative fp32
 DECODE_BLOCKS = 1 << 16  # blocks decoded at a time: bounds the temporaries to a few times 16 MB
 
 
-class Nf4(MatrixCodec):
+class Nf4(CalibratedCodec, MatrixCodec):
     """bitsandbytes NF4, block 64."""
 
     format: Literal["nf4"] = "nf4"
@@ -65,6 +67,9 @@ class Nf4(MatrixCodec):
 
     def begin(self, unit: Unit, source: Reader) -> Encoding:
         return _Nf4Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+
+    def grid(self, spec: TensorSpec) -> Grid | None:
+        return None if spec.shape[1] % BLOCK else _Nf4Grid(self, spec)
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code book * absmax), the product in fp32: `bitsandbytes.functional.dequantize_4bit`, bit for bit."""
@@ -153,6 +158,49 @@ def nested_offset(spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> float 
             f"{spec.name}: quant_state {text!r} does not describe an nf4 matrix of shape {list(spec.shape)}."
         )
     return offset
+
+
+class _Nf4Grid(Grid):
+    """Blocks along the rows: of a width of whole blocks."""
+
+    block = BLOCK
+
+    def __init__(self, codec: Nf4, spec: TensorSpec) -> None:
+        from bagel_compress.codecs.kernels.nf4_kernels import CODE_BOOK
+
+        self.codec, self.spec = codec, spec
+        self.levels = Levels(table=tuple(CODE_BOOK.tolist()))
+
+    def scales(self, weights: torch.Tensor, curvature: Curvature) -> Scales:
+        import torch
+
+        from bagel_compress.codecs.kernels.nested_kernels import dequantize_absmax, dynamic_map, quantize_absmax
+
+        absmax = block_absmax(weights, BLOCK)
+        if self.codec.scale == "mse":
+            absmax = searched(self, weights, curvature, lambda factor: absmax * factor)
+        if not self.codec.double_quant:
+            return Scales(absmax, self._stored({"absmax": absmax.cpu().reshape(-1)}, None))
+        codes, nested, offset = quantize_absmax(absmax.cpu().reshape(-1).numpy())
+        if not math.isfinite(offset):
+            raise CodecError(f"{self.spec.name}: weights of {absmax.max()} are too large for double_quant; use raw.")
+        final = torch.from_numpy(dequantize_absmax(codes, nested, offset)).reshape(absmax.shape).to(weights.device)
+        parts = {"absmax": codes, "nested_absmax": nested, "nested_quant_map": dynamic_map()}
+        return Scales(final, self._stored({key: torch.from_numpy(part) for key, part in parts.items()}, float(offset)))
+
+    def pack(self, levels: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+        import torch
+
+        book = torch.tensor(self.levels.table)
+        codes = torch.searchsorted(book, levels.cpu().contiguous()).to(torch.uint8).reshape(-1, 2)
+        return {self.spec.name: (codes[:, :1] << 4) | codes[:, 1:]} | dict(scales.stored)
+
+    def _stored(self, parts: Mapping[str, torch.Tensor], offset: float | None) -> dict[str, torch.Tensor]:
+        import torch
+
+        state = torch.frombuffer(bytearray(_state(self.spec, offset)), dtype=torch.uint8)
+        named = {**parts, "quant_map": torch.tensor(self.levels.table), STATE: state}
+        return {part_name(self.spec, key): part for key, part in named.items()}
 
 
 @dataclass(slots=True, kw_only=True)

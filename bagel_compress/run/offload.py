@@ -10,7 +10,8 @@ weights are meta tensors, so a use that was forgotten fails instead of computing
 that no phase lists stays in host memory for good: only the rows that are looked up travel. DF11 units own their device
 memory themselves and stay where they were loaded.
 
-The same machinery serves a device map (device_map.py): what the map lets wait is brought to its own device for each call.
+The same machinery serves a device map (device_map.py): what the map lets wait is brought to its own device for each
+call.
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""The column loops of calibrated rounding: kernels on a CPU, torch elsewhere. Shapes as in rounding_kernels.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bagel_compress.codecs.grid import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GRAIN = 64  # rows of a weight that a thread takes at least: one run of the kernels
+
+
+def feedback(
+    grid: Grid,
+    targets: Tensor,
+    errors: Tensor,
+    scales: Tensor,
+    factors: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    loss: Tensor,
+) -> None:
+    """Rounds the columns of a block one after the other; `errors`, `levels` and `loss` are changed in place."""
+    from bagel_compress.calibrate import rounding_kernels
+    from bagel_compress.codecs.kernels.grid_kernels import Arithmetic
+    from bagel_compress.codecs.kernels.threads import split
+
+    if not on_cpu(targets):
+        _feedback(grid, targets, errors, scales, factors, weight, levels, loss)
+        return
+    arithmetic = Arithmetic.of(grid.levels, grid.factor)
+    t, e, s, f = targets.numpy(), errors.numpy(), scales.numpy(), factors.numpy()
+    w, c, total = weight.numpy(), levels.numpy(), loss.numpy()
+
+    def part(a: int, b: int) -> None:
+        rounding_kernels.feedback(t, e, s, f, w, *arithmetic, c, total, a, b)
+
+    split(part, targets.shape[1], GRAIN)
+
+
+def descend(
+    grid: Grid, gradients: Tensor, scales: Tensor, moments: Tensor, levels: Tensor, errors: Tensor, loss: Tensor
+) -> None:
+    """One round of coordinate descent over a block; `errors`, `levels` and `loss` are changed in place."""
+    from bagel_compress.calibrate import rounding_kernels
+    from bagel_compress.codecs.kernels.grid_kernels import Arithmetic
+    from bagel_compress.codecs.kernels.threads import split
+
+    if not on_cpu(gradients):
+        _descend(grid, gradients, scales, moments, levels, errors, loss)
+        return
+    arithmetic = Arithmetic.of(grid.levels, grid.factor)
+    g, s, h = gradients.numpy(), scales.numpy(), moments.numpy()
+    c, e, total = levels.numpy(), errors.numpy(), loss.numpy()
+
+    def part(a: int, b: int) -> None:
+        rounding_kernels.descend(g, s, h, *arithmetic, c, e, total, a, b)
+
+    split(part, gradients.shape[1], GRAIN)
+
+
+def _feedback(
+    grid: Grid,
+    targets: Tensor,
+    errors: Tensor,
+    scales: Tensor,
+    factors: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    loss: Tensor,
+) -> None:
+    for j in range(len(targets)):
+        levels[j] = grid.levels.nearest(targets[j] / scales[j] / grid.factor)
+        found = value(grid, levels[j], scales[j])
+        loss += weight[j] * (targets[j] - found).square()
+        errors[j] -= found
+        targets[j + 1 :].addr_(factors[j, j + 1 :], errors[j])
+
+
+def _descend(
+    grid: Grid, gradients: Tensor, scales: Tensor, moments: Tensor, levels: Tensor, errors: Tensor, loss: Tensor
+) -> None:
+    for j in range(len(gradients)):
+        before, cost = value(grid, levels[j], scales[j]), moments[j, j]
+        level = grid.levels.nearest((before + gradients[j] / cost) / scales[j] / grid.factor)
+        change = before - value(grid, level, scales[j])
+        gained = change * (2 * gradients[j] + change * cost)
+        better = gained < 0
+        levels[j] = level.where(better, levels[j])
+        change = change.where(better, change.new_zeros(()))
+        errors[j] += change
+        loss += gained.clamp(max=0)
+        gradients[j + 1 :].addr_(moments[j, j + 1 :], change)
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Do the kernels run where this tensor lies?"""
+    return tensor.device.type == "cpu"
+
+
+def value(grid: Grid, levels: Tensor, scales: Tensor) -> Tensor:
+    """fp32 values of what decoding gives."""
+    return (levels * scales * grid.factor).bfloat16().float()

@@ -1,0 +1,124 @@
+"""Moments: the second moments of the inputs of a linear layer, which say what a rounding error costs.
+
+H = sum over rows of x x^T, in fp32 (in bf16 its factors do not exist). For wide inputs H is kept as blocks along its
+diagonal: the other products are taken to be zero, which costs little where the blocks are hundreds of columns wide and
+saves most of the memory and work. H is symmetric: only the panels on and above the diagonal are multiplied, and the
+rest is mirrored when H is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from bagel_compress.errors import CalibrationError
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_ROWS = 4  # rows must be at least the width over this
+PANEL = 512  # columns of H that one product gives; narrower ones waste less on the mirrored half and run slower
+
+
+class Block(NamedTuple):
+    """A range of columns and the moments among them, in fp32."""
+
+    start: int
+    stop: int
+    h: torch.Tensor  # (stop - start, stop - start)
+    cross: torch.Tensor | None  # X_full^T X_quantised of the same columns, if it was asked for
+
+
+class Moments:
+    """Second moments of the inputs (R, width) of one linear layer, or of several that see the same inputs."""
+
+    def __init__(
+        self, width: int, *, block: int | None = None, cross: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
+        """Zero moments. `block`: width of the blocks along the diagonal, None for one; the last may be narrower."""
+        import torch
+
+        self.width, self.rows = width, 0
+        step = block or width
+        ranges = [(a, min(a + step, width)) for a in range(0, width, step)]
+        self._ranges = ranges
+        self._h = [torch.zeros(b - a, b - a, device=device) for a, b in ranges]
+        self._cross = [torch.zeros(b - a, b - a, device=device) for a, b in ranges] if cross else None
+        self._first: torch.Tensor | None = None
+        self._varied = False
+        self._mirrored = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all moments."""
+        return sum(h.nbytes for h in self._h) * (1 if self._cross is None else 2)
+
+    def add(self, inputs: torch.Tensor, full: torch.Tensor | None = None) -> None:
+        """Adds rows (R, width) of any float dtype. `full`: the same rows as the full-precision model has them, needed
+        exactly if the moments were made with `cross`."""
+        rows = inputs.reshape(-1, self.width).float()
+        if (full is None) != (self._cross is None):
+            raise ValueError("full rows go with moments that keep cross products, and only with them")
+        if rows.shape[0] == 0:
+            return
+        if self._first is None:
+            self._first = rows[0].clone()
+        self._varied = self._varied or bool((rows != self._first).any())
+        self.rows += rows.shape[0]
+        for index, (a, b) in enumerate(self._ranges):
+            _add_upper(self._h[index], rows[:, a:b])
+            if self._cross is not None and full is not None:
+                self._cross[index].addmm_(full.reshape(-1, self.width)[:, a:b].float().T, rows[:, a:b])
+        self._mirrored = False
+
+    def blocks(self) -> list[Block]:
+        """The blocks along the diagonal, in order of their columns."""
+        if not self._mirrored:
+            for h in self._h:
+                _mirror(h)
+            self._mirrored = True
+        crosses: Sequence[torch.Tensor | None] = self._cross or [None] * len(self._h)
+        return [Block(a, b, h, c) for (a, b), h, c in zip(self._ranges, self._h, crosses, strict=True)]
+
+    def diagonal(self) -> torch.Tensor:
+        """(width,) fp32: the diagonal of H."""
+        import torch
+
+        return torch.cat([h.diagonal() for h in self._h])
+
+    def check(self, name: str) -> None:
+        """Raises CalibrationError if these moments, of the inputs of `name`, cannot steer a rounding."""
+        import torch
+
+        least = -(-self.width // LEAST_ROWS)
+        if self.rows < least:
+            raise CalibrationError(
+                f"{name}: the calibration set gave {self.rows} rows of inputs for a width of {self.width}, at least"
+                f" {least} are needed; add turns or pictures worth {least - self.rows} more rows."
+            )
+        if not all(bool(torch.isfinite(h).all()) for h in self._h):
+            raise CalibrationError(
+                f"{name}: the second moments of its inputs hold NaN or Inf; the calibration set or the checkpoint is"
+                " damaged, make the set again and verify the checkpoint."
+            )
+        if not self._varied:
+            raise CalibrationError(
+                f"{name}: all {self.rows} rows of inputs that the calibration set gave are equal; give one whose turns"
+                " and pictures differ."
+            )
+
+
+def _add_upper(h: torch.Tensor, rows: torch.Tensor) -> None:
+    """h += rows^T rows, on and above the diagonal, panel by panel."""
+    for a in range(0, h.shape[0], PANEL):
+        panel = slice(a, min(a + PANEL, h.shape[0]))
+        h[panel, a:].addmm_(rows[:, panel].T, rows[:, a:])
+
+
+def _mirror(h: torch.Tensor) -> None:
+    """Copies what is above the diagonal below it."""
+    for a in range(0, h.shape[0], PANEL):
+        b = min(a + PANEL, h.shape[0])
+        h[b:, a:b] = h[a:b, b:].T
+        square = h[a:b, a:b]
+        square.copy_(square.triu() + square.triu(1).T)

@@ -1,0 +1,194 @@
+"""Rounding with error feedback and coordinate descent: one implementation for every format's grid.
+
+With H the second moments of a layer's inputs and E the error of its decoded weight, the squared error of the layer's
+output is tr(E H E^T), row by row. With H = (I + U) D (I + U)^T, U strictly upper, it is the sum over columns of
+
+    D_k (w_k + sum over j < k of e_j U_jk - decoded_k)^2
+
+so rounding column after column to the nearest level of the bracket's first two terms is the greedy minimum: GPTQ, in
+the form that needs one Cholesky factor and no inverse (Chee et al., arXiv 2307.13304, show that both are one). The
+order of columns is the moments' diagonal, falling (act-order); scales were fixed before, so they stay in place (static
+blocks). Coordinate descent then goes over the columns again and moves a code only where the error falls.
+
+Rows for which feedback ends worse than rounding each weight alone keep the latter, so no row is ever worse for it.
+Matrix products run where the moments lie; so do the column loops, as kernels on a CPU and in torch elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from bagel_compress.calibrate import loops
+from bagel_compress.calibrate.factor import Factor, factorise
+from bagel_compress.calibrate.moments import Block, Moments
+from bagel_compress.codecs.base import Encoding, Reader, Unit
+from bagel_compress.codecs.calibrated import CalibratedCodec, Gptq
+from bagel_compress.codecs.grid import Curvature, Grid, Packed, Rounded, Scales
+from bagel_compress.codecs.matrix import not_finite, self_check
+from bagel_compress.io.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLUMNS = 128  # columns whose errors are fed back one by one; those of whole blocks go through matrix products
+READ_ELEMENTS = 1 << 22  # read from the source at a time
+
+
+def round_unit(codec: CalibratedCodec, unit: Unit, source: Reader, moments: Moments) -> Encoding:
+    """Codes one weight with the codec's rounding; where the codec has no grid for it, as without moments.
+
+    Raises CalibrationError if the moments cannot steer a rounding, CodecError for weights that are not finite.
+    """
+    (spec,) = unit.specs
+    grid = codec.grid(spec)
+    if not isinstance(codec.rounding, Gptq):
+        return codec.begin(unit, source)
+    if grid is None:
+        encoding = codec.begin(unit, source)
+        encoding.reason = f"rounded to nearest: rows of {spec.shape[1]} weights are no whole blocks of {codec.format}"
+        return encoding
+    moments.check(spec.name)
+    weights = read_weights(codec, spec, source).to(moments.diagonal().device)
+    levels, scales, report = round_weights(grid, weights, moments, codec.rounding)
+    stored = grid.pack(levels, scales)
+    expected = grid.decode(levels, scales.values)
+    found = codec.decode(unit, stored)[spec.name].to(expected.device)
+    self_check(spec, codec, torch.equal(found, expected))
+    packed = Packed(codec=codec, parts=codec.parts(unit), stored=stored, rounded=report)
+    packed.quality.add(_energy(weights), _energy(weights - found.float()))
+    return packed
+
+
+def read_weights(codec: CalibratedCodec, spec: TensorSpec, source: Reader) -> Tensor:
+    """(N, K) fp32. Raises CodecError on NaN and Inf."""
+    weights = torch.empty(spec.numel)
+    for start in range(0, spec.numel, READ_ELEMENTS):
+        stop = min(start + READ_ELEMENTS, spec.numel)
+        weights[start:stop] = source.read(spec, start, stop)
+    if not bool(torch.isfinite(weights).all()):
+        raise not_finite(spec, codec)
+    return weights.reshape(spec.shape)
+
+
+def round_weights(grid: Grid, weights: Tensor, moments: Moments, method: Gptq) -> tuple[Tensor, Scales, Rounded]:
+    """(N, K) fp32 weights -> levels (N, K) fp32, scales as the grid gives them, and what it cost.
+
+    The scales are made for the weights, the levels for the weights after `refit`.
+    """
+    blocks = moments.blocks()
+    factors = [factorise(block.h, method.damping, method.act_order) for block in blocks]
+    curvature = Curvature(moments.diagonal(), torch.cat([f.conditional[f.order.argsort()] for f in factors]))
+    scales = grid.scales(weights, curvature)
+    levels = torch.empty_like(weights)
+    total = _Total()
+    for block, factor in zip(blocks, factors, strict=True):
+        columns = slice(block.start, block.stop)
+        own = _Columns(grid, weights[:, columns], scales.values, block, factor)
+        levels[:, columns] = own.rounded(method, total)
+    report = Rounded(
+        method=method.method,
+        rows=moments.rows,
+        damping=max(f.damping for f in factors),
+        error=total.error / total.signal if total.signal else 0.0,
+        nearest=total.nearest / total.signal if total.signal else 0.0,
+        predictor=float((curvature.conditional.sum() / curvature.diagonal.sum()).sqrt()),
+    )
+    return levels, scales, report
+
+
+def refitted(weights: Tensor, block: Block, factor: Factor) -> Tensor:
+    """(N, B) fp32 weights for inputs that went through rounded layers: W + W (C - H) (H + damping)^-1.
+
+    C = X_full^T X_quantised and H = X_quantised^T X_quantised: the least squares fit of the full layer's output.
+    """
+    assert block.cross is not None
+    return weights + factor.solve((weights @ (block.cross - block.h)).T).T
+
+
+@dataclass(slots=True)
+class _Total:
+    """Sums over the blocks of a weight; see `Rounded`."""
+
+    signal: float = 0.0
+    nearest: float = 0.0
+    error: float = 0.0
+
+
+class _Columns:
+    """The columns of one block of moments, in the order in which they are rounded; column-major throughout."""
+
+    def __init__(self, grid: Grid, weights: Tensor, scales: Tensor, block: Block, factor: Factor) -> None:
+        self.grid, self.weights, self.block, self.factor = grid, weights, block, factor
+        self.scale_of = (block.start + factor.order) // grid.block  # (B,)
+        self.scales = scales.expand(weights.shape[0], -1).T  # (scales, N)
+
+    def rounded(self, method: Gptq, total: _Total) -> Tensor:
+        """(N, B) levels."""
+        factor = self.factor
+        target = refitted(self.weights, self.block, factor) if method.refit and self.block.cross is not None else None
+        values = (self.weights if target is None else target).T[factor.order].contiguous()
+        plain, plain_errors = self._nearest(values)
+        plain_loss = self._loss(plain_errors)
+        levels, errors, loss = self._feedback(values)
+        worse = plain_loss < loss
+        levels[:, worse], errors[:, worse], loss[worse] = plain[:, worse], plain_errors[:, worse], plain_loss[worse]
+        del plain, plain_errors
+        for _ in range(method.passes):
+            self._descend(levels, errors, loss)
+        added = factor.added
+        total.signal += float((self._loss(values) - added * values.square().sum(0)).double().sum())
+        total.nearest += float(plain_loss.double().sum())
+        total.error += float((loss - added * errors.square().sum(0)).double().sum())
+        out = torch.empty_like(levels)
+        out[factor.order] = levels
+        return out.T
+
+    def _nearest(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels of values rounded alone, and the errors of the decoded."""
+        levels, errors = torch.empty_like(values), values.clone()
+        for a in range(0, len(values), COLUMNS):
+            part = slice(a, a + COLUMNS)
+            scales = self._scales(part)
+            levels[part] = self.grid.levels.nearest(values[part] / scales / self.grid.factor)
+            errors[part] -= loops.value(self.grid, levels[part], scales)
+        return levels, errors
+
+    def _loss(self, errors: Tensor) -> Tensor:
+        """(N,) sum over columns of D ((I + U)^T e)^2: each row's e H e^T, damping included."""
+        loss = errors.new_zeros(errors.shape[1])
+        for a in range(0, len(errors), COLUMNS):
+            b = min(a + COLUMNS, len(errors))
+            mixed = self.factor.unit[:b, a:b].T @ errors[:b]
+            loss += (mixed.square_() * self.factor.conditional[a:b, None]).sum(0)
+        return loss
+
+    def _scales(self, part: slice) -> Tensor:
+        return self.scales[self.scale_of[part]].contiguous()
+
+    def _feedback(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels, errors of the decoded, and losses (N,) after rounding column by column."""
+        levels, errors, loss = torch.empty_like(values), values.clone(), values.new_zeros(values.shape[1])
+        for a in range(0, len(values), COLUMNS):
+            part = slice(a, min(a + COLUMNS, len(values)))
+            unit = self.factor.unit[:, part]
+            targets = torch.addmm(values[part], unit[:a].T, errors[:a]) if a else values[part].clone()
+            loops.feedback(
+                self.grid, targets, errors[part], self._scales(part), unit[part].contiguous(),
+                self.factor.conditional[part], levels[part], loss,
+            )  # fmt: skip
+        return levels, errors, loss
+
+    def _descend(self, levels: Tensor, errors: Tensor, loss: Tensor) -> None:
+        """One round of coordinate descent over all columns, in place."""
+        for a in range(0, len(levels), COLUMNS):
+            part = slice(a, min(a + COLUMNS, len(levels)))
+            gradients = self.factor.moments[part] @ errors
+            among = self.factor.moments[part, part].contiguous()
+            loops.descend(self.grid, gradients, self._scales(part), among, levels[part], errors[part], loss)
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum(1).double().sum())
