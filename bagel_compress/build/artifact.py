@@ -14,14 +14,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from bagel.layout import official_role
 from bagel_compress.build.recipe import Recipe, parse_codec
 from bagel_compress.build.sizes import Group, group_sizes
-from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Unit
+from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Rounded, Unit
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.bf16 import as_tensor
 from bagel_compress.io.digests import blake3_file, blake3_of, tensors_digest
@@ -74,6 +82,16 @@ class UnitEntry(_Entry):
     parts: dict[str, StoredPart]
     snr_db: float | None = None  # of the decoded weights; None: nothing was lost
     reason: str = ""  # why the codec is not the recipe's
+    rounded: Rounded | None = (
+        None  # what a calibrated rounding did; of a weight rounded alone the entry has no such key
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_rounded(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.rounded is None:
+            del fields["rounded"]
+        return fields
 
 
 class FileEntry(_Entry):

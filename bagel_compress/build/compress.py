@@ -141,6 +141,7 @@ def _entry(placement: Placement, encoding: Encoding, shard: str) -> UnitEntry:
         parts={name: StoredPart(dtype=p.dtype, shape=p.shape, blake3="") for name, p in encoding.parts.items()},
         snr_db=None if lossless else round(encoding.quality.snr_db, 4),
         reason=encoding.reason,
+        rounded=encoding.rounded,
     )
 
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from bagel.layout import BLOCKS, COMPONENTS, EXPERTS, KINDS, Role
 from bagel_compress.codecs import CODECS
 from bagel_compress.codecs.base import Codec
+from bagel_compress.codecs.calibrated import Gptq
 from bagel_compress.errors import RecipeError
 from bagel_compress.io.tensor_spec import TensorSpec
 
@@ -189,6 +190,8 @@ def _known_keys(path: list[str], data: dict[str, Any]) -> list[str]:
         model = Rule
     elif path[:1] == ["rules"] and path[2:3] == ["match"]:
         model = Match
+    elif path[:1] == ["rules"] and path[2:5] == ["codec", "rounding", "gptq"]:
+        model = Gptq
     elif path[:1] == ["rules"] and path[2:3] == ["codec"]:
         model = type(parse_codec(data["rules"][int(path[1])]["codec"]["format"]))
     elif len(path) == 2:

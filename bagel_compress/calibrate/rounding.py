@@ -24,9 +24,9 @@ import torch
 from bagel_compress.calibrate import loops
 from bagel_compress.calibrate.factor import Factor, factorise
 from bagel_compress.calibrate.moments import Block, Moments
-from bagel_compress.codecs.base import Encoding, Reader, Unit
+from bagel_compress.codecs.base import Encoding, Reader, Rounded, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec, Gptq
-from bagel_compress.codecs.grid import Curvature, Grid, Packed, Rounded, Scales
+from bagel_compress.codecs.grid import Curvature, Grid, Packed, Scales
 from bagel_compress.codecs.matrix import not_finite, self_check
 from bagel_compress.io.tensor_spec import TensorSpec
 

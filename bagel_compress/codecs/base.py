@@ -79,6 +79,23 @@ class Quality:
         return 10.0 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
 
 
+class Rounded(BaseModel):
+    """What a rounding method did to one weight: an entry of the manifest.
+
+    Errors are squared and relative: tr(E H E^T) / tr(W H W^T), with E the error of the decoded weight and H the second
+    moments of the layer's inputs, so their square roots are relative errors of the layer's output.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    rows: int  # rows of inputs that H is of
+    damping: float  # what was added to the diagonal of H, in units of its mean; the largest of all blocks
+    error: float
+    nearest: float  # the same grid and scales, each weight rounded alone
+    predictor: float  # sqrt(tr D / tr H), H = (I + U) D (I + U)^T: what of nearest's error feedback leaves, on average
+
+
 @dataclass(slots=True)
 class Encoding(ABC):
     """One unit on its way into a shard. `parts` is exact before the first chunk is asked for."""
@@ -87,6 +104,7 @@ class Encoding(ABC):
     parts: dict[str, PartSpec]
     reason: str = ""
     quality: Quality = field(default_factory=Quality)  # complete when `chunks` is exhausted
+    rounded: Rounded | None = None  # of calibrated rounding
 
     @abstractmethod
     def chunks(self) -> Iterator[Chunk]:

@@ -12,7 +12,16 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+)
 
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.grid import Grid
@@ -49,10 +58,21 @@ def parse_rounding(value: Any) -> Any:
     return value
 
 
+def _method(value: Any) -> str:
+    return value if isinstance(value, str) else str(value["method"] if isinstance(value, Mapping) else value.method)
+
+
+Rounding = Annotated[
+    Annotated[Literal["nearest"], Tag(NEAREST)] | Annotated[Gptq, Tag("gptq")],
+    Discriminator(_method),
+    BeforeValidator(parse_rounding),
+]
+
+
 class CalibratedCodec(Codec):
     """Base of the codecs whose codes a calibrated rounding may choose."""
 
-    rounding: Annotated[Literal["nearest"] | Gptq, BeforeValidator(parse_rounding)] = NEAREST
+    rounding: Rounding = NEAREST
 
     @model_serializer(mode="wrap")
     def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

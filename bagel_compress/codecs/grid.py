@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from bagel_compress.codecs.base import Chunk, Encoding
 
 if TYPE_CHECKING:
@@ -152,29 +150,11 @@ def _block_errors(grid: Grid, weights: torch.Tensor, importance: torch.Tensor, s
     return padded.unflatten(1, (blocks, grid.block)).sum(2)
 
 
-class Rounded(BaseModel):
-    """What a rounding method did to one weight: an entry of the manifest.
-
-    Errors are squared and relative: tr(E H E^T) / tr(W H W^T), with E the error of the decoded weight and H the second
-    moments of the layer's inputs, so their square roots are relative errors of the layer's output.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: str
-    rows: int  # rows of inputs that H is of
-    damping: float  # what was added to the diagonal of H, in units of its mean; the largest of all blocks
-    error: float
-    nearest: float  # the same grid and scales, each weight rounded alone
-    predictor: float  # sqrt(tr D / tr H), see Curvature: the part of the error that feedback leaves for a fine grid
-
-
 @dataclass(slots=True)
 class Packed(Encoding):
     """An encoding whose parts lie in memory: rounding needs the whole weight at once."""
 
     stored: Mapping[str, torch.Tensor] = None  # type: ignore[assignment]
-    rounded: Rounded | None = None
 
     def chunks(self) -> Iterator[Chunk]:
         import torch
