@@ -32,11 +32,11 @@ from bagel.vae import VAEConfig
 from bagel_compress.build.artifact import SourceEntry
 from bagel_compress.build.recipe import Limits, parse_codec
 from bagel_compress.codecs.base import Codec, Unit
-from bagel_compress.export.build import export
-from bagel_compress.export.manifest import ExportFolder, ExportSource
-from bagel_compress.export.ort_session import Sessions
-from bagel_compress.export.source import Coded, Source
-from bagel_compress.export.tensorrt import build_engine
+from bagel_compress.exporting.build import export
+from bagel_compress.exporting.manifest import ExportFolder, ExportSource
+from bagel_compress.exporting.ort_session import Sessions
+from bagel_compress.exporting.source import Coded, Source
+from bagel_compress.exporting.tensorrt import build_engine
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.target import Target
 

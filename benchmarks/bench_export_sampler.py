@@ -93,10 +93,10 @@ def exported(model: str, form: str, source: Path, folder: Path, threads: int) ->
     from bagel_compress.build.compress import compress
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
-    from bagel_compress.export.build import export
-    from bagel_compress.export.manifest import MANIFEST as EXPORT
-    from bagel_compress.export.ort_sampler import open_onnx
-    from bagel_compress.export.source import Source
+    from bagel_compress.exporting.build import export
+    from bagel_compress.exporting.manifest import MANIFEST as EXPORT
+    from bagel_compress.exporting.ort_sampler import open_onnx
+    from bagel_compress.exporting.source import Source
     from bagel_compress.run.load import open_model
     from bagel_compress.run.target import Target
     from bagel_compress.source.checkpoint import Checkpoint

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 # Packages of bagel_compress from low to high: a module imports from its own package and from lower ones. The table in
 # docs/architecture.md is this list.
 PACKAGES = (
-    "errors", "io", "codecs", "source", "calibrate", "build", "run", "parity", "budget", "scores", "report", "export",
-    "validate", "publish", "app", "comfyui", "cli", "__main__",
+    "errors", "io", "codecs", "source", "calibrate", "build", "run", "parity", "budgets", "scores", "report",
+    "exporting", "validation", "publishing", "app", "comfyui", "cli", "__main__",
 )  # fmt: skip
 HEAVY = {"torch", "numba", "bitsandbytes", "onnx", "onnxruntime", "tensorrt_rtx", "triton", "huggingface_hub"}
 OPTIONAL = (HEAVY - {"torch", "numba"}) | {

@@ -77,9 +77,9 @@ def _demo(args: argparse.Namespace) -> int:
     from bagel_compress.io.packaged import find_recipe, resource
     from bagel_compress.run.case import load_cases
     from bagel_compress.source.checkpoint import Checkpoint
-    from bagel_compress.validate.compare_recipes import Counts, compare_recipes
-    from bagel_compress.validate.recipes_page import render
-    from bagel_compress.validate.recipes_page import table as family_table
+    from bagel_compress.validation.compare_recipes import Counts, compare_recipes
+    from bagel_compress.validation.recipes_page import render
+    from bagel_compress.validation.recipes_page import table as family_table
 
     source, out = resource(DEMO_MODEL), Path(args.out)
     recipes = [find_recipe(name) for name in DEMO_RECIPES]
@@ -114,7 +114,7 @@ def _compress(recipe_name: str, checkpoint: Checkpoint, out: Path, quiet: bool) 
 def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argparse.Namespace) -> ParityReport:
     """Records what is not yet recorded, then compares."""
     from bagel_compress.run.case import load_cases
-    from bagel_compress.validate.artifact import record_source, validate_artifact
+    from bagel_compress.validation.artifact import record_source, validate_artifact
 
     if args.trace is None:
         record_source(checkpoint, load_cases(args.cases or [_cases(checkpoint)]), trace, args.device, progress=say)

@@ -11,7 +11,7 @@ from bagel_compress.cli import add_json, emit
 
 if TYPE_CHECKING:
     from bagel_compress.build.artifact import Artifact
-    from bagel_compress.export.manifest import ExportFolder
+    from bagel_compress.exporting.manifest import ExportFolder
     from bagel_compress.parity.report_data import ParityReport
 
 
@@ -41,7 +41,7 @@ def register(verbs: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from bagel_compress.export.manifest import MANIFEST, ExportFolder
+    from bagel_compress.exporting.manifest import MANIFEST, ExportFolder
 
     out = Path(args.out)
     finished = (out / MANIFEST).exists() and (args.verify or args.trace)
@@ -51,7 +51,7 @@ def _export(args: argparse.Namespace) -> int:
     lines = [summary(folder), *faults]
     passed = not faults
     if args.trace:
-        from bagel_compress.validate.export import validate_export
+        from bagel_compress.validation.export import validate_export
 
         report = validate_export(folder, args.trace)
         passed = passed and report.passed
@@ -64,8 +64,8 @@ def _export(args: argparse.Namespace) -> int:
 def _made(args: argparse.Namespace, out: Path) -> ExportFolder:
     from tqdm import tqdm
 
-    from bagel_compress.export.build import export
-    from bagel_compress.export.source import Source
+    from bagel_compress.exporting.build import export
+    from bagel_compress.exporting.source import Source
     from bagel_compress.run.target import Target
 
     with tqdm(unit="file", desc="export", leave=False, disable=args.json or None) as bar:
@@ -83,11 +83,11 @@ def follow_recipe(artifact: Artifact, trace: Path) -> tuple[dict[str, Any], str,
     Gives the data for --json, the lines for people, and whether everything passed. Engines are built; without a card,
     their graphs are judged.
     """
-    from bagel_compress.export.build import export
-    from bagel_compress.export.manifest import MANIFEST, ExportFolder
-    from bagel_compress.export.source import ArtifactSource
+    from bagel_compress.exporting.build import export
+    from bagel_compress.exporting.manifest import MANIFEST, ExportFolder
+    from bagel_compress.exporting.source import ArtifactSource
     from bagel_compress.run.target import Target
-    from bagel_compress.validate.export import validate_export
+    from bagel_compress.validation.export import validate_export
 
     target = Target.load(artifact.manifest.recipe.export or "")
     out = artifact.path.with_name(f"{artifact.path.name}-{target.name}")
@@ -110,7 +110,7 @@ def parity_lines(report: ParityReport) -> list[str]:
 def inspect_export(args: argparse.Namespace) -> int:
     """The verb inspect, of an export. Raises GateError, with --verify, if anything was changed."""
     from bagel_compress.errors import GateError
-    from bagel_compress.export.manifest import ExportFolder
+    from bagel_compress.exporting.manifest import ExportFolder
 
     folder = ExportFolder.open(args.path, check=not args.verify)
     faults = folder.verify() if args.verify else []

@@ -71,10 +71,10 @@ def _what(parser: argparse.ArgumentParser) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from bagel_compress.publish.export_card import card_of
-    from bagel_compress.publish.model_card import Origin
-    from bagel_compress.publish.release_source import open_content, source_of
-    from bagel_compress.publish.requirements import load_evidence
+    from bagel_compress.publishing.export_card import card_of
+    from bagel_compress.publishing.model_card import Origin
+    from bagel_compress.publishing.release_source import open_content, source_of
+    from bagel_compress.publishing.requirements import load_evidence
 
     content = open_content(args.build)
     evidence, faults = load_evidence(content)
@@ -84,7 +84,7 @@ def _card(args: argparse.Namespace) -> int:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from bagel_compress.publish.pipeline import Wish, prepare_release, preview, publish
+    from bagel_compress.publishing.pipeline import Wish, prepare_release, preview, publish
 
     wish = Wish(
         build=args.build, repo=args.repo, base_model=args.base_model, license=args.license, folder=args.folder,
@@ -119,7 +119,7 @@ def _show(name: str, sent: int, total: int) -> None:
 def _verify(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from bagel_compress.publish.verify import verify_folder, verify_repo
+    from bagel_compress.publishing.verify import verify_folder, verify_repo
 
     if Path(args.where).exists():
         verdict = verify_folder(Path(args.where), args.key)
@@ -130,7 +130,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from bagel_compress.publish.batch import Batch, line, run_batch, summary
+    from bagel_compress.publishing.batch import Batch, line, run_batch, summary
 
     def show(result: Any) -> None:
         print(line(result), file=sys.stderr)

@@ -196,13 +196,13 @@ def _opened(args: argparse.Namespace) -> Loops:
 
     folder = Path(args.model) if Path(args.model).exists() else downloaded(args.model)
     if (folder / EXPORT_MANIFEST).is_file():
-        from bagel_compress.export.ort_sampler import open_onnx
+        from bagel_compress.exporting.ort_sampler import open_onnx
 
         return open_onnx(folder, None if args.device == "auto" else args.device.partition(":")[0])
 
     import torch
 
-    from bagel_compress.budget.device_option import one_device, where
+    from bagel_compress.budgets.device_option import one_device, where
     from bagel_compress.run.load import open_model
     from bagel_compress.run.offload import place
     from bagel_compress.run.target import Target

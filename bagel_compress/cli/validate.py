@@ -115,9 +115,9 @@ def _artifact_and_traces(parser: argparse.ArgumentParser, several: bool = True) 
 def _trace(args: argparse.Namespace) -> int:
     import torch
 
-    from bagel_compress.budget.device_option import one_device, where
+    from bagel_compress.budgets.device_option import one_device, where
     from bagel_compress.run.case import load_cases
-    from bagel_compress.validate.artifact import record_source
+    from bagel_compress.validation.artifact import record_source
 
     floors = {"all": ("repeat", "kernel", "dtype"), "kernel": ("repeat", "kernel"), "none": ()}[args.floor]
     dtype = getattr(torch, args.dtype)
@@ -137,11 +137,11 @@ def _trace(args: argparse.Namespace) -> int:
 def _validate(args: argparse.Namespace) -> int:
     from bagel_compress.build.artifact import EXPORT_MANIFEST
     from bagel_compress.parity.network_metrics import Networks
-    from bagel_compress.validate.artifact import validate_artifact
+    from bagel_compress.validation.artifact import validate_artifact
 
     if (Path(args.artifact) / EXPORT_MANIFEST).exists():
-        from bagel_compress.export.manifest import ExportFolder
-        from bagel_compress.validate.export import validate_export
+        from bagel_compress.exporting.manifest import ExportFolder
+        from bagel_compress.validation.export import validate_export
 
         report = validate_export(ExportFolder.open(args.artifact), args.trace, progress=say)
     else:
@@ -153,8 +153,8 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from bagel_compress.budget.device_option import one_device
-    from bagel_compress.validate.check import check
+    from bagel_compress.budgets.device_option import one_device
+    from bagel_compress.validation.check import check
 
     report, budgets = check(args.artifact, args.trace, args.target, one_device(args.device), say)
     page = Path(args.artifact) / "report.html"
@@ -168,7 +168,7 @@ def _check(args: argparse.Namespace) -> int:
 def _budget(args: argparse.Namespace) -> int:
     if args.together:
         return _together(args)
-    from bagel_compress.validate.check import budgets_of
+    from bagel_compress.validation.check import budgets_of
 
     reports = budgets_of(args.build, args.target, args.source, args.device)
     emit(args, {"budgets": [r.model_dump(mode="json") for r in reports]}, "\n\n".join(map(budget_table, reports)))
@@ -176,9 +176,9 @@ def _budget(args: argparse.Namespace) -> int:
 
 
 def _together(args: argparse.Namespace) -> int:
-    from bagel_compress.budget.device_option import build_of
-    from bagel_compress.budget.plan_devices import card_of, plan_map
-    from bagel_compress.budget.planned_build import planned_build
+    from bagel_compress.budgets.device_option import build_of
+    from bagel_compress.budgets.plan_devices import card_of, plan_map
+    from bagel_compress.budgets.planned_build import planned_build
     from bagel_compress.build.artifact import MANIFEST
     from bagel_compress.errors import TargetError
     from bagel_compress.run.target import Target
@@ -221,7 +221,7 @@ def budget_table(report: BudgetReport) -> str:
 
 def _report(args: argparse.Namespace) -> int:
     from bagel_compress.build.artifact import Artifact
-    from bagel_compress.validate.artifact import write_report
+    from bagel_compress.validation.artifact import write_report
 
     page = write_report(args.artifact, Artifact.open(args.artifact).digest)
     emit(args, {"page": str(page)}, str(page))

@@ -51,7 +51,7 @@ def open_model(path: str | Path, device: Where = "cpu", dtype: torch.dtype | Non
     if not folder.exists():
         folder = downloaded(str(path))
     if (folder / EXPORT_MANIFEST).exists():
-        raise CheckpointError(f"{path} is an export; open it with bagel_compress.export.ort_sampler.open_onnx.")
+        raise CheckpointError(f"{path} is an export; open it with bagel_compress.exporting.ort_sampler.open_onnx.")
     if (folder / MANIFEST).exists():
         return load(Artifact.open(folder), device, dtype)
     return load_checkpoint(Checkpoint.open(folder), device, dtype)

@@ -17,9 +17,9 @@ from export_targets import target
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
-from bagel_compress.export.build import export
-from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.export.source import Source
+from bagel_compress.exporting.build import export
+from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.exporting.source import Source
 from bagel_compress.source.checkpoint import Checkpoint
 
 RECIPE = """

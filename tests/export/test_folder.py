@@ -11,10 +11,10 @@ from export_targets import target
 
 from bagel.sampler import Sampler
 from bagel_compress.errors import ArtifactError, ExportError
-from bagel_compress.export import build
-from bagel_compress.export.manifest import MANIFEST, ExportFolder
-from bagel_compress.export.ort_sampler import open_onnx
-from bagel_compress.export.source import Source
+from bagel_compress.exporting import build
+from bagel_compress.exporting.manifest import MANIFEST, ExportFolder
+from bagel_compress.exporting.ort_sampler import open_onnx
+from bagel_compress.exporting.source import Source
 from bagel_compress.io.packaged import resource
 from bagel_compress.run.case import load_cases
 
@@ -182,8 +182,8 @@ def test_weights_beyond_fp16_stop_the_export(tiny: Path, make: Callable[..., Exp
 def test_the_graphs_pass_the_validation_of_artifacts(exported: ExportFolder, tiny: Path, tmp_path: Path) -> None:
     import torch
 
-    from bagel_compress.validate.artifact import record_source
-    from bagel_compress.validate.export import validate_export
+    from bagel_compress.validation.artifact import record_source
+    from bagel_compress.validation.export import validate_export
 
     cases = [c for c in load_cases([resource("exports") / "cases" / "tiny"]) if c[0].name in ("t2i_square", "edit")]
     cases = cases or load_cases([resource("exports") / "cases" / "tiny"])[:2]

@@ -15,10 +15,10 @@ from bagel.sampler import Sampler
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.errors import ExportError
-from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.export.onnx_weights import form_of, pack_int4
-from bagel_compress.export.ort_session import HARMFUL, Sessions
-from bagel_compress.export.source import Source
+from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.exporting.onnx_weights import form_of, pack_int4
+from bagel_compress.exporting.ort_session import HARMFUL, Sessions
+from bagel_compress.exporting.source import Source
 from bagel_compress.run.export_settings import ExportSettings
 from bagel_compress.run.load import open_model
 
@@ -194,7 +194,7 @@ def test_an_unknown_codec_is_named() -> None:
 def test_the_whole_sampler_runs_on_int8(
     artifact: Callable[[str], Path], make: Callable[..., ExportFolder], fp32: Sampler
 ) -> None:
-    from bagel_compress.export.ort_sampler import open_onnx
+    from bagel_compress.exporting.ort_sampler import open_onnx
 
     path = artifact("int8")
     mine = open_onnx(make(Source.open(path)).path, threads=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_compress.export.manifest import ExportFolder
+from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.io.packaged import resource
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -19,7 +19,7 @@ CASES = ("draw_two", "ask_describe")
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from bagel_compress.run.case import load_cases
-    from bagel_compress.validate.artifact import record_source
+    from bagel_compress.validation.artifact import record_source
 
     cases = load_cases([resource("exports") / "cases" / "nano" / f"{name}.yaml" for name in CASES])
     return record_source(NANO, cases, tmp_path_factory.mktemp("trace") / "t.safetensors").path

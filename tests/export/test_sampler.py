@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from bagel.sampler import FlowSettings, Sampler, TextSettings
-from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.export.ort_arrays import Generator, grid_ids, schedule
-from bagel_compress.export.ort_sampler import open_onnx
+from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.exporting.ort_arrays import Generator, grid_ids, schedule
+from bagel_compress.exporting.ort_sampler import open_onnx
 
 RELATIVE = 1e-4  # of velocities and logits
 PIXELS = 1.0  # mean absolute error of images, of 255
@@ -42,7 +42,7 @@ import numpy as np
 from pathlib import Path
 from PIL import Image
 from bagel.settings import FlowSettings, TextSettings
-from bagel_compress.export.ort_sampler import open_onnx
+from bagel_compress.exporting.ort_sampler import open_onnx
 
 folder, cases, pictures, out = sys.argv[1:]
 sampler, found, texts = open_onnx(folder, threads=1), {}, {}

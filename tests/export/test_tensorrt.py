@@ -9,10 +9,10 @@ import pytest
 from export_targets import target
 
 from bagel_compress.errors import ExportError, MissingExtraError
-from bagel_compress.export import tensorrt
-from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.export.profiles import axes_of, check_shapes, profile
-from bagel_compress.export.source import Source
+from bagel_compress.exporting import tensorrt
+from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.exporting.profiles import axes_of, check_shapes, profile
+from bagel_compress.exporting.source import Source
 from bagel_compress.run.export_settings import ExportSettings, Range
 
 pytest.importorskip("tensorrt_rtx")
@@ -112,7 +112,7 @@ def test_classic_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 def test_engines_without_a_card_are_an_error(tiny: Path, make: Callable[..., ExportFolder]) -> None:
     import torch
 
-    from bagel_compress.export.ort_sampler import open_onnx
+    from bagel_compress.exporting.ort_sampler import open_onnx
 
     if torch.cuda.is_available():
         pytest.skip("has a card")

@@ -10,9 +10,9 @@ import pytest
 from test_forms import LAYERS, layer_inputs, relative, run_gen_layer
 
 from bagel.sampler import Sampler
-from bagel_compress.export.fp32_copy import BFLOAT16, fp32_twin
-from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.export.source import Source
+from bagel_compress.exporting.fp32_copy import BFLOAT16, fp32_twin
+from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.exporting.source import Source
 
 
 @pytest.mark.parametrize("codec", ["raw", "int4", "fp8"])

@@ -9,7 +9,7 @@ import torch
 
 from bagel.flow import FlowSettings
 from bagel.sampler import Sampler, TextSettings
-from bagel_compress.budget.device_option import where
+from bagel_compress.budgets.device_option import where
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan

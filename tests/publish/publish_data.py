@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.parity.report_data import BudgetReport, CaseParity, ParityReport, PhaseUse, Row, Timing
-from bagel_compress.publish.release_source import Content, label, source_of
+from bagel_compress.publishing.release_source import Content, label, source_of
 
 TOKEN = "hf_plantedtokenXYZ0123456789abcdef"
 REPO = "ann/BAGEL-7B-MoT-NF4"

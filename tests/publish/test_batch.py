@@ -15,7 +15,7 @@ import yaml
 from bagel_compress.build import resume_state
 from bagel_compress.errors import MissingExtraError, RecipeError
 from bagel_compress.io.digests import sha256_file
-from bagel_compress.publish.batch import Batch, run_batch, summary
+from bagel_compress.publishing.batch import Batch, run_batch, summary
 
 RECIPES = ["nf4", "raw"]
 
@@ -155,6 +155,6 @@ def test_bad_files(file: Path, change: dict[str, object], message: str) -> None:
 
 
 def test_summary_of_failures() -> None:
-    from bagel_compress.publish.batch import Result
+    from bagel_compress.publishing.batch import Result
 
     assert summary([Result("a--nf4", "out", error="no.")]).splitlines()[-1] == "0 of 1 done"

@@ -14,8 +14,8 @@ from markdown_it import MarkdownIt
 from publish_data import BASE, REPO, TOKEN, budget, parity
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.publish.model_card import Origin, code, model_card, plain
-from bagel_compress.publish.requirements import Evidence, load_evidence
+from bagel_compress.publishing.model_card import Origin, code, model_card, plain
+from bagel_compress.publishing.requirements import Evidence, load_evidence
 
 HOSTILE = [
     "x\n---\nlicense: evil\n---\n# pwned",

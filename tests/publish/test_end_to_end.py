@@ -30,7 +30,7 @@ def validated(artifact: Artifact, tiny: Path, trace: Path, cli: Cli) -> Artifact
     """Real traces of one case, a real parity report, a real prediction of the memory on a card."""
     from bagel_compress.io.packaged import resource
     from bagel_compress.run.case import load_cases
-    from bagel_compress.validate.artifact import record_source, validate_artifact
+    from bagel_compress.validation.artifact import record_source, validate_artifact
 
     cases = load_cases([resource("exports") / "cases" / "tiny" / "t2i_square.yaml"])
     record_source(tiny, cases, trace, floors=())

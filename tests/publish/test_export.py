@@ -20,16 +20,16 @@ from test_snippets import run_shell
 
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError, GateError, PublishError
-from bagel_compress.export.build import export
-from bagel_compress.export.manifest import ExportFolder
-from bagel_compress.export.source import Source
+from bagel_compress.exporting.build import export
+from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.exporting.source import Source
 from bagel_compress.io.digests import sha256_file
-from bagel_compress.publish.collection_table import Build
-from bagel_compress.publish.model_card import Origin
-from bagel_compress.publish.pipeline import Published
-from bagel_compress.publish.release import Release, make_release
-from bagel_compress.publish.snippets import export_snippets
-from bagel_compress.publish.verify import verify_folder
+from bagel_compress.publishing.collection_table import Build
+from bagel_compress.publishing.model_card import Origin
+from bagel_compress.publishing.pipeline import Published
+from bagel_compress.publishing.release import Release, make_release
+from bagel_compress.publishing.snippets import export_snippets
+from bagel_compress.publishing.verify import verify_folder
 from bagel_compress.run.target import Target
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -157,7 +157,7 @@ def test_a_changed_byte(own: ExportFolder, tmp_path: Path, name: str) -> None:
 
 
 def test_a_file_that_changes_while_it_is_published(hub: Hub, own: ExportFolder, publish: Publish) -> None:
-    from bagel_compress.publish.upload import upload
+    from bagel_compress.publishing.upload import upload
 
     made = release(own, own.path.parent)
     flip(made.folder / "layer_02.data", 9000)

@@ -13,10 +13,10 @@ from publish_data import BASE, REPO, TOKEN, write_reports
 
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import PublishError
-from bagel_compress.publish.collection_table import spliced
-from bagel_compress.publish.model_card import FAMILY_END, FAMILY_START
-from bagel_compress.publish.receipt import Receipt
-from bagel_compress.publish.verify import verify_repo
+from bagel_compress.publishing.collection_table import spliced
+from bagel_compress.publishing.model_card import FAMILY_END, FAMILY_START
+from bagel_compress.publishing.receipt import Receipt
+from bagel_compress.publishing.verify import verify_repo
 
 Publish = Callable[..., object]
 TITLE, RAW = "BAGEL-7B-MoT builds", "ann/BAGEL-7B-MoT-bf16"

@@ -13,10 +13,10 @@ from publish_data import BASE, REPO, flip
 
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
-from bagel_compress.publish import provenance
-from bagel_compress.publish.model_card import Origin
-from bagel_compress.publish.release import Release, make_release
-from bagel_compress.publish.verify import verify_folder
+from bagel_compress.publishing import provenance
+from bagel_compress.publishing.model_card import Origin
+from bagel_compress.publishing.release import Release, make_release
+from bagel_compress.publishing.verify import verify_folder
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -22,10 +22,10 @@ from hub import Hub
 from publish_data import BASE
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.publish.model_card import Origin
-from bagel_compress.publish.release import make_release
-from bagel_compress.publish.snippets import Snippet, snippets
-from bagel_compress.publish.upload import upload
+from bagel_compress.publishing.model_card import Origin
+from bagel_compress.publishing.release import make_release
+from bagel_compress.publishing.snippets import Snippet, snippets
+from bagel_compress.publishing.upload import upload
 
 CASES = [
     ("raw", "Command line"), ("nf4", "Python"), ("nf4", "bitsandbytes"), ("int8-24gb", "bitsandbytes"),

@@ -15,9 +15,9 @@ from publish_data import BASE, REPO, TOKEN, flip
 
 from bagel_compress.build.artifact import MANIFEST, Artifact
 from bagel_compress.errors import GateError, PublishError
-from bagel_compress.publish.model_card import Origin
-from bagel_compress.publish.release import Release, make_release
-from bagel_compress.publish.upload import upload
+from bagel_compress.publishing.model_card import Origin
+from bagel_compress.publishing.release import Release, make_release
+from bagel_compress.publishing.upload import upload
 
 
 @pytest.fixture

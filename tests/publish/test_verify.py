@@ -13,8 +13,8 @@ from publish_data import REPO, TOKEN, flip, parity
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError, CheckpointError, PublishError
 from bagel_compress.io.digests import sha256_file
-from bagel_compress.publish.provenance import PROVENANCE
-from bagel_compress.publish.verify import verify_folder, verify_repo
+from bagel_compress.publishing.provenance import PROVENANCE
+from bagel_compress.publishing.verify import verify_folder, verify_repo
 from bagel_compress.run.fetch import fetch, fetch_model, open_artifact
 
 Publish = Callable[..., object]

@@ -19,10 +19,10 @@ from bagel.loading import put
 from bagel.model import Bagel
 from bagel.sampler import Sampler
 from bagel.vae import AutoEncoder, VAEConfig
-from bagel_compress.budget.fake_model import Build, FakeText
-from bagel_compress.budget.measure_gpu import require_card
-from bagel_compress.budget.planned_build import checkpoint_sizes, planned_build
-from bagel_compress.budget.predict import predict, run_passes, run_task, weight_bytes
+from bagel_compress.budgets.fake_model import Build, FakeText
+from bagel_compress.budgets.measure_gpu import require_card
+from bagel_compress.budgets.planned_build import checkpoint_sizes, planned_build
+from bagel_compress.budgets.predict import predict, run_passes, run_task, weight_bytes
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main

@@ -9,8 +9,8 @@ import pytest
 
 from bagel_compress.io.packaged import find_recipe, resource
 from bagel_compress.run.case import load_cases
-from bagel_compress.validate.compare_recipes import Counts, Family, compare_recipes
-from bagel_compress.validate.recipes_page import render, table
+from bagel_compress.validation.compare_recipes import Counts, Family, compare_recipes
+from bagel_compress.validation.recipes_page import render, table
 
 COUNTS = Counts(draw=6, ask=7, edit=4, think=2)
 

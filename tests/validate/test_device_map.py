@@ -9,9 +9,9 @@ from tiny_suite import TINY
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from bagel_compress.budget.fake_model import fake_sampler
-from bagel_compress.budget.planned_build import planned_build
-from bagel_compress.budget.predict import run_passes
+from bagel_compress.budgets.fake_model import fake_sampler
+from bagel_compress.budgets.planned_build import planned_build
+from bagel_compress.budgets.predict import run_passes
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe

@@ -15,7 +15,7 @@ from bagel_compress.cli import main
 from bagel_compress.parity.record import record_cases
 from bagel_compress.source.checkpoint import Checkpoint
 
-PLUGIN = "bagel_compress.validate.pytest_plugin"
+PLUGIN = "bagel_compress.validation.pytest_plugin"
 TARGET = ROOT / "tests/data/tiny-target.yaml"
 RECIPE = "name: %s\nrules:\n  - match: {}\n    codec: raw\nlimits: {class: lossless}\n"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_suite import CASES, PICTURES, ROOT, TINY
 
-from bagel_compress.budget import latency
-from bagel_compress.budget.latency import PICTURES as PICTURE_REPEATS
-from bagel_compress.budget.latency import PICTURES_WARM_UP, REPEATS, WARM_UP, timed, timings
-from bagel_compress.budget.predict import judged_again
+from bagel_compress.budgets import latency
+from bagel_compress.budgets.latency import PICTURES as PICTURE_REPEATS
+from bagel_compress.budgets.latency import PICTURES_WARM_UP, REPEATS, WARM_UP, timed, timings
+from bagel_compress.budgets.predict import judged_again
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
@@ -18,11 +18,11 @@ from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
 from bagel_compress.parity.record import record_cases
 from bagel_compress.parity.report_data import FIRST_TOKEN, IMAGE, STEP, TOKEN, BudgetReport, PhaseUse, Timing
-from bagel_compress.publish.model_card import Origin, model_card
-from bagel_compress.publish.requirements import Evidence
+from bagel_compress.publishing.model_card import Origin, model_card
+from bagel_compress.publishing.requirements import Evidence
 from bagel_compress.run.target import Budget, Device, Sizes, Target
 from bagel_compress.source.checkpoint import Checkpoint
-from bagel_compress.validate.artifact import validate_artifact
+from bagel_compress.validation.artifact import validate_artifact
 
 CPU = torch.device("cpu")
 CARD = Device(name="d", memory_mib=64, context_mib=0)

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from bagel_compress.budget import device_option
-from bagel_compress.budget.plan_devices import ASIDE, Card, _needs, card_of, held_bytes, plan_map
-from bagel_compress.budget.planned_build import planned_build
-from bagel_compress.budget.predict import ACTIVATIONS, CACHES, CONTEXT, predict
+from bagel_compress.budgets import device_option
+from bagel_compress.budgets.plan_devices import ASIDE, Card, _needs, card_of, held_bytes, plan_map
+from bagel_compress.budgets.planned_build import planned_build
+from bagel_compress.budgets.predict import ACTIVATIONS, CACHES, CONTEXT, predict
 from bagel_compress.errors import TargetError
 from bagel_compress.run.target import GIB, MIB, Sizes, Target
 

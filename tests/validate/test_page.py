@@ -12,7 +12,7 @@ from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.parity.record import record_cases
 from bagel_compress.source.checkpoint import Checkpoint
-from bagel_compress.validate.artifact import validate_artifact
+from bagel_compress.validation.artifact import validate_artifact
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RECIPE = """

@@ -23,7 +23,7 @@ from bagel_compress.report.html import render
 from bagel_compress.report.text import junit, markdown
 from bagel_compress.run.case import Flow
 from bagel_compress.source.checkpoint import Checkpoint
-from bagel_compress.validate.artifact import validate_artifact
+from bagel_compress.validation.artifact import validate_artifact
 
 RAW = "name: raw\nrules:\n  - match: {}\n    codec: raw\nlimits: {class: lossless}\n"
 # Random weights correct nothing and are sure of nothing, so the tests' own recipe gives NF4 the room that it takes.

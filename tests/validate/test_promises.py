@@ -5,7 +5,7 @@ import pytest
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.io.packaged import resource
 from bagel_compress.run.target import Target
-from bagel_compress.validate.check import budgets_of
+from bagel_compress.validation.check import budgets_of
 
 RECIPES = sorted(path.stem for path in resource("recipes").glob("*.yaml"))
 NARROW = ("mixed-12gb", "mixed-24gb")  # under half a GiB to spare: checked in every run, the others with `-m slow`

@@ -1,0 +1,82 @@
+"""What a device option means for a model: one device, or a map over the cards that are here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from bagel_compress.budgets.fake_model import Build
+from bagel_compress.budgets.plan_devices import SLACK, Card, held_bytes, plan_map
+from bagel_compress.budgets.planned_build import planned_build
+from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.errors import TargetError
+from bagel_compress.run.device_map import Where
+
+# What one card must have free beside the weights to be taken without planning: more than any phase takes (DF11's ring
+# and the VAE's decoder at 1024 x 1024, 4.8 GB) and long contexts.
+AMPLE = 8_000_000_000
+
+
+def where(device: str, model: str | Path, say: Callable[[str], None] = lambda text: None) -> Where:
+    """ "auto", "cpu", "cuda", "cuda:1", or cards with commas between; `say` is told a map. Raises TargetError.
+
+    "auto" is the first CUDA device if the model has ample room there, else a map over all of them, else the CPU.
+    """
+    if device == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    if device == "auto":
+        cards = [_card(f"cuda:{index}") for index in range(torch.cuda.device_count())]
+        build = build_of(Path(model))
+        if sum(held_bytes(build).values()) + AMPLE <= cards[0].room:
+            return "cuda"
+    elif "," in device:
+        cards, build = named(device.split(",")), build_of(Path(model))
+    else:
+        return one_device(device)
+    plan = plan_map(build, cards)
+    say(plan.table())
+    return plan.places
+
+
+def build_of(folder: Path) -> Build:
+    """What is known of an artifact, or of a checkpoint in bf16."""
+    if (folder / MANIFEST).exists():
+        return Build.of_artifact(Artifact.open(folder))
+    return planned_build("raw", str(folder))
+
+
+def named(names: Sequence[str]) -> list[Card]:
+    """The cards of these names, such as cuda:0 and cuda:1."""
+    for name in names:
+        if not name.startswith("cuda:") or names.count(name) > 1:
+            raise TargetError(f"--device {','.join(names)}: {name!r} is no card of its own; expected cuda:0,cuda:1,...")
+    return [_card(one_device(name)) for name in names]
+
+
+def one_device(name: str) -> str:
+    """The name of one device; "auto" is CUDA where there is one. Raises TargetError if it is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise TargetError(f"--device {name}: this machine has no CUDA device that torch can use; use --device cpu.")
+    if "," in name:
+        raise TargetError(f"--device {name}: fp32 and --target take one device; give one of them.")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise TargetError(
+            f"--device {name!r} is no device; expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M."
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise TargetError(
+            f"--device {name}: this machine has {count} CUDA devices; expected cuda:0 to cuda:{count - 1}."
+        )
+    return name
+
+
+def _card(name: str) -> Card:
+    """A card that is here, with what is free of it now; asking makes its CUDA context, which counts as taken."""
+    free, _ = torch.cuda.mem_get_info(name)
+    return Card(name, torch.cuda.get_device_name(name), free - SLACK)

@@ -1,0 +1,142 @@
+"""Times of a loaded model at a target's sizes, beside the full-precision reference in the same process.
+
+A guided denoising step, a whole picture, the first token and every further one. Warm-up first, the device synchronised
+around every pass, median and 90 % quantile of the repetitions. The reference's passes are taken in turns with the
+build's, so that both see the same machine in the same state. Any device can be timed and is named; whether a time is
+limited is for the target to say (budget.py).
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bagel.flow import FlowSettings
+from bagel.loops import Branches
+from bagel.sampler import Sampler
+from bagel_compress.budgets.fake_model import FakeText, text_of
+from bagel_compress.parity.report_data import FIRST_TOKEN, IMAGE, STEP, TOKEN, Timing
+from bagel_compress.run.target import Target
+
+WARM_UP, REPEATS = 2, 7
+PICTURES_WARM_UP, PICTURES = 1, 3  # whole pictures take as long as a hundred passes
+FLOW = FlowSettings()  # the official text-to-image settings: 49 steps, guided where t > 0.4
+Pass = Callable[[], object]
+
+
+def timings(sampler: Sampler, target: Target, reference: Sampler | None = None) -> tuple[Timing, ...]:
+    """Seconds of each pass that the target's tasks are made of; with `reference`, its own beside them."""
+    found = []
+    with _fake_text(sampler), _fake_text(reference or sampler), torch.no_grad():
+        for what, make in _passes(target).items():
+            other = None if reference is None else make(reference, target)
+            found.append(timed(what, make(sampler, target), other, sampler.bagel.device))
+    return tuple(found)
+
+
+def timed(what: str, run: Pass, reference: Pass | None, device: torch.device) -> Timing:
+    """Median and 90 % quantile of a call; the reference's calls are taken between, so both see the same machine."""
+    warm_up, repeats = (PICTURES_WARM_UP, PICTURES) if what == IMAGE else (WARM_UP, REPEATS)
+    own, other = [], []
+    for repeat in range(warm_up + repeats):
+        seconds = _seconds(run, device)
+        reference_seconds = None if reference is None else _seconds(reference, device)
+        if repeat >= warm_up:
+            own.append(seconds)
+            if reference_seconds is not None:
+                other.append(reference_seconds)
+    middle = _quantile(other, 0.5) if other else None
+    return Timing(what=what, median=_quantile(own, 0.5), p90=_quantile(own, 0.9), reference=middle)
+
+
+def device_name(device: torch.device) -> str:
+    """What times were measured on: the card, or the processor with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({_processor()}, {threads} thread{'s' if threads > 1 else ''})"
+
+
+def _seconds(run: Pass, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
+
+
+def _processor() -> str:
+    table = Path("/proc/cpuinfo")
+    if table.exists():
+        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextmanager
+def _fake_text(sampler: Sampler) -> Iterator[None]:
+    """The tokenizer by length alone, so that prompts have the target's number of tokens."""
+    kept, sampler.text = sampler.text, FakeText()
+    try:
+        yield
+    finally:
+        sampler.text = kept
+
+
+def _passes(target: Target) -> dict[str, Callable[[Sampler, Target], Pass]]:
+    draws = any(task != "understand" for task in target.tasks)
+    writes = any(task in ("understand", "think") for task in target.tasks)
+    passes: dict[str, Callable[[Sampler, Target], Pass]] = {STEP: _step, IMAGE: _image} if draws else {}
+    return passes | ({FIRST_TOKEN: _first_token, TOKEN: _token} if writes else {})
+
+
+def _read(sampler: Sampler, target: Target, output: str) -> Branches:
+    branches = Branches(sampler)
+    sampler.read(branches, [text_of(target.sizes.prompt_tokens)], output, False, torch.randn)
+    return branches
+
+
+def _noise(sampler: Sampler, target: Target) -> tuple[torch.Tensor, tuple[int, int]]:
+    rows, columns = sampler.grid(target.sizes.image)
+    width = sampler.bagel.config.latent_width
+    return torch.randn((rows * columns, width), generator=torch.Generator().manual_seed(0)), (rows, columns)
+
+
+def _step(sampler: Sampler, target: Target) -> Pass:
+    branches, (x, grid) = _read(sampler, target, "image"), _noise(sampler, target)
+    times, x = sampler.schedule(FLOW), sampler.start(x)
+    return lambda: sampler.step(branches, x, times, 0, [grid], FLOW)
+
+
+def _image(sampler: Sampler, target: Target) -> Pass:
+    def draw() -> object:
+        branches, (x, grid) = _read(sampler, target, "image"), _noise(sampler, target)
+        for step in sampler.denoise(branches, x, [grid], FLOW):
+            x = step.x_next
+        return sampler.picture(x, grid)
+
+    return draw
+
+
+def _first_token(sampler: Sampler, target: Target) -> Pass:
+    return lambda: sampler.bagel.next_logits(_read(sampler, target, "text").cond, [sampler.text.bos])
+
+
+def _token(sampler: Sampler, target: Target) -> Pass:
+    branches = _read(sampler, target, "text")
+    return lambda: sampler.bagel.next_logits([c.fork() for c in branches.cond], [sampler.text.bos])

@@ -1,0 +1,28 @@
+"""The build that a recipe would give, known from headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bagel.vae import VAEConfig
+from bagel_compress.budgets.fake_model import Build
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.io.packaged import find_recipe
+from bagel_compress.source.checkpoint import Checkpoint
+from bagel_compress.source.released_header import TrueHeader
+
+
+def planned_build(recipe: str, source: str | None) -> Build:
+    """The build that a recipe would give."""
+    chosen = Recipe.load(find_recipe(recipe))
+    if source is None:
+        return Build.of_plan(make_plan(TrueHeader(), chosen))
+    checkpoint = Checkpoint.open(source)
+    return Build.of_plan(make_plan(checkpoint, chosen), *checkpoint_sizes(checkpoint))
+
+
+def checkpoint_sizes(checkpoint: Checkpoint) -> tuple[Path, VAEConfig]:
+    """Folder of the configs, and the sizes of the VAE."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
+    return checkpoint.files["llm_config.json"].parent, VAEConfig.from_shapes(shapes)

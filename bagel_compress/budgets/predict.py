@@ -1,0 +1,287 @@
+"""Budget: the peak memory of a build on a target, predicted without a GPU, phase by phase.
+
+The sampler itself runs over fake tensors of the true shape (fake_model.py) and every storage is counted
+(memory_tracker.py), so that caches of all guidance branches, activations and decoded weights are what the code really
+makes. To them come the weights as they are stored and the CUDA context.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bagel.context import GROW_TOKENS, Context
+from bagel.flow import FlowSettings, euler, guide
+from bagel.loops import Branches
+from bagel.sampler import Sampler
+from bagel.vae import to_uint8
+from bagel_compress.budgets.fake_model import CODED, RING, Build, check_sizes, fake_model, ring_bytes, text_of
+from bagel_compress.budgets.memory_tracker import CUDA_ROUNDING, Peak, Tracker
+from bagel_compress.parity.report_data import IMAGE, STEP, TOKEN, BudgetReport, PhaseUse
+from bagel_compress.run.target import GIB, MIB, NEEDED, Part, Phase, Target, Task
+
+# What a weight belongs to, by its attribute path in bagel.Bagel; the VAE is a module of its own.
+PARTS: tuple[tuple[Part, str], ...] = (
+    ("und", r"layers\.\d+\.und\."),
+    ("gen", r"layers\.\d+\.gen\."),
+    ("embed", r"embed_tokens\."),
+    ("head", r"lm_head\."),
+    ("vit", r"(vit|connector|vit_pos_embed)\."),
+    ("bridges", r""),
+)
+# How parts are shown: the bars of a report have one colour for each.
+SHOWN: dict[str, tuple[Part, ...]] = {
+    "understanding expert": ("und",),
+    "generation expert": ("gen",),
+    "embeddings and head": ("embed", "head"),
+    "ViT, bridges, VAE": ("vit", "bridges", "vae"),
+}
+CACHES, ACTIVATIONS, CONTEXT = "caches", "activations and scratch", "CUDA context"
+EDIT_FLOW = FlowSettings(cfg_img_scale=2.0, cfg_renorm_type="text_channel")
+T2I_FLOW = FlowSettings()
+
+
+def predict(build: Build, target: Target, every_layer: bool = False) -> BudgetReport:
+    """Peak memory of every phase of every task of the target. Raises TargetError on sizes the model cannot make.
+
+    `every_layer` makes all layers instead of one of each kind: slower, with the same result.
+    """
+    check_sizes(build, target.sizes.image)
+    with FakeTensorMode():
+        model = fake_model(build, every_layer)
+        weights = weight_bytes(model.sampler, model.times, coded=False)
+        fixed = weight_bytes(model.sampler, model.times, coded=True)
+        phases = tuple(
+            _use(task, peak, (weights, fixed), ring_bytes(build), target, build.config.llm.num_layers)
+            for task in target.tasks
+            for peak in run_task(model.sampler, task, target, cache_scale=model.cache_scale)
+        )
+    return judged(build, target, phases)
+
+
+def judged(build: Build, target: Target, phases: tuple[PhaseUse, ...]) -> BudgetReport:
+    """The phases with the verdict on the target's limits."""
+    report = BudgetReport(
+        artifact=build.digest,
+        name=build.name,
+        target=target.name,
+        device=target.device.name,
+        limit=target.limit,
+        phases=phases,
+        disk=build.disk,
+        disk_limit=None if target.budget.disk_gb is None else target.budget.disk_gb * 1e9,
+    )
+    return judged_again(report, target)
+
+
+def judged_again(report: BudgetReport, target: Target) -> BudgetReport:
+    """The report with its verdict and advice made from its numbers."""
+    overruns = (*_overruns(report), *_too_slow(report, target))
+    return report.model_copy(update={"overruns": overruns, "advice": tuple(_advice(report, target))})
+
+
+def weight_bytes(sampler: Sampler, times: Mapping[str, int], coded: bool | None = None) -> dict[Part, int]:
+    """Bytes of weights by part, as they are held, each storage once and rounded as the allocator does.
+
+    `times`: path of a layer -> how many layers it stands for. `coded`: only DF11's codes, or all else.
+    """
+    tracker = Tracker(lambda tensor: "")
+    found: dict[Part, int] = {}
+    for path, tensor in _tensors(sampler.bagel):
+        if path.endswith(RING) or (coded is not None and path.endswith(CODED) != coded):
+            continue
+        part = next(part for part, pattern in PARTS if re.match(pattern, path))
+        many = next((count for layer, count in times.items() if path.startswith(layer)), 1)
+        found[part] = found.get(part, 0) + many * tracker.hold([tensor])
+    if coded:
+        return found
+    found["vae"] = tracker.hold(tensor for _, tensor in _tensors(sampler.vae))
+    return found
+
+
+def run_task(
+    sampler: Sampler, task: Task, target: Target, rounding: int = CUDA_ROUNDING, cache_scale: float = 1.0
+) -> list[Peak]:
+    """Runs the passes of a task once, on whatever tensors the sampler has, and returns the peak of each phase."""
+    size = sampler.bagel.config.llm
+    shape = (size.num_layers, 2, size.num_kv_heads, size.head_dim)
+
+    def category(tensor: Tensor) -> str:
+        is_cache = tensor.dim() == 5 and (*tensor.shape[:3], tensor.shape[4]) == shape
+        return CACHES if is_cache else ACTIVATIONS
+
+    tracker = Tracker(category, rounding, {CACHES: cache_scale})
+    tracker.hold(tensor for module in (sampler.bagel, sampler.vae) for _, tensor in _tensors(module))
+    with torch.no_grad(), tracker:
+        run_passes(sampler, task, target, tracker.enter)
+    return tracker.peaks
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def run_passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[str], None]) -> None:
+    """One task from its first token to its picture or its last token; `enter` is told each phase as it begins.
+
+    Loops run once: their steps are alike. The sampler's tokenizer is FakeText.
+    """
+    sizes = target.sizes
+    branches = _Phases(sampler, enter)
+    makes_image = task != "understand"
+    turns: list[str | Image.Image] = [text_of(sizes.prompt_tokens)]
+    if task in ("edit", "understand"):
+        turns.insert(0, Image.new("RGB", (sizes.input_image[1], sizes.input_image[0])))
+    sampler.read(branches, turns, "image" if makes_image else "text", task == "think", torch.randn)
+    if task in ("understand", "think"):
+        enter("decode")
+        _decode(sampler, branches.cond, sizes.answer_tokens if task == "understand" else sizes.think_tokens)
+    if task == "think":
+        branches.add_thoughts([text_of(sizes.think_tokens)])
+    if makes_image:
+        _draw(sampler, branches, EDIT_FLOW if task == "edit" else T2I_FLOW, sizes.image, enter)
+
+
+def _decode(sampler: Sampler, contexts: Sequence[Context], tokens: int) -> None:
+    """The last token of a text of this length; the cache grows there as it would token by token."""
+    forks = [context.fork() for context in contexts]
+    for fork in forks:
+        left = tokens - 1
+        while left > 0:
+            count = min(left, GROW_TOKENS)
+            fork.reserve(count)
+            fork.advance(count, count)
+            left -= count
+    sampler.bagel.next_logits(forks, [0] * len(forks))
+
+
+def _draw(
+    sampler: Sampler, branches: Branches, flow: FlowSettings, size: tuple[int, int], enter: Callable[[str], None]
+) -> None:
+    enter("denoise")
+    grid = sampler.grid(size)
+    x = torch.randn(grid[0] * grid[1], sampler.bagel.config.latent_width).to(sampler.bagel.device)
+    v, v_text, v_image = sampler.velocities(
+        branches, x, torch.tensor(0.9), [grid], flow.cfg_text_scale > 1, flow.cfg_img_scale > 1
+    )
+    x = euler(x, guide(v, v if v_text is None else v_text, v_image, flow), torch.tensor(0.1))
+    del v, v_text, v_image
+    enter("vae_decode")
+    if x.device.type != "cpu":
+        sampler.picture(x, grid)  # a real card: the very call, which a residency plan follows
+        return
+    to_uint8(sampler.vae.decode(sampler.bagel.unpack_latent(x, *grid)[None]))
+
+
+class _Phases(Branches):
+    """Branches that say which phase begins."""
+
+    def __init__(self, sampler: Sampler, enter: Callable[[str], None]) -> None:
+        super().__init__(sampler)
+        self._enter = enter
+
+    def add_image(self, images: Sequence[Image.Image], noise: Callable[..., Tensor] | None) -> None:
+        if noise is not None:
+            self._enter("vae_encode")
+        super().add_image(images, noise)
+
+    def prefill_text(self, contexts: list[Context], texts: Sequence[str]) -> None:
+        self._enter("text")
+        super().prefill_text(contexts, texts)
+
+    def prefill_latent(self, contexts: list[Context], latents: list[Tensor]) -> None:
+        self._enter("latent")
+        super().prefill_latent(contexts, latents)
+
+    def prefill_vit(self, contexts: list[Context], images: list[Tensor]) -> None:
+        self._enter("vit")
+        super().prefill_vit(contexts, images)
+
+
+def _use(
+    task: Task, peak: Peak, weights: tuple[dict[Part, int], dict[Part, int]], ring: int, target: Target, layers: int
+) -> PhaseUse:
+    resident = target.resident(cast(Phase, peak.name))
+    if target.vae_on_host and peak.name.startswith("vae"):
+        peak = Peak(peak.name, 0, {CACHES: peak.by_category.get(CACHES, 0)})
+    if target.vae_on_host:
+        weights = (weights[0] | {"vae": 0}, weights[1])
+    moving, fixed = weights  # DF11's codes stay where they are (run/offload.py)
+    held = {part: _held(part, size, cast(Phase, peak.name), resident, layers) for part, size in moving.items()}
+    held |= {part: held.get(part, 0) + size for part, size in fixed.items()}
+    parts = {shown: float(sum(held.get(part, 0) for part in own)) for shown, own in SHOWN.items()}
+    parts[CACHES] = float(peak.by_category.get(CACHES, 0))
+    parts[ACTIVATIONS] = float(peak.by_category.get(ACTIVATIONS, 0) + ring)
+    parts[CONTEXT] = float(target.device.context_mib * MIB)
+    return PhaseUse(name=f"{task}: {peak.name.replace('_', ' ')}", parts=parts)
+
+
+def _held(part: Part, size: int, phase: Phase, resident: tuple[Part, ...] | None, layers: int) -> int:
+    """Bytes of a part on the card: all of it, one layer of it where it is streamed, or nothing."""
+    if resident is None or part in resident:
+        return size
+    if part not in NEEDED[phase] or part == "embed":
+        return 0
+    return -(-size // layers) if part in ("und", "gen") else size
+
+
+def _overruns(report: BudgetReport) -> Iterator[str]:
+    if report.limit is not None and report.peak > report.limit:
+        worst = max(report.phases, key=lambda p: p.total)
+        yield (
+            f"{report.target}: {worst.name} needs {worst.total / GIB:.2f} GiB, {report.limit / GIB:.2f} GiB are usable"
+            f" on {report.device}."
+        )
+    if report.disk_limit is not None and report.disk > report.disk_limit:
+        limit = report.disk_limit / 1e9
+        yield f"{report.target}: the files take {report.disk / 1e9:.2f} GB, the limit is {limit:g} GB."
+
+
+def _too_slow(report: BudgetReport, target: Target) -> Iterator[str]:
+    """Times are limited only where they were measured on the target's own card."""
+    times = {t.what: t for t in report.timings} if report.timed_on == target.device.name else {}
+    token, limit = times.get(TOKEN), target.budget.tokens_per_second
+    if token is not None and limit is not None and 1 / token.median < limit:
+        yield f"{report.target}: {1 / token.median:.1f} tokens per second, the limit is {limit:g}."
+    step, ratio = times.get(STEP), target.budget.step_ratio
+    if step is not None and ratio is not None and step.ratio is not None and step.ratio > ratio:
+        yield f"{report.target}: a step takes {step.ratio:.2f} times the reference's, the limit is {ratio:g}."
+    image, seconds = times.get(IMAGE), target.budget.seconds_per_image
+    if image is not None and seconds is not None and image.median > seconds:
+        yield f"{report.target}: an image takes {image.median:.1f} s, the limit is {seconds:g}."
+
+
+def _advice(report: BudgetReport, target: Target) -> Iterator[str]:
+    """What would make it fit: parts that can wait in host memory, or fewer bits where most bytes are."""
+    if report.limit is None or report.peak <= report.limit:
+        return
+    worst = max(report.phases, key=lambda p: p.total)
+    over = worst.total - report.limit
+    idle = sum(worst.parts[name] for name in _idle(worst.name)) if target.residency is None else 0.0
+    if idle >= over:
+        yield (
+            f"It would fit if {' and '.join(_idle(worst.name))} ({idle / GIB:.2f} GiB) waited in host memory during"
+            " this phase: give the target a residency plan."
+        )
+    largest = max(("understanding expert", "generation expert"), key=lambda name: worst.parts[name])
+    yield (
+        f"{over / GIB:.2f} GiB too much; the {largest} is the largest part with {worst.parts[largest] / GIB:.2f} GiB:"
+        " a recipe with fewer bits there would save most."
+    )
+
+
+def _idle(phase: str) -> list[str]:
+    """Shown parts that a phase does not compute with."""
+    name = phase.split(": ")[1]
+    if name == "denoise":
+        return ["embeddings and head", "ViT, bridges, VAE"]
+    if name in ("vae encode", "vae decode"):
+        return ["understanding expert", "generation expert", "embeddings and head"]
+    return ["generation expert"]

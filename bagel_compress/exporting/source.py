@@ -1,0 +1,196 @@
+"""Where an export's values come from: a compressed artifact, or a full-precision checkpoint folder.
+
+Tensors are asked for by their path in `bagel.Bagel` ("layers.3.und.q_proj.weight", "vae.decoder.conv_in.weight"), the
+names that blocks use. Files are mapped; one unit is decoded at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bagel.config import BagelConfig
+from bagel_compress.build.artifact import MANIFEST, Artifact, SourceEntry
+from bagel_compress.build.recipe import Limits
+from bagel_compress.codecs.base import TORCH_DTYPES, Codec
+from bagel_compress.codecs.raw import Raw
+from bagel_compress.errors import ArtifactError
+from bagel_compress.exporting.manifest import ExportSource
+from bagel_compress.io.safetensors_file import TensorFile
+from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.source.checkpoint import CONFIG_FILES, OTHER_FILES, TOKENIZER_FILES, Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from bagel.vae import VAEConfig
+
+VAE_PREFIX = "vae."
+FOLDER_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A tensor as an artifact stores it."""
+
+    spec: TensorSpec
+    codec: Codec
+    parts: Mapping[str, torch.Tensor]
+
+
+class Source(ABC):
+    """Weights by their path in Bagel."""
+
+    identity: ExportSource
+    limits: Limits  # what parity must hold
+
+    @staticmethod
+    def open(path: str | Path) -> Source:
+        """An artifact where there is a manifest, else a checkpoint. Raises their errors."""
+        folder = Path(path)
+        if (folder / MANIFEST).exists() or (folder / ".build").exists():
+            return ArtifactSource(Artifact.open(folder))
+        return CheckpointSource(Checkpoint.open(folder))
+
+    @property
+    @abstractmethod
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Official name -> spec, without the VAE."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Mapping[str, Path]:
+        """Configs and tokenizer by name."""
+
+    @property
+    @abstractmethod
+    def vae(self) -> TensorFile:
+        """The file of the VAE."""
+
+    @abstractmethod
+    def codec(self, path: str) -> Codec:
+        """The codec of a tensor."""
+
+    @abstractmethod
+    def coded(self, path: str) -> Coded:
+        """The tensor as stored."""
+
+    @abstractmethod
+    def _decoded(self, official: str) -> torch.Tensor: ...
+
+    def tensor(self, path: str) -> torch.Tensor:
+        """The tensor's values, decoded; a view of the file where nothing has to be done."""
+        if path.startswith(VAE_PREFIX):
+            from bagel_compress.io.bf16 import as_tensor
+
+            name = path.removeprefix(VAE_PREFIX)
+            stored = self.vae.tensors[name]
+            data = as_tensor(self.vae.bytes[stored.start : stored.stop])
+            return data.view(TORCH_DTYPES[stored.dtype]()).reshape(stored.shape)
+        return self._decoded(self.official[path])
+
+    @cached_property
+    def official(self) -> dict[str, str]:
+        """Path in Bagel -> official tensor name."""
+        from bagel.loading import parameter_path
+
+        return {parameter_path(name): name for name in self.specs}
+
+    def copy_files(self, folder: Path) -> None:
+        """Puts configs and tokenizer into a folder."""
+        for name, file in self.files.items():
+            if name in FOLDER_FILES:
+                shutil.copyfile(file, folder / name)
+
+    def configs(self, folder: Path) -> tuple[BagelConfig, VAEConfig]:
+        """The model's configurations, read from a folder that has this source's files."""
+        from bagel.loading import read_config, vae_config
+
+        vae_shapes = {name: t.shape for name, t in self.vae.tensors.items()}
+        shapes = {name: spec.shape for name, spec in self.specs.items()}
+        return read_config(folder, shapes, vae_shapes), vae_config(folder, vae_shapes)
+
+
+class CheckpointSource(Source):
+    """A full-precision checkpoint: everything is raw bf16."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        c = checkpoint
+        entry = SourceEntry(name=c.name, revision=c.revision, digest=c.digest, data_blake3="")
+        self.identity = ExportSource(kind="checkpoint", name=c.name, digest=c.digest, checkpoint=entry)
+        self.limits = Limits.model_validate({})
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {spec.name: spec for spec in self._checkpoint.specs}
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        return self._checkpoint.files
+
+    @property
+    def vae(self) -> TensorFile:
+        return self._checkpoint.vae
+
+    def codec(self, path: str) -> Codec:
+        return Raw()
+
+    def coded(self, path: str) -> Coded:
+        spec = self.specs[self.official[path]]
+        return Coded(spec, Raw(), {spec.name: self._decoded(spec.name)})
+
+    def _decoded(self, official: str) -> torch.Tensor:
+        spec = self.specs[official]
+        return self._checkpoint.read(spec, 0, spec.numel).reshape(spec.shape)
+
+
+class ArtifactSource(Source):
+    """A compressed artifact; the last decoded unit is kept, since a unit may hold several tensors."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        recipe = artifact.manifest.recipe
+        self.identity = ExportSource(
+            kind="artifact",
+            name=recipe.name,
+            digest=artifact.digest,
+            checkpoint=artifact.manifest.source,
+            recipe=recipe,
+        )
+        self.limits = recipe.limits
+        self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {spec.name: spec for unit in self._artifact.units() for spec in unit.specs}
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        found = {name: self._artifact.path / name for name in FOLDER_FILES}
+        return {name: file for name, file in found.items() if file.is_file()}
+
+    @cached_property
+    def vae(self) -> TensorFile:
+        return TensorFile.open(self._artifact.vae_path, ArtifactError)
+
+    def codec(self, path: str) -> Codec:
+        return Raw() if path.startswith(VAE_PREFIX) else self._artifact.codec(self._unit(path))
+
+    def coded(self, path: str) -> Coded:
+        unit = self._unit(path)
+        return Coded(self.specs[self.official[path]], self._artifact.codec(unit), self._artifact.parts(unit))
+
+    def _unit(self, path: str) -> str:
+        return self._artifact.manifest.unit_of[self.official[path]]
+
+    def _decoded(self, official: str) -> torch.Tensor:
+        unit = self._artifact.manifest.unit_of[official]
+        if self._last[0] != unit:
+            self._last = (unit, self._artifact.decode(unit))
+        return self._last[1][official]

@@ -1,0 +1,134 @@
+"""Engines: one per block, built from the same ONNX files by TensorRT for RTX (no GPU needed) or classic TensorRT.
+
+An RTX engine is portable over the capabilities it names; kernels are compiled on the user's card. A build that succeeds
+proves that every operator, type and shape is accepted; numbers can only be checked on a card, or by ONNX Runtime on the
+same graph. Two builds of one engine differ in some bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bagel_compress.errors import ExportError, MissingExtraError
+from bagel_compress.exporting.manifest import BlockEntry
+from bagel_compress.exporting.profiles import profile
+from bagel_compress.run.export_settings import ExportSettings, Range
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+EXTRAS = {"tensorrt-rtx": "bagel-compress[tensorrt]", "tensorrt": "NVIDIA's tensorrt package"}
+# Compute capabilities that TensorRT for RTX 1.7 builds for (its ComputeCapability enum), and what needs which.
+CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+BF16_FROM, FP8_FROM = 80, 89
+# How export/graph names nodes: node_add_7, or gen.o_proj after a weight; not a source file of TensorRT.
+NODE = re.compile(r"\b(node_\w+|[a-z]\w*(?:\.(?!cpp\b|h\b)\w+)+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A built engine and what the builder said."""
+
+    data: bytes
+    log: tuple[str, ...]
+
+
+def check_settings(settings: ExportSettings, fp8: bool) -> None:
+    """Raises ExportError if a capability is unknown or lacks a type that is asked for."""
+    for name in settings.capabilities:
+        if name not in CAPABILITIES:
+            raise ExportError(f"capability {name} is unknown to tensorrt-rtx; it builds for {', '.join(CAPABILITIES)}.")
+        number = int(name.removeprefix("sm"))
+        if settings.precision == "bf16" and number < BF16_FROM:
+            raise ExportError(
+                f"{name} has no bf16, which begins at sm{BF16_FROM}; choose precision fp16 or drop {name}."
+            )
+        if fp8 and number < FP8_FROM:
+            raise ExportError(f"{name} has no fp8, which begins at sm{FP8_FROM}; use int8 weights or drop {name}.")
+
+
+def build_engine(
+    block: str, entry: BlockEntry, model: Path, settings: ExportSettings, axes: Mapping[str, Range]
+) -> Engine:
+    """Builds one block. Raises ExportError naming block, node and what to do; MissingExtraError without the package."""
+    trt = load_tensorrt(settings.runtime)
+    log: list[str] = []
+    builder, config, network = _parsed(trt, block, entry, model, _logger(trt, log), settings)
+    _add_profile(trt, builder, config, entry, axes)
+    data = builder.build_serialized_network(network, config)
+    if data is None:
+        raise ExportError(_refusal(block, log, settings))
+    return Engine(bytes(data), tuple(log))
+
+
+def load_tensorrt(runtime: str) -> Any:
+    """The package of a runtime. Raises MissingExtraError."""
+    try:
+        return importlib.import_module(MODULES[runtime])
+    except ImportError:
+        raise MissingExtraError(f"runtime {runtime} needs {MODULES[runtime]}; install {EXTRAS[runtime]}.") from None
+
+
+def _parsed(
+    trt: Any, block: str, entry: BlockEntry, model: Path, logger: Any, settings: ExportSettings
+) -> tuple[Any, Any, Any]:
+    builder = trt.Builder(logger)
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(model)):
+        error = parser.get_error(0)
+        raise ExportError(
+            f"block {block}: {settings.runtime} {trt.__version__} rejects node {error.node_name() or '?'}"
+            f" ({error.node_operator() or '?'}): {_short(error.desc())}; {_advice(entry)}"
+        )
+    config = builder.create_builder_config()
+    if settings.capabilities:
+        config.num_compute_capabilities = len(settings.capabilities)
+        for index, name in enumerate(settings.capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+    return builder, config, network
+
+
+def _add_profile(trt: Any, builder: Any, config: Any, entry: BlockEntry, axes: Mapping[str, Range]) -> None:
+    shapes = profile(entry, axes)
+    if shapes:
+        made = builder.create_optimization_profile()
+        for name, (low, usual, high) in shapes.items():
+            made.set_shape(name, low, usual, high)
+        config.add_optimization_profile(made)
+
+
+def _logger(trt: Any, log: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.WARNING:
+                log.append(f"{str(severity).rpartition('.')[2].lower()}: {message}")
+
+    return Logger()
+
+
+def _refusal(block: str, log: Sequence[str], settings: ExportSettings) -> str:
+    errors = [line for line in log if line.startswith(("error", "internal_error"))]
+    said = _short(errors[0]) if errors else "no reason given"
+    node = next((m[1] for line in errors if (m := NODE.search(line))), "?")
+    return (
+        f"block {block}: {settings.runtime} cannot build it, at node {node} ({said});"
+        " choose another precision or fewer capabilities."
+    )
+
+
+def _advice(entry: BlockEntry) -> str:
+    if "bnb4" in entry.forms:
+        return "compress with int4 in place of nf4."
+    return "export this block for onnxruntime."
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:240]

@@ -1,0 +1,104 @@
+"""Runs engines with the call signature of the ONNX blocks, so that the same passes and sampler work on TensorRT.
+
+Device memory is torch's. The engines of understanding layers and of image layers both hold the understanding expert,
+and no pass uses both kinds: only the kind in use is kept on the card. Written against the documented API; what could
+not be run where it was written is said in docs/export.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bagel_compress.errors import ExportError
+from bagel_compress.exporting.manifest import ExportFolder, PortEntry
+from bagel_compress.exporting.profiles import check_shapes
+from bagel_compress.exporting.tensorrt import load_tensorrt
+from bagel_compress.run.export_settings import TORCH_NAMES
+
+EXCLUSIVE = ("und_layer", "gen_layer")  # kinds of which one at a time is on the card
+
+
+@dataclass(frozen=True)
+class DeviceValue:
+    """A tensor on the card that reads back as numpy, as ONNX Runtime's values do."""
+
+    tensor: torch.Tensor
+
+    def numpy(self) -> NDArray[Any]:
+        return self.tensor.float().cpu().numpy() if self.tensor.is_floating_point() else self.tensor.cpu().numpy()
+
+
+class Engines:
+    """The engines of a folder as functions from named values to named values."""
+
+    def __init__(self, folder: ExportFolder) -> None:
+        """Raises MissingExtraError without the package, ExportError without a card or without engines."""
+        self.folder = folder
+        settings = folder.manifest.settings
+        if settings.runtime == "onnxruntime":
+            raise ExportError(f"{folder.path} was exported for onnxruntime and holds no engines; run it there.")
+        self._trt = load_tensorrt(settings.runtime)
+        if not torch.cuda.is_available():
+            raise ExportError(f"{folder.path} holds TensorRT engines, which need an NVIDIA card; none was found here.")
+        self._dtype: torch.dtype = getattr(torch, TORCH_NAMES[settings.precision])
+        self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
+        self._loaded: dict[str, tuple[Any, Any]] = {}
+
+    def value(self, array: NDArray[Any]) -> DeviceValue:
+        return DeviceValue(torch.from_numpy(np.ascontiguousarray(array)).cuda())
+
+    def empty(self, shape: tuple[int, ...]) -> DeviceValue:
+        return DeviceValue(torch.empty(shape, dtype=self._dtype, device="cuda"))
+
+    def run(self, block: str, inputs: Mapping[str, Any]) -> list[DeviceValue]:
+        """Runs a block. Raises ExportError, naming block and axis, on sizes the engine was not built for."""
+        entry = self.folder.manifest.blocks[block]
+        tensors = {n: (self.value(v) if isinstance(v, np.ndarray) else v).tensor for n, v in inputs.items()}
+        check_shapes(block, entry, self.folder.manifest.axes, {n: t.shape for n, t in tensors.items()})
+        _, context = self._engine(block)
+        for name, tensor in tensors.items():
+            context.set_input_shape(name, tuple(tensor.shape))
+            # An empty cache has no address; TensorRT wants one all the same.
+            context.set_tensor_address(name, tensor.contiguous().data_ptr() or self._nowhere.data_ptr())
+        outputs = [self._output(context, port) for port in entry.outputs]
+        stream = torch.cuda.current_stream()
+        if not context.execute_async_v3(stream.cuda_stream):
+            raise ExportError(f"block {block}: TensorRT failed to run it; see its log above.")
+        stream.synchronize()
+        return outputs
+
+    def _output(self, context: Any, port: PortEntry) -> DeviceValue:
+        dtype = self._dtype if port.dtype == "float" else getattr(torch, port.dtype)
+        tensor = torch.empty(tuple(context.get_tensor_shape(port.name)), dtype=dtype, device="cuda")
+        context.set_tensor_address(port.name, tensor.data_ptr())
+        return DeviceValue(tensor)
+
+    @property
+    def _nowhere(self) -> torch.Tensor:
+        if not hasattr(self, "_byte"):
+            self._byte = torch.zeros(256, dtype=torch.uint8, device="cuda")
+        return self._byte
+
+    def _engine(self, block: str) -> tuple[Any, Any]:
+        if block not in self._loaded:
+            self._make_room(self.folder.manifest.blocks[block].kind)
+            data = (self.folder.path / self.folder.manifest.blocks[block].engine).read_bytes()
+            engine = self._runtime.deserialize_cuda_engine(data)
+            if engine is None:
+                raise ExportError(
+                    f"block {block}: this card or TensorRT {self._trt.__version__} cannot load the engine;"
+                    " export again for this card with the installed version."
+                )
+            self._loaded[block] = (engine, engine.create_execution_context())
+        return self._loaded[block]
+
+    def _make_room(self, kind: str) -> None:
+        if kind in EXCLUSIVE:
+            kinds = {b: self.folder.manifest.blocks[b].kind for b in self._loaded}
+            self._loaded = {b: e for b, e in self._loaded.items() if kinds[b] == kind or kinds[b] not in EXCLUSIVE}

@@ -1,0 +1,204 @@
+"""One data file and the graphs that refer to it: values written once, templates filled in, checked, engines built."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from blake3 import blake3
+
+from bagel_compress.build.artifact import FileEntry
+from bagel_compress.errors import ExportError
+from bagel_compress.exporting.blocks import Block, matrices
+from bagel_compress.exporting.graph import template
+from bagel_compress.exporting.manifest import BlockEntry, PortEntry, WeightEntry
+from bagel_compress.exporting.onnx_weights import FormName, Stored, coded, form_of, plain, rewrite
+from bagel_compress.exporting.source import VAE_PREFIX, Source
+from bagel_compress.exporting.tensorrt import build_engine
+from bagel_compress.io.digests import blake3_file
+from bagel_compress.run.export_settings import TORCH_NAMES, ExportSettings, Range
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+ALIGN = 4096  # offsets in data files: page-aligned, so that runtimes can map each weight
+
+
+@dataclass
+class Job:
+    """One export: what is exported, how, and the templates made so far."""
+
+    source: Source
+    settings: ExportSettings
+    axes: Mapping[str, Range]
+    out: Path
+    blocks: list[Block]
+    templates: dict[str, bytes]  # serialised, by kind and precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, TORCH_NAMES[self.settings.precision])
+        return dtype
+
+    def groups(self) -> Iterator[tuple[str, list[Block]]]:
+        """Data file stem -> its blocks."""
+        for data in dict.fromkeys(b.data for b in self.blocks):
+            yield data, [b for b in self.blocks if b.data == data]
+
+
+def plan_forms(source: Source, settings: ExportSettings, blocks: Sequence[Block]) -> dict[str, FormName]:
+    """Matrix by its path in Bagel -> form. Raises ExportError for the first that cannot be carried."""
+    by_kind = {b.kind: matrices(b) for b in {b.kind: b for b in blocks}.values()}
+    paths = {b.weights[name] for b in blocks if not b.wide for name in by_kind[b.kind]}
+    return {path: form_of(source.codec(path), settings, source.official[path]) for path in sorted(paths)}
+
+
+def write_group(job: Job, data: str, blocks: list[Block], note: Path) -> None:
+    """Writes a data file, its graphs and engines, then the note that says so."""
+    names = {block.weights[name]: name for block in blocks for name in block.weights}  # path in Bagel -> in the graph
+    dense = set().union(*(matrices(b) for b in blocks))
+    forms = {} if blocks[0].wide else plan_forms(job.source, job.settings, blocks)
+    pieces, entry = _write_data(job, job.out / f"{data}.data", names, dense, forms, wide=blocks[0].wide)
+    files, entries = {f"{data}.data": entry.model_dump()}, {}
+    for block in blocks:
+        model = _instance(job, block, pieces, forms)
+        write_file(job.out / f"{block.name}.onnx", model.SerializeToString(deterministic=True))
+        _check(job.out / f"{block.name}.onnx", block)
+        files[f"{block.name}.onnx"] = file_entry(job.out / f"{block.name}.onnx").model_dump()
+        made = _block_entry(block, model, forms, pieces)
+        if job.settings.runtime != "onnxruntime":
+            made = made.model_copy(update={"engine": _write_engine(job, block, made)})
+            files[made.engine] = file_entry(job.out / made.engine).model_dump()
+        entries[block.name] = made.model_dump(mode="json")
+    write_file(note, json.dumps({"files": files, "blocks": entries}).encode())
+
+
+def _write_data(
+    job: Job, path: Path, names: dict[str, str], dense: set[str], forms: dict[str, FormName], wide: bool
+) -> tuple[dict[str, WeightEntry], FileEntry]:
+    """Writes all values of a data file. Returns initialiser name -> piece."""
+    digest, position, pieces = blake3(), 0, {}
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        for source_path, name in names.items():
+            for key, stored in _values(job, source_path, name, dense, forms, wide).items():
+                gap = b"\0" * (-position % ALIGN)
+                content = stored.data.view(np.uint8).reshape(-1).data
+                for part in (gap, content):
+                    file.write(part)
+                    digest.update(part)
+                position += len(gap) + len(content)
+                offset = position - len(content)
+                pieces[key] = WeightEntry(type=stored.elem_type, shape=stored.shape, offset=offset, bytes=len(content))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return pieces, FileEntry(bytes=position, blake3=digest.hexdigest())
+
+
+def _values(
+    job: Job, path: str, name: str, dense: set[str], forms: dict[str, FormName], wide: bool
+) -> dict[str, Stored]:
+    """Initialiser name -> values of one weight."""
+    import torch
+
+    form = forms.get(path, "dense")
+    if form != "dense":
+        return {name + suffix: stored for suffix, stored in coded(form, job.source.coded(path), job.dtype).items()}
+    label = path if path.startswith(VAE_PREFIX) else job.source.official[path]
+    kept = torch.float32 if wide else job.dtype
+    return {name: plain(job.source.tensor(path), kept, label, transpose=name in dense)}
+
+
+def _instance(job: Job, block: Block, pieces: dict[str, WeightEntry], forms: dict[str, FormName]) -> onnx.ModelProto:
+    """The template with this block's weights in place of the template's weight inputs."""
+    import onnx
+
+    key = f"{block.kind}.{'fp32' if block.wide else job.settings.precision}"
+    if key not in job.templates:
+        job.templates[key] = template(block, job.dtype).SerializeToString()
+    model = onnx.ModelProto.FromString(job.templates[key])
+    graph = model.graph
+    graph.name = block.name
+    ports = {p.name for p in block.inputs}
+    shapes = {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.input}
+    kept = [i for i in graph.input if i.name in ports]
+    del graph.input[:]
+    graph.input.extend(kept)
+    for name, path in block.weights.items():
+        if (form := forms.get(path, "dense")) != "dense":
+            rewrite(graph, name, form, (shapes[name][0], shapes[name][1]))
+    used = {i for node in graph.node for i in node.input}
+    graph.initializer.extend(_external(name, p, block) for name, p in pieces.items() if name in used)
+    if any(node.domain == "com.microsoft" for node in graph.node):
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def _external(name: str, piece: WeightEntry, block: Block) -> onnx.TensorProto:
+    from onnx import TensorProto
+
+    tensor = TensorProto(name=name, data_type=piece.type, dims=piece.shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", f"{block.data}.data"), ("offset", piece.offset), ("length", piece.bytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _write_engine(job: Job, block: Block, entry: BlockEntry) -> str:
+    """Builds and writes the engine of a block; gives the file's name."""
+    name = f"{block.name}.engine"
+    write_file(job.out / name, build_engine(block.name, entry, job.out / entry.model, job.settings, job.axes).data)
+    return name
+
+
+def _check(path: Path, block: Block) -> None:
+    """onnx.checker with shape inference, by path. Raises ExportError naming the block."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"block {block.name}: {path.name} does not pass onnx.checker ({error}).") from None
+
+
+def _block_entry(
+    block: Block, model: onnx.ModelProto, forms: dict[str, FormName], pieces: dict[str, WeightEntry]
+) -> BlockEntry:
+    def ports(side: tuple) -> tuple[PortEntry, ...]:  # type: ignore[type-arg]
+        return tuple(PortEntry(name=p.name, dtype=p.dtype, shape=p.shape) for p in side)
+
+    own = {i.name for i in model.graph.initializer if i.name in pieces}
+    return BlockEntry(
+        kind=block.kind,
+        model=f"{block.name}.onnx",
+        data=f"{block.data}.data",
+        inputs=ports(block.inputs),
+        outputs=ports(block.outputs),
+        nodes=dict(sorted(Counter(n.op_type for n in model.graph.node).items())),
+        forms=dict(sorted(Counter(forms[p] for p in block.weights.values() if p in forms).items())),
+        weights={name: p for name, p in sorted(pieces.items()) if name in own},
+    )
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and digest of a finished file."""
+    return FileEntry(bytes=path.stat().st_size, blake3=blake3_file(path))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a small file so that it is either complete or absent."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,128 @@
+"""The model card of an export: what it is, block by block, what was checked, and what was not.
+
+The page says in its first lines if what it offers was never run. See
+bagel_compress.publishing.model_card for the rest of its rules.
+"""
+
+from __future__ import annotations
+
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.io.byte_size import size_text
+from bagel_compress.publishing.model_card import (
+    BITS,
+    FAMILY_END,
+    FAMILY_START,
+    Origin,
+    base_link,
+    code,
+    front_matter,
+    joined,
+    licence,
+    loading,
+    model_card,
+    parity_section,
+    pictures,
+    plain,
+    provenance_section,
+    recipe_section,
+    table,
+    titled,
+)
+from bagel_compress.publishing.release_source import Content, recipe_digest_of, source_of
+from bagel_compress.publishing.requirements import Evidence, ran
+from bagel_compress.publishing.snippets import export_snippets
+
+# What a form of the matrices is in words (bagel_compress.exporting.onnx_weights).
+FORMS = {
+    "dense": "plain MatMul",
+    "qdq": "8-bit codes, DequantizeLinear per output channel",
+    "int4": "4-bit codes, DequantizeLinear in blocks of 32",
+    "bnb4": "NF4 codes, com.microsoft MatMulBnb4",
+    "dynamic": "8-bit codes, MatMulInteger",
+}
+
+
+def card_of(content: Content, evidence: Evidence, origin: Origin, draft: bool = False, signed: bool = False) -> str:
+    """The whole README.md of an artifact or an export."""
+    if isinstance(content, Artifact):
+        return model_card(content, evidence, origin, draft, signed)
+    m = content.manifest
+    digests = {f"{m.source.kind} that was exported": m.source.digest, "manifest": content.digest}
+    if m.source.recipe is not None:
+        digests = {"recipe": recipe_digest_of(content)} | digests
+    return joined(
+        front_matter(_tags(content), evidence, origin),
+        _head(content, evidence, origin, draft),
+        _checked(content, evidence),
+        pictures(evidence),
+        FAMILY_START + "\n" + FAMILY_END,
+        _blocks(content),
+        parity_section(evidence.parity),
+        loading(export_snippets(content, origin.repo)),
+        recipe_section(m.source.recipe) if m.source.recipe else "",
+        provenance_section(source_of(content), digests, m.tool, origin, signed),
+        licence(origin),
+    )
+
+
+def _tags(export: ExportFolder) -> list[str]:
+    settings, recipe = export.manifest.settings, export.manifest.source.recipe
+    formats = sorted({rule.codec.format for rule in recipe.rules} - {"raw"}) if recipe else []
+    bits = {BITS[f] for f in formats if f in BITS} - {"lossless-compression"}
+    runtime = [settings.runtime] if settings.runtime == "onnxruntime" else ["tensorrt", settings.runtime]
+    return ["onnx", *runtime, *formats, *sorted(bits)]
+
+
+def _head(export: ExportFolder, evidence: Evidence, origin: Origin, draft: bool) -> str:
+    manifest, settings = export.manifest, export.manifest.settings
+    lines = titled(origin, draft)
+    if not evidence.tried:
+        lines.append(f"> **Built, not run.** {' '.join(evidence.not_run)} Expect to be the first who runs it.")
+    what = "ONNX graphs" if settings.runtime == "onnxruntime" else "TensorRT engines, and the graphs behind them"
+    recipe = f", recipe {code(manifest.source.recipe.name)}" if manifest.source.recipe else ""
+    lines.append(
+        f"{base_link(origin, source_of(export))} as {what}, one per block, for {plain(settings.runtime)} in"
+        f" {settings.precision} (opset {manifest.opset}), **{size_text(export.nbytes)}**, by"
+        f" [bagel-compress](https://pypi.org/project/bagel-compress/){recipe}, target {code(manifest.target)}."
+        " Everything that a sampler needs is here."
+    )
+    if manifest.source.recipe and manifest.source.recipe.card:
+        lines.append(plain(manifest.source.recipe.card))
+    return "\n\n".join(lines)
+
+
+def _checked(export: ExportFolder, evidence: Evidence) -> str:
+    settings, parity = export.manifest.settings, evidence.parity
+    rows = [("every graph passes onnx.checker with shape inference, by path", "yes")]
+    if settings.runtime != "onnxruntime":
+        capabilities = ", ".join(settings.capabilities) or "the card it was built on"
+        rows.append((f"every engine was built by {plain(settings.runtime)}, for {plain(capabilities)}", "yes"))
+    verdict = "no" if parity is None else "passed" if parity.passed else "**did not pass**"
+    how = f", by {plain(ran(parity))}" if parity else ""
+    rows.append((f"the whole sampler was compared with the bf16 reference{how}", verdict))
+    rows += [(plain(sentence), "**not run**") for sentence in evidence.not_run]
+    rows.append((f"memory and speed on {plain(export.manifest.device)}", "not measured"))
+    made = ", ".join(f"{plain(name)} {plain(version)}" for name, version in export.manifest.versions.items())
+    text = f"## What was checked, and what was not\n\n{table(('what', 'state'), rows)}\n\nMade with {made}."
+    if settings.runtime != "onnxruntime":
+        sizes = ", ".join(f"{plain(n)} {s.min} to {s.max}" for n, s in export.manifest.axes.items())
+        text += f" Engines accept these sizes: {sizes}."
+    return text
+
+
+def _blocks(export: ExportFolder) -> str:
+    first = {entry.kind: entry for entry in reversed(export.manifest.blocks.values())}
+    rows = []
+    for kind in export.kinds():
+        entry = first[kind.kind]
+        ports = (", ".join(code(p.name) for p in side) for side in (entry.inputs, entry.outputs))
+        forms = ", ".join(FORMS.get(form, form) for form in kind.forms) or "-"
+        engines = size_text(kind.engines) if kind.engines else "-"
+        rows.append((code(kind.kind), str(kind.blocks), *ports, forms, size_text(kind.reads), engines))
+    return (
+        "## Blocks\n\n"
+        + table(("kind", "graphs", "inputs", "outputs", "matrices", "weights it reads", "engines"), rows)
+        + "\n\n`und_layer` serves text and input pictures, `gen_layer` denoises. The two graphs of a layer read one"
+        " data file, in which every weight lies once."
+    )

@@ -1,0 +1,122 @@
+"""publish: gates -> release folder -> upload -> what arrived is verified -> receipts -> family. In that order."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bagel_compress.errors import PublishError
+from bagel_compress.publishing.collection_table import build_of, join, members, spliced, table_of
+from bagel_compress.publishing.model_card import CARD, Origin
+from bagel_compress.publishing.provenance import ListedFile
+from bagel_compress.publishing.receipt import write_receipts
+from bagel_compress.publishing.release import Release, make_release
+from bagel_compress.publishing.release_source import Content, open_content, source_of
+from bagel_compress.publishing.remote_files import differences, look
+from bagel_compress.publishing.upload import Progress, Uploaded, upload
+from bagel_compress.run.fetch import client, failures, split_revision
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for. `folder` None: beside the build. `collection` empty: none."""
+
+    build: Path  # artifact or export
+    repo: str
+    base_model: str | None = None
+    license: str = "apache-2.0"
+    folder: Path | None = None
+    receipts: Path = Path("exports/receipts")
+    revision: str = "main"
+    private: bool = False
+    draft: bool = False
+    unrun: bool = False  # an export whose own form was never run may go out, saying so
+    create_pr: bool = False
+    replace: bool = False
+    signing_key: Path | None = None
+    collection: str = ""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was done."""
+
+    release: Release
+    uploaded: Uploaded
+    receipts: tuple[Path, ...]
+    cards: tuple[str, ...]  # members of the family whose cards were renewed
+
+
+def publish(wish: Wish, progress: Progress | None = None) -> Published:
+    """Everything. Raises GateError, PublishError, ArtifactError; nothing is visible before the last commit."""
+    if wish.collection and (wish.draft or wish.create_pr or wish.revision != "main"):
+        raise PublishError("a collection shows what is on main; leave --collection out with a draft, PR or revision.")
+    release = prepare_release(wish)
+    own = build_of(release.content, release.evidence, wish.repo, _origin(release.content, wish).base_model)
+    if wish.collection:
+        members(client(), wish.collection, own)  # refused before anything is sent
+    release = with_table(release, wish.repo, wish.revision)
+    uploaded = upload(
+        release,
+        wish.repo,
+        revision=wish.revision,
+        create_pr=wish.create_pr,
+        private=wish.private,
+        replace=wish.replace,
+        progress=progress,
+    )
+    receipts = write_receipts(release, uploaded, wish.receipts) if uploaded.pull_request is None else []
+    cards: list[str] = []
+    if wish.collection:
+        cards = join(client(), wish.collection, own)
+    return Published(release, uploaded, tuple(receipts), tuple(cards))
+
+
+def prepare_release(wish: Wish) -> Release:
+    """The folder that would be uploaded. Raises GateError unless the build may be published."""
+    split_revision(wish.repo)
+    if "@" in wish.repo:
+        raise PublishError(f"{wish.repo}: give the branch with --revision.")
+    content = open_content(wish.build)
+    folder = wish.folder or content.path.with_name(content.path.name + ".release")
+    return make_release(content, folder, _origin(content, wish), wish.draft, wish.signing_key, wish.unrun)
+
+
+def with_table(release: Release, repo: str, revision: str) -> Release:
+    """The release with the comparison table that the repository's card has already, if it has one."""
+    api = client()
+    remote = look(api, repo, revision)
+    if remote is None or CARD not in remote.files:
+        return release
+    with failures(f"the card of {repo} cannot be read"):
+        there = Path(api.hf_hub_download(repo, CARD, revision=remote.commit)).read_text(encoding="utf-8")
+    if not (text := table_of(there)):
+        return release
+    path = release.folder / CARD
+    content = spliced(path.read_text(encoding="utf-8"), text).encode()
+    path.write_bytes(content)
+    entry = ListedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return replace(release, files={**release.files, CARD: entry})
+
+
+def preview(release: Release, repo: str, revision: str) -> str:
+    """What an upload would change in the repository: a line per file, and the card as a diff."""
+    release, api = with_table(release, repo, revision), client()
+    remote = look(api, repo, revision)
+    marks = {"new": "+", "changed": "~", "same": "=", "only there": "?"}
+    lines = [f"{repo}: " + ("does not exist yet" if remote is None else f"compared with {remote.commit[:12]}")]
+    for path, state in differences(release, remote).items():
+        size = f"{release.files[path].bytes:>15,}" if path in release.files else " " * 15
+        lines.append(f"  {marks[state]} {size}  {path}")
+    if remote is not None and CARD in remote.files:
+        with failures(f"the card of {repo} cannot be read"):
+            old = Path(api.hf_hub_download(repo, CARD, revision=remote.commit)).read_text(encoding="utf-8")
+        new = (release.folder / CARD).read_text(encoding="utf-8")
+        lines += difflib.unified_diff(old.splitlines(), new.splitlines(), "card there", "card here", lineterm="", n=1)
+    return "\n".join(lines)
+
+
+def _origin(content: Content, wish: Wish) -> Origin:
+    return Origin.of(source_of(content), wish.repo, wish.base_model, wish.license)

@@ -1,0 +1,198 @@
+"""Provenance: what a stranger needs to check a build byte for byte and to know how it came about.
+
+    SHA256SUMS                every file but the card, for `sha256sum -c`
+    reports/provenance.json   an in-toto Statement v1 with a SLSA provenance v1 predicate: from what, by what recipe,
+                              with which tools, and which reports judged it
+    model.sig                 optional: an OpenSSF Model Signing bundle over all files (extra `sign`)
+
+The card is left out: its owner may edit it later without the build becoming another one. Nothing here depends on time
+or machine but the versions that are named, so the same build gives the same statement.
+
+Formats: https://in-toto.io/Statement/v1, https://slsa.dev/spec/v1.0/provenance,
+https://github.com/ossf/model-signing-spec.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
+from bagel_compress.io.digests import sha256_file
+from bagel_compress.parity.report_data import REPORTS
+from bagel_compress.publishing.release_source import Content, manifest_name, recipe_digest_of, recipe_of, source_of
+
+SUMS = "SHA256SUMS"
+PROVENANCE = "reports/provenance.json"
+SIGNATURE = "model.sig"
+NOT_SUMMED = ("README.md", ".gitattributes", SUMS, SIGNATURE)
+BUILD_TYPE = "https://pypi.org/project/bagel-compress/#build-v1"
+LIBRARIES = ("torch", "numpy", "safetensors", "numba", "huggingface_hub")  # those that can move a byte of a release
+
+
+@dataclass(frozen=True, slots=True)
+class ListedFile:
+    """A file of a release, as SHA256SUMS lists it."""
+
+    bytes: int
+    sha256: str
+
+
+def sums(files: Mapping[str, ListedFile]) -> str:
+    """The content of SHA256SUMS."""
+    return "".join(f"{entry.sha256}  {path}\n" for path, entry in sorted(files.items()) if path not in NOT_SUMMED)
+
+
+def read_sums(text: str) -> dict[str, str]:
+    """path -> sha256. Raises ArtifactError on a line that is no such entry or that leaves the folder."""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        digest, _, path = line.partition("  ")
+        outside = path.startswith("/") or ".." in path.split("/") or "\\" in path or ":" in path
+        if len(digest) != 64 or not path or outside:
+            raise ArtifactError(f"{SUMS} has the line {line[:80]!r}, which names no file here; do not use this folder.")
+        found[path] = digest
+    return found
+
+
+def check_sums(folder: Path) -> list[str]:
+    """One sentence per file that is missing, changed, or not covered. Raises ArtifactError without SHA256SUMS."""
+    try:
+        listed = read_sums((folder / SUMS).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise ArtifactError(f"{folder} has no readable {SUMS}; it was not published by bagel-compress.") from None
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    faults = [f"{path} is missing" for path in listed if path not in present]
+    faults += [f"{p} was changed" for p in listed if p in present and sha256_file(folder / p) != listed[p]]
+    extra = sorted(present - listed.keys() - set(NOT_SUMMED))
+    return faults + [f"{p} is not in {SUMS}" for p in extra if p.partition("/")[0] not in (".cache", ".git")]
+
+
+def statement(content: Content, files: Mapping[str, ListedFile]) -> dict[str, Any]:
+    """The in-toto statement about a build; `files` are those of the release so far: its own and the reports on it.
+
+    A subject's two digests tie the manifest, which has a BLAKE3 of each file or of its tensors, to SHA256SUMS.
+    """
+    subject: list[dict[str, Any]] = [{"name": manifest_name(content), "digest": {"sha256": content.digest}}]
+    for name, entry in sorted(content.manifest.files.items()):
+        subject.append({"name": name, "digest": {"sha256": files[name].sha256, **entry.digests}})
+    reports = {path: entry for path, entry in files.items() if path.startswith(f"{REPORTS}/")}
+    source = source_of(content)
+    origin = {
+        "uri": f"hf://{source.name}" + (f"@{source.revision}" if source.revision else ""),
+        "digest": {"blake3": source.data_blake3} if source.data_blake3 else {"sha256": source.digest},
+        "annotations": {"checkpoint_digest": source.digest},
+    }
+    external, internal = _parameters(content)
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": subject,
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": external,
+                "internalParameters": internal,
+                "resolvedDependencies": [origin],
+            },
+            "runDetails": {
+                "builder": {
+                    "id": "https://pypi.org/project/bagel-compress/",
+                    "version": {"built": content.manifest.tool, **versions()},
+                },
+                "byproducts": [{"name": p, "digest": {"sha256": e.sha256}} for p, e in sorted(reports.items())],
+            },
+        },
+    }
+
+
+def subjects(folder: Path) -> dict[str, dict[str, str]]:
+    """Digests by file as the statement of a released folder gives them; empty where it cannot be read."""
+    try:
+        found = json.loads((folder / PROVENANCE).read_bytes())
+        return {str(subject["name"]): dict(subject["digest"]) for subject in found["subject"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _parameters(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was asked for, and what followed from it."""
+    recipe = recipe_of(content)
+    asked: dict[str, Any] = {}
+    if recipe is not None:
+        asked = {"recipe": recipe.model_dump(mode="json", by_alias=True), "recipe_sha256": recipe_digest_of(content)}
+    if isinstance(content, Artifact):
+        return asked, {"plan_sha256": content.manifest.plan}
+    manifest = content.manifest
+    asked |= {"target": manifest.target, "settings": manifest.settings.model_dump(mode="json")}
+    return asked, {f"{manifest.source.kind}_sha256": manifest.source.digest, "opset": manifest.opset,
+                   "versions": manifest.versions}  # fmt: skip
+
+
+def statement_bytes(content: Content, files: Mapping[str, ListedFile]) -> bytes:
+    """`statement` as a file's content."""
+    return (json.dumps(statement(content, files), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def versions() -> dict[str, str]:
+    """This tool, Python and the libraries, by name."""
+    found = {"python": platform.python_version()}
+    for name in ("bagel-compress", *LIBRARIES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def sign(folder: Path, private_key: Path) -> Path:
+    """Writes model.sig with an elliptic-curve key (PEM). Raises MissingExtraError without the extra `sign`."""
+    signing = _library("signing")
+    try:
+        config = signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(_hashing(folder))
+        config.sign(folder, folder / SIGNATURE)
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{private_key} cannot sign ({error}); give an unencrypted EC key as PEM.") from None
+    return folder / SIGNATURE
+
+
+def check_signature(folder: Path, public_key: Path) -> None:
+    """Raises GateError if model.sig is missing, made by another key, or not over these files."""
+    verifying = _library("verifying")
+    if not (folder / SIGNATURE).is_file():
+        raise GateError(f"{folder} is not signed: it has no {SIGNATURE}.")
+    try:
+        verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{public_key} is not a public key that can be read ({error}); give PEM.") from None
+    try:
+        verifier.set_hashing_config(_hashing(folder)).verify(folder, folder / SIGNATURE)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise GateError(
+            f"the signature of {folder} does not hold ({reason or 'it was made by another key'})."
+        ) from None
+
+
+def _hashing(folder: Path) -> Any:
+    """All files but the card, the signature and what download tools leave."""
+    ignored = ("README.md", SIGNATURE, ".gitattributes", ".cache", ".git")
+    config = _library("hashing").Config().set_ignored_paths(paths=[folder / p for p in ignored], ignore_git_paths=True)
+    return config.set_allow_symlinks(True)  # the cache of downloads consists of them
+
+
+def _library(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(f"model_signing.{name}")
+    except ImportError:
+        raise MissingExtraError(
+            "signing needs the package model-signing; install it with: pip install 'bagel-compress[sign]'."
+        ) from None

@@ -1,0 +1,109 @@
+"""Receipt: what was published and what was measured for it, one small JSON per recipe and target.
+
+It is written after the files were seen to have arrived, lies in the source tree under exports/receipts/, is reviewed
+like code, and is where tables in the documentation take their numbers from. No paths, no account, no token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.parity.report_data import BudgetReport, Number, Timing, write_json
+from bagel_compress.publishing.provenance import versions
+from bagel_compress.publishing.release import Release
+from bagel_compress.publishing.release_source import label, recipe_digest_of, source_of, weights_bytes
+from bagel_compress.publishing.requirements import ran
+from bagel_compress.publishing.upload import Uploaded
+from bagel_compress.report.text import worst_rows
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Receipt(_Frozen):
+    """A published build on one target."""
+
+    recipe: str
+    recipe_digest: str
+    target: str
+    device: str
+    source: str
+    source_revision: str
+    source_digest: str
+    artifact: str  # sha256 of the manifest
+    repo: str
+    commit: str
+    weights_bytes: int
+    all_bytes: int
+    peak_predicted: Number | None  # bytes, the worst phase; None for an export
+    peak_measured: Number | None
+    measured_on: str | None
+    timed_on: str | None
+    limit: Number | None
+    timings: tuple[Timing, ...]
+    parity: dict[str, Number]
+    versions: dict[str, str]
+    parity_on: str = ""  # what an export's parity was measured on
+    not_run: tuple[str, ...] = ()  # what of an export was never run
+
+    @property
+    def name(self) -> str:
+        """File name: <recipe>--<target>.json."""
+        return f"{self.recipe}--{self.target}.json"
+
+
+def write_receipts(release: Release, uploaded: Uploaded, folder: Path) -> list[Path]:
+    """One receipt per target of the budget reports, or of the export. A draft gets none."""
+    if release.draft:
+        return []
+    budgets = release.evidence.budgets if isinstance(release.content, Artifact) else (None,)
+    receipts = [_receipt(release, uploaded, budget) for budget in budgets]
+    return [write_json(receipt, folder / receipt.name) for receipt in receipts]
+
+
+def _receipt(release: Release, uploaded: Uploaded, budget: BudgetReport | None) -> Receipt:
+    content, parity = release.content, release.evidence.parity
+    source = source_of(content)
+    on_export: dict[str, Any] = {} if isinstance(content, Artifact) else {
+        "parity_on": ran(parity) if parity else "", "not_run": release.evidence.not_run,
+    }  # fmt: skip
+    return Receipt(
+        recipe=label(content),
+        recipe_digest=recipe_digest_of(content),
+        source=source.name,
+        source_revision=source.revision,
+        source_digest=source.digest,
+        artifact=content.digest,
+        repo=uploaded.repo,
+        commit=uploaded.commit,
+        weights_bytes=weights_bytes(content),
+        all_bytes=sum(entry.bytes for entry in release.files.values()),
+        parity={row.metric: row.value for row in worst_rows(parity)} if parity else {},
+        versions=versions(),
+        **_on_target(release, budget),
+        **on_export,
+    )
+
+
+def _on_target(release: Release, budget: BudgetReport | None) -> dict[str, Any]:
+    """The fields that come from a budget; an export says only what it was made for."""
+    if budget is None:
+        assert not isinstance(release.content, Artifact)
+        manifest = release.content.manifest
+        nothing = dict.fromkeys(("peak_predicted", "peak_measured", "measured_on", "timed_on", "limit"))
+        return {"target": manifest.target, "device": manifest.device, "timings": (), **nothing}
+    return {
+        "target": budget.target,
+        "device": budget.device,
+        "peak_predicted": budget.peak,
+        "peak_measured": max((p.measured for p in budget.phases if p.measured is not None), default=None),
+        "measured_on": budget.measured_on,
+        "timed_on": budget.timed_on,
+        "limit": budget.limit,
+        "timings": budget.timings,
+    }

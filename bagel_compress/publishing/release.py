@@ -1,0 +1,154 @@
+"""Release: exactly which files go to a repository, in a folder of its own, with the digests they were verified with.
+
+It is built only from an artifact or export whose every byte is what its manifest says, and whose reports carry its
+digest and pass. What is missing is listed, all of it, in one GateError. A draft may lack reports; it may not lack
+integrity, and its card says what it is. An export whose own form was never run needs `unrun` as well.
+
+Large files are linked into the folder, not copied, where the file system allows; nothing of the build is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagel_compress.build.artifact import intact
+from bagel_compress.errors import GateError, PublishError
+from bagel_compress.io.digests import sha256_file
+from bagel_compress.publishing import provenance
+from bagel_compress.publishing.collection_table import BUILD, build_of
+from bagel_compress.publishing.export_card import card_of
+from bagel_compress.publishing.model_card import CARD, Origin
+from bagel_compress.publishing.provenance import ListedFile
+from bagel_compress.publishing.release_source import Content, label, manifest_name, source_of
+from bagel_compress.publishing.requirements import Evidence, load_evidence, ran
+
+MARK = ".release"  # beside the folder: says that it was made here and may be made again
+
+
+@dataclass(frozen=True)
+class Release:
+    """A folder that is ready to be uploaded. `files` has the digest of each file as it was verified."""
+
+    content: Content
+    evidence: Evidence
+    folder: Path
+    files: Mapping[str, ListedFile]
+    draft: bool
+
+    @property
+    def title(self) -> str:
+        """Summary line of the commit."""
+        return f"{'Draft of ' if self.draft else ''}{label(self.content)}, manifest {self.content.digest[:12]}"
+
+
+def make_release(
+    content: Content,
+    folder: Path,
+    origin: Origin,
+    draft: bool = False,
+    signing_key: Path | None = None,
+    unrun: bool = False,
+) -> Release:
+    """Verifies, judges and writes the release folder; an older one of ours is replaced.
+
+    Raises GateError listing every fault of the build and of its reports, PublishError if `folder` is not ours.
+    """
+    evidence, missing = _judged(content, origin, draft, unrun)
+    if missing:
+        raise GateError(f"{content.path} is not ready to be published: " + "; ".join(missing) + ".")
+    _fresh(folder)
+    files = _content_files(content, folder)
+    files |= _report_files(content, evidence, folder)
+    build = build_of(content, evidence, origin.repo, origin.base_model)
+    files[BUILD] = _written(folder, BUILD, (build.model_dump_json(indent=1) + "\n").encode())
+    statement = provenance.statement_bytes(content, files)
+    files[provenance.PROVENANCE] = _written(folder, provenance.PROVENANCE, statement)
+    files[provenance.SUMS] = _written(folder, provenance.SUMS, provenance.sums(files).encode())
+    if signing_key is not None:
+        files[provenance.SIGNATURE] = _entry(provenance.sign(folder, signing_key))
+    signed = signing_key is not None
+    card = card_of(content, evidence, origin, draft, signed)
+    files[CARD] = _written(folder, CARD, card.encode())
+    return Release(content, evidence, folder, dict(sorted(files.items())), draft)
+
+
+def _judged(content: Content, origin: Origin, draft: bool, unrun: bool) -> tuple[Evidence, list[str]]:
+    """The evidence, and everything that keeps the build from being released."""
+    evidence, faults = load_evidence(content)
+    damage = content.verify()
+    if draft:
+        return evidence, damage
+    missing = damage + faults
+    if not evidence.tried and not unrun and evidence.parity is not None:
+        missing.append(
+            f"what it holds was never run (parity is that of its graphs by {ran(evidence.parity)}); run `bagel-compress"
+            " validate` where there is a card, or say --unrun, and the page will say so"
+        )
+    if origin.base_model is None:
+        name = source_of(content).name
+        missing.append(f"its source {name!r} is no repository; name the one it came from with --base-model")
+    return evidence, missing
+
+
+def _fresh(folder: Path) -> None:
+    """Empties a folder that an earlier release made; refuses one that something else made."""
+    mark = folder.with_name(folder.name + MARK)
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        raise PublishError(f"{folder} is not empty and was not made by publish; choose another folder with --folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text("made by bagel-compress publish; may be deleted\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _content_files(content: Content, folder: Path) -> dict[str, ListedFile]:
+    """The files of the manifest, and the manifest itself."""
+    files = {}
+    for name, entry in content.manifest.files.items():
+        _linked(content.path / name, folder / name)
+        files[name] = _entry(folder / name)
+        if not intact(folder / name, entry):
+            raise GateError(f"{content.path / name} was changed while it was published; run the same command again.")
+    own = manifest_name(content)
+    data = (content.path / own).read_bytes()
+    manifest = ListedFile(bytes=len(data), sha256=content.digest)
+    if hashlib.sha256(data).hexdigest() != content.digest:
+        raise GateError(f"{content.path / own} was changed while it was published; run the same command again.")
+    (folder / own).write_bytes(data)
+    return {**files, own: manifest}
+
+
+def _report_files(content: Content, evidence: Evidence, folder: Path) -> dict[str, ListedFile]:
+    """Reports, their pictures and the HTML page, copied so that a later validation does not change the release."""
+    files = {}
+    for name in evidence.files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(content.path / name, target)
+        files[name] = _entry(target)
+    return files
+
+
+def _linked(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _written(folder: Path, name: str, content: bytes) -> ListedFile:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return ListedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _entry(path: Path) -> ListedFile:
+    return ListedFile(bytes=path.stat().st_size, sha256=sha256_file(path))

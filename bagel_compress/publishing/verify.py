@@ -1,0 +1,131 @@
+"""verify: is this folder, or this repository, byte for byte what was released?
+
+A folder is read in full. A repository is compared through the digests that the Hub lists (it computed them itself when
+the files arrived) without downloading the weights; `full` downloads and reads everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagel_compress.build.artifact import MANIFESTS, listed_files
+from bagel_compress.errors import ArtifactError, GateError
+from bagel_compress.io.digests import sha256_file
+from bagel_compress.parity.report_data import REPORTS
+from bagel_compress.publishing import provenance
+from bagel_compress.publishing.release_source import Content, manifest_name, open_content
+from bagel_compress.publishing.remote_files import Remote, look
+from bagel_compress.publishing.requirements import load_evidence
+from bagel_compress.run.fetch import Files, client, failures, fetch, manifest_in, split_revision
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was looked at and what was wrong with it. `signature`: valid, not checked, or none."""
+
+    where: str
+    artifact: str  # sha256 of the manifest
+    files: int
+    how: str
+    signature: str
+    faults: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The verdict for people."""
+        about = f"artifact {self.artifact[:12]}; signature: {self.signature}"
+        head = f"{self.where}: {self.files} files, {self.how}; {about}"
+        return "\n".join([head, *(f"  {fault}" for fault in self.faults), "FAILED" if self.faults else "verified"])
+
+
+def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
+    """Reads every byte. Raises ArtifactError if the folder is no artifact and no export at all."""
+    content = open_content(folder)
+    published = (folder / provenance.SUMS).is_file()
+    if published:
+        files, faults = len(_sums(folder)), provenance.check_sums(folder)
+        faults += _against_manifest(folder, content.manifest.files, manifest_name(content), content.digest)
+        faults = faults or content.verify()  # the manifest's own digests, should all the others have been forged
+    else:
+        files, faults = len(content.manifest.files) + 1, content.verify()
+    faults += _stale_reports(content)
+    signature = "none"
+    if (folder / provenance.SIGNATURE).is_file() or public_key is not None:
+        signature, fault = _signature(folder, public_key)
+        faults += fault
+    return Verdict(str(folder), content.digest, files, "every byte read", signature, tuple(faults))
+
+
+def verify_repo(repo: str, revision: str | None = None, full: bool = False, public_key: Path | None = None) -> Verdict:
+    """Checks a published artifact. Raises PublishError if it cannot be read, ArtifactError if it is none."""
+    repo, revision = split_revision(repo, revision)
+    if full or public_key is not None:
+        return verify_folder(fetch(repo, revision, "everything"), public_key)
+    remote = look(client(), repo, revision or "main")
+    if remote is None:
+        raise ArtifactError(f"{repo} does not exist, or your token may not see it; check the name.")
+    own = manifest_in(remote.files)
+    if own is None or provenance.SUMS not in remote.files:
+        missing = provenance.SUMS if own else " or ".join(MANIFESTS)
+        raise ArtifactError(f"{repo} has no {missing}: it was not published by bagel-compress.")
+    with failures(f"{repo} cannot be read"):
+        got = {name: Path(client().hf_hub_download(repo, name, revision=remote.commit)) for name in _small(remote)}
+    path = got.get(own) or Path(client().hf_hub_download(repo, own, revision=remote.commit))  # a large one is in LFS
+    listed, digest = listed_files(own, path.read_bytes(), Path(repo)), sha256_file(path)
+    sums = _sums(got[provenance.SUMS].parent)
+    held = {n: d.partition(":")[2] if n not in got else sha256_file(got[n]) for n, d in remote.files.items()}
+    faults = [f"{name} is missing" for name in sums if name not in held]
+    faults += [f"{name} is not what was released" for name in sums if name in held and held[name] != sums[name]]
+    faults += [f"{name} is not in {provenance.SUMS}" for name in sorted(held.keys() - sums.keys()) if _covered(name)]
+    faults += _against_manifest(got[provenance.SUMS].parent, listed, own, digest)
+    signature = "not checked (give --key)" if provenance.SIGNATURE in held else "none"
+    how = "small files read, large ones by the digests that the Hub lists (--full reads them)"
+    return Verdict(f"{repo}@{remote.commit[:12]}", digest, len(sums), how, signature, tuple(faults))
+
+
+def require(verdict: Verdict) -> None:
+    """Raises GateError with every fault."""
+    if verdict.faults:
+        raise GateError(f"{verdict.where} is not what was released: " + "; ".join(verdict.faults) + ".")
+
+
+def _small(remote: Remote) -> list[str]:
+    """Files that lie in git itself: known by sha1 only, and small by the Hub's rules."""
+    return [name for name, digest in remote.files.items() if digest.startswith("sha1:")]
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return provenance.read_sums((folder / provenance.SUMS).read_text(encoding="utf-8"))
+
+
+def _covered(name: str) -> bool:
+    return name not in provenance.NOT_SUMMED
+
+
+def _against_manifest(folder: Path, files: Files, own: str, digest: str) -> list[str]:
+    """SHA256SUMS and the manifest have to say the same: the provenance statement has a file's digest of both kinds."""
+    sums, subjects = _sums(folder), provenance.subjects(folder)
+    faults = [
+        f"{name} has another digest in {provenance.SUMS} or {provenance.PROVENANCE} than in the manifest"
+        for name, entry in files.items()
+        if subjects.get(name) != {"sha256": sums.get(name), **entry.digests}
+    ]
+    return faults + ([f"{own} is not the one of {provenance.SUMS}"] if sums.get(own) != digest else [])
+
+
+def _stale_reports(content: Content) -> list[str]:
+    """Reports of another build. A build without reports is no fault here: verify is about bytes."""
+    if not (content.path / REPORTS).is_dir():
+        return []
+    return [fault for fault in load_evidence(content)[1] if "another build" in fault]
+
+
+def _signature(folder: Path, public_key: Path | None) -> tuple[str, list[str]]:
+    if public_key is None:
+        return "not checked (give --key)", []
+    try:
+        provenance.check_signature(folder, public_key)
+    except GateError as error:
+        return "not valid", [str(error).rstrip(".")]
+    return "valid", []

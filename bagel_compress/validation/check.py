@@ -1,0 +1,85 @@
+"""The gate: parity and budgets of one build, as `check` and `budget` ask for them. Predictions need no GPU.
+
+A target's card that is not here is predicted, never called measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bagel_compress.budgets.fake_model import Build
+from bagel_compress.budgets.measure_gpu import measured, timed
+from bagel_compress.budgets.planned_build import planned_build
+from bagel_compress.budgets.predict import predict
+from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.errors import TargetError
+from bagel_compress.parity.compare import Progress
+from bagel_compress.parity.report_data import BudgetReport, ParityReport
+from bagel_compress.run.target import Target
+from bagel_compress.source.checkpoint import Checkpoint
+from bagel_compress.validation.artifact import validate_artifact, write_report
+
+
+def check(
+    artifact: str | Path,
+    traces: Sequence[str | Path],
+    targets: Sequence[str | Path],
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[ParityReport, list[BudgetReport]]:
+    """Parity and budgets of an artifact; writes all reports beside it."""
+    budgets = budgets_of(artifact, targets, device=device if device != "cpu" else None)
+    return validate_artifact(artifact, traces, device=device, progress=progress), budgets
+
+
+def budgets_of(
+    build: str | Path, targets: Sequence[str | Path], source: str | None = None, device: str | None = None
+) -> list[BudgetReport]:
+    """Budget of an artifact, or of a recipe and a checkpoint (default: the released one's header), on each target.
+
+    An artifact's reports are written beside it. With `device`, peaks and times are measured on that CUDA device, or
+    only times on "cpu"; with `source` too, the times of the full-precision model beside them. Raises TargetError if
+    the device is not there or is another card than the target's, or if the artifact was not made from `source`.
+    """
+    loaded = [Target.load(target) for target in targets]
+    folder = Path(build)
+    if not (folder / MANIFEST).exists():
+        if device is not None:
+            raise TargetError(
+                f"{build} is a recipe; only an artifact can be measured on {device}. Leave --device away."
+            )
+        planned = planned_build(str(build), source)
+        return [predict(planned, target) for target in loaded]
+    artifact = Artifact.open(folder)
+    known = Build.of_artifact(artifact)
+    reports = [predict(known, target) for target in loaded]
+    if source is not None and device is None:
+        raise TargetError(f"{build} is an artifact: its --source is only timed beside it; name a --device to time on.")
+    if device is not None:
+        reference = None if source is None else _source_of(artifact, source)
+        reports = [_measured(artifact, r, t, device, reference) for r, t in zip(reports, loaded, strict=True)]
+    for report in reports:
+        report.save(folder)
+    if (folder / "reports" / "parity.json").exists():
+        write_report(folder, artifact.digest)
+    return reports
+
+
+def _measured(
+    artifact: Artifact, report: BudgetReport, target: Target, device: str, source: Checkpoint | None
+) -> BudgetReport:
+    if device == "cpu":
+        return timed(artifact, report, target, source)
+    return measured(artifact, report, target, device, source)
+
+
+def _source_of(artifact: Artifact, source: str) -> Checkpoint:
+    """The checkpoint, if the artifact was made from it."""
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.digest != artifact.manifest.source.digest:
+        raise TargetError(
+            f"{artifact.path} was made from {artifact.manifest.source.name}"
+            f" ({artifact.manifest.source.digest[:12]}), not from {source} ({checkpoint.digest[:12]}); give its source."
+        )
+    return checkpoint

@@ -1,0 +1,238 @@
+"""Several builds of one model, judged side by side: bytes, distances, scores and pictures of each recipe.
+
+Each recipe is compressed, compared with one trace of the source and scored in a process of its own, so that every core
+works. A build that is already there is taken as it is.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from bagel_compress.parity.report_data import ParityReport
+from bagel_compress.run.case import Case
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from bagel_compress.scores.benchmark import Benchmark, Scores
+
+Say = Callable[[str], None]
+SHOWN = {"draw.one": 3, "draw.two": 3, "edit": 4, "think": 2}  # pictures on the page, by kind (or task) of prompt
+CATEGORIES = ("one", "two", "ask", "edit", "think")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a column of pictures was asked for: the prompt, and the PNG of an edit's input."""
+
+    text: str
+    before: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A picture as PNG, and whether everything in it is right."""
+
+    png: bytes
+    right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A model's answers to the nano benchmark: category -> share right, and the pictures shown, one per `Asked`."""
+
+    scores: Mapping[str, float]
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One recipe's build and what was found about it."""
+
+    name: str
+    summary: str
+    nbytes: int  # of all shards
+    page: Path
+    report: ParityReport
+    scored: Scored
+    psnr: float  # dB, median over all pictures to those of the source; infinite where equal
+    equal_texts: float  # share of answers equal word for word
+    differences: Mapping[str, tuple[float, float]]  # category -> 95 % interval of the paired difference to the source
+
+    @property
+    def latent(self) -> float:
+        """Median over cases of the final latent's error, as a share of its way from the noise."""
+        return _median(self.report, "latent.path")
+
+    @property
+    def kl(self) -> float:
+        """Median over cases of the mean KL divergence of the logits, nats."""
+        return _median(self.report, "logits.kl_mean")
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers; an infinite PSNR (equal pictures) is null."""
+        return {
+            "bytes": self.nbytes,
+            "latent_path": self.latent,
+            "logits_kl_mean": self.kl,
+            "psnr_db": None if math.isinf(self.psnr) else self.psnr,
+            "equal_texts": self.equal_texts,
+            "scores": dict(self.scored.scores),
+            "differences": {name: list(interval) for name, interval in self.differences.items()},
+            "passed": self.report.passed,
+            "page": str(self.page),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The builds, and the source's own scores."""
+
+    source_bytes: int
+    source: Scored
+    prompts: int
+    asked: tuple[Asked, ...]
+    builds: tuple[Build, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many prompts of each kind the benchmark asks."""
+
+    draw: int = 16
+    ask: int = 14
+    edit: int = 4
+    think: int = 4
+
+    @property
+    def total(self) -> int:
+        return self.draw + self.ask + self.edit + self.think
+
+
+def compare_recipes(
+    source: Path, recipes: Sequence[Path], cases: Sequence[tuple[Case, Path]], out: Path, counts: Counts, say: Say
+) -> Family:
+    """Builds and judges every recipe on `source` (a model of the nano world) below `out`, in the recipes' order."""
+    from bagel_compress.source.checkpoint import Checkpoint
+    from bagel_compress.validation.artifact import record_source
+
+    _one_thread()
+    out.mkdir(parents=True, exist_ok=True)
+    trace = out / "reference.trace.safetensors"
+    record_source(source, cases, trace, progress=say)
+    workers = min(len(recipes) + 1, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+        original = pool.submit(_score, source, counts)
+        jobs = {pool.submit(_build, source, recipe, trace, out / recipe.stem): recipe.stem for recipe in recipes}
+        for job in as_completed(jobs):
+            job.result()
+            say(f"{jobs[job]}: compressed and compared")
+        reference = original.result()
+        scored = {recipe.stem: pool.submit(_score_build, out / recipe.stem, counts, reference) for recipe in recipes}
+        builds = []
+        for name, future in scored.items():
+            builds.append(future.result())
+            say(f"{name}: scored")
+    nbytes = sum(spec.nbytes for spec in Checkpoint.open(source).specs)
+    benchmark = _benchmark(counts)
+    asked = tuple(_asked(benchmark, index) for index in _shown(benchmark))
+    return Family(nbytes, _scored(benchmark, reference), counts.total, asked, tuple(builds))
+
+
+# --- what runs in a process of its own --------------------------------------------------------------------------------
+
+
+def _one_thread() -> None:
+    """The models are so small that waking a second thread costs more than it does; processes use the other cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _build(source: Path, recipe: Path, trace: Path, out: Path) -> None:
+    from bagel_compress.build.compress import compress
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.source.checkpoint import Checkpoint
+    from bagel_compress.validation.artifact import validate_artifact
+
+    checkpoint = Checkpoint.open(source)
+    compress(make_plan(checkpoint, Recipe.load(recipe)), checkpoint, out)
+    validate_artifact(out, [trace])
+
+
+def _score(model: Path, counts: Counts) -> Scores:
+    from bagel_compress.run.load import open_model
+    from bagel_compress.scores.benchmark import run
+
+    return run(_benchmark(counts), open_model(model))
+
+
+def _score_build(out: Path, counts: Counts, reference: Scores) -> Build:
+    from bagel_compress.build.artifact import Artifact
+    from bagel_compress.scores.benchmark import compare, picture_psnr, same_answers
+
+    artifact, scores = Artifact.open(out), _score(out, counts)
+    recipe = artifact.manifest.recipe
+    return Build(
+        recipe.name,
+        recipe.summary,
+        artifact.nbytes,
+        out / "report.html",
+        ParityReport.load(out, artifact.digest),
+        _scored(_benchmark(counts), scores),
+        median(picture_psnr(scores, reference)),
+        same_answers(scores, reference),
+        {d.category: (d.low, d.high) for d in compare(scores, reference) if d.category in CATEGORIES},
+    )
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def _benchmark(counts: Counts) -> Benchmark:
+    from bagel_compress.scores.nano import nano_benchmark
+
+    return nano_benchmark(counts.draw, counts.ask, counts.edit, counts.think)
+
+
+def _shown(benchmark: Benchmark) -> list[int]:
+    """Indexes of the first prompts of every kind of SHOWN."""
+    found: list[int] = []
+    for kind, count in SHOWN.items():
+        found += [i for i, p in enumerate(benchmark.prompts) if p.kind.startswith(kind)][:count]
+    return found
+
+
+def _asked(benchmark: Benchmark, index: int) -> Asked:
+    turns = benchmark.prompts[index].turns
+    text = " ".join(turn for turn in turns if isinstance(turn, str))
+    return Asked(text, next((_png(turn) for turn in turns if not isinstance(turn, str)), None))
+
+
+def _scored(benchmark: Benchmark, scores: Scores) -> Scored:
+    tiles = []
+    for index in _shown(benchmark):
+        prompt, answer = benchmark.prompts[index], scores.answers[index]
+        assert answer.image is not None
+        tiles.append(Tile(_png(answer.image), min(benchmark.score(prompt, answer).values()) == 1.0))
+    return Scored({name: scores.mean(name) for name in CATEGORIES if name in scores.values}, tuple(tiles))
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def _median(report: ParityReport, metric: str) -> float:
+    return median(case.metrics[metric] for case in report.cases if metric in case.metrics)

@@ -1,0 +1,97 @@
+"""Parity of an export: its graphs, run here, against the traces of the checkpoint they came from.
+
+The same cases, distances, limits and reports as for an artifact; only the probes of single linear modules are left out,
+since a graph has no modules. The report's environment says what was run: the graphs as they are where the runtime can,
+the engines where there is a card, else the folder's own bf16 graphs and weights as fp32 on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from bagel_compress.build.limits import resolve
+from bagel_compress.exporting.build import versions
+from bagel_compress.exporting.fp32_copy import fp32_twin
+from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.exporting.ort_sampler import GraphSampler
+from bagel_compress.exporting.ort_session import Sessions
+from bagel_compress.exporting.torch_adapter import TorchFace
+from bagel_compress.parity.compare import Found, Subject, compare
+from bagel_compress.parity.report_data import ParityReport
+from bagel_compress.parity.trace import TraceFile
+from bagel_compress.validation.artifact import write
+
+if TYPE_CHECKING:
+    from bagel_compress.build.artifact import Artifact
+
+
+def validate_export(
+    folder: ExportFolder,
+    traces: Sequence[str | Path],
+    threads: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Judges an export by the limits of its recipe and writes the reports beside it.
+
+    Raises TraceError on traces of another checkpoint, ExportError if the folder holds some blocks only.
+    """
+    manifest = folder.manifest
+    files = [TraceFile.open(trace) for trace in traces]
+    for file in files:
+        file.expect_source(manifest.source.checkpoint.digest, str(folder.path))
+    # The weights of a lossless build are the reference's; the arithmetic of another runtime never is, to the bit.
+    level = "16-bit" if manifest.limits.level == "lossless" else manifest.limits.level
+    limits = resolve(level, manifest.limits.overrides)
+    with _running(folder, threads) as (sampler, ran):
+        name = f"{manifest.source.name} ({ran['runtime']} on {ran['provider']}, {ran['precision']})"
+        subject = Subject(sampler, name, folder.digest, level, limits)
+        found = compare(subject, [_Unprobed(f) for f in files], None, progress)  # type: ignore[misc]
+    reference = {k: v for k, v in found.report.environment.items() if k.startswith("reference")}
+    report = found.report.model_copy(update={"environment": ran | reference})
+    write(cast("Artifact", folder), Found(report, found.pictures))
+    return report
+
+
+@contextmanager
+def _running(folder: ExportFolder, threads: int) -> Iterator[tuple[TorchFace, dict[str, str]]]:
+    """The export behind the torch sampler's face, and what it is that runs."""
+    settings, card = folder.manifest.settings, torch.cuda.is_available()
+    if settings.runtime != "onnxruntime" and card:
+        from bagel_compress.exporting.trt_runner import Engines
+
+        yield TorchFace(GraphSampler(folder, Engines(folder))), _ran(settings.runtime, "cuda", settings.precision)
+        return
+    provider = settings.provider if card else "cpu"
+    if settings.precision != "bf16" or provider == "cuda":
+        sampler = GraphSampler(folder, Sessions(folder, provider, threads))
+        yield TorchFace(sampler), _ran("onnxruntime", provider, settings.precision)
+        return
+    with TemporaryDirectory(dir=folder.path.resolve().parent) as place:
+        sampler = GraphSampler(folder, Sessions(fp32_twin(folder, Path(place)), "cpu", threads))
+        yield TorchFace(sampler), _ran("onnxruntime", "cpu", "fp32")
+
+
+def _ran(runtime: str, provider: str, precision: str) -> dict[str, str]:
+    known = versions()
+    version = known.get(runtime) or known.get(runtime.replace("-", "_")) or "unknown"
+    device = torch.cuda.get_device_name() if provider == "cuda" else "cpu"
+    return {"runtime": runtime, "version": version, "provider": provider, "precision": precision, "device": device}
+
+
+class _Unprobed:
+    """A trace file without probes."""
+
+    def __init__(self, file: TraceFile) -> None:
+        self._file = file
+
+    def probes(self) -> Mapping[str, Any]:
+        return {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

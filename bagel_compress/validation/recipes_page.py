@@ -1,0 +1,160 @@
+"""The page that puts the builds of one model side by side: numbers, error against size, scores, pictures."""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from bagel_compress.parity.report_data import number
+from bagel_compress.report.svg import scatter
+from bagel_compress.validation.compare_recipes import Build, Family, Scored
+
+NAMES = {"one": "one thing", "two": "two things", "ask": "answers", "edit": "edits", "think": "plans"}
+
+
+def render(title: str, family: Family, folder: Path) -> str:
+    """The page, to be written into `folder` (links to the builds' own reports are relative to it)."""
+    sections = [
+        f"<h1>{escape(title)}</h1><p class='soft'>{len(family.builds)} builds against the full-precision model,"
+        f" {family.prompts} prompts with their own noise; the same prompts and noise for all</p>",
+        _verdict(family.builds),
+        _numbers(family, folder),
+        _pareto(family),
+        _scores(family),
+        _pictures(family),
+    ]
+    template = files("bagel_compress").joinpath("report.html.in").read_text(encoding="utf-8")
+    return Template(template).substitute(title=escape(title), body="\n".join(sections))
+
+
+def table(family: Family) -> str:
+    """The same numbers as text, for a terminal."""
+    names = [name for name in NAMES if name in family.source.scores]
+    head = f"{'recipe':<14}{'MB':>7}{'latent':>10}{'KL':>10}{'PSNR':>8}{'texts':>7}" + "".join(f"{n:>7}" for n in names)
+    lines = [head, f"{'(source)':<14}{family.source_bytes / 1e6:>7.2f}{'':>35}" + _percents(family.source, names)]
+    for build in family.builds:
+        values = f"{number(build.latent):>10}{number(build.kl):>10}{_decibel(build.psnr):>8}{build.equal_texts:>7.0%}"
+        verdict = "" if build.report.passed else "  did not pass"
+        lines.append(f"{build.name:<14}{build.nbytes / 1e6:>7.2f}{values}{_percents(build.scored, names)}{verdict}")
+    return "\n".join(lines)
+
+
+def _verdict(builds: Sequence[Build]) -> str:
+    failed = [b for b in builds if not b.report.passed]
+    if not failed:
+        return (
+            "<div class='verdict pass'><strong>Passed</strong><p>Every build holds the limits of its recipe.</p></div>"
+        )
+    items = "".join(f"<li>{escape(b.name)}: {escape('; '.join(b.report.broken[:3]))}</li>" for b in failed)
+    count = f"{len(builds) - len(failed)} of {len(builds)} builds hold the limits of their recipes"
+    return f"<div class='verdict fail'><strong>{count}</strong><ul>{items}</ul></div>"
+
+
+def _numbers(family: Family, folder: Path) -> str:
+    rows = "".join(
+        f"<tr><td><a href='{escape(_link(b.page, folder))}'>{escape(b.name)}</a><small>{escape(b.summary)}</small></td>"
+        + "".join(
+            f"<td class='n' data-is='{name}'>{value}</td>"
+            for name, value in (
+                ("MB", f"{b.nbytes / 1e6:.2f}"),
+                ("of source", f"{b.nbytes / family.source_bytes:.0%}"),
+                ("latent", number(b.latent)),
+                ("KL", number(b.kl)),
+                ("PSNR", _decibel(b.psnr)),
+                ("texts", f"{b.equal_texts:.0%}"),
+            )
+        )
+        + f"<td class='{'ok' if b.report.passed else 'no'}'>{'passed' if b.report.passed else 'did not pass'}</td></tr>"
+        for b in family.builds
+    )
+    head = "".join(
+        f"<th class='n'>{h}</th>" for h in ("MB", "of source", "latent error", "logits KL", "PSNR dB", "equal texts")
+    )
+    note = (
+        "Latent error: of the final latent, as a share of its way from the noise. Medians over cases (latent, logits)"
+        " and over all pictures (PSNR)."
+    )
+    return (
+        f"<h2>Numbers</h2><div class='scroll'><table class='rows'><tr><th>recipe</th>{head}<th></th></tr>{rows}</table>"
+        f"</div><p class='soft'><small>{note}</small></p>"
+    )
+
+
+def _pareto(family: Family) -> str:
+    points = [(b.name, b.nbytes / 1e6, b.latent) for b in family.builds]
+    return f"<h2>Error against size</h2>{scatter('error of the latent', 'MB of weights', points)}"
+
+
+def _scores(family: Family) -> str:
+    names = [name for name in NAMES if name in family.source.scores]
+    head = "".join(f"<th class='n'>{NAMES[name]}</th>" for name in names)
+    none: dict[str, tuple[float, float]] = {}
+    rows = "".join(
+        f"<tr><td>{escape(label)}</td>"
+        + "".join(f"<td class='n' data-is='{NAMES[n]}'>{_score(scored, n, changes)}</td>" for n in names)
+        + "</tr>"
+        for label, scored, changes in (
+            ("source", family.source, none),
+            *((b.name, b.scored, b.differences) for b in family.builds),
+        )
+    )
+    note = (
+        "Share of prompts with everything right, read back by a detector; below it the 95 % bootstrap interval of the"
+        f" difference to the source, prompt by prompt, in points. {family.prompts} prompts are few, one is worth 4 to"
+        " 25 points: the distances above are the finer measure."
+    )
+    return (
+        f"<h2>Scores</h2><div class='scroll'><table class='rows'><tr><th>model</th>{head}</tr>{rows}</table></div>"
+        f"<p class='soft'><small>{note}</small></p>"
+    )
+
+
+def _score(scored: Scored, name: str, changes: Mapping[str, tuple[float, float]]) -> str:
+    if name not in changes:
+        return f"{scored.scores[name]:.0%}"
+    low, high = changes[name]
+    return f"{scored.scores[name]:.0%}<small>{100 * low:+.0f}..{100 * high:+.0f}</small>"
+
+
+def _pictures(family: Family) -> str:
+    """The contact sheet: a column per prompt, the source and every build below it, wrong pictures framed."""
+    asked = "".join(f"<th class='asked'>{escape(a.text)}</th>" for a in family.asked)
+    before = "".join(f"<td>{_image(a.before, 'input') if a.before else ''}</td>" for a in family.asked)
+    rows = "".join(
+        f"<tr><td>{escape(label)}</td>"
+        + "".join(f"<td>{_image(tile.png, 'right' if tile.right else 'wrong')}</td>" for tile in scored.tiles)
+        + "</tr>"
+        for label, scored in (("source", family.source), *((b.name, b.scored) for b in family.builds))
+    )
+    return (
+        f"<h2>Pictures</h2><div class='scroll'><table class='sheet'><tr><th></th>{asked}</tr>"
+        f"<tr><td>input</td>{before}</tr>{rows}</table></div>"
+        "<p class='soft'><small>Every column starts from the same noise. Framed: not everything is as asked. The last"
+        " pictures follow a plan that the model wrote first.</small></p>"
+    )
+
+
+def _image(png: bytes, what: str) -> str:
+    return f"<img class='{what}' alt='{what}' title='{what}' width='64' src='data:image/png;base64,{_base64(png)}'>"
+
+
+def _link(page: Path, folder: Path) -> str:
+    return Path(os.path.relpath(page, folder)).as_posix()
+
+
+def _percents(scored: Scored, names: Sequence[str]) -> str:
+    return "".join(f"{scored.scores[n]:>7.0%}" for n in names)
+
+
+def _decibel(value: float) -> str:
+    return "equal" if math.isinf(value) else f"{value:.1f}"
+
+
+def _base64(png: bytes) -> str:
+    return base64.b64encode(png).decode("ascii")
