@@ -299,7 +299,7 @@ def _merged(adapter: Adapter, name: str, file: TensorFile, tensor: StoredTensor,
     """fp32 values of a weight with its LoRA pair added, for the rows that [start, stop) touches."""
     import numpy as np
 
-    columns = tensor.shape[1]
+    columns = tensor.numel // max(1, tensor.shape[0])
     first, last = start // columns, -(-stop // columns)
     values = bf16.floats(bf16.stored(file, tensor, first * columns, last * columns), tensor.dtype).astype(np.float64)
     values += adapter.delta(name, first, last).reshape(-1)
