@@ -13,8 +13,8 @@ import torch
 from pipeline_data import TINY
 from safetensors.torch import load_file, save_file
 
-from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.errors import CheckpointError
+from bagel_compress.source.checkpoint import Checkpoint
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "language_model.model.layers.0."

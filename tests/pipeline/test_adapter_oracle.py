@@ -14,8 +14,8 @@ import torch
 from peft_oracle import merged_by_peft, random_config, save_trained
 from pipeline_data import TINY
 
-from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.errors import CheckpointError
+from bagel_compress.source.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow
 REFUSED = ("use_dora", "pissa", "pissa_niter_2", "olora")
