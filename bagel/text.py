@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from bagel.errors import BagelError
 
 # Wrapper tokens, in the order in which missing ones are appended.
-BOS, EOS, IMAGE_START, IMAGE_END = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"
+WRAPPERS = BOS, EOS, IMAGE_START, IMAGE_END = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")  # what a tokenizer is read from
 
 # The model's own system prompts for think mode; a space precedes the line break.
 THINK_IMAGE = (
@@ -44,21 +46,35 @@ class TextCodec:
 
     @classmethod
     def from_dir(cls, folder: Path) -> TextCodec:
-        """Reads tokenizer.json, or vocab.json and merges.txt. Appends wrapper tokens that are missing, in order."""
-        config_file = folder / "tokenizer_config.json"
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-        if (folder / "tokenizer.json").exists():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            tokenizer = _from_vocab(folder, config)
+        """Reads tokenizer.json, or vocab.json and merges.txt. Appends wrapper tokens that are missing, in order.
+
+        Raises BagelError if there is neither, or if the files do not agree on the ids of the wrapper tokens.
+        """
+        return cls.from_files({name: folder / name for name in FILES if (folder / name).exists()}, folder)
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Path], folder: Path) -> TextCodec:
+        """`from_dir` of files that may lie in several folders; `folder` names them in errors."""
+        config = _json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+        if "tokenizer.json" in files:
+            _json(files["tokenizer.json"])  # the library's own error for a damaged file names no file
+            tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
+        elif {"vocab.json", "merges.txt"} <= files.keys():
+            tokenizer = _from_vocab(files["vocab.json"], files["merges.txt"], config)
         else:
             raise BagelError(
                 f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt;"
                 " copy them from the base model's folder."
             )
-        for token in (BOS, EOS, IMAGE_START, IMAGE_END):
+        for token in WRAPPERS:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        ids = [tokenizer.token_to_id(token) for token in (BOS, EOS, IMAGE_START, IMAGE_END)]
+        ids = [tokenizer.token_to_id(token) for token in WRAPPERS]
+        if "vocab.json" in files and (slow := _slow_ids(files["vocab.json"], config)) != ids:
+            raise BagelError(
+                f"{folder}: its tokenizer files disagree on the ids of {', '.join(WRAPPERS)}: {ids} by their order in "
+                f"{'tokenizer.json' if 'tokenizer.json' in files else 'vocab.json'}, {slow} by vocab.json and "
+                "tokenizer_config.json, so readers of it would get different pictures; copy all from the base model."
+            )
         return cls(tokenizer, *ids)  # type: ignore[arg-type]
 
     def encode(self, text: str) -> list[int]:
@@ -80,8 +96,8 @@ class TextCodec:
         return parts[1] if len(parts) > 1 else text
 
 
-def _from_vocab(folder: Path, config: dict) -> Tokenizer:  # type: ignore[type-arg]
-    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+def _from_vocab(vocab: Path, merges: Path, config: Mapping[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -90,3 +106,26 @@ def _from_vocab(folder: Path, config: dict) -> Tokenizer:  # type: ignore[type-a
     added = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
     tokenizer.add_special_tokens([AddedToken(entry["content"], special=True, normalized=False) for _, entry in added])
     return tokenizer
+
+
+def _slow_ids(vocab: Path, config: Mapping[str, Any]) -> list[int]:
+    """Ids of the wrapper tokens in `Qwen2Tokenizer`, which the official code uses.
+
+    It takes ids from tokenizer_config.json, else from vocab.json; others are appended after all that are there.
+    """
+    ids = {entry["content"]: int(number) for number, entry in config.get("added_tokens_decoder", {}).items()}
+    if not set(WRAPPERS) <= ids.keys():
+        ids = _json(vocab) | ids
+    for token in WRAPPERS:
+        ids.setdefault(token, len(ids))
+    return [ids[token] for token in WRAPPERS]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BagelError(f"{path} is not readable JSON ({error}); copy it from the base model.") from None
+    if not isinstance(data, dict):
+        raise BagelError(f"{path} holds a {type(data).__name__}, expected a JSON object; copy it from the base model.")
+    return data

@@ -71,6 +71,7 @@ class Checkpoint:
         if adapter is not None:
             sources |= adapter.replaced
         _check(sources, files, path)
+        _check_tokenizer(sources, files, folder)
         specs = tuple(TensorSpec("BF16", t.shape, n) for n, (_, t) in sorted(sources.items()))
         return cls(name, revision, specs, files, sources, _vae(files["ae.safetensors"]), adapter)
 
@@ -242,6 +243,26 @@ def _check(sources: Mapping[str, tuple[TensorFile, StoredTensor]], files: Mappin
     for name, shape in shapes.items():
         if shape != expected[name]:
             raise CheckpointError(f"{path}: {name} has shape {list(shape)}, the configs say {list(expected[name])}.")
+
+
+def _check_tokenizer(
+    sources: Mapping[str, tuple[TensorFile, StoredTensor]], files: Mapping[str, Path], folder: Path
+) -> None:
+    """All readers of the tokenizer give the wrapper tokens the same ids, and the embedding has a row for each."""
+    from bagel.errors import BagelError
+    from bagel.text import WRAPPERS, TextCodec
+
+    try:
+        text = TextCodec.from_files(files, folder)
+    except BagelError as error:
+        raise CheckpointError(str(error)) from None
+    rows = sources["language_model.model.embed_tokens.weight"][1].shape[0]
+    for token, number in zip(WRAPPERS, (text.bos, text.eos, text.image_start, text.image_end), strict=True):
+        if number >= rows:
+            raise CheckpointError(
+                f"{folder}: its tokenizer gives {token} the id {number}, the embedding has {rows} rows; "
+                "copy the tokenizer that belongs to these weights."
+            )
 
 
 def _sizes(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> Sizes:

@@ -144,17 +144,28 @@ def _prepare(out: Path, nbytes: int) -> None:
 
 
 def _write_tokenizer(out: Path, vocab: int) -> None:
-    """The small tokenizer, with words that no text contains up to the size of the embedding, so that any id decodes."""
+    """The small tokenizer, with words that no text contains up to the size of the embedding, so that any id decodes.
+
+    The special tokens stand in the vocabulary too: some readers take an added token's id from there, or else append it
+    after all words, and would give it another id than the file says. Raises CheckpointError if readers disagree.
+    """
+    from bagel.errors import BagelError
+    from bagel.text import TextCodec
+
     folder = resource("tiny")
     for name in ("merges.txt", "tokenizer_config.json"):
         shutil.copyfile(folder / name, out / name)
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     words = json.loads((folder / "vocab.json").read_text("utf-8"))
-    first = 1 + max(*words.values(), *(token["id"] for token in tokenizer["added_tokens"]))
-    padding = {f"pad{i}": i for i in range(first, vocab)}
-    tokenizer["model"]["vocab"] |= padding
-    for name, data in (("tokenizer.json", tokenizer), ("vocab.json", words | padding)):
+    words |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    words |= {f"pad{i}": i for i in range(max(words.values()) + 1, vocab)}
+    tokenizer["model"]["vocab"] = words
+    for name, data in (("tokenizer.json", tokenizer), ("vocab.json", words)):
         (out / name).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8", newline="\n")
+    try:
+        TextCodec.from_dir(out)
+    except BagelError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _write(path: Path, specs: Mapping[str, PartSpec], seed: int, progress: Progress) -> None:

@@ -75,3 +75,72 @@ def test_refusals(tmp_path: Path) -> None:
         synthetic.synthesise("tiny", tmp_path, 0)
     with pytest.raises(CheckpointError, match="at least 1 decoder layer"):
         synthetic.synthesise("tiny", tmp_path / "b", 0, layers=0)
+
+
+def test_every_reader_of_its_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from bagel.text import WRAPPERS, TextCodec
+
+    synthetic.synthesise("tiny", tmp_path / "a", 0)
+    golden = [561, 562, 569, 570]  # of the tokenizer that the checkpoint's traces were recorded with
+    fast = TextCodec.from_dir(tmp_path / "a")
+    assert [fast.bos, fast.eos, fast.image_start, fast.image_end] == golden
+    plain = Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
+    assert [plain.token_to_id(token) for token in WRAPPERS] == golden
+    assert plain.id_to_token(574) == "pad574"
+    assert plain.get_vocab_size() == 608  # every row of the embedding has a token
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    slow = TextCodec.from_dir(tmp_path / "a")
+    assert [slow.bos, slow.eos, slow.image_start, slow.image_end] == golden
+    assert slow.encode("a red cat<|im_end|>") == fast.encode("a red cat<|im_end|>")
+
+
+def test_the_tokenizer_of_transformers_gives_the_same_ids(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from bagel.text import WRAPPERS
+
+    synthetic.synthesise("tiny", tmp_path / "a", 0)
+    for remove in ((), ("tokenizer.json",)):
+        for name in remove:
+            (tmp_path / "a" / name).unlink()
+        tokenizer = transformers.Qwen2Tokenizer.from_pretrained(str(tmp_path / "a"))
+        assert tokenizer.convert_tokens_to_ids(list(WRAPPERS)) == [561, 562, 569, 570]
+
+
+def test_a_checkpoint_whose_tokenizer_files_disagree_is_refused(tmp_path: Path) -> None:
+    """Padding words after a gap: one reader appends the wrapper tokens, the other takes the ids of the config."""
+    import json
+
+    from bagel.errors import BagelError
+    from bagel.sampler import Sampler
+
+    synthetic.synthesise("tiny", tmp_path / "a", 0)
+    path = tmp_path / "a" / "tokenizer.json"
+    data = json.loads(path.read_text("utf-8"))
+    for token in data["added_tokens"]:
+        del data["model"]["vocab"][token["content"]]
+    path.write_text(json.dumps(data), "utf-8")
+    with pytest.raises(CheckpointError, match=r"disagree on the ids .*\[595, 596, 603, 604\] .*\[561, 562, 569, 570\]"):
+        Checkpoint.open(tmp_path / "a")
+    with pytest.raises(BagelError, match="disagree on the ids"):
+        Sampler.from_dir(tmp_path / "a")
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    import json
+
+    synthetic.synthesise("tiny", tmp_path / "a", 0)
+    for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json"):
+        path = tmp_path / "a" / name
+        data = json.loads(path.read_text("utf-8"))
+        words = data.get("model", {}).get("vocab", data)
+        words.pop("<|vision_end|>", None)
+        if "added_tokens_decoder" in data:
+            data["added_tokens_decoder"].pop("570")
+        if "added_tokens" in data:
+            data["added_tokens"] = [t for t in data["added_tokens"] if t["id"] != 570]
+        words.update({} if "added_tokens_decoder" in data else {"beyond": 570})
+        path.write_text(json.dumps(data), "utf-8")
+    with pytest.raises(CheckpointError, match=r"<\|vision_end\|> the id 608, the embedding has 608 rows"):
+        Checkpoint.open(tmp_path / "a")
