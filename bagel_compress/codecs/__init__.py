@@ -6,11 +6,12 @@ from pydantic import Field
 
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.df11 import DF11
+from bagel_compress.codecs.ecq import Ecq
 from bagel_compress.codecs.fp8 import Fp8
 from bagel_compress.codecs.int4 import Int4
 from bagel_compress.codecs.int8 import Int8
 from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.codecs.raw import Raw
 
-CODECS: tuple[type[Codec], ...] = (Raw, Nf4, Int8, Fp8, Int4, DF11)
-AnyCodec = Annotated[Raw | Nf4 | Int8 | Fp8 | Int4 | DF11, Field(discriminator="format")]
+CODECS: tuple[type[Codec], ...] = (Raw, Nf4, Int8, Fp8, Int4, DF11, Ecq)
+AnyCodec = Annotated[Raw | Nf4 | Int8 | Fp8 | Int4 | DF11 | Ecq, Field(discriminator="format")]

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from bagel_compress.codecs.df11.unpack import verify
-from bagel_compress.codecs.df11.words import address_of, byteswap, load8, load16, load64, store64
+from bagel_compress.codecs.kernels.addresses import address_of, byteswap, load8, load16, load64, store64
 
 CHUNK = 1 << 15  # weights: two of them and all that is made of them stay in the second-level cache
 SLACK = 16  # bytes that stores of eight reach beyond the last code

@@ -20,7 +20,16 @@ import numpy as np
 from numba import njit
 
 from bagel_compress.codecs.df11.layout import BLOCK_BITS, FIRST_POINTER
-from bagel_compress.codecs.df11.words import address_of, byteswap, load8, load64, ones, store8, store64, trailing_zeros
+from bagel_compress.codecs.kernels.addresses import (
+    address_of,
+    byteswap,
+    load8,
+    load64,
+    ones,
+    store8,
+    store64,
+    trailing_zeros,
+)
 
 LOOKUP_BITS = 12
 SCRATCH_SLACK = 32  # exponents written beyond a run's count

@@ -1,4 +1,4 @@
-"""Loads and stores at any address and bit counts for the numba kernels of this package.
+"""Loads and stores at any address and bit counts for the numba kernels that code bit streams.
 
 A bit stream is read and written at any byte, which numpy arrays cannot express; these compile to one instruction each.
 Addresses are plain integers: the kernels that use them keep every access inside the buffers their callers sized.
@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-_BYTE, _PAIR, _WORD = ir.IntType(8), ir.IntType(16), ir.IntType(64)
+_BYTE, _PAIR, _HALF, _WORD = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _ZERO_IS_DEFINED = ir.Constant(ir.IntType(1), 0)
 _Generator = tuple[Any, Callable[..., Any]]
 
@@ -48,6 +48,18 @@ def load16(typing: Any, address: Any) -> _Generator:
 
 
 @intrinsic
+def load32(typing: Any, address: Any) -> _Generator:
+    """The little-endian 32-bit number at `address`, aligned or not, as uint64."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[0], _HALF.as_pointer()))
+        value.align = 1
+        return builder.zext(value, _WORD)
+
+    return types.uint64(types.uintp), emit
+
+
+@intrinsic
 def load64(typing: Any, address: Any) -> _Generator:
     """The little-endian uint64 at `address`, aligned or not."""
 
@@ -65,6 +77,17 @@ def store8(typing: Any, address: Any, value: Any) -> _Generator:
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(builder.trunc(args[1], _BYTE), builder.inttoptr(args[0], _BYTE.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uint64), emit
+
+
+@intrinsic
+def store16(typing: Any, address: Any, value: Any) -> _Generator:
+    """Stores the low 16 bits of `value` at `address` in little-endian order, aligned or not."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(builder.trunc(args[1], _PAIR), builder.inttoptr(args[0], _PAIR.as_pointer())).align = 1
         return context.get_dummy_value()
 
     return types.void(types.uintp, types.uint64), emit

@@ -1,0 +1,58 @@
+"""ecq: bf16 matrices on a uniform grid, entropy-coded: any rate from 1.5 to 8.5 bits per weight.
+
+A weight is bf16(code * step), one fp32 step for the whole matrix; codes are integers without ends, so no weight is
+ever clipped: what is beyond 8 bits is stored as it is. Codes of trained weights are few and uneven; coded at their
+entropy they take fewer bits than any fixed width of the same error (at 4.13 bits the error of normal weights is 0.067
+of their norm, NF4's is 0.092). `bits` is what is stored, run lengths and code book included: an upper bound that the
+step is searched to meet. Layout: layout.py.
+
+What it does not do: other dtypes, vectors and convolutions; runtimes other than this one read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from bagel_compress.codecs.base import Encoding, Reader, Unit
+from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS, Sizes, bound
+from bagel_compress.codecs.matrix import MatrixCodec
+from bagel_compress.spec import PartSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Ecq(MatrixCodec):
+    """Entropy-coded quantisation at `bits` per weight."""
+
+    format: Literal["ecq"] = "ecq"
+    bits: float = Field(4.13, ge=MIN_BITS, le=MAX_BITS, description="stored bits per weight, everything included")
+    exact: ClassVar[bool] = False
+
+    def parts(self, unit: Unit) -> dict[str, PartSpec]:
+        """An upper bound: the rate, whatever the data."""
+        return self._bound(unit).parts(unit.specs[0].name)
+
+    def begin(self, unit: Unit, source: Reader) -> Encoding:
+        """Counts the words of the weight and measures its runs. Raises CodecError on NaN, Inf and 2^126 and more."""
+        from bagel_compress.codecs.ecq.encode import begin
+
+        return begin(self, unit.specs[0], source, self._bound(unit))
+
+    def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """bf16(code * step), the product in fp32. Checks every run on the way."""
+        import torch
+
+        from bagel_compress.codecs.ecq.decode import check_parts, decode_into
+
+        (spec,) = unit.specs
+        stored = check_parts(unit, parts)
+        flat = decode_into(stored, torch.empty(spec.numel, dtype=torch.bfloat16))
+        return {spec.name: flat.view(spec.shape)}
+
+    def _bound(self, unit: Unit) -> Sizes:
+        (spec,) = unit.specs
+        return bound(spec.numel, self.bits)
