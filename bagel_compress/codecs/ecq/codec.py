@@ -19,7 +19,7 @@ from pydantic import Field
 from bagel_compress.codecs.base import Encoding, Reader, Unit
 from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS, Sizes, bound
 from bagel_compress.codecs.matrix import MatrixCodec
-from bagel_compress.spec import PartSpec
+from bagel_compress.io.tensor_spec import PartSpec
 
 if TYPE_CHECKING:
     import torch

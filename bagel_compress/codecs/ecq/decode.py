@@ -13,7 +13,7 @@ from bagel_compress.codecs.ecq.book import Book, read_book
 from bagel_compress.codecs.ecq.layout import COLUMN_STEPS, HEADER_BYTES, RUN
 from bagel_compress.codecs.kernels.threads import split
 from bagel_compress.errors import CodecError
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 GRAIN = 64  # runs that are worth a thread: 131,072 weights
 DTYPES = {"stream": torch.uint8, "run_bytes": torch.uint16, "book": torch.uint16, "step": torch.float32}

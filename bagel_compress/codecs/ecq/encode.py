@@ -21,7 +21,7 @@ from bagel_compress.codecs.ecq.step import LARGEST, Grid, Search, Tables, tables
 from bagel_compress.codecs.kernels.threads import ordered
 from bagel_compress.codecs.matrix import INFINITY_WORD, as_floats, not_finite, read_words
 from bagel_compress.errors import CodecError
-from bagel_compress.spec import TensorSpec
+from bagel_compress.io.tensor_spec import TensorSpec
 
 BATCH = 1 << 20  # weights that one thread codes at a time: 512 runs
 WORST_RUN = HEADER_BYTES + RUN * (STATE_BITS + MAX_LOW_BITS + 16) // 8 + 8  # bytes

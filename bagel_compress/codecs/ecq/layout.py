@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bagel_compress.spec import PartSpec
+from bagel_compress.io.tensor_spec import PartSpec
 
 RUN = 2048  # weights per run: states, lengths and padding cost 35.5 bits a run, 0.017 bits a weight
 STATE_BITS = 12
