@@ -124,6 +124,17 @@ class SourceEntry(_Entry):
     data_blake3: str
 
 
+class CalibrationEntry(_Entry):
+    """The calibration set that chose the codes: its file's sha256, the checkpoint that made it, what it holds."""
+
+    digest: str
+    source: str
+    source_digest: str
+    latents: str  # sampled by the model, or of given pictures
+    rows_und: int
+    rows_gen: int
+
+
 class Manifest(_Entry):
     """Everything known about an artifact when it was built."""
 
@@ -133,8 +144,17 @@ class Manifest(_Entry):
     source: SourceEntry
     recipe: Recipe
     recipe_digest: str
+    calibration: CalibrationEntry | None = None
     units: dict[str, UnitEntry]
     files: dict[str, FileEntry]
+
+    @model_serializer(mode="wrap")
+    def _without_calibration(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A build without calibration has no such key."""
+        fields: dict[str, Any] = handler(self)
+        if self.calibration is None:
+            del fields["calibration"]
+        return fields
 
     def to_bytes(self) -> bytes:
         """The file's content: deterministic JSON."""

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from blake3 import blake3
 from bagel_compress.build.artifact import (
     MANIFEST,
     Artifact,
+    CalibrationEntry,
     FileEntry,
     Manifest,
     SourceEntry,
@@ -37,7 +38,7 @@ from bagel_compress.build.resume_state import Build, ShardRecord, finished
 from bagel_compress.build.shard_writer import ShardWriter, WrittenShard
 from bagel_compress.codecs.base import Encoding, Reader
 from bagel_compress.codecs.raw import Raw
-from bagel_compress.errors import ArtifactError, CheckpointError
+from bagel_compress.errors import ArtifactError, CalibrationError, CheckpointError
 from bagel_compress.io.atomic import PARTIAL, sync_folder, write_atomic
 from bagel_compress.io.bf16 import as_words
 from bagel_compress.io.digests import blake3_file, tensors_digest
@@ -54,9 +55,13 @@ SPARE = 64 << 20  # bytes kept free for records, configs and the file system its
 Progress = Callable[[str, int], None]  # unit name, bytes of the source that were coded
 
 
-def compress(plan: Plan, checkpoint: Checkpoint, out: str | Path, progress: Progress | None = None) -> Artifact:
+def compress(
+    plan: Plan, checkpoint: Checkpoint, out: str | Path, progress: Progress | None = None, device: str = "cpu"
+) -> Artifact:
     """Builds the artifact in the folder `out`, or goes on with a build of the same plan there.
 
+    `device`: where the layers of a calibrated build run; nothing else uses it. Raises CalibrationError if the plan
+    needs a calibration set and has none, or one that does not do.
     Raises ArtifactError if the folder holds something else, is locked or full; CodecError, naming the tensor, on values
     that a codec cannot hold; CheckpointError if the source is not the plan's or changes.
     """
@@ -64,17 +69,23 @@ def compress(plan: Plan, checkpoint: Checkpoint, out: str | Path, progress: Prog
     if checkpoint.digest != plan.source_digest:
         found, planned = checkpoint.digest[:12], plan.source_digest[:12]
         raise CheckpointError(f"this checkpoint ({found}) is not the one that was planned for ({planned}); plan again.")
+    if plan.calibrated and plan.calibration is None:
+        raise CalibrationError(
+            f"recipe {plan.recipe.name} rounds by a calibration set, and none is given; make one with `bagel-compress"
+            " calibrate --source SRC --out bagel.calibration.safetensors` and name it with --calibration, or build a"
+            " recipe with nearest rounding such as nf4-nearest."
+        )
     with _clean_disk_errors(out):
         done = finished(out, plan)
         if done is not None:
             return done
         with Build(out, plan) as build:
-            artifact = _build(build, checkpoint, progress or (lambda unit, nbytes: None))
+            artifact = _build(build, checkpoint, progress or (lambda unit, nbytes: None), device)
             build.clear()
     return artifact
 
 
-def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> Artifact:
+def _build(build: Build, checkpoint: Checkpoint, progress: Progress, device: str) -> Artifact:
     plan = build.plan
     records = {shard: record for shard in plan.shards if (record := build.record(shard)) is not None}
     bound = plan.nbytes if plan.sampled is None else plan.sampled
@@ -83,6 +94,7 @@ def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> Artifact
         for name, unit in record.units.items():
             progress(name, sum(TensorSpec(t.dtype, t.shape, n).nbytes for n, t in unit.tensors.items()))
     waiting: dict[str, Future[ShardRecord]] = {}
+    calibrated = _calibrated(build, checkpoint, records, device)
     with (
         ShardWriter() as writer,
         ThreadPoolExecutor(1, "hash") as hashing,
@@ -92,7 +104,8 @@ def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> Artifact
         copies = _start_copies(build, checkpoint, copying)
         for shard in plan.shards:
             if shard not in records:
-                parts = _write_shard(build, shard, checkpoint, writer, hashing, progress)
+                rounded = calibrated(shard)
+                parts = _write_shard(build, shard, checkpoint, rounded, writer, hashing, progress)
                 waiting[shard] = recording.submit(_record, build, shard, *parts)
             for name in list(waiting)[:-UNFINISHED]:
                 records[name] = waiting.pop(name).result()
@@ -101,18 +114,38 @@ def _build(build: Build, checkpoint: Checkpoint, progress: Progress) -> Artifact
     return _finish(build, checkpoint, {shard: records[shard] for shard in plan.shards}, files)
 
 
+def _calibrated(
+    build: Build, checkpoint: Checkpoint, records: Mapping[str, ShardRecord], device: str
+) -> Callable[[str], Mapping[str, Encoding]]:
+    """Shard -> encodings that are made by a calibration; of most plans, none."""
+    if not build.plan.calibrated:
+        return lambda shard: {}
+    from bagel_compress.build.calibrated import CalibratedEncodings
+
+    def finished_units(shard: str) -> Mapping[str, UnitEntry] | None:
+        record = records.get(shard)
+        return None if record is None else record.units
+
+    return CalibratedEncodings(build.plan, checkpoint, build.out, finished_units, device).of_shard
+
+
 def _write_shard(
     build: Build,
     shard: str,
     checkpoint: Checkpoint,
+    rounded: Mapping[str, Encoding],
     writer: ShardWriter,
     hashing: ThreadPoolExecutor,
     progress: Progress,
 ) -> tuple[dict[str, UnitEntry], dict[str, Future[str]], Future[WrittenShard]]:
-    """Codes all units of a shard into its file: entries, digests of the tensors by name, and those of the parts."""
+    """Codes all units of a shard into its file: entries, digests of the tensors by name, and those of the parts.
+
+    `rounded`: encodings that calibration has made already, by unit.
+    """
     reader = _HashingReader(checkpoint, hashing)
     begun = [
-        (p, p.codec.begin(p.unit, checkpoint if isinstance(p.codec, Raw) else reader))  # raw: the part is the tensor
+        # raw: the part is the tensor
+        (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, checkpoint if isinstance(p.codec, Raw) else reader))
         for p in build.plan.in_shard(shard)
     ]
     parts: dict[str, PartSpec] = {}
@@ -197,12 +230,23 @@ def _finish(
         ),
         recipe=plan.recipe,
         recipe_digest=plan.recipe.digest,
+        calibration=_calibration_entry(plan),
         units=units,
         files=dict(sorted(files.items())),
     )
     content = manifest.to_bytes()
     write_atomic(out / MANIFEST, content)
     return Artifact(out, manifest, hashlib.sha256(content).hexdigest())
+
+
+def _calibration_entry(plan: Plan) -> CalibrationEntry | None:
+    if plan.calibration is None:
+        return None
+    header, rows = plan.calibration.header, plan.calibration.rows
+    return CalibrationEntry(
+        digest=plan.calibration.digest, source=header.source, source_digest=header.source_digest,
+        latents=header.latents, rows_und=rows.und, rows_gen=rows.gen,
+    )  # fmt: skip
 
 
 def _start_copies(build: Build, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Future[FileEntry]]:

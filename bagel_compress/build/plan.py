@@ -10,19 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bagel.layout import official_role
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.build.sizes import Group, group_sizes, sizes_table
 from bagel_compress.codecs.base import Codec, Reader, Unit
+from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.errors import PlanError
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.safetensors_file import file_bytes
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from bagel_compress.calibrate.calibration_set import CalibrationSet
 
 LAYOUT = 2  # version of shard order and manifest; part of the digest
 
@@ -52,6 +56,11 @@ class Placement:
     def nbytes(self) -> int:
         return self.codec.nbytes(self.unit)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether its codes are chosen by the moments of the layer's inputs."""
+        return isinstance(self.codec, CalibratedCodec) and self.codec.calibrated
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -66,6 +75,7 @@ class Plan:
     sampled: int | None = (
         None  # bytes of all shards by a sample of the data; None: sizes are exact, or there is no data
     )
+    calibration: CalibrationSet | None = None  # what the moments are taken from; None: nothing needs it, or not given
 
     @cached_property
     def digest(self) -> str:
@@ -77,7 +87,14 @@ class Plan:
         for p in self.placements:
             tensors = [(s.name, s.dtype, s.shape) for s in p.unit.specs]
             total.update(json.dumps([p.shard, p.unit.name, p.codec.model_dump(mode="json"), tensors]).encode())
+        if self.calibration is not None:
+            total.update(f"calibration {self.calibration.digest}\n".encode())
         return total.hexdigest()
+
+    @cached_property
+    def calibrated(self) -> bool:
+        """Whether the build needs a calibration set."""
+        return any(p.calibrated for p in self.placements)
 
     @property
     def exact(self) -> bool:
@@ -113,8 +130,14 @@ class Plan:
             likely = f"\nby a sample of the data {size_text(self.sampled)}"
         return sizes_table(self.groups, self.nbytes, "" if self.exact else "at most ") + (
             f"{likely}\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
-            f" source {self.source_name} {self.source_digest[:12]}; plan {self.digest[:12]}"
+            f" source {self.source_name} {self.source_digest[:12]}; plan {self.digest[:12]}{self._calibration_text()}"
         )
+
+    def _calibration_text(self) -> str:
+        if self.calibration is not None:
+            rows = self.calibration.rows
+            return f"\ncalibration set {self.calibration.digest[:12]}: {rows.und:,} and {rows.gen:,} rows (und, gen)"
+        return "\nrounding needs a calibration set; none is given" if self.calibrated else ""
 
     def to_json(self) -> dict[str, Any]:
         """Everything the table says, and every placement."""
@@ -122,6 +145,8 @@ class Plan:
             "recipe": self.recipe.name,
             "digest": self.digest,
             "source": {"name": self.source_name, "revision": self.source_revision, "digest": self.source_digest},
+            "calibrated": self.calibrated,
+            "calibration": None if self.calibration is None else self.calibration.digest,
             "exact": self.exact,
             "bytes": self.nbytes,
             "sampled_bytes": self.sampled,
@@ -135,8 +160,13 @@ class Plan:
         }
 
 
-def make_plan(checkpoint: Header, recipe: Recipe) -> Plan:
-    """Decides every tensor. Raises PlanError: unmatched tensor, idle rule, codec that cannot, size over budget."""
+def make_plan(checkpoint: Header, recipe: Recipe, calibration: CalibrationSet | None = None) -> Plan:
+    """Decides every tensor. `calibration`: what a recipe with calibrated rounding is built with; where it is not given,
+    the packaged set of this model, if there is one.
+
+    Raises PlanError: unmatched tensor, idle rule, codec that cannot, size over budget; CalibrationError: a set of
+    another model, or one that is too small.
+    """
     taken = _assign(checkpoint.specs, recipe)
     order = {spec.name: i for i, spec in enumerate(checkpoint.specs)}
     units = [
@@ -151,7 +181,25 @@ def make_plan(checkpoint: Header, recipe: Recipe) -> Plan:
     source = (checkpoint.name, checkpoint.revision, checkpoint.digest)
     plan = Plan(recipe, *source, tuple(shards.values()), placements, _sampled(placements, checkpoint))
     _check_budget(plan)
-    return plan
+    return _with_calibration(plan, checkpoint, calibration) if plan.calibrated else plan
+
+
+def _with_calibration(plan: Plan, checkpoint: Header, calibration: CalibrationSet | None) -> Plan:
+    from bagel_compress.calibrate.fitting import expect_fit, packaged_set
+
+    for p in plan.placements:
+        role = official_role(p.unit.specs[0].name)
+        if p.calibrated and (role.component != "llm" or role.kind != "linear"):
+            raise PlanError(
+                f"recipe {plan.recipe.name} asks for calibrated rounding of {p.unit.name}; only the linear weights of"
+                " the decoder layers have it: give this one rounding nearest."
+            )
+    files = getattr(checkpoint, "files", None)  # a header without files has no tokenizer to compare
+    if calibration is None:
+        calibration = None if files is None else packaged_set({s.name: s.shape for s in checkpoint.specs}, files)
+    if calibration is not None:
+        expect_fit(calibration, checkpoint.specs, files, [p.unit.specs[0] for p in plan.placements if p.calibrated])
+    return replace(plan, calibration=calibration)
 
 
 def _assign(specs: Sequence[TensorSpec], recipe: Recipe) -> list[list[TensorSpec]]:

@@ -1,1 +1,1 @@
-"""Calibration: what the inputs of each linear layer look like, and codes chosen for them."""
+"""What a model is shown before its weights are rounded: the calibration set, second moments, rounding."""

@@ -14,6 +14,7 @@ from bagel_compress.cli import add_json, add_verb, emit
 if TYPE_CHECKING:
     from bagel_compress.build.artifact import Artifact
     from bagel_compress.build.plan import Plan
+    from bagel_compress.calibrate.calibration_set import CalibrationSet
     from bagel_compress.source.checkpoint import Checkpoint
 
 _SOURCE = "checkpoint folder, .safetensors file or Hub id (owner/name[@revision])"
@@ -26,6 +27,7 @@ def register(verbs: Any) -> None:
         "bagel-compress plan nf4-12gb\n  bagel-compress plan recipes/nf4.yaml --source BAGEL-7B-MoT --json",
     )  # fmt: skip
     _recipe(plan, "the released checkpoint's carried header, no download")
+    add_calibration(plan)
     add_json(plan)
     plan.set_defaults(verb=_plan)
 
@@ -35,6 +37,8 @@ def register(verbs: Any) -> None:
         "  bagel-compress compress fp8-24gb --source my-finetune --base BAGEL-7B-MoT --lora my-lora --out out/mine",
     )  # fmt: skip
     _recipe(compress, "the recipe's own source")
+    add_calibration(compress)
+    compress.add_argument("--device", default="cpu", help="where a calibrated build runs the layers: cpu, cuda, cuda:1")
     compress.add_argument(
         "--out", required=True, metavar="DIR", help="folder of the artifact: new, or begun by the same plan"
     )
@@ -81,6 +85,23 @@ def _recipe(parser: argparse.ArgumentParser, without: str) -> None:
     parser.add_argument("--lora", metavar="DIR", help="peft adapter folder to merge while reading")
 
 
+def open_calibration(path: str | None) -> CalibrationSet | None:
+    """The set that --calibration names. Raises CalibrationError."""
+    if path is None:
+        return None
+    from bagel_compress.calibrate.calibration_set import CalibrationSet
+
+    return CalibrationSet.open(path)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """The option of verbs that plan or build."""
+    parser.add_argument(
+        "--calibration", metavar="FILE",
+        help="calibration set of a recipe with calibrated rounding, from `calibrate` (BAGEL-nano's is packaged)",
+    )  # fmt: skip
+
+
 def _plan(args: argparse.Namespace) -> int:
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
@@ -89,12 +110,13 @@ def _plan(args: argparse.Namespace) -> int:
 
     recipe = Recipe.load(find_recipe(args.recipe))
     header = TrueHeader() if args.source is None else open_checkpoint(args)
-    plan = make_plan(header, recipe)
+    plan = make_plan(header, recipe, open_calibration(args.calibration))
     emit(args, plan.to_json(), plan.table())
     return 0
 
 
 def _compress(args: argparse.Namespace) -> int:
+    from bagel_compress.budgets.device_option import one_device
     from bagel_compress.build.compress import compress
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
@@ -105,9 +127,9 @@ def _compress(args: argparse.Namespace) -> int:
         revision = f"@{recipe.source.revision}" if recipe.source.revision else ""
         args.source = recipe.source.repo + revision
     checkpoint = open_checkpoint(args)
-    plan = make_plan(checkpoint, recipe)
+    plan = make_plan(checkpoint, recipe, open_calibration(args.calibration))
     with progress_bar(plan) as step:
-        artifact = compress(plan, checkpoint, args.out, step)
+        artifact = compress(plan, checkpoint, args.out, step, one_device(args.device))
     stored = sum(entry.bytes for name, entry in artifact.manifest.files.items() if name in plan.shards)
     text = f"{artifact.path}: {stored:,} bytes in {len(plan.shards)} shards; artifact {artifact.digest[:12]}"
     emit(args, {"path": str(artifact.path), "digest": artifact.digest, "plan": plan.digest, "bytes": stored}, text)

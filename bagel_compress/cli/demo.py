@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bagel_compress.cli import add_json, emit, say
-from bagel_compress.cli.build import open_checkpoint, progress_bar
+from bagel_compress.cli.build import add_calibration, open_calibration, open_checkpoint, progress_bar
+from bagel_compress.cli.calibrate import record_set
 from bagel_compress.cli.export import follow_recipe
 from bagel_compress.cli.validate import table
 
@@ -40,6 +41,7 @@ def register(verbs: Any) -> None:
     run.add_argument("--out", required=True, metavar="DIR", help="folder of the artifact; the trace lies beside it")
     run.add_argument("--trace", metavar="FILE", help="trace of the source to use (default: DIR.trace.safetensors)")
     run.add_argument("--cases", metavar="CASE", nargs="+", help="cases to trace (default: those that come with it)")
+    add_calibration(run)
     run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
     add_json(run)
     run.set_defaults(verb=_run)
@@ -59,7 +61,7 @@ def register(verbs: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args)
-    artifact = _compress(args.recipe, checkpoint, Path(args.out), quiet=args.json)
+    artifact = _compress(args, checkpoint)
     trace = Path(args.trace or f"{Path(args.out)}.trace.safetensors")
     report = _judge(artifact, checkpoint, trace, args)
     page = artifact.path / "report.html"
@@ -97,18 +99,28 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compress(recipe_name: str, checkpoint: Checkpoint, out: Path, quiet: bool) -> Artifact:
-    """Plans and builds; the plan's table is printed first, unless `quiet`."""
+def _compress(args: argparse.Namespace, checkpoint: Checkpoint) -> Artifact:
+    """Plans and builds; the plan's table is printed first, unless the output is JSON.
+
+    A recipe with calibrated rounding that no set is given for gets one recorded first; it lies beside the artifact.
+    """
     from bagel_compress.build.compress import compress
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
     from bagel_compress.io.packaged import find_recipe
 
-    plan = make_plan(checkpoint, Recipe.load(find_recipe(recipe_name)))
-    if not quiet:
+    recipe, out = Recipe.load(find_recipe(args.recipe)), Path(args.out)
+    plan = make_plan(checkpoint, recipe, open_calibration(args.calibration))
+    if plan.calibrated and plan.calibration is None:
+        path = Path(f"{out}.calibration.safetensors")
+        if not path.exists():
+            say("recording a calibration set")
+            record_set(checkpoint, path, device=args.device)
+        plan = make_plan(checkpoint, recipe, open_calibration(str(path)))
+    if not args.json:
         print(plan.table(), end="\n\n", flush=True)
     with progress_bar(plan) as step:
-        return compress(plan, checkpoint, out, step)
+        return compress(plan, checkpoint, out, step, args.device.partition(",")[0])
 
 
 def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argparse.Namespace) -> ParityReport:

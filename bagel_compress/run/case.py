@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bagel_compress.errors import TargetError
+from bagel_compress.io.yaml_model import load_yaml
 
 Kind = Literal["t2i", "edit", "understand", "chat"]
 Renorm = Literal["global", "channel", "text_channel"]
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Frozen(BaseModel):
@@ -123,32 +122,3 @@ def load_cases(paths: list[str | Path]) -> list[tuple[Case, Path]]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise TargetError(f"two cases are called {twice[0]!r}; names of cases must differ.")
     return cases
-
-
-def load_yaml(model: type[Model], path: Path, what: str) -> Model:
-    """A YAML file as a model. Raises TargetError, one sentence."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TargetError(f"{what} {path} cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        raise TargetError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(data, dict):
-        raise TargetError(f"{path} holds a {type(data).__name__}, expected the keys of a {what}.")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise TargetError(_sentence(model, path, error)) from None
-
-
-def _sentence(model: type[BaseModel], path: Path, error: ValidationError) -> str:
-    fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"{path} has an unknown key {where!r}; keys are {', '.join(model.model_fields)}."
-    if fault["type"] == "missing":
-        return f"{path} has no {where}; it is required."
-    if fault["type"] == "value_error":
-        return f"{path}: {fault['ctx']['error']}."
-    found = "" if isinstance(fault["input"], (dict, list)) else f", found {fault['input']!r}"
-    return f"{path}: {where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{found}."

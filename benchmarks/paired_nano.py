@@ -1,0 +1,165 @@
+"""Paired comparison of builds of BAGEL-nano on prompts that nothing else asks: final latents and texts.
+
+    python benchmarks/paired_nano.py nf4-official nf4-nearest nf4 [--source DIR] [--calibration FILE] [--seed 91000]
+
+Weights are decoded and computed in fp32, as in nano_table.py. The error of a picture is that of its final latent, as a
+share of the way from the noise (the gate's `latent.path`). Ratios are of the means over prompts, to the first recipe,
+with a 95 % bootstrap interval over prompts; `trimmed` leaves out the two prompts of the largest errors. Prompts of the
+calibration set are left out. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from bagel.sampler import Branches, Sampler, TextSettings
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.calibrate.calibration_set import CalibrationSet
+from bagel_compress.calibrate.prompts import load_jobs
+from bagel_compress.io.packaged import find_recipe, resource
+from bagel_compress.run.load import open_model
+from bagel_compress.scores.benchmark import Benchmark, Prompt, _Draws, _flow, _read, _seed
+from bagel_compress.scores.nano import nano_benchmark
+from bagel_compress.source.checkpoint import Checkpoint
+
+SEED = 91_000  # used nowhere else
+COUNTS = (40, 56, 40, 24)  # drawings, questions, edits, plans
+ROUNDS = 4000
+TRIMMED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Final latents of pictures [prompts, N, C] with their noise, and texts, in the order of the prompts."""
+
+    latents: np.ndarray
+    noise: np.ndarray
+    texts: tuple[str, ...]
+
+
+def fresh(seed: int, counts: tuple[int, int, int, int] = COUNTS) -> Benchmark:
+    """The nano benchmark of another seed, without prompts that the packaged calibration set was made with."""
+    known = {job.asked.prompt for job in load_jobs([resource("exports") / "calibration" / "nano"])}
+    draw, ask, edit, think = counts
+    made = nano_benchmark(2 * draw, ask, edit, 4 * think, seed)
+    left = {"draw": draw, "ask": ask, "edit": edit, "think": think}
+    kept = []
+    for prompt in made.prompts:
+        kind = prompt.kind.partition(".")[0]
+        if left[kind] and (kind in ("ask", "edit") or prompt.turns[-1] not in known):
+            left[kind] -= 1
+            kept.append(prompt)
+    return Benchmark(made.name, tuple(kept), made.score, made.flows, made.text, made.seed)
+
+
+@torch.no_grad()
+def answers(benchmark: Benchmark, sampler: Sampler) -> Answers:
+    """Runs all prompts; those of one layout as one batch."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, prompt in enumerate(benchmark.prompts):
+        groups.setdefault(prompt.layout, []).append(index)
+    latents: dict[int, np.ndarray] = {}
+    noises: dict[int, np.ndarray] = {}
+    texts: dict[int, str] = {}
+    for indexes in groups.values():
+        prompts = [benchmark.prompts[i] for i in indexes]
+        generators = [sampler.generator(_seed(benchmark, i)) for i in indexes]
+        branches = Branches(sampler, len(prompts))
+        size = _read(sampler, branches, prompts, _Draws(generators)) or prompts[0].size or (32, 32)
+        if prompts[0].output == "text" or prompts[0].think:
+            ids = sampler.decode_text(branches.cond, TextSettings(max_tokens=benchmark.text.max_tokens))
+            texts |= dict(zip(indexes, map(sampler.text.answer, ids), strict=True))
+        if prompts[0].output == "image" and not prompts[0].think:
+            found, noise = _draw(sampler, branches, generators, sampler.grid(size), benchmark, prompts[0])
+            latents |= dict(zip(indexes, found, strict=True))
+            noises |= dict(zip(indexes, noise, strict=True))
+    pictures = sorted(latents)
+    return Answers(
+        np.stack([latents[i] for i in pictures]),
+        np.stack([noises[i] for i in pictures]),
+        tuple(texts[i] for i in sorted(texts)),
+    )
+
+
+def _draw(
+    sampler: Sampler,
+    branches: Branches,
+    generators: Sequence[torch.Generator],
+    grid: tuple[int, int],
+    benchmark: Benchmark,
+    prompt: Prompt,
+) -> tuple[np.ndarray, np.ndarray]:
+    shape = (grid[0] * grid[1], sampler.bagel.config.latent_width)
+    x = noise = torch.cat([sampler.normal(shape, g) for g in generators])
+    for step in sampler.denoise(branches, x, [grid] * len(generators), _flow(benchmark, prompt)):
+        x = step.x_next
+    count = len(generators)
+    return x.reshape(count, *shape).numpy(), noise.reshape(count, *shape).numpy()
+
+
+def path_errors(candidate: Answers, reference: Answers) -> np.ndarray:
+    """Error of each picture's final latent as a share of its way from the noise."""
+    way = np.linalg.norm((reference.latents - reference.noise).reshape(len(reference.latents), -1), axis=1)
+    return np.linalg.norm((candidate.latents - reference.latents).reshape(len(way), -1), axis=1) / way  # type: ignore[no-any-return]
+
+
+def ratio(candidate: np.ndarray, base: np.ndarray, trimmed: int = 0, seed: int = 0) -> tuple[float, float, float]:
+    """Ratio of the means over prompts and its 95 % bootstrap interval; without the `trimmed` largest of the two."""
+    kept = np.argsort(np.maximum(candidate, base))[: len(base) - trimmed]
+    a, b = candidate[kept], base[kept]
+    drawn = np.random.default_rng(seed).integers(0, len(a), (ROUNDS, len(a)))
+    ratios = a[drawn].mean(1) / b[drawn].mean(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(a.mean() / b.mean()), float(low), float(high)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", help="recipe names or files; ratios are to the first")
+    parser.add_argument("--source", type=Path, default=resource("BAGEL-nano"))
+    parser.add_argument("--calibration", type=Path, help="set to use instead of the packaged one")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    checkpoint = Checkpoint.open(args.source)
+    benchmark = fresh(args.seed)
+    reference = answers(benchmark, open_model(args.source, dtype=torch.float32))
+    given = None if args.calibration is None else CalibrationSet.open(args.calibration)
+    found = {}
+    base: np.ndarray | None = None
+    for name in args.recipes:
+        recipe = Recipe.load(find_recipe(name))
+        with TemporaryDirectory() as folder:
+            plan = make_plan(checkpoint, recipe, given)
+            artifact = compress(plan, checkpoint, Path(folder) / "artifact")
+            own = answers(benchmark, open_model(artifact.path, dtype=torch.float32))
+        errors = path_errors(own, reference)
+        base = errors if base is None else base
+        found[recipe.name] = {
+            "bytes": plan.nbytes,
+            "latent": float(errors.mean()),
+            "trimmed": float(np.sort(errors)[:-TRIMMED].mean()),
+            "ratio": ratio(errors, base),
+            "ratio_trimmed": ratio(errors, base, TRIMMED),
+            "equal_texts": float(np.mean([a == b for a, b in zip(own.texts, reference.texts, strict=True)])),
+        }
+        print(recipe.name, json.dumps(found[recipe.name]), file=sys.stderr)
+    counts = {"pictures": len(reference.latents), "texts": len(reference.texts)}
+    print(json.dumps({"benchmark": "paired_nano", "seed": args.seed, **counts, "recipes": found}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
