@@ -24,11 +24,11 @@ import torch
 from bagel_compress.calibrate import loops
 from bagel_compress.calibrate.factor import Factor, factorise
 from bagel_compress.calibrate.moments import Block, Moments
-from bagel_compress.codecs.base import Encoding, Reader, Rounded, Unit
+from bagel_compress.codecs.base import Encoding, Reader, Rounded, Unit, dtype_code
 from bagel_compress.codecs.calibrated import CalibratedCodec, Gptq
 from bagel_compress.codecs.grid import Curvature, Grid, Packed, Scales
 from bagel_compress.codecs.matrix import not_finite, self_check
-from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,12 +54,21 @@ def round_unit(codec: CalibratedCodec, unit: Unit, source: Reader, moments: Mome
     weights = read_weights(codec, spec, source).to(moments.diagonal().device)
     levels, scales, report = round_weights(grid, weights, moments, codec.rounding)
     stored = grid.pack(levels, scales)
+    while (other := grid.retry(stored)) is not None:
+        grid = other
+        levels, scales, report = round_weights(grid, weights, moments, codec.rounding)
+        stored = grid.pack(levels, scales)
     expected = grid.decode(levels, scales.values)
     found = codec.decode(unit, stored)[spec.name].to(expected.device)
     self_check(spec, codec, torch.equal(found, expected))
-    packed = Packed(codec=codec, parts=codec.parts(unit), stored=stored, rounded=report)
+    parts = codec.parts(unit) if codec.exact else {n: _spec_of(part) for n, part in stored.items()}
+    packed = Packed(codec=codec, parts=parts, stored=stored, rounded=report)
     packed.quality.add(_energy(weights), _energy(weights - found.float()))
     return packed
+
+
+def _spec_of(part: Tensor) -> PartSpec:
+    return PartSpec(dtype_code(part.dtype), tuple(part.shape))
 
 
 def read_weights(codec: CalibratedCodec, spec: TensorSpec, source: Reader) -> Tensor:

@@ -90,6 +90,13 @@ class Grid(ABC):
     def pack(self, levels: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
         """(N, K) fp32 levels and the scales that `scales` gave -> all stored parts by full name, contiguous, on CPU."""
 
+    def retry(self, stored: Mapping[str, torch.Tensor]) -> Grid | None:
+        """Another grid to round with instead, once the stored parts are known; None where they will do.
+
+        For formats whose size depends on the levels.
+        """
+        return None
+
     def decode(self, levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """(N, K) bf16: what the codec's `decode` gives for these levels and scales."""
         columns = levels.shape[1]

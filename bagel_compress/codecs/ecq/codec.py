@@ -1,10 +1,11 @@
 """ecq: bf16 matrices on a uniform grid, entropy-coded: any rate from 1.5 to 8.5 bits per weight.
 
-A weight is bf16(code * step), one fp32 step for the whole matrix; codes are integers without ends, so no weight is
-ever clipped: what is beyond 8 bits is stored as it is. Codes of trained weights are few and uneven; coded at their
-entropy they take fewer bits than any fixed width of the same error (at 4.13 bits the error of normal weights is 0.067
-of their norm, NF4's is 0.092). `bits` is what is stored, run lengths and code book included: an upper bound that the
-step is searched to meet. Layout: layout.py.
+A weight is bf16(code * step), one fp32 step for the whole matrix, or, with `columns`, that times a bf16 factor of its
+input column (WaterSIC, arXiv 2603.04956: from the moments of the layer's inputs, so with rounding gptq only). Codes are
+integers without ends, so no weight is ever clipped: what is beyond 8 bits is stored as it is. Codes of trained weights
+are few and uneven; coded at their entropy they take fewer bits than any fixed width of the same error (at 4.13 bits the
+error of normal weights is 0.069 of their norm, NF4's is 0.092). `bits` is what is stored, run lengths and code book
+included: an upper bound that the step is searched to meet. Layout: layout.py.
 
 What it does not do: other dtypes, vectors and convolutions; runtimes other than this one read it.
 """
@@ -14,23 +15,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bagel_compress.codecs.base import Encoding, Reader, Unit
+from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS, Sizes, bound
+from bagel_compress.codecs.grid import Grid
 from bagel_compress.codecs.matrix import MatrixCodec
-from bagel_compress.io.tensor_spec import PartSpec
+from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
 
-class Ecq(MatrixCodec):
+class Ecq(CalibratedCodec, MatrixCodec):
     """Entropy-coded quantisation at `bits` per weight."""
 
     format: Literal["ecq"] = "ecq"
     bits: float = Field(4.13, ge=MIN_BITS, le=MAX_BITS, description="stored bits per weight, everything included")
+    columns: bool = Field(False, description="a step for every input column, from the moments of the layer's inputs")
     exact: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _columns_need_moments(self) -> Ecq:
+        if self.columns and not self.calibrated:
+            raise ValueError("columns is true with rounding nearest; steps of columns need rounding gptq")
+        return self
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         """An upper bound: the rate, whatever the data."""
@@ -41,6 +51,11 @@ class Ecq(MatrixCodec):
         from bagel_compress.codecs.ecq.encode import begin
 
         return begin(self, unit.specs[0], source, self._bound(unit))
+
+    def grid(self, spec: TensorSpec) -> Grid:
+        from bagel_compress.codecs.ecq.calibrated import EcqGrid
+
+        return EcqGrid(spec, self._bound(Unit(spec.name, (spec,))))
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code * step), the product in fp32. Checks every run on the way."""
@@ -55,4 +70,4 @@ class Ecq(MatrixCodec):
 
     def _bound(self, unit: Unit) -> Sizes:
         (spec,) = unit.specs
-        return bound(spec.numel, self.bits)
+        return bound(spec.numel, self.bits, spec.shape[1] if self.columns else 0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from bagel_compress.codecs.ecq.layout import RUN, STATE_BITS, STATES
+from bagel_compress.codecs.ecq.layout import CENTRE, ESCAPE, RUN, STATE_BITS, STATES
 from bagel_compress.codecs.kernels.addresses import (
     address_of,
     load8,
@@ -45,6 +45,25 @@ def count(words: np.ndarray, counts: np.ndarray) -> None:
     """Adds uint16 `words` to their histogram, uint32 [65536]."""
     for i in range(words.size):
         counts[words[i]] += np.uint32(1)
+
+
+@_compiled
+def count_codes(codes: np.ndarray, counts: np.ndarray) -> None:
+    """Adds whole-numbered fp32 `codes` to their histogram, int64 [2 m + 1], from -m to m; others to those ends."""
+    most = np.float32(counts.size // 2)
+    for i in range(codes.size):
+        counts[np.int64(min(max(codes[i], -most), most) + most)] += 1
+
+
+@_compiled
+def split_codes(codes: np.ndarray, low_bits: int, known: np.ndarray, symbols: np.ndarray, lows: np.ndarray) -> None:
+    """Whole-numbered fp32 `codes` to uint8 `symbols` and `lows`; ESCAPE where `known`, bool [256], has no symbol."""
+    for i in range(codes.size):
+        code = np.int32(codes[i])
+        high = (code >> np.int32(low_bits)) + np.int32(CENTRE)
+        inside = high >= 0 and high < ESCAPE and known[high]
+        symbols[i] = np.uint8(high) if inside else np.uint8(ESCAPE)
+        lows[i] = np.uint8(code & ((1 << low_bits) - 1)) if inside else np.uint8(0)
 
 
 @_compiled
