@@ -1,20 +1,72 @@
-"""Pictures before they become tensors: RGB and the resize rules. No torch."""
+"""Pictures before they become tensors: upright RGB, as a viewer shows them, and the resize rules. No torch."""
 
 from __future__ import annotations
 
+import struct
+
+import numpy as np
 from PIL import Image
 
 from bagel.config import ResizeRule
+from bagel.errors import BagelError
+
+WHITE = (255, 255, 255)
+# EXIF's tag 274: how the stored picture has to be turned to be upright (Exif 2.32, 4.6.4 A).
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")  # modes that Pillow itself turns into RGB rightly
+TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # grey of 16 bits
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparency is composited on white, other modes are plainly converted."""
-    if image.mode == "RGBA" or "transparency" in image.info:
+    """Upright RGB of what a viewer shows: turned as EXIF says, transparency on white, 16 bits of grey as 8.
+
+    Raises BagelError on a mode without one meaning as a picture, such as floating-point values.
+    """
+    turn = TURNS.get(_orientation(image))
+    upright = _flat(image)
+    return upright if turn is None else upright.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> object:
+    """The EXIF value, or None; damaged EXIF data turn nothing, as in viewers."""
+    try:
+        return image.getexif().get(ORIENTATION)
+    except (SyntaxError, struct.error, ValueError, KeyError, TypeError, OSError):  # what Pillow's readers raise
+        return None
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """RGB without transparency, not turned."""
+    if image.mode in DEEP or (image.mode == "I" and image.format == "PNG"):  # Pillow 10 opens 16-bit PNGs as I
+        return _grey16(image)
+    if image.mode in TRANSPARENT or (image.mode in OPAQUE and "transparency" in image.info):
+        image = image.convert("LA") if image.mode == "La" else image  # Pillow knows no shorter way from La
         image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
+        white = Image.new("RGB", image.size, WHITE)
         white.paste(image, mask=image.getchannel("A"))
         return white
-    return image.convert("RGB")
+    if image.mode in OPAQUE:
+        return image.convert("RGB")
+    raise BagelError(
+        f"the picture is stored as {image.mode}, expected 8-bit colour or grey, or 16-bit grey; convert it to PNG first."
+    )
+
+
+def _grey16(image: Image.Image) -> Image.Image:
+    """0 to 65535 as 0 to 255, rounded; the value that a PNG calls transparent becomes white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.size and not 0 <= values.min() <= values.max() <= 0xFFFF:
+        raise BagelError("the picture's grey values lie outside of 16 bits; convert it to an 8-bit PNG first.")
+    grey = ((values + 128) // 257).astype(np.uint8)
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def resized_sides(width: int, height: int, rule: ResizeRule, image_count: int = 1) -> tuple[int, int]:

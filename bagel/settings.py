@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from bagel.errors import BagelError
 
 RENORM_TYPES = ("global", "channel", "text_channel")
+MAX_SHIFT = 1e6  # far beyond use; from 1e38 on the schedule would leave fp32
+MIN_TEMPERATURE = 1e-6  # below, sampling is greedy decoding, and logits / temperature would soon leave fp32
+SEEDS = 1 << 63  # how many there are: what the generators of torch and numpy both take
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +20,8 @@ class FlowSettings:
 
     num_timesteps counts the points of the schedule, ends included: N points are N-1 network evaluations. Guidance acts
     where cfg_interval[0] < t <= cfg_interval[1] on the shifted time. Scales of 1 or less are off, and without text
-    guidance image guidance is off as well. cfg_renorm_min = 1 turns renormalisation off.
+    guidance image guidance is off as well. cfg_renorm_min = 1 turns renormalisation off. Raises BagelError on values
+    that cannot be meant, NaN and infinity among them.
     """
 
     num_timesteps: int = 50
@@ -33,10 +38,18 @@ class FlowSettings:
             raise BagelError(
                 f"cfg_renorm_type is {self.cfg_renorm_type!r}, expected one of {', '.join(RENORM_TYPES)}{hint}."
             )
-        if self.num_timesteps < 2:
-            raise BagelError(f"num_timesteps is {self.num_timesteps}, expected at least 2 (N points make N-1 steps).")
-        if self.timestep_shift <= 0:
-            raise BagelError(f"timestep_shift is {self.timestep_shift}, expected a positive number.")
+        _check_count("num_timesteps", self.num_timesteps, 2, " (N points make N-1 steps)")
+        if not 0 < _finite("timestep_shift", self.timestep_shift) <= MAX_SHIFT:
+            raise BagelError(
+                f"timestep_shift is {self.timestep_shift}, expected a positive number of at most {MAX_SHIFT:.0f}."
+            )
+        _finite("cfg_text_scale", self.cfg_text_scale)
+        _finite("cfg_img_scale", self.cfg_img_scale)
+        if not 0 <= _finite("cfg_renorm_min", self.cfg_renorm_min) <= 1:
+            raise BagelError(f"cfg_renorm_min is {self.cfg_renorm_min}, expected a number from 0 to 1.")
+        low, high = (_finite("cfg_interval", side) for side in self.cfg_interval)
+        if low > high:
+            raise BagelError(f"cfg_interval is {low} to {high}, expected its lower end first.")
 
     def guides(self, t: Any) -> bool:
         """Whether guidance acts at (shifted) time t: lower bound strict, upper inclusive."""
@@ -53,10 +66,30 @@ class TextSettings:
     temperature: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise BagelError(f"max_tokens is {self.max_tokens}, expected at least 1.")
-        if self.do_sample and self.temperature <= 0:
-            raise BagelError(f"temperature is {self.temperature}, expected more than 0 when sampling.")
+        _check_count("max_tokens", self.max_tokens, 1)
+        if _finite("temperature", self.temperature) < MIN_TEMPERATURE and self.do_sample:
+            raise BagelError(
+                f"temperature is {self.temperature}, expected at least {MIN_TEMPERATURE:g} when sampling;"
+                " without sampling the likeliest token is taken."
+            )
+
+
+def check_seed(seed: int) -> int:
+    """The seed. Raises BagelError if it is none that every generator takes: 0 to 2^63 - 1."""
+    if type(seed) is not int or not 0 <= seed < SEEDS:
+        raise BagelError(f"the seed is {str(seed)[:40]}, expected a whole number from 0 to 2^63 - 1.")
+    return seed
+
+
+def _check_count(name: str, value: int, least: int, why: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise BagelError(f"{name} is {value}, expected at least {least}{why}.")
+
+
+def _finite(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BagelError(f"{name} is {value}, expected a finite number.")
+    return value
 
 
 EDIT_FLOW = FlowSettings(cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel")
