@@ -28,17 +28,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises BagelError on a mode without one meaning as a picture, such as floating-point values.
     """
+    image.load()  # Pillow turns TIFF files while it loads them, and then forgets how they lay
     turn = TURNS.get(_orientation(image))
     upright = _flat(image)
     return upright if turn is None else upright.transpose(turn)
 
 
-def _orientation(image: Image.Image) -> object:
-    """The EXIF value, or None; damaged EXIF data turn nothing, as in viewers."""
+def _orientation(image: Image.Image) -> int:
+    """The EXIF value, or 1; damaged EXIF data turn nothing, as in viewers."""
     try:
-        return image.getexif().get(ORIENTATION)
+        value = image.getexif().get(ORIENTATION)
     except (SyntaxError, struct.error, ValueError, KeyError, TypeError, OSError):  # what Pillow's readers raise
-        return None
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -54,7 +56,7 @@ def _flat(image: Image.Image) -> Image.Image:
     if image.mode in OPAQUE:
         return image.convert("RGB")
     raise BagelError(
-        f"the picture is stored as {image.mode}, expected 8-bit colour or grey, or 16-bit grey; convert it to PNG first."
+        f"the picture is stored as {image.mode}, expected 8-bit colour, or grey of 8 or 16 bits; convert it first."
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from PIL import Image
 
 from bagel.errors import BagelError
+from bagel.finite import check_finite
 from bagel.images import resized, to_rgb
-from bagel.settings import FlowSettings, TextSettings
+from bagel.settings import FlowSettings, TextSettings, check_seed
 from bagel.text import THINK_IMAGE, THINK_TEXT, TextCodec
 
 Array = Any  # torch.Tensor or numpy.ndarray, as the backend has it
@@ -155,7 +156,7 @@ class Loops(ABC):
         flow, text = flow or FlowSettings(), text or TextSettings()
         if output == "image" and size is not None and all(isinstance(turn, str) for turn in turns):
             self.grid(size)  # a size that cannot be is refused before any work
-        generator = self.generator(seed)
+        generator = self.generator(check_seed(seed))
         noise = noise or (lambda shape: self.normal(shape, generator))
         branches = Branches(self)
         last = self.read(branches, turns, output, think, noise)
@@ -201,7 +202,7 @@ class Loops(ABC):
             pixels = self.pixels(resized(to_rgb(image), self.bagel.config.vit_rule))
             self.bagel.prefill_vit(contexts, [pixels], self.wrap)
         self.bagel.prefill_text(contexts, [self.text.turn(prompt)])
-        [ids] = self.decode_text(contexts, text or TextSettings(), self.generator(seed))
+        [ids] = self.decode_text(contexts, text or TextSettings(), self.generator(check_seed(seed)))
         return Result(text=self.text.answer(ids), ids=ids)
 
     def decode_text(
@@ -226,6 +227,7 @@ class Loops(ABC):
                 if on_token and sample == 0 and len(ids[0]) > 1:
                     on_token(token)
             logits = self.bagel.next_logits([copies[s] for s in live], current)
+            check_finite("the logits of the next token", logits)
             if on_logits:
                 on_logits(logits)
             chosen = self.choose(logits, settings, generator)
@@ -252,6 +254,7 @@ class Loops(ABC):
         x = self.start(x)
         for index in range(len(times) - 1):
             step = self.step(branches, x, times, index, grids, flow, tap if index == 0 else None, plain)
+            check_finite(f"the values of the picture after step {index + 1} of {len(times) - 1}", step.x_next)
             yield step
             x = step.x_next
 

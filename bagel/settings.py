@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from bagel.errors import BagelError
@@ -87,7 +88,7 @@ def _check_count(name: str, value: int, least: int, why: str = "") -> None:
 
 
 def _finite(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise BagelError(f"{name} is {value}, expected a finite number.")
     return value
 

@@ -108,7 +108,7 @@ def _text_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
 def _size(value: str) -> tuple[int, int]:
     """WxH -> (height, width)."""
     width, cross, height = value.lower().partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
+    if not (cross and all(side.isascii() and side.isdecimal() and len(side) < 7 for side in (width, height))):
         raise argparse.ArgumentTypeError(f"{value!r} is not a size; expected WIDTHxHEIGHT, as in 1024x576")
     return int(height), int(width)
 
@@ -162,15 +162,17 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _flow(args: argparse.Namespace) -> FlowSettings:
-    from bagel.settings import FlowSettings
+    from bagel.settings import FlowSettings, check_seed
 
+    check_seed(args.seed)
     names = FlowSettings.__dataclass_fields__
     return FlowSettings(**{**{n: getattr(args, n) for n in names}, "cfg_interval": tuple(args.cfg_interval)})
 
 
 def _text(args: argparse.Namespace) -> TextSettings:
-    from bagel.settings import TextSettings
+    from bagel.settings import TextSettings, check_seed
 
+    check_seed(args.seed)
     return TextSettings(args.max_tokens, args.sample, args.temperature)
 
 

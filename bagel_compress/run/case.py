@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bagel.errors import BagelError
+from bagel.settings import SEEDS, FlowSettings
 from bagel_compress.errors import TargetError
 from bagel_compress.io.yaml_model import load_yaml
 
@@ -41,6 +44,19 @@ class Flow(_Frozen):
     cfg_renorm_min: float = 0.0
     cfg_renorm_type: Renorm = "global"
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        _checked(FlowSettings, **self.model_dump())
+        return self
+
+
+def _checked(settings: Callable[..., object], **values: object) -> None:
+    """What the sampler itself would refuse, as the ValueError that pydantic expects."""
+    try:
+        settings(**values)
+    except BagelError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+
 
 class Text(_Frozen):
     """Settings of text decoding; bagel.sampler.TextSettings. Sampling is left out: a trace compares greedy text."""
@@ -64,7 +80,7 @@ class Case(_Frozen):
     turns: tuple[Annotated[str | Picture, Field(union_mode="left_to_right")], ...] = Field(min_length=1)
     think: bool = False
     size: tuple[int, int] | None = Field(None, description="height, width; an edit takes the last picture's")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     flow: Flow = Flow()
     text: Text = Text()
     record: Record = Record()
