@@ -11,6 +11,7 @@ does not limit them: a trained flow corrects most of them (docs/decisions.md).
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -135,5 +136,7 @@ def resolve(level: str, overrides: Mapping[str, float]) -> dict[str, Limit]:
             close = difflib.get_close_matches(metric, list(METRICS), n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise RecipeError(f"limits: unknown metric {metric!r}{hint}; metrics are {', '.join(METRICS)}.")
+        if not math.isfinite(value):
+            raise RecipeError(f"limits: {metric} is {value}, expected a finite number.")
         limits[metric] = Limit(metric, value, "the recipe")
     return limits

@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from bagel_compress.parity.attribution import attribute
 from bagel_compress.parity.diagnose import Format, diagnose_case, diagnose_modules, modules, probe_values
 from bagel_compress.parity.distances import measure
 from bagel_compress.parity.linear_probes import probe
+from bagel_compress.parity.metrics import largest, middle, smallest
 from bagel_compress.parity.network_metrics import Networks
 from bagel_compress.parity.report_data import CaseParity, ParityReport, Row
 from bagel_compress.parity.trace import Trace, TraceFile
@@ -110,7 +110,7 @@ def floor_of(by_kind: Mapping[str, float], limit: Limit, level: str) -> float | 
     values = [by_kind[kind] for kind in FLOOR_OF.get(level, FLOOR_KINDS) if kind in by_kind]
     if not values:
         return None
-    return max(values) if limit.sense == "max" else min(values)
+    return largest(values) if limit.sense == "max" else smallest(values)
 
 
 def _reachable(subject: Subject, traces: Sequence[Trace]) -> None:
@@ -135,8 +135,8 @@ def _reachable(subject: Subject, traces: Sequence[Trace]) -> None:
 def _summary(metric: str, limit: Limit, values: Sequence[float]) -> float:
     """What a limit is compared with, over cases: the median for free runs, the worst otherwise."""
     if metric.startswith(MEDIAN):
-        return median(values)
-    return max(values) if limit.sense == "max" else min(values)
+        return middle(values)
+    return largest(values) if limit.sense == "max" else smallest(values)
 
 
 def _rows(subject: Subject, cases: Sequence[CaseParity], probes: Mapping[str, float]) -> tuple[Row, ...]:
@@ -149,8 +149,8 @@ def _rows(subject: Subject, cases: Sequence[CaseParity], probes: Mapping[str, fl
         floors = {c.name: floor_of(c.floor.get(metric, {}), limit, subject.level) for c, _ in measured}
         if metric.startswith(MEDIAN) and measured:
             known = [f for f in floors.values() if f is not None]
-            value = median(v for _, v in measured)
-            rows.append(_row("", metric, value, median(known) if known else None, limit))
+            value = middle(v for _, v in measured)
+            rows.append(_row("", metric, value, middle(known) if known else None, limit))
         else:
             rows += [_row(c.name, metric, v, floors[c.name], limit) for c, v in measured]
     return tuple(rows)

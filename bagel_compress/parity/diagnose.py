@@ -52,7 +52,7 @@ def probe_values(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
     """The two gated values of the probes: worst certain deviation of a gain from 1, worst difference of a bias."""
     gains = [gain.deviation for gain in _group_gains(found, reference).values()]
     biases = [metrics.max_abs(found[path][0], reference[path][0]) for path in reference if path in found]
-    return {"linear.gain": max(gains, default=0.0), "linear.bias": max(biases, default=0.0)}
+    return {"linear.gain": metrics.largest([0.0, *gains]), "linear.bias": metrics.largest([0.0, *biases])}
 
 
 def diagnose_modules(
@@ -101,7 +101,7 @@ class _Gain:
     @property
     def deviation(self) -> float:
         """How far off 1 the gain is for certain."""
-        return max(0.0, abs(self.value - 1.0) - CERTAIN * self.error)
+        return metrics.largest((0.0, abs(self.value - 1.0) - CERTAIN * self.error))
 
 
 def _group_gains(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, _Gain]:

@@ -25,8 +25,8 @@ def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
     values: dict[str, float] = {}
     if steps:
         values["velocity.path"] = _path(forced, reference)
-        values["velocity.rel_l2"] = max(s.rel_l2 for s in steps)
-        values["velocity.cosine"] = min(s.cosine for s in steps)
+        values["velocity.rel_l2"] = metrics.largest(s.rel_l2 for s in steps)
+        values["velocity.cosine"] = metrics.smallest(s.cosine for s in steps)
     values |= _vae(forced, reference) | _logits(forced, reference)
     text = None
     if free is not None:
@@ -125,7 +125,7 @@ def _vae(found: Trace, reference: Trace) -> dict[str, float]:
     values = {}
     pairs = list(zip(found.series("vae_latent"), reference.series("vae_latent"), strict=False))
     if pairs:
-        values["vae.rel_l2"] = max(metrics.rel_l2(a, b) for a, b in pairs)
+        values["vae.rel_l2"] = metrics.largest(metrics.rel_l2(a, b) for a, b in pairs)
     if "image" in found.tensors and "image" in reference.tensors:
         values["vae.psnr"] = metrics.psnr(found.tensors["image"], reference.tensors["image"])
     return values

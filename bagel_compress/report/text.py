@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
@@ -51,11 +52,17 @@ def worst_rows(report: ParityReport) -> list[Row]:
     """The row of each metric that is nearest to its limit or furthest beyond."""
     worst: dict[str, Row] = {}
     for row in report.rows:
-        sign = 1 if METRICS[row.metric][0] == "max" else -1
         kept = worst.get(row.metric)
-        if kept is None or sign * (row.value - row.limit) > sign * (kept.value - kept.limit):
+        if kept is None or _beyond(row) > _beyond(kept):
             worst[row.metric] = row
     return list(worst.values())
+
+
+def _beyond(row: Row) -> float:
+    """How far beyond its limit a value is; a NaN is beyond all others."""
+    if math.isnan(row.value):
+        return math.inf
+    return (row.value - row.limit) * (1 if METRICS[row.metric][0] == "max" else -1)
 
 
 def _xml(text: str) -> str:

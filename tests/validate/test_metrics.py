@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from bagel_compress.build.limits import resolve
+from bagel_compress.errors import RecipeError
 from bagel_compress.parity import metrics
+from bagel_compress.parity.diagnose import probe_values
+from bagel_compress.parity.report_data import ParityReport, Row
+from bagel_compress.report.text import worst_rows
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +78,36 @@ def test_common_prefix():
     assert metrics.common_prefix([1, 2, 3], [1, 2, 4]) == 2
     assert metrics.common_prefix([1, 2], [1, 2, 4]) == 2
     assert metrics.common_prefix([], [1]) == 0
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_nan_is_the_worst_of_a_list_wherever_it_stands(place):
+    values = [1.0, 3.0, 2.0]
+    assert (metrics.largest(values), metrics.smallest(values), metrics.middle(values)) == (3.0, 1.0, 2.0)
+    values.insert(place, math.nan)
+    assert all(math.isnan(f(values)) for f in (metrics.largest, metrics.smallest, metrics.middle))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_table_shows_a_nan_before_a_broken_value(place):
+    rows = [Row(case="a", metric="latent.path", value=9.0, floor=None, limit=0.1, ok=False, source="ours")]
+    rows.insert(
+        place, Row(case="b", metric="latent.path", value=math.nan, floor=None, limit=0.1, ok=False, source="ours")
+    )
+    report = ParityReport.model_construct(rows=tuple(rows))
+    assert [row.case for row in worst_rows(report)] == ["b"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_limits_are_finite(value):
+    with pytest.raises(RecipeError, match="expected a finite number"):
+        resolve("8-bit", {"latent.path": value})
+    assert not resolve("8-bit", {})["latent.path"].holds(math.nan)
+    assert not resolve("8-bit", {})["image.psnr"].holds(math.nan)
+
+
+def test_a_probe_that_answers_nan_breaks_both_limits():
+    reference = {"layers.0.und.q_proj": torch.randn(9, 4, generator=torch.Generator().manual_seed(1))}
+    found = {"layers.0.und.q_proj": reference["layers.0.und.q_proj"].clone()}
+    found["layers.0.und.q_proj"][0, 0] = math.nan
+    assert all(math.isnan(value) for value in probe_values(found, reference).values())
