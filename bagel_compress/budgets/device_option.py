@@ -14,8 +14,8 @@ from bagel_compress.build.artifact import MANIFEST, Artifact
 from bagel_compress.errors import TargetError
 from bagel_compress.run.device_map import Where
 
-# What one card must have free beside the weights to be taken without planning: more than any phase takes (DF11's ring
-# and the VAE's decoder at 1024 x 1024, 4.8 GB) and long contexts.
+# What one card must have free beside the weights to be taken without planning: more than any phase takes (the
+# scratch of a decoder and the VAE's at 1024 x 1024, 4.8 GB) and long contexts.
 AMPLE = 8_000_000_000
 
 

@@ -2,13 +2,13 @@
 
 FakeTensorMode on device `cpu`, not meta: the shapes, dtypes and temporaries are those of a real run (on meta, attention
 takes another path with five times the memory). Every linear is the codec's own run-time module over fake codes, so its
-decoded temporaries are counted where they arise. DF11 cannot decode fake bits; its stand-in holds the stored bytes and
-the decoder's ring of scratch memory. Layers that are stored alike are made once and counted as often as they occur.
+decoded temporaries are counted where they arise; a codec that cannot decode fake bits has a stand-in (`fake_linears`).
+Layers that are stored alike are made once and counted as often as they occur.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,14 +25,12 @@ from bagel.vae import AutoEncoder, VAEConfig
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.plan import Plan
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Unit
-from bagel_compress.codecs.df11.units import ring_weights
 from bagel_compress.errors import TargetError
 from bagel_compress.io.packaged import FULL_CONFIGS
 from bagel_compress.io.tensor_spec import PartSpec
+from bagel_compress.run.load import runs_coded
 
-DF11_TYPICAL_BITS = 10.9  # per weight; the published BAGEL build has 19.89 GB of 29.21 (users' figure, DFloat11 card)
 LETTERS_PER_TOKEN = 4
-RING, CODED = "scratch_ring", "coded"  # names of the stand-in's buffers
 ALIKE = 2  # layers made of each kind
 OFFICIAL_VAE = VAEConfig(128, (1, 2, 4, 4), 2, 16)  # of the released ae.safetensors
 
@@ -44,6 +42,15 @@ class Stored:
     unit: Unit
     codec: Codec
     parts: Mapping[str, PartSpec]
+
+    @property
+    def runs_coded(self) -> bool:
+        """Whether its linears multiply with what is stored; what else is coded is decoded at loading."""
+        return runs_coded(self.codec, self.unit)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +81,13 @@ class Build:
 
     @classmethod
     def of_plan(cls, plan: Plan, folder: Path = FULL_CONFIGS, vae: VAEConfig = OFFICIAL_VAE) -> Build:
-        """From headers alone; DF11 at its typical size."""
-        units = tuple(Stored(p.unit, p.codec, _likely_parts(p.codec, p.unit)) for p in plan.placements)
+        """From headers alone; a format whose size depends on the data counts as usual weights make it."""
+        units = tuple(Stored(p.unit, p.codec, p.codec.likely_parts(p.unit)) for p in plan.placements)
         shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
         config = BagelConfig.from_dir(folder, shapes, vae.z_channels, vae.downsample)
         with torch.device("meta"):
             vae_bytes = sum(p.nbytes for p in AutoEncoder(vae).parameters())
-        disk = sum(p.nbytes for stored in units for p in stored.parts.values()) + vae_bytes
+        disk = sum(stored.nbytes for stored in units) + vae_bytes
         return cls(plan.recipe.name, plan.digest, config, vae, units, disk)
 
 
@@ -91,12 +98,15 @@ class FakeModel:
     sampler: Sampler
     times: Mapping[str, int]
     cache_scale: float  # layers of the real decoder per layer here
+    scratch: tuple[Tensor, ...]  # what the codecs' modules share; no weights
 
 
 def fake_model(build: Build, every_layer: bool = False) -> FakeModel:
     """The model of a build. Call it inside a FakeTensorMode, and use it there."""
+    scratch = {codec: torch.empty(size, dtype=torch.uint8) for codec, size in scratch_bytes(build).items() if size}
+    shared = tuple(scratch.values())
     if every_layer:
-        return FakeModel(fake_sampler(build), {}, 1.0)
+        return FakeModel(fake_sampler(build, scratch), {}, 1.0, shared)
     llm, vit = _kinds(build, "llm", build.config.llm.num_layers), _kinds(build, "vit", build.config.vit.num_layers)
     config = replace(
         build.config,
@@ -106,9 +116,8 @@ def fake_model(build: Build, every_layer: bool = False) -> FakeModel:
     units = tuple(kept for stored in build.units if (kept := _renumbered(stored, llm, vit)) is not None)
     times = {f"layers.{i}.": count for i, count in enumerate(llm.values())}
     times |= {f"vit.layers.{i}.": count for i, count in enumerate(vit.values())}
-    ring = _ring(build.units)
-    sampler = fake_sampler(replace(build, config=config, units=units), ring=ring)
-    return FakeModel(sampler, times, build.config.llm.num_layers / len(llm))
+    sampler = fake_sampler(replace(build, config=config, units=units), scratch)
+    return FakeModel(sampler, times, build.config.llm.num_layers / len(llm), shared)
 
 
 def _kinds(build: Build, component: str, layers: int) -> dict[int, int]:
@@ -154,8 +163,11 @@ def _new_name(name: str, llm: Mapping[int, int], vit: Mapping[int, int]) -> str 
     return name.replace(f".layers.{role.layer}.", f".layers.{kept.index(role.layer)}.")
 
 
-def fake_sampler(build: Build, dtype: torch.dtype = torch.bfloat16, ring: Tensor | None = None) -> Sampler:
-    """The sampler over fake weights, layer by layer. Call it inside a FakeTensorMode, and use it there."""
+def fake_sampler(build: Build, scratch: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Sampler:
+    """The sampler over fake weights, layer by layer. Call it inside a FakeTensorMode, and use it there.
+
+    `scratch`: format -> the uint8 tensor that its modules share, of `scratch_bytes`.
+    """
     bagel = Bagel(build.config)
     for path, parameter in list(bagel.named_parameters()):
         put(bagel, path, nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False))
@@ -165,16 +177,13 @@ def fake_sampler(build: Build, dtype: torch.dtype = torch.bfloat16, ring: Tensor
         for spec in stored.unit.specs
         if spec.name.endswith(".bias")
     }
-    ring = _ring(build.units) if ring is None else ring
     for stored in build.units:
-        if not is_run_time(stored):
+        if not stored.runs_coded:
             continue
         parts = {name: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]()) for name, p in stored.parts.items()}
-        for tensor, module in _linears(stored, parts, biases, ring).items():
+        modules = stored.codec.fake_linears(stored.unit, parts, biases, scratch.get(stored.codec.format))
+        for tensor, module in modules.items():
             put(bagel, parameter_path(tensor).removesuffix(".weight"), module)
-        if stored.codec.format == "df11" and len({official_role(s.name).layer for s in stored.unit.specs}) > 1:
-            for i, part in enumerate(parts.values()):  # the ViT as a whole
-                bagel.vit.register_buffer(f"unit{i}_{CODED}", part)
     return Sampler(bagel.eval(), AutoEncoder(build.vae).eval().requires_grad_(False), FakeText())
 
 
@@ -194,66 +203,13 @@ def text_of(tokens: int) -> str:
     return "x" * (LETTERS_PER_TOKEN * max(0, tokens - 2))
 
 
-def _linears(
-    stored: Stored, parts: Mapping[str, Tensor], biases: Mapping[str, Tensor], ring: Tensor | None
-) -> dict[str, nn.Module]:
-    unit = stored.unit
-    if stored.codec.format == "df11":
-        assert ring is not None
-        each = [round(sum(part.nbytes for part in parts.values()) * s.numel / unit.numel) for s in unit.specs]
-        whole = len({official_role(s.name).layer for s in unit.specs}) > 1  # then the caller holds the parts
-        return {
-            s.name: _Df11(s.shape, biases.get(s.name), ring, 0 if whole else share)
-            for s, share in zip(unit.specs, each, strict=True)
-        }
-    return stored.codec.linears(unit, parts, biases)
-
-
-class _Df11(nn.Module):
-    """Holds its share of the unit's stored bytes and multiplies out of the ring."""
-
-    compute_dtype = torch.bfloat16
-
-    def __init__(self, shape: tuple[int, ...], bias: Tensor | None, ring: Tensor, stored_bytes: int) -> None:
-        super().__init__()
-        self._shape = shape
-        self.register_buffer(RING, ring)
-        self.register_buffer(CODED, torch.empty(stored_bytes, dtype=torch.uint8))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.get_buffer(RING)[: self._shape[0] * self._shape[1]].view(self._shape)
-        return nn.functional.linear(x, weight, self.bias)
-
-
-def _ring(units: Sequence[Stored]) -> Tensor | None:
-    weights = _ring_weights(units)
-    return torch.empty(weights, dtype=torch.bfloat16) if weights else None
-
-
-def ring_bytes(build: Build) -> int:
-    """Bytes of the DF11 decoder's scratch ring; 0 without DF11."""
-    return 2 * _ring_weights(build.units)
-
-
-def _ring_weights(units: Sequence[Stored]) -> int:
-    coded = [s.unit for s in units if s.codec.format == "df11" and all(_linear(spec.name) for spec in s.unit.specs)]
-    return ring_weights((unit.name, unit.numel) for unit in coded)
-
-
-def is_run_time(stored: Stored) -> bool:
-    """Whether a unit's linears run from its stored parts; what else is coded is decoded at loading."""
-    return stored.codec.format != "raw" and all(_linear(spec.name) for spec in stored.unit.specs)
-
-
-def _linear(name: str) -> bool:
-    return official_role(name).kind in ("linear", "head")
-
-
-def _likely_parts(codec: Codec, unit: Unit) -> Mapping[str, PartSpec]:
-    if codec.format == "df11":
-        return {f"{unit.name}.coded": PartSpec("U8", (round(unit.numel * DF11_TYPICAL_BITS / 8),))}
-    return codec.parts(unit)
+def scratch_bytes(build: Build) -> dict[str, int]:
+    """Format -> bytes of device memory that its run-time modules share beside what is stored."""
+    coded: dict[str, list[Stored]] = {}
+    for stored in build.units:
+        if stored.runs_coded:
+            coded.setdefault(stored.codec.format, []).append(stored)
+    return {name: units[0].codec.scratch_bytes(s.unit for s in units) for name, units in coded.items()}
 
 
 def check_sizes(build: Build, image: tuple[int, int]) -> None:

@@ -40,8 +40,8 @@ def measured(
     Raises TargetError unless `device` is the card of the target, or if the source does not fit beside the build.
     """
     name = require_card(device, target)
-    coded = any(unit.codec.format == "df11" for unit in artifact.manifest.units.values())
-    loaded = load(artifact, device if coded else "cpu")
+    movable = all(unit.codec.movable for unit in artifact.manifest.units.values())
+    loaded = load(artifact, "cpu" if movable else device)
     place(loaded, target, device)
     text, loaded.text = loaded.text, FakeText()
     peaks = [peak for task in target.tasks for peak in _peaks(loaded, task, target, torch.device(device))]

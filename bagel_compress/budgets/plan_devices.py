@@ -5,7 +5,8 @@ caches and activations of every phase are those of the budget's prediction; each
 layers and for the activations of the phases it takes part in. The fewest cards that hold everything are used, in the
 order in which they were named, and layers are divided so that the card with least room to spare has most. What fits
 nowhere waits in host memory, in this order: the embedding table (only rows travel), the VAE, the ViT, the head, then
-layers from the last on, which compute on the last card and come one by one. DF11's codes cannot wait.
+layers from the last on, which compute on the last card and come one by one. Units of a codec that is not
+`movable` cannot wait.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from bagel.loading import parameter_path
 from bagel.vae import AutoEncoder
-from bagel_compress.budgets.fake_model import Build, is_run_time
+from bagel_compress.budgets.fake_model import Build
 from bagel_compress.budgets.memory_tracker import CUDA_ROUNDING
 from bagel_compress.budgets.predict import ACTIVATIONS, CACHES, predict
 from bagel_compress.errors import TargetError
@@ -158,7 +159,7 @@ def held_bytes(build: Build) -> dict[str, int]:
     held = dict.fromkeys(("home", "embed_tokens", *ASIDE), 0)
     for stored in build.units:
         group = group_of(parameter_path(stored.unit.specs[0].name))
-        sizes = [p.nbytes for p in stored.parts.values()] if is_run_time(stored) else [2 * stored.unit.numel]
+        sizes = [p.nbytes for p in stored.parts.values()] if stored.runs_coded else [2 * stored.unit.numel]
         held[group] = held.get(group, 0) + sum(-(-size // CUDA_ROUNDING) * CUDA_ROUNDING for size in sizes)
     with torch.device("meta"):
         held["vae"] = sum(p.nbytes for p in AutoEncoder(build.vae).parameters())
@@ -167,7 +168,7 @@ def held_bytes(build: Build) -> dict[str, int]:
 
 def _steps(build: Build, layers: int) -> Iterator[frozenset[str]]:
     """What waits, from nothing to all that can."""
-    fixed = {group_of(parameter_path(s.unit.specs[0].name)) for s in build.units if s.codec.format == "df11"}
+    fixed = {group_of(parameter_path(s.unit.specs[0].name)) for s in build.units if not s.codec.movable}
     fixed -= {"embed_tokens"}
     waiting: frozenset[str] = frozenset()
     yield waiting

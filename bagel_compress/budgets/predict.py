@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bagel.context import GROW_TOKENS, Context
 from bagel.flow import FlowSettings, euler, guide
+from bagel.loading import parameter_path
 from bagel.loops import Branches
 from bagel.sampler import Sampler
 from bagel.vae import to_uint8
-from bagel_compress.budgets.fake_model import CODED, RING, Build, check_sizes, fake_model, ring_bytes, text_of
+from bagel_compress.budgets.fake_model import Build, Stored, check_sizes, fake_model, scratch_bytes, text_of
 from bagel_compress.budgets.memory_tracker import CUDA_ROUNDING, Peak, Tracker
 from bagel_compress.parity.report_data import IMAGE, STEP, TOKEN, BudgetReport, PhaseUse
 from bagel_compress.run.target import GIB, MIB, NEEDED, Part, Phase, Target, Task
@@ -55,10 +56,10 @@ def predict(build: Build, target: Target, every_layer: bool = False) -> BudgetRe
     check_sizes(build, target.sizes.image)
     with FakeTensorMode():
         model = fake_model(build, every_layer)
-        weights = weight_bytes(model.sampler, model.times, coded=False)
-        fixed = weight_bytes(model.sampler, model.times, coded=True)
+        weights = weight_bytes(model.sampler, model.times, model.scratch)
+        fixed, scratch = fixed_bytes(build.units), sum(scratch_bytes(build).values())
         phases = tuple(
-            _use(task, peak, (weights, fixed), ring_bytes(build), target, build.config.llm.num_layers)
+            _use(task, peak, (weights, fixed), scratch, target, build.config.llm.num_layers)
             for task in target.tasks
             for peak in run_task(model.sampler, task, target, cache_scale=model.cache_scale)
         )
@@ -86,23 +87,38 @@ def judged_again(report: BudgetReport, target: Target) -> BudgetReport:
     return report.model_copy(update={"overruns": overruns, "advice": tuple(_advice(report, target))})
 
 
-def weight_bytes(sampler: Sampler, times: Mapping[str, int], coded: bool | None = None) -> dict[Part, int]:
-    """Bytes of weights by part, as they are held, each storage once and rounded as the allocator does.
+def weight_bytes(sampler: Sampler, times: Mapping[str, int], scratch: Sequence[Tensor] = ()) -> dict[Part, int]:
+    """Bytes of weights by part, as the modules hold them, each storage once and rounded as the allocator does.
 
-    `times`: path of a layer -> how many layers it stands for. `coded`: only DF11's codes, or all else.
+    `times`: path of a layer -> how many layers it stands for. `scratch`: tensors in the modules that are no weights.
     """
     tracker = Tracker(lambda tensor: "")
+    tracker.hold(scratch)
     found: dict[Part, int] = {}
     for path, tensor in _tensors(sampler.bagel):
-        if path.endswith(RING) or (coded is not None and path.endswith(CODED) != coded):
-            continue
-        part = next(part for part, pattern in PARTS if re.match(pattern, path))
+        part = _part_of(path)
         many = next((count for layer, count in times.items() if path.startswith(layer)), 1)
         found[part] = found.get(part, 0) + many * tracker.hold([tensor])
-    if coded:
-        return found
     found["vae"] = tracker.hold(tensor for _, tensor in _tensors(sampler.vae))
     return found
+
+
+def fixed_bytes(units: Sequence[Stored]) -> dict[Part, int]:
+    """Bytes by part of the units that stay where they were loaded; each tensor has its share of its unit."""
+    found: dict[Part, int] = {}
+    for stored in units:
+        if stored.codec.movable or not stored.runs_coded:
+            continue
+        for spec in stored.unit.specs:
+            share = round(stored.nbytes * spec.numel / stored.unit.numel)
+            part = _part_of(parameter_path(spec.name))
+            found[part] = found.get(part, 0) + -(-share // CUDA_ROUNDING) * CUDA_ROUNDING
+    return found
+
+
+def _part_of(path: str) -> Part:
+    """The part that a module or parameter of bagel.Bagel belongs to."""
+    return next(part for part, pattern in PARTS if re.match(pattern, path))
 
 
 def run_task(
@@ -206,19 +222,19 @@ class _Phases(Branches):
 
 
 def _use(
-    task: Task, peak: Peak, weights: tuple[dict[Part, int], dict[Part, int]], ring: int, target: Target, layers: int
+    task: Task, peak: Peak, weights: tuple[dict[Part, int], dict[Part, int]], scratch: int, target: Target, layers: int
 ) -> PhaseUse:
     resident = target.resident(cast(Phase, peak.name))
     if target.vae_on_host and peak.name.startswith("vae"):
         peak = Peak(peak.name, 0, {CACHES: peak.by_category.get(CACHES, 0)})
     if target.vae_on_host:
         weights = (weights[0] | {"vae": 0}, weights[1])
-    moving, fixed = weights  # DF11's codes stay where they are (run/offload.py)
+    moving, fixed = weights  # units of a codec that is not movable stay where they are (run/offload.py)
     held = {part: _held(part, size, cast(Phase, peak.name), resident, layers) for part, size in moving.items()}
     held |= {part: held.get(part, 0) + size for part, size in fixed.items()}
     parts = {shown: float(sum(held.get(part, 0) for part in own)) for shown, own in SHOWN.items()}
     parts[CACHES] = float(peak.by_category.get(CACHES, 0))
-    parts[ACTIVATIONS] = float(peak.by_category.get(ACTIVATIONS, 0) + ring)
+    parts[ACTIVATIONS] = float(peak.by_category.get(ACTIVATIONS, 0) + scratch)
     parts[CONTEXT] = float(target.device.context_mib * MIB)
     return PhaseUse(name=f"{task}: {peak.name.replace('_', ' ')}", parts=parts)
 

@@ -1,22 +1,28 @@
-"""comfyui_file: an fp8 artifact as the single "fp8 scaled" file that ComfyUI's loaders read.
+"""comfyui_file: an artifact as the single file that ComfyUI's loaders read ("fp8 scaled").
 
-The same codes under the same names; each scale becomes an fp32 scalar, and the file's metadata lists the layers
-(QUANTIZATION.md of Comfy-Org/ComfyUI). It needs one scale per tensor: recipe `fp8-comfyui`. Written by streaming from
-the mapped shards. The VAE is not part of the file; ComfyUI loads it apart.
+The tensors are those of the codecs (`Codec.comfyui_values`), and the file's metadata lists the layers that are not full
+precision (QUANTIZATION.md of Comfy-Org/ComfyUI, format_version 1.0). fp8 needs one scale per tensor: recipe
+`fp8-comfyui`. The file is written from the mapped shards, a piece at a time. The VAE is not part of it; ComfyUI loads
+it apart.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.codecs.fp8 import Fp8, comfy_metadata, comfy_scale, scale_name
-from bagel_compress.codecs.raw import Raw
+from bagel_compress.codecs.base import dtype_code
 from bagel_compress.errors import ExportError
 from bagel_compress.io.atomic import PARTIAL, sync_folder
 from bagel_compress.io.safetensors_file import DTYPE_ORDER, lay_out
 from bagel_compress.io.tensor_spec import PartSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 CHUNK = 8 << 20  # bytes per write
 
@@ -24,33 +30,25 @@ CHUNK = 8 << 20  # bytes per write
 def comfyui_file(artifact: Artifact, out: Path) -> int:
     """Writes the file and returns its size in bytes.
 
-    Raises ExportError if a unit is neither raw nor fp8, if a scale is per channel, or if `out` exists.
+    Raises ExportError if ComfyUI cannot read a unit's format, or if `out` exists.
     """
     if out.exists():
         raise ExportError(f"{out} exists; choose another name or delete it.")
-    parts: dict[str, PartSpec] = {}
-    scales: dict[str, str] = {}  # part name of a scale -> its unit
-    for name, entry in artifact.manifest.units.items():
-        if not isinstance(entry.codec, (Raw, Fp8)):
-            raise ExportError(
-                f"{name} is {entry.codec.format}; a ComfyUI file holds fp8 and bf16: use recipe fp8-comfyui."
-            )
-        parts |= {part: stored.spec for part, stored in entry.parts.items()}
-        if isinstance(entry.codec, Fp8):
-            scale = scale_name(artifact.unit(name).specs[0])
-            parts[scale] = PartSpec("F32", ())
-            scales[scale] = name
-            _scale_bytes(artifact, name, scale)  # refuses before anything is written
-    header, _ = lay_out(parts, comfy_metadata(scales.values()))
-    units = {part: name for name, entry in artifact.manifest.units.items() for part in entry.parts}
+    values: dict[str, torch.Tensor] = {}  # views of the mapped shards
+    layers: dict[str, dict[str, str]] = {}
+    for unit in artifact.units():
+        codec = artifact.codec(unit.name)
+        values |= codec.comfyui_values(unit, artifact.parts(unit.name))
+        if codec.comfyui_format:
+            layers |= {spec.name.removesuffix(".weight"): {"format": codec.comfyui_format} for spec in unit.specs}
+    parts = {name: PartSpec(dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in values.items()}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    header, _ = lay_out(parts, metadata)
     partial = out.with_name(out.name + PARTIAL)
     with partial.open("wb") as file:
         file.write(header)
-        for part in sorted(parts, key=lambda n: (DTYPE_ORDER[parts[n].dtype], n)):
-            if part in scales:
-                file.write(_scale_bytes(artifact, scales[part], part))
-                continue
-            data = artifact.part_bytes(units[part], part)
+        for name in sorted(parts, key=lambda n: (DTYPE_ORDER[parts[n].dtype], n)):
+            data = _bytes(values[name])
             for start in range(0, data.nbytes, CHUNK):
                 file.write(data[start : start + CHUNK].data)
         file.flush()
@@ -60,7 +58,7 @@ def comfyui_file(artifact: Artifact, out: Path) -> int:
     return out.stat().st_size
 
 
-def _scale_bytes(artifact: Artifact, unit: str, scale: str) -> bytes:
-    codec, spec = artifact.codec(unit), artifact.unit(unit).specs[0]
-    assert isinstance(codec, Fp8)
-    return comfy_scale(codec, spec, artifact.parts(unit)[scale]).numpy().tobytes()
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy()

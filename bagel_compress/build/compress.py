@@ -37,7 +37,6 @@ from bagel_compress.build.plan import Placement, Plan
 from bagel_compress.build.resume_state import Build, ShardRecord, finished
 from bagel_compress.build.shard_writer import ShardWriter, WrittenShard
 from bagel_compress.codecs.base import Encoding, Reader
-from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError, CalibrationError, CheckpointError
 from bagel_compress.io.atomic import PARTIAL, sync_folder, write_atomic
 from bagel_compress.io.bf16 import as_words
@@ -144,8 +143,7 @@ def _write_shard(
     """
     reader = _HashingReader(checkpoint, hashing)
     begun = [
-        # raw: the part is the tensor
-        (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, checkpoint if isinstance(p.codec, Raw) else reader))
+        (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, checkpoint if p.codec.stored_as_is else reader))
         for p in build.plan.in_shard(shard)
     ]
     parts: dict[str, PartSpec] = {}
@@ -158,7 +156,7 @@ def _write_shard(
         for chunk in encoding.chunks():
             writer.put(chunk)
         units[placement.unit.name] = _entry(placement, encoding, shard)
-        if not isinstance(encoding.codec, Raw):
+        if not encoding.codec.stored_as_is:
             digests |= {spec.name: reader.digest(spec) for spec in placement.unit.specs}
         progress(placement.unit.name, sum(spec.nbytes for spec in placement.unit.specs))
     return units, digests, writer.end()

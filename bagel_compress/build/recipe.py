@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from bagel.layout import BLOCKS, COMPONENTS, EXPERTS, KINDS, Role
-from bagel_compress.codecs import CODECS
+from bagel_compress.codecs import by_name
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.calibrated import Gptq
 from bagel_compress.errors import RecipeError
@@ -38,7 +38,7 @@ def parse_codec(value: Any) -> Codec:
     fields = {"format": value} if isinstance(value, str) else value
     if not isinstance(fields, dict) or "format" not in fields:
         raise ValueError(f"codec is {value!r}, expected a format name or a mapping with `format`")
-    known = {str(codec.model_fields["format"].default): codec for codec in CODECS}
+    known = by_name()
     name = str(fields["format"])
     if name not in known:
         raise ValueError(f"unknown codec {name!r}{_meant(name, known)}; codecs are {', '.join(known)}")

@@ -1,9 +1,5 @@
 """All formats: one file each, plus its class in CODECS."""
 
-from typing import Annotated
-
-from pydantic import Field
-
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.df11 import DF11
 from bagel_compress.codecs.ecq import Ecq
@@ -14,4 +10,8 @@ from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.codecs.raw import Raw
 
 CODECS: tuple[type[Codec], ...] = (Raw, Nf4, Int8, Fp8, Int4, DF11, Ecq)
-AnyCodec = Annotated[Raw | Nf4 | Int8 | Fp8 | Int4 | DF11 | Ecq, Field(discriminator="format")]
+
+
+def by_name() -> dict[str, type[Codec]]:
+    """Format name -> codec, in the order of CODECS."""
+    return {codec.name(): codec for codec in CODECS}

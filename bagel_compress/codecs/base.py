@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
+from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet
+from bagel_compress.errors import ExportError
 from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -112,14 +114,50 @@ class Encoding(ABC):
 
 
 class Codec(BaseModel, ABC):
-    """Base of all formats. Subclasses are one file each and are listed in `bagel_compress.codecs.CODECS`."""
+    """Base of all formats. Subclasses are one file each and are listed in `bagel_compress.codecs.CODECS`.
+
+    Nothing outside this package asks for a format by its name: what differs between formats is an attribute or a method
+    here. A new format gives `format`, `check`, `parts`, `begin` and `decode`. The rest has defaults:
+
+    attribute or method    who asks for it               default
+    lossless               parity's limits, the card     False
+    exact                  plan                          True: sizes follow from the header
+    stored_as_is           load, budget, card            False: it has codes (True: raw alone)
+    scans_folder           compress                      False: the VAE may lie beside the weights
+    movable                offload, device maps, budget  True: a unit may wait in host memory
+    tag                    card                          "": no tag for the width of its codes
+    units                  plan                          one unit per tensor
+    likely_parts           budget                        `parts`
+    sampled                plan                          `nbytes`
+    config                 compress (config.json)        nothing
+    linear, linears        load                          holds the parts, decodes them in every call
+    embedding              load                          decodes once
+    scratch_bytes          budget                        0
+    fake_linears           budget                        `linears` over fake tensors
+    snippets               card                          nothing
+    comfyui_format         ComfyUI file                  "": a full-precision tensor there
+    comfyui_values         ComfyUI file                  ExportError
+    onnx_form, onnx_codes  export                        decoded where lossless, else ExportError
+    least_capability       TensorRT export               0: every GPU can multiply with its codes
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: str  # narrowed to a Literal by each subclass: the YAML name
     lossless: ClassVar[bool] = False
     exact: ClassVar[bool] = True  # False: `parts` and `nbytes` are upper bounds until the data was seen
+    stored_as_is: ClassVar[bool] = False  # True: the parts are the tensors themselves
     scans_folder: ClassVar[bool] = False  # True: its reader loads every *.safetensors beside the weights; VAE to vae/
+    # False: the run-time modules own their device memory, so a unit is loaded where it runs and stays there.
+    movable: ClassVar[bool] = True
+    tag: ClassVar[str] = ""  # what the Hub calls the width of the codes, such as "4-bit"
+    comfyui_format: ClassVar[str] = ""  # ComfyUI's name of the format in the metadata of its files
+    least_capability: ClassVar[int] = 0  # first CUDA compute capability, times ten, with this type in TensorRT
+
+    @classmethod
+    def name(cls) -> str:
+        """The format's name, as recipes write it."""
+        return str(cls.model_fields["format"].default)
 
     def units(self, specs: Sequence[TensorSpec]) -> list[Unit]:
         """Groups the tensors that a rule gave to this codec. Default: one unit per tensor."""
@@ -136,6 +174,10 @@ class Codec(BaseModel, ABC):
     def nbytes(self, unit: Unit) -> int:
         """Bytes of `parts`."""
         return sum(p.nbytes for p in self.parts(unit).values())
+
+    def likely_parts(self, unit: Unit) -> dict[str, PartSpec]:
+        """What will be stored for usual weights, where there is no data to sample; default: `parts`."""
+        return self.parts(unit)
 
     def sampled(self, unit: Unit, source: Reader) -> int:
         """Bytes that the unit will hardly exceed, from a sample of its data; default: `nbytes`, which is exact."""
@@ -170,15 +212,10 @@ class Codec(BaseModel, ABC):
         return {}
 
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
-        """Run-time module computing x @ W.T + bias. Default: decode once and keep the full-precision weight."""
-        import torch
+        """Run-time module computing x @ W.T + bias. Default: hold the stored parts and `decode` them in every call."""
+        from bagel_compress.codecs.linears import StoredLinear
 
-        weight = self.decode(Unit(spec.name, (spec,)), parts)[spec.name]
-        module = torch.nn.Linear(spec.shape[1], spec.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
-        module.weight = torch.nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            module.bias = torch.nn.Parameter(bias, requires_grad=False)
-        return module
+        return StoredLinear(self, spec, parts, bias)
 
     def linears(
         self, unit: Unit, parts: Mapping[str, torch.Tensor], biases: Mapping[str, torch.Tensor]
@@ -189,6 +226,51 @@ class Codec(BaseModel, ABC):
     def embedding(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> torch.nn.Module | None:
         """Run-time module of an embedding table that looks rows up in the stored form; default: None, decode it."""
         return None
+
+    @classmethod
+    def scratch_bytes(cls, units: Iterable[Unit]) -> int:
+        """Device memory that the run-time modules of all these units share, beside what is stored."""
+        return 0
+
+    def fake_linears(
+        self,
+        unit: Unit,
+        parts: Mapping[str, torch.Tensor],
+        biases: Mapping[str, torch.Tensor],
+        scratch: torch.Tensor | None,
+    ) -> dict[str, torch.nn.Module]:
+        """`linears` over fake tensors, which have shapes and no values: memory is predicted by running them.
+
+        `scratch` is 1-D uint8 of `scratch_bytes` bytes, None where that is 0. A format whose decoder reads values, and
+        so cannot run on fake tensors, gives modules that allocate what the real ones would. The modules of a format
+        that is not `movable` hold no stored bytes: the prediction adds those itself.
+        """
+        return self.linears(unit, parts, biases)
+
+    def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
+        """How other packages open what is stored in this format, for the model card; default: no other package does.
+
+        `repo` is a Hub id, `tensor` one weight that is stored in this format and `shard` its file. `alone`: everything
+        else in the artifact is stored as it is.
+        """
+        return []
+
+    def comfyui_values(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Stored parts -> tensors of a ComfyUI file by name. Raises ExportError where ComfyUI has no such format."""
+        raise ExportError(f"{unit.name} is {self.format}; a ComfyUI file holds fp8 and bf16: use recipe fp8-comfyui.")
+
+    def onnx_form(self, tensor: str, runtime: str, activations: str) -> FormName:
+        """How an export carries a weight on this runtime (`bagel_compress.run.export_settings` has their names).
+
+        Raises ExportError, naming the tensor, where the runtime cannot compute with this format.
+        """
+        if self.lossless:
+            return "dense"
+        raise ExportError(f"{tensor}: codec {self.format} has no ONNX form; give it another codec, such as int8.")
+
+    def onnx_codes(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> OnnxCodes:
+        """The codes of a weight for every form but dense."""
+        raise ExportError(f"{spec.name}: codec {self.format} has no ONNX form; give it another codec, such as int8.")
 
 
 class InMemory:

@@ -10,16 +10,15 @@ even, clamped to +-448. Decoding is compressed-tensors' own: bf16(code) * scale,
 scale 1. Scale "mse" takes the scale of least squared error among a few around absmax/448.
 
 ComfyUI's "fp8 scaled" files hold the same weights of granularity "tensor" under the same names, with an fp32 scalar
-for a scale and a list of the layers in the file's metadata: `comfy_scale` and `comfy_metadata`.
+for a scale: `comfyui_values`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
@@ -32,6 +31,7 @@ from bagel_compress.codecs.matrix import (
     read_rows,
     self_check,
 )
+from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, compressed_tensors_snippet
 from bagel_compress.errors import ExportError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
@@ -52,6 +52,9 @@ class Fp8(CalibratedCodec, MatrixCodec):
     format: Literal["fp8"] = "fp8"
     granularity: Literal["channel", "tensor"] = "channel"
     scale: Literal["absmax", "mse"] = "absmax"
+    tag: ClassVar[str] = "8-bit"
+    comfyui_format: ClassVar[str] = "float8_e4m3fn"
+    least_capability: ClassVar[int] = 89  # Ada
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
@@ -89,10 +92,38 @@ class Fp8(CalibratedCodec, MatrixCodec):
         }
 
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
-        from bagel_compress.codecs.linears import Fp8Linear
+        from bagel_compress.codecs.fp8_linear import Fp8Linear
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
         return Fp8Linear(spec, parts[spec.name], parts[scale_name(spec)], bias, decode_codes)
+
+    def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
+        scheme = f'num_bits=8, type="float", strategy="{self.granularity}"'
+        compressor = "FloatQuantizationCompressor"
+        found = [compressed_tensors_snippet(repo, tensor, shard, self.format, compressor, scheme)]
+        if alone and self.granularity == "tensor":
+            found.append(_comfyui_snippet(repo))
+        return found
+
+    def comfyui_values(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The codes, and the scale as an fp32 scalar. Raises ExportError for a scale per channel."""
+        (spec,) = unit.specs
+        if self.granularity != "tensor":
+            raise ExportError(
+                f"{spec.name}: ComfyUI reads one scale per tensor, this artifact has one per channel; "
+                "compress with codec {format: fp8, granularity: tensor}."
+            )
+        return dict(parts) | {scale_name(spec): parts[scale_name(spec)].float().reshape(())}
+
+    def onnx_form(self, tensor: str, runtime: str, activations: str) -> FormName:
+        return "qdq"
+
+    def onnx_codes(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> OnnxCodes:
+        """Codes (N, K) as bytes and scales (N,); a scale per tensor is repeated."""
+        import torch
+
+        scale = parts[scale_name(spec)].float().reshape(-1)
+        return OnnxCodes(parts[spec.name].view(torch.uint8).numpy(), scale.expand(spec.shape[0]), "FLOAT8E4M3FN")
 
 
 def decode_codes(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -104,23 +135,15 @@ def scale_name(spec: TensorSpec) -> str:
     return f"{spec.name}_scale"
 
 
-def comfy_scale(codec: Fp8, spec: TensorSpec, scale: torch.Tensor) -> torch.Tensor:
-    """The stored scale as ComfyUI wants it: an fp32 scalar. Raises ExportError for a scale per channel."""
-    if codec.granularity != "tensor":
-        raise ExportError(
-            f"{spec.name}: ComfyUI reads one scale per tensor, this artifact has one per channel; "
-            "compress with codec {format: fp8, granularity: tensor}."
-        )
-    return scale.float().reshape(())
+def _comfyui_snippet(repo: str) -> Snippet:
+    text = f"""
+from pathlib import Path
+from bagel_compress.build.comfyui_file import comfyui_file
+from bagel_compress.run.fetch import open_artifact
 
-
-def comfy_metadata(weights: Iterable[str]) -> dict[str, str]:
-    """Safetensors metadata of a ComfyUI file whose tensors `weights` (X.weight) are fp8.
-
-    Source: QUANTIZATION.md of Comfy-Org/ComfyUI, format_version 1.0.
-    """
-    layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in weights}
-    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+comfyui_file(open_artifact("{repo}"), Path("{repo.partition("/")[2]}_fp8_e4m3fn_scaled.safetensors"))
+"""
+    return Snippet("ComfyUI", text, (), note="Writes the single `fp8_scaled` file that ComfyUI's loaders read.")
 
 
 class _Fp8Grid(Grid):

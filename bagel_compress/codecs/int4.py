@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
 from bagel_compress.codecs.matrix import MatrixCodec, check_shapes, not_finite
+from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, compressed_tensors_snippet
 from bagel_compress.errors import CodecError, PlanError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
@@ -41,6 +42,7 @@ class Int4(CalibratedCodec, MatrixCodec):
 
     format: Literal["int4"] = "int4"
     scale: Literal["absmax", "mse"] = "absmax"
+    tag: ClassVar[str] = "4-bit"
 
     def check(self, unit: Unit) -> None:
         super().check(unit)
@@ -72,7 +74,7 @@ class Int4(CalibratedCodec, MatrixCodec):
         return {spec.name: decode_codes(*self._stored(spec, parts))}
 
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
-        from bagel_compress.codecs.linears import Int4Linear
+        from bagel_compress.codecs.int4_linear import Int4Linear
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
         return Int4Linear(spec, parts[f"{spec.name}_packed"], parts[f"{spec.name}_scale"], bias, decode_codes)
@@ -97,6 +99,17 @@ class Int4(CalibratedCodec, MatrixCodec):
                 "kv_cache_scheme": None,
             }
         }
+
+    def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
+        scheme = 'num_bits=4, type="int", strategy="group", group_size=32'
+        return [compressed_tensors_snippet(repo, tensor, shard, self.format, "PackedQuantizationCompressor", scheme)]
+
+    def onnx_form(self, tensor: str, runtime: str, activations: str) -> FormName:
+        return "int4"
+
+    def onnx_codes(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> OnnxCodes:
+        """Codes -8..7 (N, K) and scales (N, K/32)."""
+        return OnnxCodes(unpack(parts[f"{spec.name}_packed"]).numpy(), parts[f"{spec.name}_scale"].float(), "INT4")
 
     def _stored(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         for name, part in self.parts(Unit(spec.name, (spec,))).items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
@@ -27,6 +27,7 @@ from bagel_compress.codecs.matrix import (
     read_rows,
     self_check,
 )
+from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, part_note
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
@@ -46,6 +47,7 @@ class Int8(CalibratedCodec, MatrixCodec):
 
     format: Literal["int8"] = "int8"
     scale: Literal["absmax", "mse"] = "absmax"
+    tag: ClassVar[str] = "8-bit"
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
@@ -84,10 +86,32 @@ class Int8(CalibratedCodec, MatrixCodec):
         }
 
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
-        from bagel_compress.codecs.linears import Int8Linear
+        from bagel_compress.codecs.int8_linear import Int8Linear
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
         return Int8Linear(spec, parts[spec.name], parts[scb_name(spec)], bias, decode_rows)
+
+    def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
+        text = f"""
+import bitsandbytes as bnb
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+
+name = "{tensor}"
+with safe_open(hf_hub_download("{repo}", "{shard}"), "pt") as shard:
+    codes, scale = shard.get_tensor(name), shard.get_tensor(name.removesuffix("weight") + "SCB")
+layer = bnb.nn.Linear8bitLt(codes.shape[1], codes.shape[0], bias=False, has_fp16_weights=False, device="meta")
+layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale)
+print(layer)
+"""
+        return [Snippet("bitsandbytes", text, ("bitsandbytes",), note=part_note("8-bit layer"))]
+
+    def onnx_form(self, tensor: str, runtime: str, activations: str) -> FormName:
+        return "dynamic" if activations == "dynamic" else "qdq"
+
+    def onnx_codes(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> OnnxCodes:
+        """Codes (N, K) and scales (N,); bitsandbytes stores 127 times the scale."""
+        return OnnxCodes(parts[spec.name].numpy(), parts[scb_name(spec)].float() * PER_127, "INT8")
 
 
 def decode_rows(codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:

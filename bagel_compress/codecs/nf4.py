@@ -24,13 +24,14 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
 from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, check_shapes, not_finite, read_words, self_check
-from bagel_compress.errors import CodecError
+from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, part_note
+from bagel_compress.errors import CodecError, ExportError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Nf4(CalibratedCodec, MatrixCodec):
     format: Literal["nf4"] = "nf4"
     double_quant: bool = False
     scale: Literal["absmax", "mse"] = "absmax"
+    tag: ClassVar[str] = "4-bit"
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
@@ -95,7 +97,8 @@ class Nf4(CalibratedCodec, MatrixCodec):
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
         import torch
 
-        from bagel_compress.codecs.linears import Nested, Nf4Linear, is_fake
+        from bagel_compress.codecs.linears import is_fake
+        from bagel_compress.codecs.nf4_linear import Nested, Nf4Linear
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
         codes, nested = parts[spec.name], None
@@ -105,6 +108,32 @@ class Nf4(CalibratedCodec, MatrixCodec):
             absmax, values = (parts[part_name(spec, key)] for key in ("nested_absmax", "nested_quant_map"))
             nested = Nested(absmax, values, number)
         return Nf4Linear(spec, codes, parts[part_name(spec, "absmax")], nested, bias, decode_codes, unnest)
+
+    def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
+        text = f"""
+import bitsandbytes as bnb
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+
+name = "{tensor}"
+with safe_open(hf_hub_download("{repo}", "{shard}"), "pt") as shard:
+    stored = {{key.removeprefix(name + "."): shard.get_tensor(key) for key in shard.keys() if key.startswith(name)}}
+weight = bnb.nn.Params4bit.from_prequantized(stored.pop(name), stored, device="cpu")
+print(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+"""
+        return [Snippet("bitsandbytes", text, ("bitsandbytes",), note=part_note("4-bit weight"))]
+
+    def onnx_form(self, tensor: str, runtime: str, activations: str) -> FormName:
+        if runtime != "onnxruntime":
+            raise ExportError(
+                f"{tensor}: TensorRT has no NF4 operator, and unpacked NF4 codes save no memory there;"
+                " build an int4 artifact for it, or export this one for onnxruntime."
+            )
+        return "bnb4"
+
+    def onnx_codes(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> OnnxCodes:
+        """bitsandbytes' packed bytes as they are, and absmax, un-nested, (blocks,)."""
+        return OnnxCodes(parts[spec.name].reshape(-1).numpy(), stored_absmax(self, spec, parts).float(), "UINT8")
 
 
 def part_name(spec: TensorSpec, key: str) -> str:

@@ -21,6 +21,7 @@ class Raw(Codec):
 
     format: Literal["raw"] = "raw"
     lossless: ClassVar[bool] = True
+    stored_as_is: ClassVar[bool] = True
 
     def check(self, unit: Unit) -> None:
         pass
@@ -37,6 +38,9 @@ class Raw(Codec):
                 found = tuple(parts[spec.name].shape)
                 raise CodecError(f"{spec.name}: stored shape {found}, expected {spec.shape}; the artifact is damaged.")
         return {s.name: parts[s.name] for s in unit.specs}
+
+    def comfyui_values(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(parts)
 
 
 @dataclass(slots=True)

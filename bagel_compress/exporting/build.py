@@ -96,7 +96,7 @@ def _planned(source: Source, target: Target, settings: ExportSettings, out: Path
     if settings.runtime != "onnxruntime":
         load_tensorrt(settings.runtime)
         paths = {path for b in blocks if not b.wide for path in b.weights.values()}
-        check_settings(settings, fp8=any(source.codec(path).format == "fp8" for path in paths))
+        check_settings(settings, [source.codec(path) for path in sorted(paths)])
     return Job(source, settings, axes_of(target.sizes, config, settings.axes), out, blocks, templates)
 
 

@@ -1,34 +1,32 @@
 """How a weight is carried in a graph: plain, or as the codes of its codec with the nodes that read them.
 
-    dense     the values in the export's precision (raw, and whatever is decoded first: DF11, quantised tables)
+    dense     the values in the export's precision (raw, and whatever is decoded first: lossless codes, tables)
     qdq       int8 or fp8 codes, DequantizeLinear per output channel, MatMul      standard ONNX: every runtime
     int4      int4 codes, DequantizeLinear in blocks along the input, MatMul      standard ONNX: every runtime
     bnb4      bitsandbytes' own bytes in com.microsoft::MatMulBnb4                ONNX Runtime only
     dynamic   int8 codes in MatMulInteger, rows quantised as they come            ONNX Runtime on CPU, fp32 only
 
-The codec decides the bytes, the runtime decides the nodes; no value is quantised here. MatMul wants the matrix as [in,
-out], so codes that are stored as rows of [out, in] are transposed, which changes no code.
+The codec decides the bytes and names the form (`Codec.onnx_form`), the form decides the nodes; no value is quantised
+here. MatMul wants the matrix as [in, out], so codes that are stored as rows of [out, in] are transposed, which changes
+no code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bagel_compress.codecs.traits import FormName
 from bagel_compress.errors import ExportError
-from bagel_compress.run.export_settings import ExportSettings
 
 if TYPE_CHECKING:
     import onnx
     import torch
 
-    from bagel_compress.codecs.base import Codec
     from bagel_compress.exporting.source import Coded
 
-FormName = Literal["dense", "qdq", "int4", "bnb4", "dynamic"]
 BNB4_BLOCK = 64
 BNB4_NF4 = 1  # quant_type of MatMulBnb4: 0 is FP4, 1 is NF4 (onnxruntime, contrib operators)
 INT4_BLOCK = 32
@@ -44,28 +42,6 @@ class Stored:
     elem_type: int
     shape: tuple[int, ...]
     data: np.ndarray
-
-
-def form_of(codec: Codec, settings: ExportSettings, name: str) -> FormName:
-    """How a matrix of this codec is carried on this runtime. Raises ExportError, naming the tensor, if it cannot be."""
-    on_trt = settings.runtime != "onnxruntime"
-    match codec.format:
-        case "raw" | "df11":
-            return "dense"
-        case "nf4":
-            if on_trt:
-                raise ExportError(
-                    f"{name}: TensorRT has no NF4 operator, and unpacked NF4 codes save no memory there;"
-                    " build an int4 artifact for it, or export this one for onnxruntime."
-                )
-            return "bnb4"
-        case "int4":
-            return "int4"
-        case "int8":
-            return "dynamic" if settings.activations == "dynamic" else "qdq"
-        case "fp8":
-            return "qdq"
-    raise ExportError(f"{name}: codec {codec.format} has no ONNX form; use raw, df11, nf4, int4, int8 or fp8.")
 
 
 def plain(tensor: torch.Tensor, dtype: torch.dtype, name: str, transpose: bool = False) -> Stored:
@@ -86,58 +62,20 @@ def coded(form: FormName, item: Coded, dtype: torch.dtype) -> dict[str, Stored]:
     """What a coded matrix becomes in the file: suffix -> values. `dtype` is the export's precision."""
     from onnx import TensorProto
 
-    codes, scale = CARRIED[item.codec.format](item)
+    carried = item.codec.onnx_codes(item.spec, item.parts)
+    codes, element = carried.codes, int(getattr(TensorProto, carried.element))
     rows, columns = item.spec.shape
-    values = plain(scale, dtype, f"{item.spec.name} (its scales)", transpose=form == "int4")
+    values = plain(carried.scale, dtype, f"{item.spec.name} (its scales)", transpose=form == "int4")
     if form == "bnb4":
-        return {".codes": Stored(TensorProto.UINT8, (codes.size,), codes), ".absmax": values}
+        return {".codes": Stored(element, (codes.size,), codes), ".absmax": values}
     turned = np.ascontiguousarray(codes.reshape(rows, columns).T)
     if form == "int4":
-        return {".codes": Stored(TensorProto.INT4, (columns, rows), pack_int4(turned.reshape(-1))), ".scale": values}
+        return {".codes": Stored(element, (columns, rows), pack_int4(turned.reshape(-1))), ".scale": values}
     if form == "dynamic":
         zero = Stored(TensorProto.UINT8, (), np.array([SHIFT], np.uint8))
         shifted = turned.view(np.uint8) ^ np.uint8(SHIFT)
         return {".codes": Stored(TensorProto.UINT8, (columns, rows), shifted), ".zero": zero, ".scale": values}
-    kind = TensorProto.FLOAT8E4M3FN if item.codec.format == "fp8" else TensorProto.INT8
-    return {".codes": Stored(kind, (columns, rows), turned), ".scale": values}
-
-
-def _nf4(item: Coded) -> tuple[np.ndarray, torch.Tensor]:
-    """bitsandbytes' packed bytes as they are, and absmax, un-nested, (blocks,)."""
-    from bagel_compress.codecs.nf4 import Nf4, stored_absmax
-
-    assert isinstance(item.codec, Nf4)
-    return item.parts[item.spec.name].reshape(-1).numpy(), stored_absmax(item.codec, item.spec, item.parts).float()
-
-
-def _int4(item: Coded) -> tuple[np.ndarray, torch.Tensor]:
-    """Codes -8..7 (N, K) and scales (N, K/32)."""
-    from bagel_compress.codecs.int4 import unpack
-
-    name = item.spec.name
-    return unpack(item.parts[f"{name}_packed"]).numpy(), item.parts[f"{name}_scale"].float()
-
-
-def _int8(item: Coded) -> tuple[np.ndarray, torch.Tensor]:
-    """Codes (N, K) and scales (N,); bitsandbytes stores 127 times the scale."""
-    from bagel_compress.codecs.int8 import PER_127, scb_name
-
-    return item.parts[item.spec.name].numpy(), item.parts[scb_name(item.spec)].float() * PER_127
-
-
-def _fp8(item: Coded) -> tuple[np.ndarray, torch.Tensor]:
-    """Codes (N, K) as bytes and scales (N,); a scale per tensor is repeated."""
-    import torch
-
-    from bagel_compress.codecs.fp8 import scale_name
-
-    scale = item.parts[scale_name(item.spec)].float().reshape(-1)
-    return item.parts[item.spec.name].view(torch.uint8).numpy(), scale.expand(item.spec.shape[0])
-
-
-CARRIED: dict[str, Callable[[Coded], tuple[np.ndarray, torch.Tensor]]] = {
-    "nf4": _nf4, "int4": _int4, "int8": _int8, "fp8": _fp8,
-}  # fmt: skip
+    return {".codes": Stored(element, (columns, rows), turned), ".scale": values}
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:

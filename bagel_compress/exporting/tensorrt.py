@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import ExportError, MissingExtraError
 from bagel_compress.exporting.manifest import BlockEntry
 from bagel_compress.exporting.profiles import profile
@@ -23,7 +24,7 @@ MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 EXTRAS = {"tensorrt-rtx": "bagel-compress[tensorrt]", "tensorrt": "NVIDIA's tensorrt package"}
 # Compute capabilities that TensorRT for RTX 1.7 builds for (its ComputeCapability enum), and what needs which.
 CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-BF16_FROM, FP8_FROM = 80, 89
+BF16_FROM = 80
 # How export/graph names nodes: node_add_7, or gen.o_proj after a weight; not a source file of TensorRT.
 NODE = re.compile(r"\b(node_\w+|[a-z]\w*(?:\.(?!cpp\b|h\b)\w+)+)")
 
@@ -36,8 +37,9 @@ class Engine:
     log: tuple[str, ...]
 
 
-def check_settings(settings: ExportSettings, fp8: bool) -> None:
-    """Raises ExportError if a capability is unknown or lacks a type that is asked for."""
+def check_settings(settings: ExportSettings, codecs: Iterable[Codec]) -> None:
+    """Raises ExportError if a capability is unknown, or lacks the precision or the type of one of these codecs."""
+    newest = max(codecs, key=lambda codec: codec.least_capability, default=None)
     for name in settings.capabilities:
         if name not in CAPABILITIES:
             raise ExportError(f"capability {name} is unknown to tensorrt-rtx; it builds for {', '.join(CAPABILITIES)}.")
@@ -46,8 +48,11 @@ def check_settings(settings: ExportSettings, fp8: bool) -> None:
             raise ExportError(
                 f"{name} has no bf16, which begins at sm{BF16_FROM}; choose precision fp16 or drop {name}."
             )
-        if fp8 and number < FP8_FROM:
-            raise ExportError(f"{name} has no fp8, which begins at sm{FP8_FROM}; use int8 weights or drop {name}.")
+        if newest is not None and number < newest.least_capability:
+            raise ExportError(
+                f"{name} has no {newest.format}, which begins at sm{newest.least_capability}; use int8 weights or drop"
+                f" {name}."
+            )
 
 
 def build_engine(

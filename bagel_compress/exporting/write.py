@@ -14,11 +14,12 @@ import numpy as np
 from blake3 import blake3
 
 from bagel_compress.build.artifact import FileEntry
+from bagel_compress.codecs.traits import FormName
 from bagel_compress.errors import ExportError
 from bagel_compress.exporting.blocks import Block, matrices
 from bagel_compress.exporting.graph import template
 from bagel_compress.exporting.manifest import BlockEntry, PortEntry, WeightEntry
-from bagel_compress.exporting.onnx_weights import FormName, Stored, coded, form_of, plain, rewrite
+from bagel_compress.exporting.onnx_weights import Stored, coded, plain, rewrite
 from bagel_compress.exporting.source import VAE_PREFIX, Source
 from bagel_compress.exporting.tensorrt import build_engine
 from bagel_compress.io.digests import blake3_file
@@ -59,7 +60,8 @@ def plan_forms(source: Source, settings: ExportSettings, blocks: Sequence[Block]
     """Matrix by its path in Bagel -> form. Raises ExportError for the first that cannot be carried."""
     by_kind = {b.kind: matrices(b) for b in {b.kind: b for b in blocks}.values()}
     paths = {b.weights[name] for b in blocks if not b.wide for name in by_kind[b.kind]}
-    return {path: form_of(source.codec(path), settings, source.official[path]) for path in sorted(paths)}
+    runtime = (settings.runtime, settings.activations)
+    return {path: source.codec(path).onnx_form(source.official[path], *runtime) for path in sorted(paths)}
 
 
 def write_group(job: Job, data: str, blocks: list[Block], note: Path) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from bagel.sampler import Sampler
 from bagel_compress.build.limits import MEDIAN, Limit
+from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import RecipeError
 from bagel_compress.parity import replay
 from bagel_compress.parity.attribution import attribute
-from bagel_compress.parity.diagnose import Format, diagnose_case, diagnose_modules, modules, probe_values
+from bagel_compress.parity.diagnose import diagnose_case, diagnose_modules, modules, probe_values
 from bagel_compress.parity.distances import measure
 from bagel_compress.parity.linear_probes import probe
 from bagel_compress.parity.metrics import largest, middle, smallest
@@ -42,7 +43,7 @@ class Subject:
     digest: str  # of the manifest
     level: str
     limits: Mapping[str, Limit]
-    formats: Mapping[str, Format] = field(default_factory=dict)  # linear module path -> how it is stored
+    codecs: Mapping[str, Codec] = field(default_factory=dict)  # linear module path -> how it is stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def compare(
     progress("probing the linear modules")
     wanted = {path: answers for file in files for path, answers in file.probes().items()}
     found = probe(subject.sampler.bagel) if wanted else {}
-    faults += diagnose_modules(found, wanted, subject.formats, subject.limits.get("linear.gain"))
+    faults += diagnose_modules(found, wanted, subject.codecs, subject.limits.get("linear.gain"))
     if reference is not None:
         progress("attributing the error to components")
     report = ParityReport(
@@ -98,7 +99,7 @@ def compare(
         rows=_rows(subject, cases, probe_values(found, wanted) if wanted else {}),
         cases=tuple(cases),
         shares=attribute(reference, subject.sampler, traces) if reference is not None else (),
-        modules=modules(found, wanted, subject.formats),
+        modules=modules(found, wanted, subject.codecs),
         faults=tuple(dict.fromkeys(faults)),
         notes=tuple(_notes(traces, networks)),
     )

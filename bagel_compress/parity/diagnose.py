@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bagel_compress.build.limits import Limit
+from bagel_compress.codecs.base import Codec
 from bagel_compress.parity import metrics
 from bagel_compress.parity.report_data import ModuleError
 from bagel_compress.parity.trace import Trace
@@ -24,22 +25,14 @@ PIXEL_MIDDLE = 127.5
 CERTAIN = 2.0  # standard errors: a 95 % interval
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """What the manifest says about a linear module."""
-
-    name: str
-    lossless: bool
-
-
 def modules(
-    found: Mapping[str, Tensor], reference: Mapping[str, Tensor], formats: Mapping[str, Format]
+    found: Mapping[str, Tensor], reference: Mapping[str, Tensor], codecs: Mapping[str, Codec]
 ) -> tuple[ModuleError, ...]:
     """Distance of every linear module's answers, without the bias."""
     return tuple(
         ModuleError(
             module=path,
-            codec=formats[path].name if path in formats else "",
+            codec=codecs[path].format if path in codecs else "",
             rel_l2=metrics.rel_l2(_without_bias(found[path]), _without_bias(reference[path])),
             gain=metrics.gain(_without_bias(found[path]), _without_bias(reference[path])),
         )
@@ -58,13 +51,13 @@ def probe_values(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
 def diagnose_modules(
     found: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
-    formats: Mapping[str, Format],
+    codecs: Mapping[str, Codec],
     gain_limit: Limit | None,
 ) -> list[str]:
     """Faults of single modules: bias, swap, saturation, a format that is not in effect, a wrong scale."""
-    errors = {m.module: m for m in modules(found, reference, formats)}
-    faults = [*_biases(found, reference), *_swapped(found, reference), *_not_in_effect(errors, formats)]
-    saturated = list(_saturated(errors, formats))
+    errors = {m.module: m for m in modules(found, reference, codecs)}
+    faults = [*_biases(found, reference), *_swapped(found, reference), *_not_in_effect(errors, codecs)]
+    saturated = list(_saturated(errors, codecs))
     faults += [s for _, s in saturated]
     named = {path for path, _ in saturated} | {p for p in errors if any(f"{_owner(p)} " in f for f in faults)}
     faults += _scales(found, reference, gain_limit, named)
@@ -159,14 +152,15 @@ def _swapped(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> It
             yield f"{layer}: {sum(swaps)} modules of the two experts are swapped."
 
 
-def _not_in_effect(errors: Mapping[str, ModuleError], formats: Mapping[str, Format]) -> Iterator[str]:
+def _not_in_effect(errors: Mapping[str, ModuleError], codecs: Mapping[str, Codec]) -> Iterator[str]:
     for path, error in errors.items():
-        form = formats.get(path)
-        if form is not None and not form.lossless and error.rel_l2 == 0.0:
-            yield f"{path} is not compressed: it is {form.name} by the recipe, but answers exactly as the source does."
+        codec = codecs.get(path)
+        if codec is not None and not codec.lossless and error.rel_l2 == 0.0:
+            form = codec.format
+            yield f"{path} is not compressed: it is {form} by the recipe, but answers exactly as the source does."
 
 
-def _saturated(errors: Mapping[str, ModuleError], formats: Mapping[str, Format]) -> Iterator[tuple[str, str]]:
+def _saturated(errors: Mapping[str, ModuleError], codecs: Mapping[str, Codec]) -> Iterator[tuple[str, str]]:
     by_format: dict[str, list[ModuleError]] = {}
     for error in errors.values():
         by_format.setdefault(error.codec, []).append(error)

@@ -7,10 +7,10 @@ bagel_compress.publishing.model_card for the rest of its rules.
 from __future__ import annotations
 
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.codecs.traits import ONNX_FORMS
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.publishing.model_card import (
-    BITS,
     FAMILY_END,
     FAMILY_START,
     Origin,
@@ -32,15 +32,6 @@ from bagel_compress.publishing.model_card import (
 from bagel_compress.publishing.release_source import Content, recipe_digest_of, source_of
 from bagel_compress.publishing.requirements import Evidence, ran
 from bagel_compress.publishing.snippets import export_snippets
-
-# What a form of the matrices is in words (bagel_compress.exporting.onnx_weights).
-FORMS = {
-    "dense": "plain MatMul",
-    "qdq": "8-bit codes, DequantizeLinear per output channel",
-    "int4": "4-bit codes, DequantizeLinear in blocks of 32",
-    "bnb4": "NF4 codes, com.microsoft MatMulBnb4",
-    "dynamic": "8-bit codes, MatMulInteger",
-}
 
 
 def card_of(content: Content, evidence: Evidence, origin: Origin, draft: bool = False, signed: bool = False) -> str:
@@ -68,8 +59,9 @@ def card_of(content: Content, evidence: Evidence, origin: Origin, draft: bool = 
 
 def _tags(export: ExportFolder) -> list[str]:
     settings, recipe = export.manifest.settings, export.manifest.source.recipe
-    formats = sorted({rule.codec.format for rule in recipe.rules} - {"raw"}) if recipe else []
-    bits = {BITS[f] for f in formats if f in BITS} - {"lossless-compression"}
+    codecs = [rule.codec for rule in recipe.rules if not rule.codec.stored_as_is] if recipe else []
+    formats = sorted({codec.format for codec in codecs})
+    bits = {codec.tag for codec in codecs if codec.tag and not codec.lossless}
     runtime = [settings.runtime] if settings.runtime == "onnxruntime" else ["tensorrt", settings.runtime]
     return ["onnx", *runtime, *formats, *sorted(bits)]
 
@@ -117,7 +109,7 @@ def _blocks(export: ExportFolder) -> str:
     for kind in export.kinds():
         entry = first[kind.kind]
         ports = (", ".join(code(p.name) for p in side) for side in (entry.inputs, entry.outputs))
-        forms = ", ".join(FORMS.get(form, form) for form in kind.forms) or "-"
+        forms = ", ".join(ONNX_FORMS.get(form, form) for form in kind.forms) or "-"
         engines = size_text(kind.engines) if kind.engines else "-"
         rows.append((code(kind.kind), str(kind.blocks), *ports, forms, size_text(kind.reads), engines))
     return (

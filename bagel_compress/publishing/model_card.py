@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 FAMILY_START, FAMILY_END = "<!-- builds of this base -->", "<!-- end of builds -->"
-BITS = {"nf4": "4-bit", "int8": "8-bit", "fp8": "8-bit", "df11": "lossless-compression"}
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 UPSTREAM = "https://huggingface.co/ByteDance-Seed/BAGEL-7B-MoT"
 
@@ -98,11 +97,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _tags(artifact: Artifact) -> list[str]:
-    formats = sorted({g.codec for g in artifact.groups()} - {"raw"})
-    kinds = {BITS[f] for f in formats if f in BITS}
+    codecs = [u.codec for u in artifact.manifest.units.values() if not u.codec.stored_as_is]
+    formats = sorted({codec.format for codec in codecs})
+    bits = sorted({codec.tag for codec in codecs if codec.tag and not codec.lossless})
     lossless = all(u.snr_db is None for u in artifact.manifest.units.values())
     last = ["lossless-compression"] if lossless and formats else []
-    return [*formats, *sorted(kinds - {"lossless-compression"}), *last]
+    return [*formats, *bits, *last]
 
 
 def front_matter(tags: Sequence[str], evidence: Evidence, origin: Origin) -> str:

@@ -6,41 +6,21 @@ downloads more than it shows, and none needs a GPU unless it says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.codecs import by_name
+from bagel_compress.codecs.traits import Snippet
 from bagel_compress.exporting.manifest import ExportFolder
-
-
-@dataclass(frozen=True)
-class Snippet:
-    """One way in. `needs` are the packages it imports; `cuda` is set where it cannot run without a GPU."""
-
-    title: str
-    text: str
-    needs: tuple[str, ...]
-    language: str = "python"
-    note: str = ""
-    cuda: bool = False
 
 
 def snippets(artifact: Artifact, repo: str) -> list[Snippet]:
     """All that apply, ours first."""
-    formats = {unit.codec.format for unit in artifact.manifest.units.values()}
+    units = artifact.manifest.units.values()
+    stored = {unit.codec.format for unit in units if not unit.codec.stored_as_is}
     found = [_command(repo), _python(repo)]
-    if "nf4" in formats:
-        found.append(_nf4(artifact, repo))
-    if "int8" in formats:
-        found.append(_int8(artifact, repo))
-    found += [_compressed_tensors(artifact, repo, name) for name in ("fp8", "int4") if name in formats]
-    if formats - {"raw"} == {"df11"}:
-        found += [_dfloat11(repo), _comfyui(repo)]
-    if (
-        formats <= {"raw", "fp8"}
-        and "fp8" in formats
-        and _granularity(artifact, _example(artifact, "fp8")[0]) == "tensor"
-    ):
-        found.append(_comfyui_file(repo))
+    for name in by_name():
+        if name in stored:
+            unit = next(unit for unit in units if unit.codec.format == name)
+            found += unit.codec.snippets(repo, next(iter(unit.tensors)), unit.shard, alone=stored == {name})
     return [*found, _onnx(repo)]
 
 
@@ -114,94 +94,6 @@ print(sampler.run(["why is the sky blue?"], output="text", text=TextSettings(max
     return Snippet("Python", text, ("torch",), note="`pip install bagel-compress`")
 
 
-def _nf4(artifact: Artifact, repo: str) -> Snippet:
-    name, shard = _example(artifact, "nf4")
-    text = f"""
-import bitsandbytes as bnb
-from huggingface_hub import hf_hub_download
-from safetensors import safe_open
-
-name = "{name}"
-with safe_open(hf_hub_download("{repo}", "{shard}"), "pt") as shard:
-    stored = {{key.removeprefix(name + "."): shard.get_tensor(key) for key in shard.keys() if key.startswith(name)}}
-weight = bnb.nn.Params4bit.from_prequantized(stored.pop(name), stored, device="cpu")
-print(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
-"""
-    return Snippet("bitsandbytes", text, ("bitsandbytes",), note=_part("4-bit weight"))
-
-
-def _int8(artifact: Artifact, repo: str) -> Snippet:
-    name, shard = _example(artifact, "int8")
-    text = f"""
-import bitsandbytes as bnb
-from huggingface_hub import hf_hub_download
-from safetensors import safe_open
-
-name = "{name}"
-with safe_open(hf_hub_download("{repo}", "{shard}"), "pt") as shard:
-    codes, scale = shard.get_tensor(name), shard.get_tensor(name.removesuffix("weight") + "SCB")
-layer = bnb.nn.Linear8bitLt(codes.shape[1], codes.shape[0], bias=False, has_fp16_weights=False, device="meta")
-layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale)
-print(layer)
-"""
-    return Snippet("bitsandbytes", text, ("bitsandbytes",), note=_part("8-bit layer"))
-
-
-def _compressed_tensors(artifact: Artifact, repo: str, form: str) -> Snippet:
-    name, shard = _example(artifact, form)
-    if form == "fp8":
-        compressor, scheme = (
-            "FloatQuantizationCompressor",
-            f'num_bits=8, type="float", strategy="{_granularity(artifact, name)}"',
-        )
-    else:
-        compressor, scheme = "PackedQuantizationCompressor", 'num_bits=4, type="int", strategy="group", group_size=32'
-    text = f"""
-from compressed_tensors.compressors import {compressor}
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from huggingface_hub import hf_hub_download
-from safetensors import safe_open
-
-name = "{name}"
-with safe_open(hf_hub_download("{repo}", "{shard}"), "pt") as shard:
-    found = {{key.removeprefix(name): shard.get_tensor(key) for key in shard.keys() if key.startswith(name)}}
-stored = {{"weight" + suffix: tensor for suffix, tensor in found.items()}}
-scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs({scheme}))
-print({compressor}.decompress(stored, scheme)["weight"])
-"""
-    return Snippet(f"compressed-tensors ({form})", text, ("compressed_tensors",), note=_part("weight"))
-
-
-def _dfloat11(repo: str) -> Snippet:
-    text = f"""
-from dfloat11 import DFloat11Model
-from huggingface_hub import snapshot_download
-
-folder = snapshot_download("{repo}", allow_patterns=["*.json", "model-*.safetensors"])
-DFloat11Model.from_pretrained(folder, bfloat16_model=model, device="cpu", device_map=None)
-"""
-    note = "`model` is the official `Bagel` in bfloat16 without weights; they are decoded on the GPU as they are used."
-    return Snippet("dfloat11", text, ("dfloat11",), note=note, cuda=True)
-
-
-def _comfyui(repo: str) -> Snippet:
-    name = repo.partition("/")[2]
-    folder = name if "df11" in name.lower() or "dfloat11" in name.lower() else f"{name}-DF11"
-    note = "The ComfyUI-BAGEL nodes know this format by the folder's name; run this where ComfyUI is."
-    return Snippet("ComfyUI", f"hf download {repo} --local-dir models/bagel/{folder}", (), "sh", note)
-
-
-def _comfyui_file(repo: str) -> Snippet:
-    text = f"""
-from pathlib import Path
-from bagel_compress.build.comfyui_file import comfyui_file
-from bagel_compress.run.fetch import open_artifact
-
-comfyui_file(open_artifact("{repo}"), Path("{repo.partition("/")[2]}_fp8_e4m3fn_scaled.safetensors"))
-"""
-    return Snippet("ComfyUI", text, (), note="Writes the single `fp8_scaled` file that ComfyUI's loaders read.")
-
-
 def _onnx(repo: str) -> Snippet:
     name = repo.partition("/")[2]
     text = f"""
@@ -211,17 +103,3 @@ bagel-compress ask {name}-onnx "why is the sky blue?" --max-tokens 64
 """
     note = "Compressed weights stay compressed in the graphs. `pip install 'bagel-compress[onnx]'`"
     return Snippet("ONNX Runtime", text, ("onnx", "onnxscript", "onnxruntime"), "sh", note)
-
-
-def _part(what: str) -> str:
-    return f"One {what}, read without decoding or quantising anything again."
-
-
-def _example(artifact: Artifact, form: str) -> tuple[str, str]:
-    """The first tensor in a format, and its shard."""
-    unit = next(unit for unit in artifact.manifest.units.values() if unit.codec.format == form)
-    return next(iter(unit.tensors)), unit.shard
-
-
-def _granularity(artifact: Artifact, name: str) -> str:
-    return str(artifact.manifest.units[artifact.manifest.unit_of[name]].codec.model_dump()["granularity"])

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from bagel.layout import official_role
 from bagel_compress.build.artifact import EXPORT_MANIFEST, MANIFEST, Artifact
+from bagel_compress.codecs.base import Codec, Unit
+from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError, CheckpointError
 from bagel_compress.run.device_map import DeviceMap, Where
 from bagel_compress.source.checkpoint import Checkpoint
@@ -125,7 +127,7 @@ def _row(tensor: str, module: Any) -> CensusRow:
         return CensusRow(tensor, about["codec"], about["stored"], about["compute"], module.stored_bytes)
     value = getattr(module, leaf)
     dtype = str(value.dtype).removeprefix("torch.")
-    return CensusRow(tensor, "raw", dtype, dtype, value.nbytes)
+    return CensusRow(tensor, Raw.name(), dtype, dtype, value.nbytes)
 
 
 def _lies_on(device: Where) -> Callable[[str], torch.device]:
@@ -173,10 +175,15 @@ def _fill(bagel: Bagel, artifact: Artifact, lies_on: Callable[[str], torch.devic
                 put(bagel, parameter_path(tensor), _parameter(value.to(device, dtype)))
 
 
+def runs_coded(codec: Codec, unit: Unit) -> bool:
+    """Whether a unit's linears multiply with what is stored; a unit that is not all linears is decoded at loading."""
+    return not codec.stored_as_is and all(_is_linear(spec.name) for spec in unit.specs)
+
+
 def _modules(artifact: Artifact, name: str, parts: Mapping[str, Any], biases: Mapping[str, Any]) -> dict[str, Any]:
     """Run-time modules of a unit that stays as it is stored, by tensor; none if it is to be decoded."""
     unit, codec = artifact.unit(name), artifact.codec(name)
-    if codec.format != "raw" and all(_is_linear(spec.name) for spec in unit.specs):
+    if runs_coded(codec, unit):
         return codec.linears(unit, parts, biases)
     if [official_role(spec.name).kind for spec in unit.specs] == ["embedding"]:
         table = codec.embedding(unit, parts)

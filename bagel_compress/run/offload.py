@@ -7,8 +7,8 @@ not listed is brought layer by layer for its call and dropped after it: slow, an
 
 Weights are never changed, only their place: results are the same to the bit. Host copies are pinned on CUDA. Absent
 weights are meta tensors, so a use that was forgotten fails instead of computing in the wrong place. An embedding table
-that no phase lists stays in host memory for good: only the rows that are looked up travel. DF11 units own their device
-memory themselves and stay where they were loaded.
+that no phase lists stays in host memory for good: only the rows that are looked up travel. Units of a codec that is not
+`movable` stay where they were loaded.
 
 The same machinery serves a device map (device_map.py): what the map lets wait is brought to its own device for each
 call.
@@ -64,7 +64,7 @@ def wait(sampler: Sampler, places: DeviceMap) -> Residency:
 def place(sampler: Sampler, target: Target, device: torch.device | str) -> Residency | None:
     """Puts a sampler on a device as a target says: all of it, by its residency plan, its VAE on the CPU or not.
 
-    The sampler may be loaded on the CPU or on that device (DF11 only there). Changes it in place.
+    The sampler may be loaded on the CPU or on that device (what is not `movable` only there). Changes it in place.
     """
     if target.residency is not None:
         return reside(sampler, target.residency, device)

@@ -19,9 +19,9 @@ from bagel.layout import official_role
 from bagel.loading import parameter_path
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
+from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import TargetError, TraceError
 from bagel_compress.parity.compare import NO_NETWORKS, Found, Progress, Subject, compare
-from bagel_compress.parity.diagnose import Format
 from bagel_compress.parity.network_metrics import Networks
 from bagel_compress.parity.record import FLOORS, record_cases
 from bagel_compress.parity.report_data import REPORTS, ParityReport, load_budgets
@@ -85,7 +85,7 @@ def validate_artifact(
             file.expect_source(checkpoint.digest, checkpoint.name)
         reference = load_checkpoint(checkpoint, device, dtype)
     sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
-    subject = Subject(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, formats(artifact))
+    subject = Subject(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, codecs_by_module(artifact))
     found = compare(subject, files, reference, progress, networks)
     write(artifact, found)
     return found.report
@@ -113,14 +113,13 @@ def write_report(path: str | Path, digest: str | None = None) -> Path:
     return page
 
 
-def formats(artifact: Artifact) -> dict[str, Format]:
+def codecs_by_module(artifact: Artifact) -> dict[str, Codec]:
     """Path of each linear module -> how the manifest says it is stored."""
     known = {}
     for entry in artifact.manifest.units.values():
-        form = Format(entry.codec.format, entry.codec.lossless)
         for tensor in entry.tensors:
             if official_role(tensor).kind in ("linear", "head"):
-                known[parameter_path(tensor).removesuffix(".weight")] = form
+                known[parameter_path(tensor).removesuffix(".weight")] = entry.codec
     return known
 
 

@@ -20,9 +20,7 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
     "ecq": [{"bits": bits} for bits in (4.13, 7.0)],
     "fp8": [{"granularity": g, "scale": s} for g in ("channel", "tensor") for s in ("absmax", "mse")],
 }
-ALL = [
-    codec(**variant) for codec in CODECS for variant in VARIANTS.get(str(codec.model_fields["format"].default), [{}])
-]
+ALL = [codec(**variant) for codec in CODECS for variant in VARIANTS.get(codec.name(), [{}])]
 LOSSY = [codec for codec in ALL if not codec.lossless]
 LEAST_DB = {"nf4": 20.0, "int4": 18.0, "int8": 38.0, "fp8": 31.0, "ecq": 22.5}  # of normal weights
 SHAPES = [(1, 1), (1, 7), (3, 1), (7, 33), (5, 64), (64, 64), (130, 250), (130, 256)]

@@ -1,12 +1,10 @@
 """fp8 against torch's cast and against compressed-tensors, which must read our parts bit for bit."""
 
-import json
-
 import pytest
 import torch
-from codec_weights import decoded, encoded, quality_of, same_bytes, snr_db, spec_of, weight
+from codec_weights import decoded, encoded, quality_of, same_bytes, snr_db, unit_of, weight
 
-from bagel_compress.codecs.fp8 import Fp8, comfy_metadata, comfy_scale
+from bagel_compress.codecs.fp8 import Fp8
 from bagel_compress.errors import CodecError, ExportError
 
 SHAPES = [(64, 64), (7, 33), (1, 1), (3, 1), (300, 250), (129, 4096)]
@@ -90,14 +88,14 @@ def test_comfyui_form() -> None:
     tensor = weight(64, 96)
     codec = Fp8(granularity="tensor")
     parts = encoded(codec, tensor)
-    scale = comfy_scale(codec, spec_of(tensor), parts["w.weight_scale"])
+    values = codec.comfyui_values(unit_of(tensor), parts)
+    scale = values["w.weight_scale"]
+    assert same_bytes(values["w.weight"], parts["w.weight"])
     assert scale.shape == ()
     assert scale.dtype == torch.float32
     assert same_bytes((parts["w.weight"].float() * scale).bfloat16(), decoded(codec, tensor))
-    metadata = json.loads(comfy_metadata(["a.b.weight"])["_quantization_metadata"])
-    assert metadata == {"format_version": "1.0", "layers": {"a.b": {"format": "float8_e4m3fn"}}}
     with pytest.raises(ExportError, match="granularity: tensor"):
-        comfy_scale(Fp8(), spec_of(tensor), parts["w.weight_scale"])
+        Fp8().comfyui_values(unit_of(tensor), encoded(Fp8(), tensor))
 
 
 def test_bytes_that_do_not_decode_to_the_weights_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from codec_weights import NAME, decoded, encoded, spec_of, weight
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from bagel_compress.codecs import linears
+from bagel_compress.codecs import int8_linear, nf4_linear
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.fp8 import Fp8
 from bagel_compress.codecs.int4 import Int4
@@ -54,7 +54,8 @@ def test_on_cpu_it_is_decode_and_multiply(codec: Codec, shape: tuple[int, int], 
 def test_without_bitsandbytes_the_result_is_the_same(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor, x = weight(96, 128), weight(5, 128, seed=2, scale=1.0)
     expected = linear(codec, tensor)(x)
-    monkeypatch.setattr(linears, "_bitsandbytes", lambda: None)
+    monkeypatch.setattr(nf4_linear, "bitsandbytes_ops", lambda: None)
+    monkeypatch.setattr(int8_linear, "bitsandbytes_ops", lambda: None)
     assert torch.equal(linear(codec, tensor)(x), expected)
 
 

@@ -13,13 +13,11 @@ import torch
 
 from bagel.sampler import Sampler
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.errors import ExportError
 from bagel_compress.exporting.manifest import ExportFolder
-from bagel_compress.exporting.onnx_weights import form_of, pack_int4
+from bagel_compress.exporting.onnx_weights import pack_int4
 from bagel_compress.exporting.ort_session import HARMFUL, Sessions
 from bagel_compress.exporting.source import Source
-from bagel_compress.run.export_settings import ExportSettings
 from bagel_compress.run.load import open_model
 
 LAYERS = ("und_layer", "gen_layer")
@@ -181,14 +179,6 @@ def test_nf4_is_refused_for_tensorrt_before_anything_is_written(
     with pytest.raises(ExportError, match=r"layers\.0.*TensorRT has no NF4"):
         make(Source.open(artifact("nf4")), runtime="tensorrt-rtx", precision="bf16", blocks=LAYERS)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_codec_is_named() -> None:
-    class Other(Nf4):
-        format: str = "other"  # type: ignore[assignment]
-
-    with pytest.raises(ExportError, match=r"x\.weight: codec other has no ONNX form"):
-        form_of(Other(), ExportSettings(), "x.weight")
 
 
 def test_the_whole_sampler_runs_on_int8(

@@ -110,7 +110,7 @@ def indexed(x, index):
 def fake_on(places: DeviceMap):
     """The tiny model over fake tensors that lie where the map says, and its fake inputs."""
     build = planned_build("raw", str(TINY))
-    sampler = fake_sampler(build)
+    sampler = fake_sampler(build, {})
     vae = [("vae", module) for module in sampler.vae.modules()]
     for path, module in [*sampler.bagel.named_modules(), *vae]:
         for name, tensor in module.named_parameters(recurse=False):

@@ -11,7 +11,7 @@ weights back into linear and embedding modules only), mixing of several codes pe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_serializer
@@ -25,8 +25,9 @@ from bagel_compress.codecs.df11.layout import (
     THREADS_PER_BLOCK,
     Sizes,
 )
-from bagel_compress.codecs.df11.units import Grouping, group, pattern_dict
+from bagel_compress.codecs.df11.units import Grouping, group, pattern_dict, ring_weights
 from bagel_compress.codecs.raw import Raw
+from bagel_compress.codecs.traits import Snippet
 from bagel_compress.errors import PlanError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = "0.5.0"  # of the `dfloat11` package whose bytes these are; its loader does not read it
+TYPICAL_BITS = 10.9  # per weight; the published BAGEL build has 19.89 GB of 29.21 (users' figure, DFloat11 card)
 
 
 class DF11(Codec):
@@ -49,6 +51,8 @@ class DF11(Codec):
     lossless: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     scans_folder: ClassVar[bool] = True
+    movable: ClassVar[bool] = False
+    tag: ClassVar[str] = "lossless-compression"
 
     @model_serializer
     def _entry(self) -> dict[str, Any]:
@@ -118,6 +122,32 @@ class DF11(Codec):
         on_cpu = all(part.device.type == "cpu" for part in parts.values())
         return DF11Embedding(unit, parts) if on_cpu and len(unit.specs) == 1 else None
 
+    def likely_parts(self, unit: Unit) -> dict[str, PartSpec]:
+        """One part of TYPICAL_BITS per weight."""
+        return {f"{unit.name}.coded": PartSpec("U8", (round(unit.numel * TYPICAL_BITS / 8),))}
+
+    @classmethod
+    def scratch_bytes(cls, units: Iterable[Unit]) -> int:
+        """The ring into which units are decoded, in bf16."""
+        return 2 * ring_weights((unit.name, unit.numel) for unit in units)
+
+    def fake_linears(
+        self,
+        unit: Unit,
+        parts: Mapping[str, torch.Tensor],
+        biases: Mapping[str, torch.Tensor],
+        scratch: torch.Tensor | None,
+    ) -> dict[str, torch.nn.Module]:
+        """Linears that multiply with a stretch of the ring: fake bits cannot be decoded."""
+        from bagel_compress.codecs.df11.fake import FakeLinear
+
+        assert scratch is not None
+        return {spec.name: FakeLinear(spec, biases.get(spec.name), scratch) for spec in unit.specs}
+
+    def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
+        """The `dfloat11` package and the ComfyUI-BAGEL nodes; both read artifacts that hold no other format."""
+        return [_dfloat11_snippet(repo), _comfyui_snippet(repo)] if alone else []
+
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
         """What `DFloat11Model.from_pretrained` reads: kernel constants and the modules' patterns."""
         return {
@@ -128,6 +158,25 @@ class DF11(Codec):
                 "pattern_dict": pattern_dict(units),
             }
         }
+
+
+def _dfloat11_snippet(repo: str) -> Snippet:
+    text = f"""
+from dfloat11 import DFloat11Model
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{repo}", allow_patterns=["*.json", "model-*.safetensors"])
+DFloat11Model.from_pretrained(folder, bfloat16_model=model, device="cpu", device_map=None)
+"""
+    note = "`model` is the official `Bagel` in bfloat16 without weights; they are decoded on the GPU as they are used."
+    return Snippet("dfloat11", text, ("dfloat11",), note=note, cuda=True)
+
+
+def _comfyui_snippet(repo: str) -> Snippet:
+    name = repo.partition("/")[2]
+    folder = name if "df11" in name.lower() or "dfloat11" in name.lower() else f"{name}-DF11"
+    note = "The ComfyUI-BAGEL nodes know this format by the folder's name; run this where ComfyUI is."
+    return Snippet("ComfyUI", f"hf download {repo} --local-dir models/bagel/{folder}", (), "sh", note)
 
 
 def _uncodable(unit: Unit, too_large: int) -> str:
