@@ -32,7 +32,7 @@ from bagel.nano.batches import images_to_tensor
 from bagel.nano.scenes import Scene, render, sample_scene
 from bagel.sampler import Sampler
 from bagel_compress.build.compress import compress
-from bagel_compress.build.limits import resolve
+from bagel_compress.build.limits import Metric, resolve
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.io.packaged import resource
@@ -187,7 +187,7 @@ def _row(recipe: Recipe, subject: Subject) -> Row:
     return Row(
         recipe.name,
         nbytes,
-        max(case.metrics["latent.path"] for case in report.cases if "latent.path" in case.metrics),
+        max(case.metrics[Metric.LATENT_PATH] for case in report.cases if Metric.LATENT_PATH in case.metrics),
         report.broken,
         rel_l2(velocity, subject.probe.velocity),
         float(kl_divergence(logits, subject.probe.logits).mean()),

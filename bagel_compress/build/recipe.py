@@ -18,10 +18,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from bagel.layout import BLOCKS, COMPONENTS, EXPERTS, KINDS, Role
+from bagel_compress.build.limits import METRICS, unknown_metric
 from bagel_compress.codecs import by_name
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.calibrated import Gptq
 from bagel_compress.errors import RecipeError
+from bagel_compress.io.packaged import target_files
 from bagel_compress.io.tensor_spec import TensorSpec
 
 _CHOICES = {"component": COMPONENTS, "expert": EXPERTS, "kind": KINDS, "block": BLOCKS}
@@ -161,9 +163,35 @@ class Recipe(_Frozen):
         if not isinstance(data, dict):
             raise RecipeError(f"{where} holds a {type(data).__name__}, expected a mapping with name and rules.")
         try:
-            return cls.model_validate(data)
+            recipe = cls.model_validate(data)
         except ValidationError as error:
             raise RecipeError(_sentence(error, data, where)) from None
+        recipe._check_names(where)
+        return recipe
+
+    def _check_names(self, where: str) -> None:
+        """Raises RecipeError on a metric, target or export that does not exist.
+
+        This is asked of recipes that are read for a build, not of those in manifests: an artifact stays readable when
+        a later version has other metrics and targets. A target may lie beside the recipe as `NAME.yaml`.
+        """
+        for metric in self.limits.overrides:
+            if metric not in METRICS:
+                raise RecipeError(f"{where}: limits: {unknown_metric(metric)}.")
+        packaged = target_files()
+        for field, names in (("targets", self.targets), ("export", (self.export,) if self.export else ())):
+            known = [name for name, file in packaged.items() if field == "targets" or _has_export(file)]
+            for name in names:
+                own = Path(where).with_name(f"{name.removesuffix('.yaml')}.yaml")
+                if name not in known and not own.is_file() and not Path(name).is_file():
+                    raise RecipeError(
+                        f"{where}: {field}: {name!r} is unknown{_meant(name, known)}; expected one of"
+                        f" {', '.join(known)}, or a file {own.name} beside the recipe."
+                    )
+
+
+def _has_export(target: Path) -> bool:
+    return "export" in yaml.safe_load(target.read_text(encoding="utf-8"))
 
 
 def _sentence(error: ValidationError, data: dict[str, Any], where: str) -> str:

@@ -20,6 +20,11 @@ def resource(kind: str) -> Path:
     return installed if installed.exists() else _PACKAGE.parent / _IN_TREE[kind]
 
 
+def target_files() -> dict[str, Path]:
+    """Name -> YAML file of the targets that come with the package."""
+    return {path.stem: path for path in sorted(resource("exports").glob("*.yaml"))}
+
+
 def find_recipe(name: str) -> Path:
     """A recipe file by its path, or one that comes with the package by its name. Raises RecipeError with the names."""
     if Path(name).is_file():

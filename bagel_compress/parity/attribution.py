@@ -15,6 +15,7 @@ from torch import nn
 
 from bagel.model import Bagel
 from bagel.sampler import Sampler
+from bagel_compress.build.limits import Metric
 from bagel_compress.parity import replay
 from bagel_compress.parity.distances import measure
 from bagel_compress.parity.report_data import Share
@@ -46,8 +47,8 @@ def attribute(reference: Sampler, artifact: Sampler, traces: Sequence[Trace]) ->
         shares.append(
             Share(
                 component=component,
-                velocity=_mean([m["velocity.path"] for m in measured if "velocity.path" in m]),
-                logits=_mean([m["logits.kl_mean"] for m in measured if "logits.kl_mean" in m]),
+                velocity=_mean([m[Metric.VELOCITY_PATH] for m in measured if Metric.VELOCITY_PATH in m]),
+                logits=_mean([m[Metric.LOGITS_KL_MEAN] for m in measured if Metric.LOGITS_KL_MEAN in m]),
             )
         )
     return tuple(shares)

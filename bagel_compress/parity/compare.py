@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bagel.sampler import Sampler
-from bagel_compress.build.limits import MEDIAN, Limit
+from bagel_compress.build.limits import Limit, Metric
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import RecipeError
 from bagel_compress.parity import replay
@@ -86,7 +86,7 @@ def compare(
     progress("probing the linear modules")
     wanted = {path: answers for file in files for path, answers in file.probes().items()}
     found = probe(subject.sampler.bagel) if wanted else {}
-    faults += diagnose_modules(found, wanted, subject.codecs, subject.limits.get("linear.gain"))
+    faults += diagnose_modules(found, wanted, subject.codecs, subject.limits.get(Metric.LINEAR_GAIN))
     if reference is not None:
         progress("attributing the error to components")
     report = ParityReport(
@@ -124,7 +124,7 @@ def _reachable(subject: Subject, traces: Sequence[Trace]) -> None:
         }
         if not floors:
             continue
-        worst = _summary(metric, limit, list(floors.values()))
+        worst = _summary(limit, list(floors.values()))
         if not limit.holds(worst):
             side = "below" if limit.sense == "max" else "above"
             raise RecipeError(
@@ -133,9 +133,9 @@ def _reachable(subject: Subject, traces: Sequence[Trace]) -> None:
             )
 
 
-def _summary(metric: str, limit: Limit, values: Sequence[float]) -> float:
+def _summary(limit: Limit, values: Sequence[float]) -> float:
     """What a limit is compared with, over cases: the median for free runs, the worst otherwise."""
-    if metric.startswith(MEDIAN):
+    if limit.metric.over_cases_by_median:
         return middle(values)
     return largest(values) if limit.sense == "max" else smallest(values)
 
@@ -148,7 +148,7 @@ def _rows(subject: Subject, cases: Sequence[CaseParity], probes: Mapping[str, fl
             continue
         measured = [(c, c.metrics[metric]) for c in cases if metric in c.metrics]
         floors = {c.name: floor_of(c.floor.get(metric, {}), limit, subject.level) for c, _ in measured}
-        if metric.startswith(MEDIAN) and measured:
+        if limit.metric.over_cases_by_median and measured:
             known = [f for f in floors.values() if f is not None]
             value = middle(v for _, v in measured)
             rows.append(_row("", metric, value, middle(known) if known else None, limit))

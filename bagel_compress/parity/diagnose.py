@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from bagel_compress.build.limits import Limit
+from bagel_compress.build.limits import Limit, Metric
 from bagel_compress.codecs.base import Codec
 from bagel_compress.parity import metrics
 from bagel_compress.parity.report_data import ModuleError
@@ -45,7 +45,7 @@ def probe_values(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
     """The two gated values of the probes: worst certain deviation of a gain from 1, worst difference of a bias."""
     gains = [gain.deviation for gain in _group_gains(found, reference).values()]
     biases = [metrics.max_abs(found[path][0], reference[path][0]) for path in reference if path in found]
-    return {"linear.gain": metrics.largest([0.0, *gains]), "linear.bias": metrics.largest([0.0, *biases])}
+    return {Metric.LINEAR_GAIN: metrics.largest([0.0, *gains]), Metric.LINEAR_BIAS: metrics.largest([0.0, *biases])}
 
 
 def diagnose_modules(

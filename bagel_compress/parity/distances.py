@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 
 from bagel.flow import schedule
+from bagel_compress.build.limits import Metric
 from bagel_compress.parity import metrics
 from bagel_compress.parity.report_data import CaseParity, StateError, StepError, TextPair
 from bagel_compress.parity.trace import Trace
@@ -24,17 +25,17 @@ def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
     steps, states = _steps(forced, reference), _states(forced, reference)
     values: dict[str, float] = {}
     if steps:
-        values["velocity.path"] = _path(forced, reference)
-        values["velocity.rel_l2"] = metrics.largest(s.rel_l2 for s in steps)
-        values["velocity.cosine"] = metrics.smallest(s.cosine for s in steps)
+        values[Metric.VELOCITY_PATH] = _path(forced, reference)
+        values[Metric.VELOCITY_REL_L2] = metrics.largest(s.rel_l2 for s in steps)
+        values[Metric.VELOCITY_COSINE] = metrics.smallest(s.cosine for s in steps)
     values |= _vae(forced, reference) | _logits(forced, reference)
     text = None
     if free is not None:
         values |= _picture(free, reference)
         text = _text(free, reference)
     if text is not None:
-        values["text.exact"] = float(text.exact)
-        values["text.prefix"] = text.prefix / text.length
+        values[Metric.TEXT_EXACT] = float(text.exact)
+        values[Metric.TEXT_PREFIX] = text.prefix / text.length
     return CaseParity(
         name=case.name,
         kind=("think + " if case.think else "") + case.kind,
@@ -122,12 +123,12 @@ def _event_order(name: str) -> tuple[int, int, int, str]:
 
 
 def _vae(found: Trace, reference: Trace) -> dict[str, float]:
-    values = {}
+    values: dict[str, float] = {}
     pairs = list(zip(found.series("vae_latent"), reference.series("vae_latent"), strict=False))
     if pairs:
-        values["vae.rel_l2"] = metrics.largest(metrics.rel_l2(a, b) for a, b in pairs)
+        values[Metric.VAE_REL_L2] = metrics.largest(metrics.rel_l2(a, b) for a, b in pairs)
     if "image" in found.tensors and "image" in reference.tensors:
-        values["vae.psnr"] = metrics.psnr(found.tensors["image"], reference.tensors["image"])
+        values[Metric.VAE_PSNR] = metrics.psnr(found.tensors["image"], reference.tensors["image"])
     return values
 
 
@@ -140,13 +141,14 @@ def _logits(found: Trace, reference: Trace) -> dict[str, float]:
     next_ids = torch.cat([reference.tensors["ids"][1 : count + 1], b[-1:].argmax(-1)])[:count]
     divergence = metrics.kl_divergence(a, b)
     sure = b.softmax(-1).max(-1).values >= SURE
-    return ({"logits.top1_sure": metrics.top1(a[sure], b[sure])} if sure.any() else {}) | {
-        "logits.kl_mean": divergence.mean().item(),
-        "logits.kl_p999": divergence.quantile(0.999).item(),
-        "logits.top1": metrics.top1(a, b),
-        "logits.ppl_ratio": metrics.perplexity_ratio(a, b, next_ids),
-        "logits.rel_l2": metrics.rel_l2(a, b),
+    values: dict[str, float] = {
+        Metric.LOGITS_KL_MEAN: divergence.mean().item(),
+        Metric.LOGITS_KL_P999: divergence.quantile(0.999).item(),
+        Metric.LOGITS_TOP1: metrics.top1(a, b),
+        Metric.LOGITS_PPL_RATIO: metrics.perplexity_ratio(a, b, next_ids),
+        Metric.LOGITS_REL_L2: metrics.rel_l2(a, b),
     }
+    return ({Metric.LOGITS_TOP1_SURE: metrics.top1(a[sure], b[sure])} if sure.any() else {}) | values
 
 
 def _picture(free: Trace, reference: Trace) -> dict[str, float]:
@@ -155,13 +157,13 @@ def _picture(free: Trace, reference: Trace) -> dict[str, float]:
     a, b = free.tensors["image"], reference.tensors["image"]
     noise, latent = reference.series("noise")[-1], reference.tensors["latent"]
     return {
-        "latent.path": metrics.rel_l2(free.tensors["latent"] - noise, latent - noise),
-        "image.psnr": metrics.psnr(a, b),
-        "image.ssim": metrics.ssim(a, b),
-        "image.ms_ssim": metrics.ms_ssim(a, b),
-        "image.cosine": metrics.cosine(a, b),
-        "image.rel_l2": metrics.rel_l2(a, b),
-        "image.mae": metrics.mae(a, b),
+        Metric.LATENT_PATH: metrics.rel_l2(free.tensors["latent"] - noise, latent - noise),
+        Metric.IMAGE_PSNR: metrics.psnr(a, b),
+        Metric.IMAGE_SSIM: metrics.ssim(a, b),
+        Metric.IMAGE_MS_SSIM: metrics.ms_ssim(a, b),
+        Metric.IMAGE_COSINE: metrics.cosine(a, b),
+        Metric.IMAGE_REL_L2: metrics.rel_l2(a, b),
+        Metric.IMAGE_MAE: metrics.mae(a, b),
     }
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from bagel_compress.build.limits import Metric
 from bagel_compress.parity.clip import Clip
 from bagel_compress.parity.lpips import SMALLEST, Lpips
 from bagel_compress.parity.trace import Trace
 from bagel_compress.run.case import Picture
-
-LPIPS, CLIP, CLIP_DROP = "image.lpips", "image.clip", "image.clip_drop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +27,19 @@ class Networks:
     @property
     def absent(self) -> dict[str, str]:
         """Metrics that cannot be measured, and the option that would give what they need."""
-        lpips = {} if self.lpips else {LPIPS: "--lpips FILE"}
-        return lpips | ({} if self.clip else {CLIP_DROP: "--clip DIR"})
+        absent: dict[str, str] = {} if self.lpips else {Metric.IMAGE_LPIPS: "--lpips FILE"}
+        return absent | ({} if self.clip else {Metric.IMAGE_CLIP_DROP: "--clip DIR"})
 
     def metrics(self, found: Trace, reference: Trace) -> dict[str, float]:
         """Values of a case's free-running picture; none if it has no picture."""
         if "image" not in reference.tensors:
             return {}
         a, b = found.tensors["image"], reference.tensors["image"]
-        values = {}
+        values: dict[str, float] = {}
         if self.lpips is not None and min(b.shape[:2]) >= SMALLEST:
-            values[LPIPS] = self.lpips(a, b)
+            values[Metric.IMAGE_LPIPS] = self.lpips(a, b)
         if self.clip is not None:
             prompt = " ".join(turn for turn in reference.case.turns if not isinstance(turn, Picture))
-            values[CLIP] = self.clip(a, prompt)
-            values[CLIP_DROP] = self.clip(b, prompt) - values[CLIP]
+            values[Metric.IMAGE_CLIP] = self.clip(a, prompt)
+            values[Metric.IMAGE_CLIP_DROP] = self.clip(b, prompt) - values[Metric.IMAGE_CLIP]
         return values

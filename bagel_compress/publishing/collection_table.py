@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.limits import Metric
 from bagel_compress.errors import PublishError
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.parity.report_data import Number, number
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 BUILD = "reports/build.json"
-COMPARED = ("latent.path", "image.psnr", "logits.kl_mean")  # the columns of parity, where measured
+COMPARED = (Metric.LATENT_PATH, Metric.IMAGE_PSNR, Metric.LOGITS_KL_MEAN)  # the columns of parity, where measured
 
 
 class Build(BaseModel):

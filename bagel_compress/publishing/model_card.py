@@ -132,7 +132,7 @@ def _results(parity: ParityReport) -> list[Any]:
             dataset_type="bagel-compress-cases",
             dataset_name=f"{len(parity.cases)} cases against the bf16 reference",
             metric_type=row.metric,
-            metric_name=METRICS[row.metric][1] if row.metric in METRICS else row.metric,
+            metric_name=METRICS[row.metric].label if row.metric in METRICS else row.metric,
             metric_value=float(row.value),
         )
         for row in worst_rows(parity)
@@ -247,7 +247,7 @@ def parity_section(parity: ParityReport | None) -> str:
         return "## Parity with the reference\n\nNot measured."
     rows = [
         [
-            METRICS[r.metric][1] if r.metric in METRICS else plain(r.metric),
+            METRICS[r.metric].label if r.metric in METRICS else plain(r.metric),
             *(number(r.value), "-" if r.floor is None else number(r.floor), number(r.limit)),
             *(plain(r.case) or "all", "yes" if r.ok else "**no**"),
         ]

@@ -13,7 +13,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from bagel_compress.build.limits import METRICS
+from bagel_compress.build.limits import METRICS, Metric
 from bagel_compress.parity.report_data import BudgetReport, CaseParity, ParityReport, Row, number
 from bagel_compress.report.memory_page import budget_section
 from bagel_compress.report.svg import bars, line_chart
@@ -78,13 +78,14 @@ def _summary(report: ParityReport) -> str:
 def _table(rows: Sequence[Row], sources: bool) -> str:
     lines = []
     for row in rows:
-        sense, words = METRICS[row.metric]
+        metric = METRICS[row.metric]
+        side = "&le;" if metric.sense == "max" else "&ge;"
         source = f"<small>{escape(row.source)}</small>" if sources else ""
         floor = "" if row.floor is None else _show(row.floor)
         lines.append(
-            f"<tr><td>{escape(words)}<small>{escape(row.case or 'all cases')}</small></td>"
+            f"<tr><td>{escape(metric.label)}<small>{escape(row.case or 'all cases')}</small></td>"
             f"<td class='n' data-is='found'>{_show(row.value)}</td><td class='n' data-is='floor'>{floor}</td>"
-            f"<td class='n' data-is='limit'>{'&le;' if sense == 'max' else '&ge;'} {_show(row.limit)}{source}</td>"
+            f"<td class='n' data-is='limit'>{side} {_show(row.limit)}{source}</td>"
             f"<td class='{'ok' if row.ok else 'no'}'>{'holds' if row.ok else 'broken'}</td></tr>"
         )
     head = "<tr><th>value</th><th class='n'>found</th><th class='n'>floor</th><th class='n'>limit</th><th></th></tr>"
@@ -107,10 +108,11 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
         )
         metrics = case.metrics
         caption = (
-            f"PSNR {_show(metrics['image.psnr'])} dB, SSIM {_show(metrics['image.ssim'])},"
-            f" mean difference {_show(metrics['image.mae'])} of 255"
-            + (f", LPIPS {_show(metrics['image.lpips'])}" if "image.lpips" in metrics else "")
-            + (f", CLIP score {_show(metrics['image.clip'])}" if "image.clip" in metrics else "")
+            f"PSNR {_show(metrics[Metric.IMAGE_PSNR])} {Metric.IMAGE_PSNR.unit},"
+            f" SSIM {_show(metrics[Metric.IMAGE_SSIM])},"
+            f" mean difference {_show(metrics[Metric.IMAGE_MAE])} {Metric.IMAGE_MAE.unit}"
+            + (f", LPIPS {_show(metrics[Metric.IMAGE_LPIPS])}" if Metric.IMAGE_LPIPS in metrics else "")
+            + (f", CLIP score {_show(metrics[Metric.IMAGE_CLIP])}" if Metric.IMAGE_CLIP in metrics else "")
         ).replace("equal dB", "equal")
         blocks.append(
             f"<div class='case'><h3>{escape(case.name)} <small class='soft'>{escape(case.kind)}</small></h3>"
@@ -135,7 +137,7 @@ def _texts(report: ParityReport) -> str:
             if case.text.exact
             else f"{case.text.prefix} of {case.text.length} tokens agree from the start"
         )
-        divergence = case.metrics.get("logits.kl_mean")
+        divergence = case.metrics.get(Metric.LOGITS_KL_MEAN)
         forced = "" if divergence is None else f"; mean KL when fed the reference's text {number(divergence)}"
         blocks.append(
             f"<div class='text'><h3>{escape(case.name)} <small class='soft'>{escape(case.kind)}</small></h3>"

@@ -33,10 +33,10 @@ def markdown(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
     lines += [f"- {_cell(reason)}" for reason in reasons] + ([""] if reasons else [])
     lines += ["| value | worst case | found | floor | limit | |", "|---|---|---|---|---|---|"]
     for row in worst_rows(report):
-        side = "&le;" if METRICS[row.metric][0] == "max" else "&ge;"
+        side = "&le;" if METRICS[row.metric].sense == "max" else "&ge;"
         floor = "" if row.floor is None else number(row.floor)
         lines.append(
-            f"| {_cell(METRICS[row.metric][1])} | {_cell(row.case or 'all cases')} | {number(row.value)} | {floor} |"
+            f"| {_cell(METRICS[row.metric].label)} | {_cell(row.case or 'all cases')} | {number(row.value)} | {floor} |"
             f" {side} {number(row.limit)} | {'holds' if row.ok else '**broken**'} |"
         )
     if budgets:
@@ -62,7 +62,7 @@ def _beyond(row: Row) -> float:
     """How far beyond its limit a value is; a NaN is beyond all others."""
     if math.isnan(row.value):
         return math.inf
-    return (row.value - row.limit) * (1 if METRICS[row.metric][0] == "max" else -1)
+    return (row.value - row.limit) * (1 if METRICS[row.metric].sense == "max" else -1)
 
 
 def _xml(text: str) -> str:

@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bagel_compress.errors import TargetError
-from bagel_compress.io.packaged import resource
-from bagel_compress.io.yaml_model import load_yaml
+from bagel_compress.io.packaged import resource, target_files
+from bagel_compress.run.case import load_yaml
 from bagel_compress.run.export_settings import ExportSettings
 
 MIB, GIB = 2**20, 2**30
@@ -105,6 +105,6 @@ class Target(_Frozen):
             return load_yaml(cls, Path(path), "target")
         packaged = resource("exports") / f"{str(path).removeprefix('exports/').removesuffix('.yaml')}.yaml"
         if not packaged.is_file():
-            known = ", ".join(sorted(p.stem for p in resource("exports").glob("*.yaml")))
+            known = ", ".join(target_files())
             raise TargetError(f"target {path} does not exist; give a YAML file or one of {known}.")
         return load_yaml(cls, packaged, "target")

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from bagel_compress.build.limits import Metric
 from bagel_compress.parity.report_data import ParityReport
 from bagel_compress.run.case import Case
 
@@ -71,12 +72,12 @@ class Build:
     @property
     def latent(self) -> float:
         """Median over cases of the final latent's error, as a share of its way from the noise."""
-        return _median(self.report, "latent.path")
+        return _median(self.report, Metric.LATENT_PATH)
 
     @property
     def kl(self) -> float:
         """Median over cases of the mean KL divergence of the logits, nats."""
-        return _median(self.report, "logits.kl_mean")
+        return _median(self.report, Metric.LOGITS_KL_MEAN)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers; an infinite PSNR (equal pictures) is null."""

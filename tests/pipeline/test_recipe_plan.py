@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pipeline_data import RAW
@@ -44,6 +45,15 @@ limits: {class: 4-bit}
         ("limits", "limit", r"unknown key 'limit' \(did you mean limits\?\)"),
         ("class", "clas", r"unknown key 'clas' \(did you mean class\?\)"),
         ("4-bit", "5-bit", r"limits.class: .*'5-bit'"),
+        (
+            "class: 4-bit",
+            "class: 4-bit, overrides: {latent.pth: 0.1}",
+            r"limits: unknown metric 'latent.pth' \(did you mean latent.path\?\); metrics are latent.path,",
+        ),
+        ("class: 4-bit", "class: 4-bit, overrides: {logits.rel_l2: 0.1}", r"limits: unknown metric 'logits.rel_l2'"),
+        ("name: good", "name: good\ntargets: [24gb, 12bg]", r"targets: '12bg' is unknown \(did you mean 12gb\?\)"),
+        ("name: good", "name: good\nexport: ort-cpux", r"export: 'ort-cpux' is unknown \(did you mean ort-cpu\?\)"),
+        ("name: good", "name: good\nexport: 24gb", r"export: '24gb' is unknown.*; expected one of ort-cpu,"),
         ("name: good", "name: a/b", r"name: .*'a/b'"),
         ("rules:", "rules: []\nx:", r"rules"),
         ("name:", "name: [", r"is not YAML"),
@@ -54,6 +64,18 @@ def test_recipe_errors_name_file_rule_and_suggestion(old: str, new: str, says: s
         Recipe.parse(GOOD.replace(old, new, 1), "my/recipe.yaml")
     assert str(caught.value).startswith("my/recipe.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_target_may_lie_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\ndevice: {name: x, memory_mib: 1000}\n")
+    (tmp_path / "recipe.yaml").write_text(GOOD + "targets: [mine]\n")
+    assert Recipe.load(tmp_path / "recipe.yaml").targets == ("mine",)
+
+
+def test_a_recipe_in_a_manifest_may_name_what_this_version_does_not_know() -> None:
+    data = Recipe.parse(GOOD, "x").model_dump(mode="json", by_alias=True)
+    data |= {"targets": ["gone"], "export": "gone", "limits": {"class": "4-bit", "overrides": {"gone.metric": 1.0}}}
+    assert Recipe.model_validate(data).targets == ("gone",)
 
 
 def test_a_recipe_survives_json() -> None:

@@ -36,7 +36,6 @@ def validated(artifact: Artifact, tiny: Path, trace: Path, cli: Cli) -> Artifact
     record_source(tiny, cases, trace, floors=())
     report = validate_artifact(artifact.path, [trace])
     assert report.passed, report.broken
-    trace.with_name("small.yaml").write_text(TARGET)
     code, _, err = cli("budget", artifact.path, "--target", trace.with_name("small.yaml"))
     assert code == 0, err
     return artifact
@@ -50,6 +49,7 @@ def test_the_same_picture_after_the_journey(
     text = find_recipe("int8-24gb").read_text(encoding="utf-8")
     recipe = tmp_path / "int8-24gb.yaml"  # as shipped, but promising a card at sizes that the tiny model can draw
     recipe.write_text(re.sub(r"targets: .*", "targets: [small]", text))
+    (tmp_path / "small.yaml").write_text(TARGET)
     assert cli("compress", recipe, "--source", tiny, "--out", out)[0] == 0
     validated(Artifact.open(out), tiny, tmp_path / "trace.safetensors", cli)
     assert cli("generate", out, PROMPT, *FLAGS, "--out", "before.png")[0] == 0
