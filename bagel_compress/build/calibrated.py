@@ -27,7 +27,6 @@ from bagel_compress.calibrate.rounding import round_unit
 from bagel_compress.codecs.base import TORCH_DTYPES, Encoding, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec, Gptq
 from bagel_compress.codecs.grid import Packed
-from bagel_compress.codecs.raw import Raw
 from bagel_compress.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class _Rounder:
         self.encodings: dict[str, Encoding] = {}
         self._checkpoint = checkpoint
         self._placements = {parameter_path(p.unit.specs[0].name): p for p in placements if p.calibrated}
-        self._others = [p for p in placements if not p.calibrated and not isinstance(p.codec, Raw)]
+        self._others = [p for p in placements if not p.calibrated and not p.codec.stored_as_is]
 
     def wants(self, path: str) -> bool:
         return path in self._placements
@@ -177,7 +176,7 @@ def _decoded(shard: Path, entries: Mapping[str, UnitEntry]) -> dict[str, torch.T
     found: dict[str, torch.Tensor] = {}
     with safe_open(str(shard), framework="pt") as handle:
         for name, entry in entries.items():
-            if isinstance(entry.codec, Raw):
+            if entry.codec.stored_as_is:
                 continue
             unit = Unit(name, tuple(TensorSpec(t.dtype, t.shape, n) for n, t in entry.tensors.items()))
             tensors = entry.codec.decode(unit, {part: handle.get_tensor(part) for part in entry.parts})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -178,20 +178,22 @@ class Recipe(_Frozen):
         for metric in self.limits.overrides:
             if metric not in METRICS:
                 raise RecipeError(f"{where}: limits: {unknown_metric(metric)}.")
-        packaged = target_files()
-        for field, names in (("targets", self.targets), ("export", (self.export,) if self.export else ())):
-            known = [name for name, file in packaged.items() if field == "targets" or _has_export(file)]
-            for name in names:
-                own = Path(where).with_name(f"{name.removesuffix('.yaml')}.yaml")
-                if name not in known and not own.is_file() and not Path(name).is_file():
-                    raise RecipeError(
-                        f"{where}: {field}: {name!r} is unknown{_meant(name, known)}; expected one of"
-                        f" {', '.join(known)}, or a file {own.name} beside the recipe."
-                    )
+        known = target_files()
+        for name in self.targets:
+            _check_target(name, list(known), f"{where}: targets")
+        if self.export:
+            exports = [name for name, file in known.items() if "export" in yaml.safe_load(file.read_text("utf-8"))]
+            _check_target(self.export, exports, f"{where}: export")
 
 
-def _has_export(target: Path) -> bool:
-    return "export" in yaml.safe_load(target.read_text(encoding="utf-8"))
+def _check_target(name: str, known: Sequence[str], where: str) -> None:
+    """Raises RecipeError unless the target comes with the package or its file is there."""
+    own = Path(where.partition(": ")[0]).with_name(f"{name.removesuffix('.yaml')}.yaml")
+    if name not in known and not own.is_file() and not Path(name).is_file():
+        raise RecipeError(
+            f"{where}: {name!r} is unknown{_meant(name, known)}; expected one of {', '.join(known)}, or a file"
+            f" {own.name} beside the recipe."
+        )
 
 
 def _sentence(error: ValidationError, data: dict[str, Any], where: str) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bagel_compress.errors import TargetError
 from bagel_compress.io.packaged import resource, target_files
-from bagel_compress.run.case import load_yaml
+from bagel_compress.io.yaml_model import load_yaml
 from bagel_compress.run.export_settings import ExportSettings
 
 MIB, GIB = 2**20, 2**30
