@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 from bagel.config import BagelConfig
@@ -191,8 +192,7 @@ class FakeText(TextCodec):
     """A tokenizer by length alone: four letters are a token."""
 
     def __init__(self) -> None:
-        for name, value in (("bos", 0), ("eos", 1), ("image_start", 2), ("image_end", 3)):
-            object.__setattr__(self, name, value)
+        super().__init__(Tokenizer(models.BPE()), bos=0, eos=1, image_start=2, image_end=3)
 
     def turn(self, text: str) -> list[int]:
         return [0] * (2 + len(text) // LETTERS_PER_TOKEN)

@@ -37,7 +37,6 @@ from bagel_compress.io.safetensors_file import TensorFile, lay_out
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 MANIFEST = "manifest.json"
@@ -218,11 +217,6 @@ class Artifact:
                 f"{file.path} lacks {missing}; run `bagel-compress inspect --verify` and copy it again."
             )
         return {part: _mapped(file, part) for part in entry.parts}
-
-    def part_bytes(self, name: str, part: str) -> np.ndarray:
-        """The bytes of one stored tensor of a unit: a read-only view of the shard."""
-        file = self._shard(self.manifest.units[name].shard)
-        return file.bytes[file.tensors[part].start : file.tensors[part].stop]
 
     def decode(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a unit as the format defines them."""

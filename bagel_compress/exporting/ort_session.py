@@ -2,7 +2,7 @@
 
 Every run goes through IO binding, on CPU and on CUDA alike: rows and caches leave a block as device values and enter
 the next one untouched. und_layer and gen_layer read the same bytes of one data file, but each session keeps its own
-copy of the understanding expert; `keep_both=False` closes the sessions of one kind when the other is needed.
+copy of the understanding expert.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bagel_compress.errors import ExportError, MissingExtraError
-from bagel_compress.exporting.manifest import BlockEntry, ExportFolder, PortEntry
+from bagel_compress.exporting.manifest import ExportFolder
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -24,23 +24,20 @@ Value = Any  # onnxruntime.OrtValue
 ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16}
 # It joins MatMul and bias before codes are fused into the product; the matrix is then unpacked in every pass.
 HARMFUL = ["MatMulAddFusion"]
-EXCLUSIVE = ("und_layer", "gen_layer")  # kinds that no pass uses together
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Sessions:
     """The graphs of a folder as functions from named values to named values."""
 
-    def __init__(
-        self, folder: ExportFolder, provider: str | None = None, threads: int = 0, keep_both: bool = True
-    ) -> None:
+    def __init__(self, folder: ExportFolder, provider: str | None = None, threads: int = 0) -> None:
         """`threads`: of the pool that all sessions share, 0 for one per core. Raises MissingExtraError, ExportError."""
         try:
             import onnxruntime
         except ImportError:
             raise MissingExtraError("running an export needs onnxruntime; install bagel-compress[onnx].") from None
         self._ort: Any = onnxruntime
-        self.folder, self._keep_both = folder, keep_both
+        self.folder = folder
         self.device = provider or folder.manifest.settings.provider
         self._check_provider()
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -86,11 +83,6 @@ class Sessions:
         """The session of a block, made when first asked for."""
         if block not in self._sessions:
             entry = self.folder.manifest.blocks[block]
-            if not self._keep_both and entry.kind in EXCLUSIVE:
-                kinds = {b: self.folder.manifest.blocks[b].kind for b in self._sessions}
-                self._sessions = {
-                    b: s for b, s in self._sessions.items() if kinds[b] not in {*EXCLUSIVE} - {entry.kind}
-                }
             options = self._options()
             path = str(self.folder.path / entry.model)
             try:
@@ -134,8 +126,3 @@ def _share_threads(threads: int) -> None:
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def port(entry: BlockEntry, name: str) -> PortEntry:
-    """An input of a block by its name."""
-    return next(p for p in entry.inputs if p.name == name)

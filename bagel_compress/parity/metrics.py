@@ -62,12 +62,6 @@ def gain(found: Tensor, reference: Tensor) -> float:
     return 1.0 if size == 0.0 else (a @ b).item() / size
 
 
-def snr_db(found: Tensor, reference: Tensor) -> float:
-    """Signal-to-noise ratio in dB: -20 log10 of `rel_l2`; infinite for equal tensors."""
-    error = rel_l2(found, reference)
-    return math.inf if error == 0.0 else -20.0 * math.log10(error) if error < math.inf else -math.inf
-
-
 def max_abs(found: Tensor, reference: Tensor) -> float:
     """Largest absolute difference."""
     return (found.double() - reference.double()).abs().max().item() if found.numel() else 0.0

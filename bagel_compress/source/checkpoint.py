@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel.layout import Role, Sizes, expected_tensors, official_role, role_of
+from bagel.layout import Sizes, expected_tensors, role_of
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
 from bagel_compress.io.safetensors_file import StoredTensor, TensorFile
@@ -74,10 +74,6 @@ class Checkpoint:
         _check_tokenizer(sources, files, folder)
         specs = tuple(TensorSpec("BF16", t.shape, n) for n, (_, t) in sorted(sources.items()))
         return cls(name, revision, specs, files, sources, _vae(files["ae.safetensors"]), adapter)
-
-    def role(self, name: str) -> Role:
-        """What the tensor is."""
-        return official_role(name)
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:

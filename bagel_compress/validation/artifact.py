@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -91,13 +91,22 @@ def validate_artifact(
     return found.report
 
 
-def write(artifact: Artifact, found: Found) -> Path:
+class ReportedFolder(Protocol):
+    """An artifact or an export: reports lie beside it and carry its digest."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def digest(self) -> str: ...
+
+
+def write(content: ReportedFolder, found: Found) -> Path:
     """Writes all reports of a verdict. Returns the path of report.html."""
-    folder = artifact.path / REPORTS
-    found.report.save(artifact.path)
+    folder = content.path / REPORTS
+    found.report.save(content.path)
     for case, (reference, picture) in found.pictures.items():
         strip(reference, picture).save(folder / f"{case}.png")
-    return write_report(artifact.path, artifact.digest)
+    return write_report(content.path, content.digest)
 
 
 def write_report(path: str | Path, digest: str | None = None) -> Path:

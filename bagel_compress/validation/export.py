@@ -7,11 +7,10 @@ the engines where there is a card, else the folder's own bf16 graphs and weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -26,9 +25,6 @@ from bagel_compress.parity.compare import Found, Subject, compare
 from bagel_compress.parity.report_data import ParityReport
 from bagel_compress.parity.trace import TraceFile
 from bagel_compress.validation.artifact import write
-
-if TYPE_CHECKING:
-    from bagel_compress.build.artifact import Artifact
 
 
 def validate_export(
@@ -50,11 +46,11 @@ def validate_export(
     limits = resolve(level, manifest.limits.overrides)
     with _running(folder, threads) as (sampler, ran):
         name = f"{manifest.source.name} ({ran['runtime']} on {ran['provider']}, {ran['precision']})"
-        subject = Subject(sampler, name, folder.digest, level, limits)
-        found = compare(subject, [_Unprobed(f) for f in files], None, progress)  # type: ignore[misc]
+        subject = Subject(sampler, name, folder.digest, level, limits, has_modules=False)
+        found = compare(subject, files, None, progress)
     reference = {k: v for k, v in found.report.environment.items() if k.startswith("reference")}
     report = found.report.model_copy(update={"environment": ran | reference})
-    write(cast("Artifact", folder), Found(report, found.pictures))
+    write(folder, Found(report, found.pictures))
     return report
 
 
@@ -82,16 +78,3 @@ def _ran(runtime: str, provider: str, precision: str) -> dict[str, str]:
     version = known.get(runtime) or known.get(runtime.replace("-", "_")) or "unknown"
     device = torch.cuda.get_device_name() if provider == "cuda" else "cpu"
     return {"runtime": runtime, "version": version, "provider": provider, "precision": precision, "device": device}
-
-
-class _Unprobed:
-    """A trace file without probes."""
-
-    def __init__(self, file: TraceFile) -> None:
-        self._file = file
-
-    def probes(self) -> Mapping[str, Any]:
-        return {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)

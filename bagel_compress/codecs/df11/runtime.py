@@ -98,13 +98,6 @@ class Decoder:
             self._prefetch(unit)
         return flat
 
-    def forget(self) -> None:
-        """Gives all decoded weights and the scratch memory back."""
-        self._kept.clear()
-        self._live.clear()
-        self._following.clear()
-        self._ring = self._ring.new_empty(0)
-
     def _ready(self, unit: StoredUnit) -> torch.Tensor:
         if self._prefetched is not None:  # also before its stretch of the ring is given to another unit
             torch.cuda.current_stream(self._device).wait_event(self._prefetched)
