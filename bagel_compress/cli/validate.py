@@ -236,7 +236,7 @@ def table(report: ParityReport, page: Path) -> str:
 
     lines = [f"{'metric':<18}{'worst case':<18}{'found':>10}{'floor':>10}{'limit':>12}"]
     for row in worst_rows(report):
-        side = "<=" if METRICS[row.metric][0] == "max" else ">="
+        side = "<=" if METRICS[row.metric].sense == "max" else ">="
         floor = "" if row.floor is None else number(row.floor)
         limit = f"{side} {number(row.limit)}"
         mark = "" if row.ok else "  broken"
