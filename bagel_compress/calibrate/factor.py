@@ -50,13 +50,12 @@ def factorise(h: Tensor, damping: float, act_order: bool) -> Factor:
     moments = h[order][:, order]
     while damping <= MOST:
         added = damping * mean if mean > 0 else 1.0
-        damped = moments.clone()
-        damped.diagonal().add_(added)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        moments.diagonal().copy_(diagonal[order]).add_(added)
+        lower, failed = torch.linalg.cholesky_ex(moments.flip(0, 1))
         if not int(failed):
-            root = lower.flip(0, 1)  # upper; damped = root root^T
+            root = lower.flip(0, 1)  # upper; moments = root root^T
             scale = root.diagonal().clone()
-            return Factor(order, damped, (root / scale).contiguous(), scale.square(), damping, added)
+            return Factor(order, moments, root.div_(scale), scale.square(), damping, added)
         damping *= GROWTH
     raise CalibrationError(
         f"second moments of {len(h)} inputs have no Cholesky factor even with {MOST:g} of their mean diagonal added;"

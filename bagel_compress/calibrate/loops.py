@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from bagel_compress.codecs.grid import Grid
 
 if TYPE_CHECKING:
@@ -59,6 +61,21 @@ def descend(
         rounding_kernels.descend(g, s, h, *arithmetic, c, e, total, a, b)
 
     split(part, gradients.shape[1], GRAIN)
+
+
+def nearest(grid: Grid, values: Tensor, scales: Tensor, levels: Tensor, errors: Tensor) -> None:
+    """Rounds (B, N) values each alone: into `levels`, and the errors of what decoding gives into `errors`."""
+    from bagel_compress.calibrate import rounding_kernels
+    from bagel_compress.codecs.kernels.grid_kernels import Arithmetic
+    from bagel_compress.codecs.kernels.threads import split
+
+    if not on_cpu(values):
+        levels.copy_(grid.levels.nearest(values / scales / grid.factor))
+        torch.sub(values, value(grid, levels, scales), out=errors)
+        return
+    arithmetic = Arithmetic.of(grid.levels, grid.factor)
+    x, s, c, e = values.numpy(), scales.numpy(), levels.numpy(), errors.numpy()
+    split(lambda a, b: rounding_kernels.alone(x, s, *arithmetic, c, e, a, b), values.shape[1], GRAIN)
 
 
 def _feedback(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from bagel_compress.calibrate.factor import Factor, factorise
 from bagel_compress.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Moments:
         self._first: torch.Tensor | None = None
         self._varied = False
         self._mirrored = True
+        self._factors: dict[tuple[float, bool], list[Factor]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +72,7 @@ class Moments:
             if self._cross is not None and full is not None:
                 self._cross[index].addmm_(full.reshape(-1, self.width)[:, a:b].float().T, rows[:, a:b])
         self._mirrored = False
+        self._factors = {}
 
     def blocks(self) -> list[Block]:
         """The blocks along the diagonal, in order of their columns."""
@@ -79,6 +82,13 @@ class Moments:
             self._mirrored = True
         crosses: Sequence[torch.Tensor | None] = self._cross or [None] * len(self._h)
         return [Block(a, b, h, c) for (a, b), h, c in zip(self._ranges, self._h, crosses, strict=True)]
+
+    def factors(self, damping: float, act_order: bool) -> list[Factor]:
+        """Factors of the blocks, kept for the next weight that sees the same inputs."""
+        key = (damping, act_order)
+        if key not in self._factors:
+            self._factors = {key: [factorise(block.h, damping, act_order) for block in self.blocks()]}
+        return self._factors[key]
 
     def diagonal(self) -> torch.Tensor:
         """(width,) fp32: the diagonal of H."""

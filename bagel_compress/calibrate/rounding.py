@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bagel_compress.calibrate import loops
-from bagel_compress.calibrate.factor import Factor, factorise
+from bagel_compress.calibrate.factor import Factor
 from bagel_compress.calibrate.moments import Block, Moments
 from bagel_compress.codecs.base import Encoding, Reader, Rounded, Unit, dtype_code
 from bagel_compress.codecs.calibrated import CalibratedCodec, Gptq
@@ -88,7 +88,7 @@ def round_weights(grid: Grid, weights: Tensor, moments: Moments, method: Gptq) -
     The scales are made for the weights, the levels for the weights after `refit`.
     """
     blocks = moments.blocks()
-    factors = [factorise(block.h, method.damping, method.act_order) for block in blocks]
+    factors = moments.factors(method.damping, method.act_order)
     curvature = Curvature(moments.diagonal(), torch.cat([f.conditional[f.order.argsort()] for f in factors]))
     scales = grid.scales(weights, curvature)
     levels = torch.empty_like(weights)
@@ -161,8 +161,7 @@ class _Columns:
         for a in range(0, len(values), COLUMNS):
             part = slice(a, a + COLUMNS)
             scales = self._scales(part)
-            levels[part] = self.grid.levels.nearest(values[part] / scales / self.grid.factor)
-            errors[part] -= loops.value(self.grid, levels[part], scales)
+            loops.nearest(self.grid, values[part], scales, levels[part], errors[part])
         return levels, errors
 
     def _loss(self, errors: Tensor) -> Tensor:

@@ -16,6 +16,19 @@ _strict = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"con
 
 
 @_strict
+def alone(weights, scales, kind, table, factor, levels, errors, start, stop):  # type: ignore[no-untyped-def]
+    """weights and scales (B, N) -> levels and errors of the decoded values (B, N)."""
+    value = np.empty(RUN, np.float32)
+    for j in range(weights.shape[0]):
+        for first in range(start, stop, RUN):
+            last = min(first + RUN, stop)
+            x, error = weights[j, first:last], errors[j, first:last]
+            nearest(x, scales[j, first:last], kind, table, factor, levels[j, first:last], value)
+            for i in range(last - first):
+                error[i] = x[i] - value[i]
+
+
+@_strict
 def feedback(targets, errors, scales, factors, weight, kind, table, factor, levels, loss, start, stop):  # type: ignore[no-untyped-def]
     """Rounds a block of B columns, each with the errors of those before it.
 

@@ -40,7 +40,7 @@ class Gptq(BaseModel):
     damping: float = Field(
         default=0.01, gt=0, le=1, description="added to the diagonal of the moments, in units of its mean"
     )
-    passes: int = Field(default=3, ge=0, le=16, description="rounds of coordinate descent after the feedback")
+    passes: int = Field(default=2, ge=0, le=16, description="rounds of coordinate descent after the feedback")
     refit: bool = Field(default=False, description="make up for the errors of the layers before")
 
 

@@ -263,3 +263,26 @@ def test_blocks_over_the_ends_of_rows_are_left_to_nearest() -> None:
     encoding = round_unit(Nf4(rounding="gptq"), unit, InMemory({NAME: w}), m)
     assert not isinstance(encoding, Packed)
     assert "whole blocks" in encoding.reason
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bitsandbytes_opens_calibrated_codes_as_what_decode_gives(double_quant: bool) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    codec = Nf4(double_quant=double_quant, scale="mse", rounding="gptq")
+    parts = dict(coded(codec).stored)
+    expected = codec.decode(UNIT, parts)[NAME]
+    module = bnb.nn.Linear4bit(WIDTH, ROWS, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+    statistics = {name.removeprefix(f"{NAME}."): part for name, part in parts.items() if name != NAME}
+    module.weight = bnb.nn.Params4bit.from_prequantized(parts[NAME], statistics, device="cpu", module=module)
+    x = inputs(seed=5, count=7).bfloat16()
+    assert torch.equal(module.train()(x), torch.nn.functional.linear(x, expected))
+
+
+@every
+def test_only_codes_and_scales_differ_from_nearest(codec: CalibratedCodec) -> None:
+    nearest = type(codec).model_validate(codec.model_dump() | {"rounding": "nearest"})
+    alone, parts = nearest.encode(UNIT, {NAME: weights()}), coded(codec).stored
+    assert {n: (p.shape, p.dtype) for n, p in alone.items()} == {n: (p.shape, p.dtype) for n, p in parts.items()}
+    same = {name for name in alone if torch.equal(alone[name].view(torch.uint8), parts[name].view(torch.uint8))}
+    assert f"{NAME}_shape" in same or codec.format != "int4"
+    assert {f"{NAME}.quant_map", f"{NAME}.nested_quant_map"} & alone.keys() <= same

@@ -38,7 +38,7 @@ def test_a_calibrated_recipe_survives_json_and_says_every_value() -> None:
     one = recipe("{format: nf4, rounding: gptq}")
     assert Recipe.model_validate_json(one.model_dump_json()) == one
     written = one.model_dump(mode="json")["rules"][0]["codec"]["rounding"]
-    assert written == {"method": "gptq", "act_order": True, "damping": 0.01, "passes": 3, "refit": False}
+    assert written == {"method": "gptq", "act_order": True, "damping": 0.01, "passes": 2, "refit": False}
 
 
 @pytest.mark.parametrize(
