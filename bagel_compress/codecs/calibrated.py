@@ -3,7 +3,7 @@
 Rounding decides codes and scales; the stored form and the decoder do not depend on it. `nearest` rounds each weight
 alone and needs nothing but the weight. `gptq` spreads a weight's rounding error over the columns that are rounded
 after it, and needs the second moments of the layer's inputs, which a build takes from a calibration set. With it,
-`scale: mse` searches the scale of least error as weighted by the moments' diagonal.
+`scale: mse` searches the scale of least error, weighted by what an error of each column costs after feedback.
 """
 
 from __future__ import annotations

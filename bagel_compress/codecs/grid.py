@@ -113,7 +113,7 @@ def searched(
     import torch
 
     def error_of(scales: torch.Tensor) -> torch.Tensor:
-        errors = block_errors(grid, weights, curvature.diagonal, scales)
+        errors = block_errors(grid, weights, curvature.conditional, scales)
         return errors if len(scales) == len(errors) else errors.sum(0, keepdim=True)
 
     best = plain(FACTORS[0])
