@@ -47,8 +47,16 @@ class ExportError(BagelCompressError):
     """A block, codec or precision cannot be exported to this runtime."""
 
 
+class HubError(BagelCompressError):
+    """The Hub cannot be reached, refuses, or has no such repository, revision or file."""
+
+
+class InputError(BagelCompressError):
+    """A picture or another input of a request cannot be read."""
+
+
 class PublishError(BagelCompressError):
-    """The Hub refused, or the repository is not what the release expects."""
+    """A release cannot go into this repository: another build or another owner's files are there, or no right to write."""
 
 
 class MissingExtraError(BagelCompressError):

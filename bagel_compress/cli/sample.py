@@ -179,15 +179,15 @@ def _text(args: argparse.Namespace) -> TextSettings:
 def _read_image(path: Path) -> Image:
     from PIL import Image, UnidentifiedImageError
 
-    from bagel_compress.errors import TargetError
+    from bagel_compress.errors import InputError
 
     try:
         image = Image.open(path)
         image.load()
     except FileNotFoundError:
-        raise TargetError(f"{path} does not exist; expected a picture (PNG, JPEG, WebP, ...).") from None
+        raise InputError(f"{path} does not exist; expected a picture (PNG, JPEG, WebP, ...).") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise TargetError(f"{path} is not a readable picture ({error}); expected PNG, JPEG, WebP, ...") from None
+        raise InputError(f"{path} is not a readable picture ({error}); expected PNG, JPEG, WebP, ...") from None
     return image
 
 

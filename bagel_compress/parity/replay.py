@@ -25,7 +25,7 @@ from bagel.flow import FlowSettings, guide
 from bagel.inputs import to_rgb
 from bagel.model import Tap
 from bagel.sampler import Branches, Sampler, Step, TextSettings
-from bagel_compress.errors import TargetError
+from bagel_compress.errors import InputError, TargetError
 from bagel_compress.parity.trace import Facts, Trace, image_tensor
 from bagel_compress.run.case import Case
 
@@ -241,4 +241,4 @@ def _opened(path: Path, case: Case) -> Image.Image:
     try:
         return to_rgb(Image.open(path))
     except OSError as error:
-        raise TargetError(f"case {case.name}: picture {path} cannot be read ({error}).") from None
+        raise InputError(f"case {case.name}: picture {path} cannot be read ({error}).") from None

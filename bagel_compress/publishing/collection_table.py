@@ -17,12 +17,12 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import Metric
 from bagel_compress.errors import PublishError
 from bagel_compress.io.byte_size import size_text
+from bagel_compress.io.hub_client import failures, split_repo_id
 from bagel_compress.parity.report_data import Number, number
 from bagel_compress.publishing.model_card import CARD, FAMILY_END, FAMILY_START, gib, plain, table
 from bagel_compress.publishing.release_source import Content, label, weights_bytes
 from bagel_compress.publishing.requirements import Evidence
 from bagel_compress.report.text import worst_rows
-from bagel_compress.run.fetch import failures, split_revision
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -136,7 +136,7 @@ def _build(api: HfApi, repo: str) -> Build | None:
     """The numbers of a member; None if it is no release of ours."""
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-    repo = split_revision(repo)[0]
+    repo = split_repo_id(repo)[0]
     with failures(f"{repo} cannot be read"):
         try:
             text = Path(api.hf_hub_download(repo, BUILD)).read_text(encoding="utf-8")

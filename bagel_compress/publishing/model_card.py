@@ -20,6 +20,7 @@ from bagel_compress.build.limits import METRICS
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.build.sizes import Group
 from bagel_compress.io.byte_size import size_text
+from bagel_compress.io.hub_client import parse_repo_id
 from bagel_compress.parity.report_data import BudgetReport, ParityReport, number
 from bagel_compress.publishing.snippets import Snippet, snippets
 from bagel_compress.report.text import worst_rows
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 FAMILY_START, FAMILY_END = "<!-- builds of this base -->", "<!-- end of builds -->"
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 UPSTREAM = "https://huggingface.co/ByteDance-Seed/BAGEL-7B-MoT"
 
 
@@ -44,7 +44,7 @@ class Origin:
     @classmethod
     def of(cls, source: SourceEntry, repo: str, base_model: str | None, license: str = "apache-2.0") -> Origin:
         """Takes the base from the manifest where the source was a repository."""
-        return cls(repo, base_model or (source.name if REPO_ID.fullmatch(source.name) else None), license)
+        return cls(repo, base_model or (source.name if parse_repo_id(source.name) else None), license)
 
 
 def model_card(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bagel_compress.errors import PublishError
+from bagel_compress.io.hub_client import client, failures, split_repo_id
 from bagel_compress.publishing.collection_table import build_of, join, members, spliced, table_of
 from bagel_compress.publishing.model_card import CARD, Origin
 from bagel_compress.publishing.provenance import ListedFile
@@ -16,7 +17,6 @@ from bagel_compress.publishing.release import Release, make_release
 from bagel_compress.publishing.release_source import Content, open_content, source_of
 from bagel_compress.publishing.remote_files import differences, look
 from bagel_compress.publishing.upload import Progress, Uploaded, upload
-from bagel_compress.run.fetch import client, failures, split_revision
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Published:
 
 
 def publish(wish: Wish, progress: Progress | None = None) -> Published:
-    """Everything. Raises GateError, PublishError, ArtifactError; nothing is visible before the last commit."""
+    """Everything. Raises GateError, PublishError, HubError, ArtifactError; nothing is visible before the last commit."""
     if wish.collection and (wish.draft or wish.create_pr or wish.revision != "main"):
         raise PublishError("a collection shows what is on main; leave --collection out with a draft, PR or revision.")
     release = prepare_release(wish)
@@ -76,7 +76,7 @@ def publish(wish: Wish, progress: Progress | None = None) -> Published:
 
 def prepare_release(wish: Wish) -> Release:
     """The folder that would be uploaded. Raises GateError unless the build may be published."""
-    split_revision(wish.repo)
+    split_repo_id(wish.repo)
     if "@" in wish.repo:
         raise PublishError(f"{wish.repo}: give the branch with --revision.")
     content = open_content(wish.build)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel_compress.io.digests import sha256_file
+from bagel_compress.io.hub_client import failures, insist
 from bagel_compress.publishing.release import Release
-from bagel_compress.run.fetch import failures, insist, manifest_in
+from bagel_compress.run.fetch import manifest_in
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from bagel_compress.build.artifact import MANIFESTS
 from bagel_compress.errors import GateError, PublishError
+from bagel_compress.io.hub_client import TRIES, client, failures, insist, transient, transport_errors
 from bagel_compress.publishing.release import Release
 from bagel_compress.publishing.remote_files import OWN, Remote, holds, look, stale
-from bagel_compress.run.fetch import TRIES, client, failures, insist, transient
-from bagel_compress.source.checkpoint_download import transport_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -53,8 +52,8 @@ def upload(
     """Puts the release into the repository and checks what arrived.
 
     `private` makes a new repository private; `replace` allows a repository that holds another build (its files go).
-    Raises PublishError: not logged in, no right, another build, network; GateError: the folder changed since it was
-    verified, or what arrived is not what was sent.
+    Raises PublishError: no right to write, or another build is there; HubError: not logged in, refused, no network;
+    GateError: the folder changed since it was verified, or what arrived is not what was sent.
     """
     api = client()
     remote = prepare(api, release, repo, revision, create_pr, private or release.draft, replace)
@@ -106,7 +105,7 @@ def check_arrived(api: HfApi, release: Release, uploaded: Uploaded) -> None:
 
 
 def _may_write(api: HfApi, repo: str) -> bool:
-    """Whether the repository's owner is the user or an organisation of theirs. Raises PublishError without a token."""
+    """Whether the repository's owner is the user or an organisation of theirs. Raises HubError without a token."""
     with failures("you cannot publish"):
         user = insist(api.whoami)
     role = user.get("auth", {}).get("accessToken", {}).get("role")

@@ -12,12 +12,13 @@ from pathlib import Path
 from bagel_compress.build.artifact import MANIFESTS, listed_files
 from bagel_compress.errors import ArtifactError, GateError
 from bagel_compress.io.digests import sha256_file
+from bagel_compress.io.hub_client import client, failures, split_repo_id
 from bagel_compress.parity.report_data import REPORTS
 from bagel_compress.publishing import provenance
 from bagel_compress.publishing.release_source import Content, manifest_name, open_content
 from bagel_compress.publishing.remote_files import Remote, look
 from bagel_compress.publishing.requirements import load_evidence
-from bagel_compress.run.fetch import Files, client, failures, fetch, manifest_in, split_revision
+from bagel_compress.run.fetch import Files, fetch, manifest_in
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
 
 
 def verify_repo(repo: str, revision: str | None = None, full: bool = False, public_key: Path | None = None) -> Verdict:
-    """Checks a published artifact. Raises PublishError if it cannot be read, ArtifactError if it is none."""
-    repo, revision = split_revision(repo, revision)
+    """Checks a published artifact. Raises HubError if it cannot be read, ArtifactError if it is none."""
+    repo, revision = split_repo_id(repo, revision)
     if full or public_key is not None:
         return verify_folder(fetch(repo, revision, "everything"), public_key)
     remote = look(client(), repo, revision or "main")

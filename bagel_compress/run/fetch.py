@@ -1,38 +1,24 @@
-"""The Hub as this program uses it: one client, one sentence per failure, downloads whose every byte is checked.
+"""Published builds from the Hub: downloads whose every byte is checked against the manifest.
 
-`fetch` brings what is needed to open a published artifact or export into the client's cache and reads each file once,
-to compare it with the manifest: the client itself compares sizes only. The commit is resolved once, so that all files
-are of one version.
-
-Tokens are found by huggingface_hub (HF_TOKEN, or what `hf auth login` stored) and are never read, printed or kept here;
-messages that come from elsewhere are scrubbed of anything that looks like one.
+`fetch` brings the files that are needed to open a published artifact or export into the client's cache and reads each
+of them once, to compare it with the manifest: the client itself compares sizes only. The commit is resolved once, so
+that all files are of one version.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal
 
 from bagel_compress.build.artifact import MANIFESTS, Artifact, FileEntry, intact, listed_files
-from bagel_compress.errors import ArtifactError, PublishError
+from bagel_compress.errors import ArtifactError, HubError
 from bagel_compress.io.atomic import write_atomic
-from bagel_compress.source.checkpoint_download import first_line, transport_errors
+from bagel_compress.io.hub_client import UnreachableError, download, listing, split_repo_id
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SECRET = re.compile(r"hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^/@\s]+(?=@)")  # tokens, and logins in an address
 Kind = Literal["model", "everything"]
-TRIES = 3  # of a request that may be repeated
-PAUSE = 1.0  # seconds before the second try, doubled before the third
-T = TypeVar("T")
 Files = Mapping[str, FileEntry]
 
 
@@ -41,19 +27,19 @@ def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
 
     kind "model": what is needed to open it; "everything": card, reports and pictures too. What is already in the cache
     is not loaded again. A file that is not what the manifest says is removed and loaded once more.
-    Raises PublishError if the Hub or the repository cannot be read, ArtifactError if it holds nothing (intact) of ours.
+    Raises HubError if the Hub or the repository cannot be read, ArtifactError if it holds nothing (intact) of ours.
     """
-    repo, revision = split_revision(repo, revision)
+    repo, revision = split_repo_id(repo, revision)
     try:
         commit, names = listing(repo, revision)
-    except _UnreachableError as error:
+    except UnreachableError as error:
         return _cached(repo, revision, error)
     own = manifest_in(names)
     if own is None:
         raise ArtifactError(
             f"{repo} has no {' or '.join(MANIFESTS)}: it is no artifact of bagel-compress, or not a finished one."
         )
-    manifest_path = _get(repo, revision or "main", [own])[own]  # by its name: the cache then knows the name
+    manifest_path = download(repo, revision, [own])[own]  # by its name: the cache then knows the name
     if manifest_path.parent.name != commit:  # somebody published in this moment
         commit, names = listing(repo, manifest_path.parent.name)
     files = listed_files(own, manifest_path.read_bytes(), Path(repo))
@@ -63,7 +49,7 @@ def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
             f"{repo} lacks {min(missing)}, which its manifest names; its owner has to publish it again."
         )
     wanted = set(files) if kind == "model" else names - {".gitattributes"}
-    _get(repo, commit, sorted(wanted - {own}))
+    download(repo, commit, sorted(wanted - {own}))
     folder = manifest_path.parent
     _check(repo, commit, folder, files)
     return folder
@@ -76,10 +62,10 @@ def fetch_model(repo: str) -> Path:
     """
     from bagel_compress.source.checkpoint import locate
 
-    name, revision = split_revision(repo)
+    name, revision = split_repo_id(repo)
     try:
         is_ours = manifest_in(listing(name, revision)[1]) is not None
-    except _UnreachableError:
+    except UnreachableError:
         is_ours = _snapshot(name, revision) is not None
     return fetch(name, revision) if is_ours else locate(repo, weights=True)[0]
 
@@ -96,131 +82,11 @@ def open_artifact(path_or_repo: str | Path, revision: str | None = None) -> Arti
     return Artifact.open(fetch(str(path_or_repo), revision))
 
 
-def split_revision(repo: str, revision: str | None = None) -> tuple[str, str | None]:
-    """`owner/name@revision` -> both. Raises PublishError on anything else."""
-    name, _, at = repo.partition("@")
-    if not REPO_ID.fullmatch(name) or ".." in name or name.startswith("."):
-        raise PublishError(f"{repo} is neither a folder here nor the name of a repository (owner/name).")
-    return name, revision or at or None
-
-
-def client() -> HfApi:
-    """The client, with this program's name in its requests."""
-    from importlib.metadata import version
-
-    from huggingface_hub import HfApi
-
-    return HfApi(library_name="bagel-compress", library_version=version("bagel-compress"))
-
-
-def listing(repo: str, revision: str | None) -> tuple[str, set[str]]:
-    """The commit that a revision means now, and the files in it."""
-    with failures(f"{repo} cannot be read"):
-        info = insist(lambda: client().model_info(repo, revision=revision))
-    return str(info.sha), {sibling.rfilename for sibling in info.siblings or ()}
-
-
-class _UnreachableError(PublishError):
-    """No answer at all: the network, or the server, is down."""
-
-
-@contextmanager
-def failures(what: str) -> Iterator[None]:
-    """Turns what the client raises into one PublishError, "<what>: <reason>; <what to do>.", free of secrets."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    silent: tuple[type[Exception], ...] = (OfflineModeIsEnabled, LocalEntryNotFoundError, *transport_errors())
-    try:
-        yield
-    except GatedRepoError:
-        raise PublishError(f"{what}: it is gated; accept its terms on its page and log in.") from None
-    except RepositoryNotFoundError:
-        raise PublishError(
-            f"{what}: there is no such repository, or your token may not see it; check its name, or log in."
-        ) from None
-    except HfHubHTTPError as error:
-        raise PublishError(f"{what}: {_status(error)}.") from None
-    except LocalTokenNotFoundError:
-        raise PublishError(f"{what}: you are not logged in; run `hf auth login` or set HF_TOKEN.") from None
-    except silent as error:
-        raise _UnreachableError(
-            f"{what}: the Hub cannot be reached ({scrubbed(first_line(error))}); run the same command again later."
-        ) from None
-    except (HFValidationError, ValueError) as error:
-        raise PublishError(f"{what}: {scrubbed(' '.join(str(error).split()))}") from None
-
-
-def insist(call: Callable[[], T]) -> T:
-    """The result of a request that may be repeated; tried again, after a pause, while trying again can help.
-
-    The client repeats some of its requests itself, which ones depends on its version.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    passing: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, *transport_errors())
-    for attempt in range(TRIES - 1):
-        try:
-            return call()
-        except passing as error:
-            if not transient(error):
-                raise
-            time.sleep(PAUSE * 2**attempt)
-    return call()
-
-
-def transient(error: BaseException) -> bool:
-    """Whether trying again can help: no answer, or one of the server's own faults."""
-    code = getattr(getattr(error, "response", None), "status_code", None)
-    return code is None or code >= 500 or code == 429
-
-
-def scrubbed(text: str) -> str:
-    """The text without anything that could be a token."""
-    return SECRET.sub("***", text)
-
-
-def _status(error: Exception) -> str:
-    """What an HTTP error means for the user."""
-    code = getattr(getattr(error, "response", None), "status_code", None)
-    known = {
-        401: "the token is invalid or has expired; run `hf auth login` again",
-        403: "the token may not do that; create one with write access to this repository",
-        404: "the Hub does not know this revision or file",
-        409: "it changed in this moment; run the same command again",
-        412: "somebody else changed it since the upload began; look at what is there and run the same command again",
-        429: "the Hub asks for a pause (429); run the same command later, it goes on from there",
-    }
-    if code in known:
-        return known[code]
-    if code is not None and code >= 500:
-        return f"the Hub answered {code} and kept doing so; run the same command again later, it goes on from there"
-    return scrubbed(first_line(error))
-
-
-def _get(repo: str, revision: str, names: Iterable[str]) -> dict[str, Path]:
-    """Files of one revision, from the cache or the Hub, by name."""
-    from huggingface_hub import hf_hub_download
-
-    def one(name: str) -> tuple[str, Path]:
-        return name, Path(insist(lambda: hf_hub_download(repo, name, revision=revision)))
-
-    with failures(f"the download of {repo} broke off"), ThreadPoolExecutor(4, "download") as pool:
-        return dict(pool.map(one, names))
-
-
 def _check(repo: str, commit: str, folder: Path, files: Files) -> None:
     """Reads every file of the manifest; a wrong one is loaded again, once."""
     for name in _wrong(folder, files, files):
         _forget(folder / name)
-        _get(repo, commit, [name])
+        download(repo, commit, [name])
         if _wrong(folder, files, [name]):
             _forget(folder / name)
             raise ArtifactError(
@@ -264,7 +130,7 @@ def _forget(path: Path) -> None:
     blob.unlink(missing_ok=True)
 
 
-def _cached(repo: str, revision: str | None, cause: PublishError) -> Path:
+def _cached(repo: str, revision: str | None, cause: HubError) -> Path:
     """What an earlier download left, complete and intact; used when the Hub cannot be reached."""
     found = _snapshot(repo, revision)
     if found is None:

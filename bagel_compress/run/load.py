@@ -19,6 +19,7 @@ from bagel_compress.build.artifact import EXPORT_MANIFEST, MANIFEST, Artifact
 from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError, CheckpointError
+from bagel_compress.io.hub_client import parse_repo_id
 from bagel_compress.run.device_map import DeviceMap, Where
 from bagel_compress.source.checkpoint import Checkpoint
 
@@ -216,9 +217,12 @@ def _is_linear(tensor: str) -> bool:
 
 
 def downloaded(name: str) -> Path:
-    """The folder of a published artifact or export, or of a full-precision repository. Raises CheckpointError."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name} is neither a folder nor a Hub id (user/name).")
+    """The folder of a published artifact or export, or of a full-precision repository.
+
+    Raises CheckpointError if `name` is no repository id, HubError if the Hub has no such repository or is not reached.
+    """
+    if parse_repo_id(name) is None:
+        raise CheckpointError(f"{name} is neither a folder nor a Hub id (owner/name or owner/name@revision).")
     from bagel_compress.run.fetch import fetch_model
 
     return fetch_model(name)

@@ -10,8 +10,7 @@ weights are meta tensors, so a use that was forgotten fails instead of computing
 that no phase lists stays in host memory for good: only the rows that are looked up travel. Units of a codec that is not
 `movable` stay where they were loaded.
 
-The same machinery serves a device map (device_map.py): what the map lets wait is brought to its own device for each
-call.
+A device map (device_map.py) uses the same code: what the map lets wait comes to its own device for each call.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from bagel.layout import Sizes, expected_tensors, role_of
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
+from bagel_compress.io.hub_client import parse_repo_id
 from bagel_compress.io.safetensors_file import StoredTensor, TensorFile
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.source.adapter import Adapter
@@ -142,14 +143,14 @@ def locate(source: str | Path, weights: bool) -> tuple[Path, str, str]:
                 f"{path} is an artifact of bagel-compress, not a full-precision checkpoint; give its source."
             )
         return path, "local", ""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
-    if match is None or str(source).startswith("."):
+    repository = parse_repo_id(str(source))
+    if repository is None:
         raise CheckpointError(
             f"{source} does not exist; give a checkpoint folder, a .safetensors file or a Hub id (owner/name)."
         )
     small = (*CONFIG_FILES, *VAE_FILES, *TOKENIZER_FILES, *OTHER_FILES)
-    folder, revision = fetch(match[1], match[2], small, WEIGHT_FILES if weights else ())
-    return folder, match[1], revision
+    folder, revision = fetch(*repository, small, WEIGHT_FILES if weights else ())
+    return folder, repository[0], revision
 
 
 def _aux_files(folders: list[Path]) -> dict[str, Path]:

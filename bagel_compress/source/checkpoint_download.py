@@ -1,76 +1,62 @@
-"""Fetching a checkpoint from the Hub: only the files that are needed, resumable, one clear sentence without network."""
+"""Full-precision checkpoints from the Hub: only the files that are needed, resumed where a download broke off."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from bagel_compress.errors import CheckpointError
+from bagel_compress.io.hub_client import UnreachableError, download, listing
 
 
 def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequence[str]) -> tuple[Path, str]:
-    """Downloads `small` files where they exist and the first of `weights` that exists, with its shards if an index.
+    """Downloads the `small` files that exist and the first of `weights` that exists, with its shards if it is an index.
 
-    Returns the local snapshot folder and the commit it shows. huggingface_hub resumes what was interrupted.
-    Raises CheckpointError if the repository cannot be reached or has none of `weights`.
+    Returns the folder in the client's cache and the commit that it shows. Without an answer from the Hub, what an
+    earlier download left is used. Raises HubError if the repository cannot be read, CheckpointError if it has none of
+    `weights`.
     """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    unreachable: tuple[type[Exception], ...] = (
-        OSError,
-        OfflineModeIsEnabled,
-        LocalEntryNotFoundError,
-        *transport_errors(),
-    )
-    interrupted: tuple[type[Exception], ...] = (HfHubHTTPError, *unreachable)
     try:
-        info = HfApi().model_info(repo, revision=revision)
-    except HfHubHTTPError as error:
-        raise CheckpointError(
-            f"{repo} cannot be read from the Hub ({first_line(error)}); check its name and your access."
-        ) from None
-    except unreachable as error:
+        names = listing(repo, revision)[1]
+    except UnreachableError as error:
         return _cached(repo, revision, small, weights, error)
-    names = [s.rfilename for s in info.siblings or ()]
     chosen = next((name for name in weights if name in names), None)
     if weights and chosen is None:
         raise CheckpointError(f"{repo} has no weights; expected one of {', '.join(weights)}.")
     wanted = [name for name in small if name in names]
-    try:
-        if chosen is not None:
-            wanted += [chosen, *_shards(Path(hf_hub_download(repo, chosen, revision=revision)), chosen)]
-        # By the name that was asked for, not by its commit: the cache then knows the name without network too.
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[_escaped(name) for name in wanted]))
-    except interrupted as error:
-        reason = first_line(error)
-        raise CheckpointError(
-            f"the download of {repo} broke off ({reason}); the same command goes on from there."
-        ) from None
-    return folder, folder.name
+    if chosen is not None:
+        wanted += [chosen, *_shards(download(repo, revision, [chosen])[chosen], chosen)]
+    if not wanted:
+        raise CheckpointError(f"{repo} has no {small[0]}; it is no BAGEL checkpoint.")
+    # By the revision as it was given, not by its commit: the cache then knows it without network too.
+    return _snapshot(download(repo, revision, wanted)[wanted[0]], wanted[0])
 
 
 def _cached(
-    repo: str, revision: str | None, small: Sequence[str], weights: Sequence[str], cause: Exception
+    repo: str, revision: str | None, small: Sequence[str], weights: Sequence[str], cause: UnreachableError
 ) -> tuple[Path, str]:
-    """What an earlier download left, used when the Hub cannot be reached."""
+    """What an earlier download left in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in weights or small:
         path = try_to_load_from_cache(repo, name, revision=revision)
         if isinstance(path, str):
-            folder = Path(path).parents[name.count("/")]
-            return folder, folder.name
-    raise CheckpointError(
-        f"{repo} is not a folder here and the Hub cannot be reached ({first_line(cause)});"
-        " connect to the network, or download it elsewhere and give its folder."
+            return _snapshot(Path(path), name)
+    raise UnreachableError(
+        f"{str(cause).partition('; ')[0]}, and {repo} is neither a folder here nor in the cache; connect to the"
+        " network, or download it elsewhere and give its folder."
     ) from None
 
 
+def _snapshot(path: Path, name: str) -> tuple[Path, str]:
+    """The snapshot folder that a cached file `name` lies in, and the commit: the folder's name."""
+    folder = path.parents[name.count("/")]
+    return folder, folder.name
+
+
 def _shards(path: Path, name: str) -> list[str]:
+    """The weight files that an index names; none if `name` is a weight file itself."""
     if not name.endswith(".index.json"):
         return []
     try:
@@ -79,22 +65,3 @@ def _shards(path: Path, name: str) -> list[str]:
         raise CheckpointError(
             f"{path} has no weight_map from tensor names to files; the repository is damaged."
         ) from None
-
-
-def transport_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub's HTTP library raises; which library that is depends on its version."""
-    errors: list[type[Exception]] = []
-    for library in ("httpx2", "httpx", "requests"):
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module(library)
-            errors.append(module.RequestException if library == "requests" else module.HTTPError)
-    return tuple(errors)
-
-
-def _escaped(name: str) -> str:
-    return name.translate({ord(c): f"[{c}]" for c in "[*?"}) if any(c in name for c in "[*?") else name
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

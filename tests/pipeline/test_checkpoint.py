@@ -13,7 +13,7 @@ import torch
 from pipeline_data import TINY, Write
 from safetensors.torch import save_file
 
-from bagel_compress.errors import CheckpointError
+from bagel_compress.errors import CheckpointError, HubError
 from bagel_compress.io import bf16
 from bagel_compress.source.checkpoint import Checkpoint, normal_name
 
@@ -195,6 +195,6 @@ def test_without_network_a_repository_is_one_clear_sentence(monkeypatch: pytest.
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="the Hub cannot be reached") as caught:
+    with pytest.raises(HubError, match="the Hub cannot be reached") as caught:
         Checkpoint.open("some-owner/some-model")
     assert "download it elsewhere and give its folder" in str(caught.value)

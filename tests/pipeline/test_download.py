@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pipeline_data import TINY
 
-from bagel_compress.errors import CheckpointError
+from bagel_compress.errors import CheckpointError, HubError
 from bagel_compress.source.checkpoint import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "publish"))
@@ -86,8 +86,25 @@ def test_a_base_brings_only_small_files(hub: Any, folder: Path, tiny: Checkpoint
     assert not any("ema.safetensors" in line for line in hub.requests if line.startswith("GET"))
 
 
+def test_a_pull_request_is_a_source_for_building_and_for_running(hub: Any, folder: Path, tiny: Checkpoint) -> None:
+    from huggingface_hub import HfApi
+
+    from bagel_compress.run.load import downloaded
+
+    publish(folder, "ann/bagel")
+    HfApi().upload_file(
+        path_or_fileobj=b"{}", path_in_repo="preprocessor_config.json", repo_id="ann/bagel", create_pr=True
+    )
+    opened = Checkpoint.open("ann/bagel@refs/pr/1")
+    assert (opened.digest, "preprocessor_config.json" in opened.files) == (tiny.digest, True)
+    run_from = downloaded("ann/bagel@refs/pr/1")
+    assert (run_from / "preprocessor_config.json").is_file()
+    assert run_from.name == opened.revision
+    assert "preprocessor_config.json" not in Checkpoint.open("ann/bagel").files
+
+
 def test_repositories_that_cannot_be_used(hub: Any, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"ann/none cannot be read from the Hub .*check its name and your access"):
+    with pytest.raises(HubError, match=r"ann/none cannot be read: there is no such repo.*check its name"):
         Checkpoint.open("ann/none")
     for weights in folder.glob("*.safetensors"):
         weights.unlink()

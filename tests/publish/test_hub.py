@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from publish_data import TOKEN
 
-from bagel_compress.run.fetch import insist
+from bagel_compress.io.hub_client import insist
 
 REPO = "ann/BAGEL-7B-MoT-NF4"
 

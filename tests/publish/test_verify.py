@@ -11,7 +11,7 @@ from hub import Fault, Hub
 from publish_data import REPO, TOKEN, flip, parity
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.errors import ArtifactError, CheckpointError, PublishError
+from bagel_compress.errors import ArtifactError, CheckpointError, HubError
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.publishing.provenance import PROVENANCE
 from bagel_compress.publishing.verify import verify_folder, verify_repo
@@ -110,7 +110,7 @@ def test_without_network_the_cache_serves(hub: Hub, online: Artifact, monkeypatc
 
 def test_without_network_and_without_cache(hub: Hub, online: Artifact) -> None:
     hub.faults = [Fault(".", "cut", times=10**6)]
-    with pytest.raises(PublishError, match="cannot be reached"):
+    with pytest.raises(HubError, match="cannot be reached"):
         fetch(REPO)
 
 
@@ -136,7 +136,7 @@ def test_a_model_is_an_artifact_or_a_checkpoint(hub: Hub, online: Artifact, tiny
      ("ann/..", "neither a folder")],
 )  # fmt: skip
 def test_names_that_are_none(hub: Hub, repo: str, message: str) -> None:
-    with pytest.raises(PublishError, match=message):
+    with pytest.raises(HubError, match=message):
         fetch(repo)
 
 

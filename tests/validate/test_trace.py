@@ -10,7 +10,7 @@ from tiny_suite import CASES, PICTURES, ROOT, case
 
 from bagel.flow import FlowSettings
 from bagel.sampler import TextSettings
-from bagel_compress.errors import TargetError, TraceError
+from bagel_compress.errors import InputError, TargetError, TraceError
 from bagel_compress.parity import record, replay
 from bagel_compress.parity.trace import TraceFile, image_tensor
 from bagel_compress.run.case import Case, load_cases
@@ -137,7 +137,7 @@ def test_a_case_that_the_model_cannot_run_is_named(reference):
     big = case("big", "t2i", "a fox", size=[1024, 1024])
     with pytest.raises(TargetError, match=r"case big cannot be run.*at most 128"):
         replay.record(reference, big, PICTURES)
-    with pytest.raises(TargetError, match=r"picture .*nowhere\.png cannot be read"):
+    with pytest.raises(InputError, match=r"picture .*nowhere\.png cannot be read"):
         replay.record(reference, case("x", "edit", {"image": "nowhere.png"}, "edit"), PICTURES)
 
 

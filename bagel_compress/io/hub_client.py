@@ -1,0 +1,186 @@
+"""The Hugging Face Hub: one client, one parser of repository ids, one sentence per failure.
+
+Everything that talks to the Hub goes through this module: checkpoints (source/checkpoint_download), published builds
+(run/fetch) and publishing. huggingface_hub finds the user's token itself (HF_TOKEN, or what `hf auth login` stored);
+it is never read, printed or kept here, and `scrubbed` removes anything that looks like one from messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from bagel_compress.errors import HubError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+REPO_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@(\S+))?")  # owner/name, owner/name@branch, owner/name@refs/pr/1
+SECRET = re.compile(r"hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^/@\s]+(?=@)")  # tokens, and logins in an address
+TRIES = 3  # attempts at a request that may be repeated
+PAUSE = 1.0  # seconds before the second attempt, doubled before the third
+DOWNLOADS = 4  # files that are downloaded at a time
+T = TypeVar("T")
+
+
+class UnreachableError(HubError):
+    """No answer at all: the network or the Hub is down, or the client was told to stay offline."""
+
+
+def parse_repo_id(text: str) -> tuple[str, str | None] | None:
+    """`owner/name` or `owner/name@revision` -> repository and revision (None if absent); None if it is no such id.
+
+    A revision is a branch, a tag, a commit or a pull request (`refs/pr/1`).
+    """
+    match = REPO_ID.fullmatch(text)
+    return None if match is None or ".." in match[1] else (match[1], match[2])
+
+
+def split_repo_id(text: str, revision: str | None = None) -> tuple[str, str | None]:
+    """`parse_repo_id`, where `revision` replaces the one in `text`. Raises HubError if `text` is no repository id."""
+    parsed = parse_repo_id(text)
+    if parsed is None:
+        raise HubError(
+            f"{text} is neither a folder here nor the name of a repository; expected owner/name or owner/name@revision."
+        )
+    return parsed[0], revision or parsed[1]
+
+
+def client() -> HfApi:
+    """huggingface_hub's client, with this program's name and version in its requests."""
+    from importlib.metadata import version
+
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="bagel-compress", library_version=version("bagel-compress"))
+
+
+def listing(repo: str, revision: str | None) -> tuple[str, set[str]]:
+    """The commit that a revision (None: main) points to now, and the names of the files in it. Raises HubError."""
+    with failures(f"{repo} cannot be read"):
+        info = insist(lambda: client().model_info(repo, revision=revision))
+    return str(info.sha), {sibling.rfilename for sibling in info.siblings or ()}
+
+
+def download(repo: str, revision: str | None, names: Iterable[str]) -> dict[str, Path]:
+    """Paths of the named files of one revision (None: main) in the client's cache; fetches those that are not there.
+
+    An interrupted file is resumed. The client compares sizes only: digests are the caller's to check. Raises HubError.
+    """
+    from huggingface_hub import hf_hub_download
+
+    def one(name: str) -> tuple[str, Path]:
+        return name, Path(insist(lambda: hf_hub_download(repo, name, revision=revision or "main")))
+
+    with (
+        failures(f"the download of {repo} broke off"),
+        ThreadPoolExecutor(DOWNLOADS, "download") as pool,
+    ):
+        return dict(pool.map(one, names))
+
+
+@contextmanager
+def failures(what: str) -> Iterator[None]:
+    """Turns whatever the client raises into one HubError, "<what>: <reason>; <what to do>.", free of secrets.
+
+    Raises UnreachableError, a HubError, if there was no answer.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    silent: tuple[type[Exception], ...] = (OfflineModeIsEnabled, LocalEntryNotFoundError, *transport_errors())
+    try:
+        yield
+    except GatedRepoError:
+        raise HubError(f"{what}: it is gated; accept its terms on its page and log in.") from None
+    except RepositoryNotFoundError:
+        raise HubError(
+            f"{what}: there is no such repository, or your token may not see it; check its name, or log in."
+        ) from None
+    except HfHubHTTPError as error:
+        raise HubError(f"{what}: {_status(error)}.") from None
+    except LocalTokenNotFoundError:
+        raise HubError(f"{what}: you are not logged in; run `hf auth login` or set HF_TOKEN.") from None
+    except silent as error:
+        raise UnreachableError(
+            f"{what}: the Hub cannot be reached ({scrubbed(first_line(error))}); run the same command again later."
+        ) from None
+    except (HFValidationError, ValueError) as error:
+        raise HubError(f"{what}: {scrubbed(' '.join(str(error).split()))}") from None
+
+
+def insist(call: Callable[[], T]) -> T:
+    """The result of a request that may be repeated: up to TRIES attempts, with a pause between, while that can help.
+
+    The client repeats some of its requests itself; which ones depends on its version.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    passing: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, *transport_errors())
+    for attempt in range(TRIES - 1):
+        try:
+            return call()
+        except passing as error:
+            if not transient(error):
+                raise
+            time.sleep(PAUSE * 2**attempt)
+    return call()
+
+
+def transient(error: BaseException) -> bool:
+    """Whether trying again can help: no answer, a fault of the server (5xx), or its request to slow down (429)."""
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    return code is None or code >= 500 or code == 429
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """The base error of huggingface_hub's HTTP library; which library that is depends on its version."""
+    errors: list[type[Exception]] = []
+    for library in ("httpx2", "httpx", "requests"):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(library)
+            errors.append(module.RequestException if library == "requests" else module.HTTPError)
+    return tuple(errors)
+
+
+def scrubbed(text: str) -> str:
+    """The text with anything that could be a token replaced by ***."""
+    return SECRET.sub("***", text)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, without a full stop; the name of its class if it has no text."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
+def _status(error: Exception) -> str:
+    """What an HTTP status means for the user."""
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    known = {
+        401: "the token is invalid or has expired; run `hf auth login` again",
+        403: "the token may not do that; create one with write access to this repository",
+        404: "the Hub does not know this revision or file",
+        409: "the repository changed at this moment; run the same command again",
+        412: "somebody else changed it since the upload began; look at what is there and run the same command again",
+        429: "the Hub asks for a pause (429); run the same command later, it goes on from there",
+    }
+    if code in known:
+        return known[code]
+    if code is not None and code >= 500:
+        return f"the Hub answered {code} and kept doing so; run the same command again later, it goes on from there"
+    return scrubbed(first_line(error))
