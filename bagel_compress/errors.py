@@ -56,7 +56,7 @@ class InputError(BagelCompressError):
 
 
 class PublishError(BagelCompressError):
-    """A release cannot go into this repository: another build or another owner's files are there, or no right to write."""
+    """A release cannot go into this repository: another build is there, or the user may not write to it."""
 
 
 class MissingExtraError(BagelCompressError):

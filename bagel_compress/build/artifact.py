@@ -10,21 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    SerializeAsAny,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from bagel.layout import official_role
 from bagel_compress.build.recipe import Recipe, parse_codec
@@ -33,8 +25,10 @@ from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Rounded, Unit
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.bf16 import as_tensor
 from bagel_compress.io.digests import blake3_file, blake3_of, tensors_digest
+from bagel_compress.io.safe_paths import check_names
 from bagel_compress.io.safetensors_file import TensorFile, lay_out
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
+from bagel_compress.io.yaml_model import FrozenModel
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +42,7 @@ EXTRAS = {"README.md", "LICENSE", "SHA256SUMS", "model.sig", "report.html", ".gi
 EXTRA_FOLDERS = {"reports", ".cache", ".git"}
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StoredPart(_Entry):
+class StoredPart(FrozenModel):
     """A stored tensor of a shard."""
 
     dtype: str
@@ -64,7 +54,7 @@ class StoredPart(_Entry):
         return PartSpec(self.dtype, self.shape)
 
 
-class TensorEntry(_Entry):
+class TensorEntry(FrozenModel):
     """A tensor of the checkpoint; `blake3` is over the bf16 values that were coded."""
 
     dtype: str
@@ -72,7 +62,7 @@ class TensorEntry(_Entry):
     blake3: str
 
 
-class UnitEntry(_Entry):
+class UnitEntry(FrozenModel):
     """One unit: its tensors, how they were coded, and what is stored."""
 
     codec: Annotated[SerializeAsAny[Codec], BeforeValidator(parse_codec)]
@@ -81,9 +71,7 @@ class UnitEntry(_Entry):
     parts: dict[str, StoredPart]
     snr_db: float | None = None  # of the decoded weights; None: nothing was lost
     reason: str = ""  # why the codec is not the recipe's
-    rounded: Rounded | None = (
-        None  # what a calibrated rounding did; of a weight rounded alone the entry has no such key
-    )
+    rounded: Rounded | None = None  # what a calibrated rounding did; a weight rounded alone has no such key
 
     @model_serializer(mode="wrap")
     def _without_rounded(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -93,7 +81,7 @@ class UnitEntry(_Entry):
         return fields
 
 
-class FileEntry(_Entry):
+class FileEntry(FrozenModel):
     """A file of the folder, with the digest of its bytes or, for a shard, the one that follows from its tensors'."""
 
     bytes: int
@@ -106,15 +94,13 @@ class FileEntry(_Entry):
         return {"blake3_tensors": self.blake3_tensors} if self.blake3_tensors else {"blake3": self.blake3}
 
 
-class _Listing(BaseModel):
+class _Listing(FrozenModel, extra="ignore"):
     """What the manifests of artifacts and of exports have in common."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     files: dict[str, FileEntry]
 
 
-class SourceEntry(_Entry):
+class SourceEntry(FrozenModel):
     """The checkpoint that was compressed; `data_blake3` covers every value that was read."""
 
     name: str
@@ -123,7 +109,7 @@ class SourceEntry(_Entry):
     data_blake3: str
 
 
-class CalibrationEntry(_Entry):
+class CalibrationEntry(FrozenModel):
     """The calibration set that chose the codes: its file's sha256, the checkpoint that made it, what it holds."""
 
     digest: str
@@ -134,7 +120,7 @@ class CalibrationEntry(_Entry):
     rows_gen: int
 
 
-class Manifest(_Entry):
+class Manifest(FrozenModel):
     """Everything known about an artifact when it was built."""
 
     format: int = FORMAT
@@ -336,7 +322,7 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
         raise ArtifactError(
             f"{folder / MANIFEST} is damaged at {where} ({fault['msg']}); copy the artifact again."
         ) from None
-    check_names(manifest.files, folder / MANIFEST)
+    check_names(manifest.files, folder / MANIFEST, ArtifactError)
     for shard in manifest.shards:
         if shard not in manifest.files:
             raise ArtifactError(f"{folder / MANIFEST} puts tensors into {shard}, which is not among its files.")
@@ -351,15 +337,8 @@ def listed_files(name: str, content: bytes, folder: Path) -> dict[str, FileEntry
         files = _Listing.model_validate_json(content).files
     except ValidationError:
         raise ArtifactError(f"{folder / name} is damaged: it lists no files; copy the export again.") from None
-    check_names(files, folder / name)
+    check_names(files, folder / name, ArtifactError)
     return files
-
-
-def check_names(names: Iterable[str], manifest: Path) -> None:
-    """Raises ArtifactError if a file of a manifest would lie outside its folder, on any system."""
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or ":" in name:
-            raise ArtifactError(f"{manifest} points outside its folder ({name}); do not use what lies there.")
 
 
 def _mapped(file: TensorFile, part: str) -> torch.Tensor:

@@ -9,14 +9,13 @@ it apart.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.codecs.base import dtype_code
 from bagel_compress.errors import ExportError
-from bagel_compress.io.atomic import PARTIAL, sync_folder
+from bagel_compress.io.atomic import atomic_file
 from bagel_compress.io.safetensors_file import DTYPE_ORDER, lay_out
 from bagel_compress.io.tensor_spec import PartSpec
 
@@ -44,17 +43,12 @@ def comfyui_file(artifact: Artifact, out: Path) -> int:
     parts = {name: PartSpec(dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in values.items()}
     metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
     header, _ = lay_out(parts, metadata)
-    partial = out.with_name(out.name + PARTIAL)
-    with partial.open("wb") as file:
+    with atomic_file(out) as file:
         file.write(header)
         for name in sorted(parts, key=lambda n: (DTYPE_ORDER[parts[n].dtype], n)):
             data = _bytes(values[name])
             for start in range(0, data.nbytes, CHUNK):
                 file.write(data[start : start + CHUNK].data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, out)
-    sync_folder(out.parent)
     return out.stat().st_size
 
 

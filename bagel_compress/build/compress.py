@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +37,7 @@ from bagel_compress.build.resume_state import Build, ShardRecord, finished
 from bagel_compress.build.shard_writer import ShardWriter, WrittenShard
 from bagel_compress.codecs.base import Encoding, Reader
 from bagel_compress.errors import ArtifactError, CalibrationError, CheckpointError
-from bagel_compress.io.atomic import PARTIAL, sync_folder, write_atomic
+from bagel_compress.io.atomic import atomic_path, write_atomic
 from bagel_compress.io.bf16 import as_words
 from bagel_compress.io.digests import blake3_file, tensors_digest
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
@@ -260,15 +259,9 @@ def _start_copies(build: Build, checkpoint: Checkpoint, pool: ThreadPoolExecutor
 
 def _copied(source: Path, target: Path) -> FileEntry:
     """Copies a file; it appears in full, and on the disk."""
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(target.name + PARTIAL)
-    shutil.copyfile(source, partial)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    entry = FileEntry(bytes=partial.stat().st_size, blake3=blake3_file(partial))
-    partial.replace(target)
-    sync_folder(target.parent)
-    return entry
+    with atomic_path(target) as partial:
+        shutil.copyfile(source, partial)
+        return FileEntry(bytes=partial.stat().st_size, blake3=blake3_file(partial))
 
 
 class _HashingReader:

@@ -6,31 +6,24 @@ codecs and values are errors that name the file, the rule and what was probably 
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
 
 from bagel.layout import BLOCKS, COMPONENTS, EXPERTS, KINDS, Role
 from bagel_compress.build.limits import METRICS, unknown_metric
 from bagel_compress.codecs import by_name
 from bagel_compress.codecs.base import Codec
-from bagel_compress.codecs.calibrated import Gptq
 from bagel_compress.errors import RecipeError
 from bagel_compress.io.packaged import target_files
 from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.io.yaml_model import FrozenModel, did_you_mean, load_yaml, meaning_digest, parse_yaml
 
 _CHOICES = {"component": COMPONENTS, "expert": EXPERTS, "kind": KINDS, "block": BLOCKS}
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def parse_codec(value: Any) -> Codec:
@@ -43,7 +36,7 @@ def parse_codec(value: Any) -> Codec:
     known = by_name()
     name = str(fields["format"])
     if name not in known:
-        raise ValueError(f"unknown codec {name!r}{_meant(name, known)}; codecs are {', '.join(known)}")
+        raise ValueError(f"unknown codec {name!r}{did_you_mean(name, known)}; codecs are {', '.join(known)}")
     return known[name].model_validate(fields)
 
 
@@ -68,7 +61,7 @@ def _range(item: Any) -> tuple[int, int]:
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
-class Match(_Frozen):
+class Match(FrozenModel):
     """Which tensors a rule takes: all given fields must hold; a list means any of its values; `{}` takes everything."""
 
     component: Names | None = Field(None, description="llm, vit, connector, latent, time")
@@ -84,7 +77,9 @@ class Match(_Frozen):
         for field, choices in _CHOICES.items():
             for value in getattr(self, field) or ():
                 if value not in choices:
-                    raise ValueError(f"{field} is {value!r}{_meant(value, choices)}, expected {', '.join(choices)}")
+                    raise ValueError(
+                        f"{field} is {value!r}{did_you_mean(value, choices)}, expected {', '.join(choices)}"
+                    )
 
     def takes(self, spec: TensorSpec, role: Role) -> bool:
         """True if the tensor has every asked property."""
@@ -103,30 +98,28 @@ class Match(_Frozen):
         return ", ".join(f"{field}: {' | '.join(values)}" for field, values in fields.items()) or "everything"
 
 
-class Rule(_Frozen):
+class Rule(FrozenModel):
     """A match and the codec of what it takes."""
 
     match: Match
     codec: Annotated[SerializeAsAny[Codec], BeforeValidator(parse_codec)]
 
 
-class Source(_Frozen):
+class Source(FrozenModel):
     """The checkpoint that the recipe was written for; used when no other is named."""
 
     repo: str
     revision: str | None = None
 
 
-class Limits(_Frozen):
+class Limits(FrozenModel, populate_by_name=True):
     """What parity must hold: the limits of a class, and single values that replace them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     level: Literal["lossless", "16-bit", "8-bit", "4-bit"] = Field("8-bit", alias="class")
     overrides: dict[str, float] = Field(default_factory=dict, description="metric name -> limit")
 
 
-class Recipe(_Frozen):
+class Recipe(FrozenModel):
     """One published variant."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -142,30 +135,19 @@ class Recipe(_Frozen):
     @property
     def digest(self) -> str:
         """sha256 of the meaning: comments and order of keys do not matter, every value does."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return meaning_digest(self)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Reads a YAML file. Raises RecipeError, one sentence with file, rule, found and expected."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe {path} cannot be read ({error}).") from None
-        return cls.parse(text, str(path))
+        recipe = load_yaml(cls, Path(path), "recipe", RecipeError, _codec_class)
+        recipe._check_names(str(path))
+        return recipe
 
     @classmethod
     def parse(cls, text: str, where: str) -> Recipe:
         """Reads YAML text; `where` names it in errors."""
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())}.") from None
-        if not isinstance(data, dict):
-            raise RecipeError(f"{where} holds a {type(data).__name__}, expected a mapping with name and rules.")
-        try:
-            recipe = cls.model_validate(data)
-        except ValidationError as error:
-            raise RecipeError(_sentence(error, data, where)) from None
+        recipe = parse_yaml(cls, text, where, RecipeError, _codec_class)
         recipe._check_names(where)
         return recipe
 
@@ -191,45 +173,11 @@ def _check_target(name: str, known: Sequence[str], where: str) -> None:
     own = Path(where.partition(": ")[0]).with_name(f"{name.removesuffix('.yaml')}.yaml")
     if name not in known and not own.is_file() and not Path(name).is_file():
         raise RecipeError(
-            f"{where}: {name!r} is unknown{_meant(name, known)}; expected one of {', '.join(known)}, or a file"
+            f"{where}: {name!r} is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}, or a file"
             f" {own.name} beside the recipe."
         )
 
 
-def _sentence(error: ValidationError, data: dict[str, Any], where: str) -> str:
-    """The first fault of a validation as one sentence."""
-    fault = error.errors(include_url=False)[0]
-    path = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
-    known = _known_keys(path, data)
-    if path[:1] == ["rules"] and len(path) > 1:
-        where, path = f"{where} rule {int(path[1]) + 1}", path[2:]
-    if fault["type"] == "extra_forbidden":
-        return f"{where} has an unknown key {path[-1]!r}{_meant(path[-1], known)}; keys here are {', '.join(known)}."
-    if fault["type"] == "missing":
-        return f"{where} has no {'.'.join(path)}; it is required."
-    if fault["type"] == "value_error":
-        return f"{where}: {fault['ctx']['error']}."
-    found = "" if isinstance(fault["input"], (dict, list)) else f", found {fault['input']!r}"
-    return f"{where}: {'.'.join(path)}: {fault['msg'][0].lower()}{fault['msg'][1:]}{found}."
-
-
-def _known_keys(path: list[str], data: dict[str, Any]) -> list[str]:
-    """Keys that are allowed beside the last one of `path`."""
-    model: type[BaseModel] = Recipe
-    if path[:1] == ["rules"] and len(path) == 3:
-        model = Rule
-    elif path[:1] == ["rules"] and path[2:3] == ["match"]:
-        model = Match
-    elif path[:1] == ["rules"] and path[2:5] == ["codec", "rounding", "gptq"]:
-        model = Gptq
-    elif path[:1] == ["rules"] and path[2:3] == ["codec"]:
-        model = type(parse_codec(data["rules"][int(path[1])]["codec"]["format"]))
-    elif len(path) == 2:
-        nested: dict[str, type[BaseModel]] = {"source": Source, "limits": Limits}
-        model = nested.get(path[0], Recipe)
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _meant(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+def _codec_class(model: type[BaseModel], data: Any) -> type[BaseModel]:
+    """The class of the codec that a mapping names, where a rule says only that there is one."""
+    return type(parse_codec(data["format"])) if model is Codec and isinstance(data, dict) else model

@@ -13,16 +13,17 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress.build.artifact import MANIFEST, Artifact, FileEntry, UnitEntry, _Entry
+from bagel_compress.build.artifact import MANIFEST, Artifact, FileEntry, UnitEntry
 from bagel_compress.build.plan import Plan
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.atomic import PARTIAL, write_atomic
 from bagel_compress.io.byte_size import size_text
+from bagel_compress.io.yaml_model import FrozenModel
 
 STATE = ".build"
 
 
-class ShardRecord(_Entry):
+class ShardRecord(FrozenModel):
     """A finished shard."""
 
     file: FileEntry

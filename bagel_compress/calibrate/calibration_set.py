@@ -21,9 +21,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from bagel_compress.errors import CalibrationError
+from bagel_compress.io.atomic import atomic_path
+from bagel_compress.io.yaml_model import FrozenModel
 
 if TYPE_CHECKING:
     import torch
@@ -34,32 +36,28 @@ VERSION = 1  # of the header; raised by any change of what a field means
 WRAPPERS = 2  # tokens around a picture
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Words(_Frozen):
+class Words(FrozenModel):
     """A text turn, wrapped: causal, each id takes a rope position."""
 
     kind: Literal["words"] = "words"
     ids: tuple[int, ...] = Field(min_length=1)
 
 
-class Seen(_Frozen):
+class Seen(FrozenModel):
     """A picture as ViT features between two wrapper tokens."""
 
     kind: Literal["seen"] = "seen"
     picture: int = Field(ge=0)
 
 
-class Clean(_Frozen):
+class Clean(FrozenModel):
     """A picture as clean latent (t = 0) between two wrapper tokens."""
 
     kind: Literal["clean"] = "clean"
     latent: int = Field(ge=0)
 
 
-class Decoded(_Frozen):
+class Decoded(FrozenModel):
     """A text that was decoded after the first `after` events of the trunk, start token first."""
 
     kind: Literal["decoded"] = "decoded"
@@ -67,7 +65,7 @@ class Decoded(_Frozen):
     ids: tuple[int, ...] = Field(min_length=1)
 
 
-class Noised(_Frozen):
+class Noised(FrozenModel):
     """A denoising pass at time `time` after the first `after` events of the trunk."""
 
     kind: Literal["noised"] = "noised"
@@ -80,7 +78,7 @@ Event = Annotated[Words | Seen | Clean, Field(discriminator="kind")]
 Branch = Annotated[Decoded | Noised, Field(discriminator="kind")]
 
 
-class Reading(_Frozen):
+class Reading(FrozenModel):
     """What one context reads, and what is computed on top of it."""
 
     name: str
@@ -88,7 +86,7 @@ class Reading(_Frozen):
     branches: tuple[Branch, ...] = ()
 
 
-class Inputs(_Frozen):
+class Inputs(FrozenModel):
     """The sizes of a model that its inputs depend on. The same for a base model and its fine-tunes."""
 
     vocabulary: int
@@ -111,7 +109,7 @@ class Inputs(_Frozen):
         )
 
 
-class Header(_Frozen):
+class Header(FrozenModel):
     """Where a set comes from and what is in it."""
 
     version: Literal[1] = 1
@@ -250,13 +248,10 @@ def save(path: Path, header: Header, tensors: Mapping[str, torch.Tensor], key: s
     """Writes a set, or with `key` a part of one; a temporary name is used until it is complete."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    save_file(
-        ordered, str(partial), metadata={METADATA_KEY: header.model_dump_json()} | ({PART_KEY: key} if key else {})
-    )
-    partial.replace(path)
+    metadata = {METADATA_KEY: header.model_dump_json()} | ({PART_KEY: key} if key else {})
+    with atomic_path(path) as partial:
+        save_file(ordered, str(partial), metadata=metadata)
 
 
 def join(sets: Iterable[CalibrationSet]) -> tuple[tuple[Reading, ...], dict[str, torch.Tensor]]:

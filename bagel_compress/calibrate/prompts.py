@@ -11,21 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from bagel.settings import FlowSettings
 from bagel_compress.errors import CalibrationError
-from bagel_compress.io.yaml_model import load_yaml
+from bagel_compress.io.yaml_model import FrozenModel, load_yaml
 
 Kind = Literal["drawing", "edit", "question", "plan"]
 ORDER: tuple[Kind, ...] = ("drawing", "plan", "edit", "question")  # what others refer to comes first
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Asked(_Frozen):
+class Asked(FrozenModel):
     """One prompt."""
 
     prompt: str
@@ -35,7 +31,7 @@ class Asked(_Frozen):
     size: tuple[int, int] | None = Field(None, description="height, width; default: the file's")
 
 
-class Prompts(_Frozen):
+class Prompts(FrozenModel):
     """The prompts of one kind, and how they are run."""
 
     kind: Kind
@@ -56,11 +52,11 @@ class Prompts(_Frozen):
 
     @classmethod
     def load(cls, path: str | Path) -> Prompts:
-        """Reads a YAML file. Raises TargetError: file, key, found, expected."""
-        return load_yaml(cls, Path(path), "file of calibration prompts")
+        """Reads a YAML file. Raises CalibrationError: file, key, found, expected."""
+        return load_yaml(cls, Path(path), "file of calibration prompts", CalibrationError)
 
 
-class Job(_Frozen):
+class Job(FrozenModel):
     """One prompt with what it is run with. `name` is unique; `picture` names the job whose drawing is the input."""
 
     name: str

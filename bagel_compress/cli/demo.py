@@ -76,6 +76,7 @@ def _run(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
+    from bagel_compress.io.atomic import write_atomic
     from bagel_compress.io.packaged import find_recipe, resource
     from bagel_compress.run.case import load_cases
     from bagel_compress.source.checkpoint import Checkpoint
@@ -90,7 +91,7 @@ def _demo(args: argparse.Namespace) -> int:
         print(make_plan(Checkpoint.open(source), Recipe.load(recipes[0])).table(), end="\n\n", flush=True)
     family = compare_recipes(source, recipes, cases, out, Counts(), say)
     page = out / "report.html"
-    page.write_text(render(f"{DEMO_MODEL}, {len(recipes)} ways smaller", family, out), encoding="utf-8")
+    write_atomic(page, render(f"{DEMO_MODEL}, {len(recipes)} ways smaller", family, out))
     passed = all(build.report.passed for build in family.builds)
     first = family.builds[0]
     text = f"{table(first.report, first.page)}\n\n{family_table(family)}\n\n{page}"

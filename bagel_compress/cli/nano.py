@@ -60,6 +60,7 @@ def register(verbs: Any) -> None:
 def _score(args: argparse.Namespace) -> int:
     import torch
 
+    from bagel_compress.io.atomic import atomic_path
     from bagel_compress.scores.benchmark import compare, run
     from bagel_compress.scores.contact_sheet import contact_sheet
 
@@ -67,7 +68,8 @@ def _score(args: argparse.Namespace) -> int:
     benchmark = _benchmark(args)
     found = run(benchmark, _sampler(args.model, args.device))
     if args.sheet:
-        contact_sheet(benchmark, found).save(args.sheet)
+        with atomic_path(args.sheet) as partial:
+            contact_sheet(benchmark, found).save(partial, "PNG")
     rows: dict[str, dict[str, float]] = {}
     for category in sorted(found.values):
         low, high = found.interval(category)

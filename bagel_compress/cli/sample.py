@@ -137,12 +137,14 @@ def _picture(
     text: TextSettings,
     size: tuple[int, int] | None,
 ) -> int:
+    from bagel_compress.io.atomic import atomic_path
+
     begun = time.perf_counter()
     with _progress(flow.num_timesteps - 1) as step:
         result = sampler.run(turns, think=args.think, size=size, flow=flow, text=text, seed=args.seed, on_step=step)
     assert result.image is not None
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    result.image.save(args.out, "PNG")
+    with atomic_path(args.out) as partial:
+        result.image.save(partial, "PNG")
     data = {
         "image": str(args.out), "width": result.image.width, "height": result.image.height, "seed": args.seed,
         "thoughts": result.text, "seconds": round(time.perf_counter() - begun, 3),

@@ -16,11 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
-
 from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet
 from bagel_compress.errors import ExportError
 from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec, TensorSpec
+from bagel_compress.io.yaml_model import FrozenModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,14 +80,12 @@ class Quality:
         return 10.0 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
 
 
-class Rounded(BaseModel):
+class Rounded(FrozenModel):
     """What a rounding method did to one weight: an entry of the manifest.
 
     Errors are squared and relative: tr(E H E^T) / tr(W H W^T), with E the error of the decoded weight and H the second
     moments of the layer's inputs, so their square roots are relative errors of the layer's output.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str
     rows: int  # rows of inputs that H is of
@@ -113,7 +110,7 @@ class Encoding(ABC):
         """The bytes of all parts, each byte once, in any order. Verifies what it wrote, or raises CodecError."""
 
 
-class Codec(BaseModel, ABC):
+class Codec(FrozenModel, ABC):
     """Base of all formats. Subclasses are one file each and are listed in `bagel_compress.codecs.CODECS`.
 
     Nothing outside this package asks for a format by its name: what differs between formats is an attribute or a method
@@ -140,8 +137,6 @@ class Codec(BaseModel, ABC):
     onnx_form, onnx_codes  export                        decoded where lossless, else ExportError
     least_capability       TensorRT export               0: every GPU can multiply with its codes
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: str  # narrowed to a Literal by each subclass: the YAML name
     lossless: ClassVar[bool] = False

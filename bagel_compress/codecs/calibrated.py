@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     SerializerFunctionWrapHandler,
@@ -26,14 +24,13 @@ from pydantic import (
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.grid import Grid
 from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.io.yaml_model import FrozenModel
 
 NEAREST: Literal["nearest"] = "nearest"
 
 
-class Gptq(BaseModel):
+class Gptq(FrozenModel):
     """Rounding with error feedback (Frantar et al., arXiv 2210.17323), then coordinate descent on the same error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Literal["gptq"] = "gptq"
     act_order: bool = Field(default=True, description="columns of the largest inputs first")

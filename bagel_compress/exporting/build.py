@@ -29,7 +29,7 @@ from bagel_compress.exporting.manifest import (
 from bagel_compress.exporting.profiles import axes_of
 from bagel_compress.exporting.source import FOLDER_FILES, Source
 from bagel_compress.exporting.tensorrt import check_settings, load_tensorrt
-from bagel_compress.exporting.write import Job, file_entry, plan_forms, write_file, write_group
+from bagel_compress.exporting.write import Job, file_entry, plan_forms, write_atomic, write_group
 from bagel_compress.run.export_settings import BlockKind, ExportSettings
 from bagel_compress.run.target import Target
 
@@ -82,7 +82,7 @@ def _begin(source: Source, target: Target, settings: ExportSettings, out: Path, 
         if not begun:
             shutil.rmtree(out)
         raise
-    write_file(note, json.dumps(identity).encode())
+    write_atomic(note, json.dumps(identity).encode())
     return job
 
 
@@ -122,7 +122,7 @@ def _finish(job: Job, target: Target) -> ExportFolder:
         blocks={name: BlockEntry.model_validate(b) for note in notes for name, b in note["blocks"].items()},
         files={name: FileEntry.model_validate(files[name]) for name in sorted(files)},
     )
-    write_file(job.out / MANIFEST, manifest.to_bytes())
+    write_atomic(job.out / MANIFEST, manifest.to_bytes())
     shutil.rmtree(job.out / NOTES)
     return ExportFolder.open(job.out)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from bagel_compress.exporting.manifest import BlockEntry, ExportFolder, WeightEntry
 from bagel_compress.exporting.write import ALIGN
+from bagel_compress.io.atomic import atomic_file, write_atomic
 
 if TYPE_CHECKING:
     import onnx
@@ -43,7 +44,7 @@ def _widened_data(source: Path, target: Path, blocks: list[BlockEntry]) -> Place
     """Copies the values of a data file, bf16 as fp32. Returns initialiser name -> its new place."""
     stored = np.memmap(source, np.uint8, "r")
     places: Places = {}
-    with target.open("wb") as file:
+    with atomic_file(target) as file:
         for name, w in sorted({n: w for b in blocks for n, w in b.weights.items()}.items()):
             values = stored[w.offset : w.offset + w.bytes]
             if w.type == BFLOAT16:
@@ -74,7 +75,7 @@ def _widened_graph(source: Path, target: Path, places: Places) -> None:
                 attribute.i = FLOAT
             if attribute.HasField("t"):
                 _widen(attribute.t)
-    target.write_bytes(model.SerializeToString())
+    write_atomic(target, model.SerializeToString())
 
 
 def _move(tensor: onnx.TensorProto, place: WeightEntry) -> None:

@@ -13,20 +13,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
 from bagel_compress.build.artifact import (
     EXPORT_MANIFEST,
     FileEntry,
     SourceEntry,
-    check_names,
     extra_files,
     intact,
     wrong_sizes,
 )
 from bagel_compress.build.recipe import Limits, Recipe
 from bagel_compress.errors import ArtifactError
+from bagel_compress.io.safe_paths import check_names
+from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.run.export_settings import ExportSettings, Range
 
 MANIFEST = EXPORT_MANIFEST
@@ -34,11 +35,7 @@ NOTES = ".export"  # folder of an export that is not finished
 FORMAT = 1
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PortEntry(_Entry):
+class PortEntry(FrozenModel):
     """An input or output: dtype "float" is the export's precision; a name in `shape` is a symbolic axis."""
 
     name: str
@@ -46,7 +43,7 @@ class PortEntry(_Entry):
     shape: tuple[int | str, ...]
 
 
-class WeightEntry(_Entry):
+class WeightEntry(FrozenModel):
     """An initialiser in the data file; `type` is ONNX's number of the element type."""
 
     type: int
@@ -55,7 +52,7 @@ class WeightEntry(_Entry):
     bytes: int
 
 
-class BlockEntry(_Entry):
+class BlockEntry(FrozenModel):
     """One graph of the folder."""
 
     kind: str
@@ -69,7 +66,7 @@ class BlockEntry(_Entry):
     weights: dict[str, WeightEntry]  # initialiser -> where it lies
 
 
-class ExportSource(_Entry):
+class ExportSource(FrozenModel):
     """What was exported, and the full-precision checkpoint behind it."""
 
     kind: Literal["artifact", "checkpoint"]
@@ -79,7 +76,7 @@ class ExportSource(_Entry):
     recipe: Recipe | None = None  # of the artifact
 
 
-class ExportManifest(_Entry):
+class ExportManifest(FrozenModel):
     """Everything known about an export when it was built."""
 
     format: int = FORMAT
@@ -201,7 +198,7 @@ def parse_export(content: bytes, folder: Path) -> ExportManifest:
         raise ArtifactError(
             f"{folder / MANIFEST} is damaged at {where or 'its start'} ({fault['msg']}); copy the export again."
         ) from None
-    check_names(manifest.files, folder / MANIFEST)
+    check_names(manifest.files, folder / MANIFEST, ArtifactError)
     unknown = {f for b in manifest.blocks.values() for f in (b.model, b.data, b.engine) if f} - manifest.files.keys()
     if unknown:
         raise ArtifactError(f"{folder / MANIFEST} names {min(unknown)}, which is not among its files; do not use it.")

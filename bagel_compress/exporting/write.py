@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from bagel_compress.exporting.manifest import BlockEntry, PortEntry, WeightEntry
 from bagel_compress.exporting.onnx_weights import Stored, coded, plain, rewrite
 from bagel_compress.exporting.source import VAE_PREFIX, Source
 from bagel_compress.exporting.tensorrt import build_engine
+from bagel_compress.io.atomic import atomic_file, write_atomic
 from bagel_compress.io.digests import blake3_file
 from bagel_compress.run.export_settings import TORCH_NAMES, ExportSettings, Range
 
@@ -73,7 +73,7 @@ def write_group(job: Job, data: str, blocks: list[Block], note: Path) -> None:
     files, entries = {f"{data}.data": entry.model_dump()}, {}
     for block in blocks:
         model = _instance(job, block, pieces, forms)
-        write_file(job.out / f"{block.name}.onnx", model.SerializeToString(deterministic=True))
+        write_atomic(job.out / f"{block.name}.onnx", model.SerializeToString(deterministic=True))
         _check(job.out / f"{block.name}.onnx", block)
         files[f"{block.name}.onnx"] = file_entry(job.out / f"{block.name}.onnx").model_dump()
         made = _block_entry(block, model, forms, pieces)
@@ -81,7 +81,7 @@ def write_group(job: Job, data: str, blocks: list[Block], note: Path) -> None:
             made = made.model_copy(update={"engine": _write_engine(job, block, made)})
             files[made.engine] = file_entry(job.out / made.engine).model_dump()
         entries[block.name] = made.model_dump(mode="json")
-    write_file(note, json.dumps({"files": files, "blocks": entries}).encode())
+    write_atomic(note, json.dumps({"files": files, "blocks": entries}).encode())
 
 
 def _write_data(
@@ -89,8 +89,7 @@ def _write_data(
 ) -> tuple[dict[str, WeightEntry], FileEntry]:
     """Writes all values of a data file. Returns initialiser name -> piece."""
     digest, position, pieces = blake3(), 0, {}
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with atomic_file(path) as file:
         for source_path, name in names.items():
             for key, stored in _values(job, source_path, name, dense, forms, wide).items():
                 gap = b"\0" * (-position % ALIGN)
@@ -101,9 +100,6 @@ def _write_data(
                 position += len(gap) + len(content)
                 offset = position - len(content)
                 pieces[key] = WeightEntry(type=stored.elem_type, shape=stored.shape, offset=offset, bytes=len(content))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
     return pieces, FileEntry(bytes=position, blake3=digest.hexdigest())
 
 
@@ -158,7 +154,7 @@ def _external(name: str, piece: WeightEntry, block: Block) -> onnx.TensorProto:
 def _write_engine(job: Job, block: Block, entry: BlockEntry) -> str:
     """Builds and writes the engine of a block; gives the file's name."""
     name = f"{block.name}.engine"
-    write_file(job.out / name, build_engine(block.name, entry, job.out / entry.model, job.settings, job.axes).data)
+    write_atomic(job.out / name, build_engine(block.name, entry, job.out / entry.model, job.settings, job.axes).data)
     return name
 
 
@@ -194,13 +190,3 @@ def _block_entry(
 def file_entry(path: Path) -> FileEntry:
     """Size and digest of a finished file."""
     return FileEntry(bytes=path.stat().st_size, blake3=blake3_file(path))
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a small file so that it is either complete or absent."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

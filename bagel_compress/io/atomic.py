@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL = ".partial"  # suffix of a file that is being written; it is renamed when it is complete
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a small file so that it is there in full or not at all."""
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes a small file, text as UTF-8; its folder is made if it is not there."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write bytes to; it appears under `path` when the `with` block is left. See `atomic_path`."""
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under; synced and renamed to `path` when the `with` block is left.
+
+    If the block raises, nothing appears and the partial file is removed. The folder of `path` is made if it is not
+    there; a file that `path` names already is replaced. What is no regular file (/dev/null, a pipe) is written to
+    directly.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     os.replace(partial, path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames last through a power cut where the system lets a folder be synced."""
+    """Makes renames in a folder last through a power cut, where the system lets a folder be synced."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -10,9 +10,11 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from bagel_compress.errors import ArtifactError, GateError
+from bagel_compress.io.atomic import write_atomic
+from bagel_compress.io.yaml_model import FrozenModel
 
 REPORTS = "reports"
 PARITY = "parity.json"
@@ -26,11 +28,7 @@ def _to_json(value: float) -> float | str:
 Number = Annotated[float, BeforeValidator(float), PlainSerializer(_to_json, when_used="json")]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StepError(_Frozen):
+class StepError(FrozenModel):
     """Distance of one velocity: denoising step, its time, the branch (cond, text, image, guided)."""
 
     step: int
@@ -40,7 +38,7 @@ class StepError(_Frozen):
     cosine: Number
 
 
-class StateError(_Frozen):
+class StateError(FrozenModel):
     """Distance of the state after a layer (or of a stage before the layers) at one event."""
 
     event: str
@@ -48,7 +46,7 @@ class StateError(_Frozen):
     rel_l2: Number
 
 
-class TextPair(_Frozen):
+class TextPair(FrozenModel):
     """The reference's free text and what was found. `prefix`: ids that agree from the start, of `length`."""
 
     reference: str
@@ -58,14 +56,16 @@ class TextPair(_Frozen):
     length: int
 
 
-class CaseParity(_Frozen):
+class CaseParity(FrozenModel):
     """Everything measured for one case."""
 
     name: str
     kind: str
     prompt: str
     metrics: dict[str, Number]
-    floor: dict[str, dict[str, Number]] = {}  # metric -> what was changed in the reference -> its own distance
+    floor: dict[str, dict[str, Number]] = Field(
+        default_factory=dict, description="metric -> what was changed in the reference -> its own distance"
+    )
     steps: tuple[StepError, ...] = ()
     states: tuple[StateError, ...] = ()
     drift: str | None = None  # the first state that is off by more than its neighbours explain
@@ -73,7 +73,7 @@ class CaseParity(_Frozen):
     has_image: bool = False
 
 
-class Row(_Frozen):
+class Row(FrozenModel):
     """One value with its limit. `case` is empty for values over all cases."""
 
     case: str
@@ -85,7 +85,7 @@ class Row(_Frozen):
     ok: bool
 
 
-class Share(_Frozen):
+class Share(FrozenModel):
     """Attribution: the reference with one component taken from the artifact."""
 
     component: str
@@ -93,7 +93,7 @@ class Share(_Frozen):
     logits: Number | None  # mean KL divergence of the logits
 
 
-class ModuleError(_Frozen):
+class ModuleError(FrozenModel):
     """A linear module's answer to fixed inputs."""
 
     module: str
@@ -102,7 +102,7 @@ class ModuleError(_Frozen):
     gain: Number
 
 
-class ParityReport(_Frozen):
+class ParityReport(FrozenModel):
     """How far an artifact is from its reference. `faults` name causes, `broken` the limits that do not hold."""
 
     artifact: str  # sha256 of the artifact's manifest
@@ -148,7 +148,7 @@ class ParityReport(_Frozen):
         return report
 
 
-class PhaseUse(_Frozen):
+class PhaseUse(FrozenModel):
     """Peak device memory of one phase of a task, in bytes, by what it is used for."""
 
     name: str
@@ -160,7 +160,7 @@ class PhaseUse(_Frozen):
         return sum(self.parts.values())
 
 
-class Timing(_Frozen):
+class Timing(FrozenModel):
     """A measured time in seconds (median and 90 % quantile) and the reference's median, taken in turns with it."""
 
     what: str
@@ -173,7 +173,7 @@ class Timing(_Frozen):
         return None if not self.reference else self.median / self.reference
 
 
-class BudgetReport(_Frozen):
+class BudgetReport(FrozenModel):
     """What an artifact needs on a target. Peaks are predicted unless `measured_on` names the card.
 
     `timed_on` names the device of the times, which may be another one than the target's: a CPU, say.
@@ -232,8 +232,7 @@ def number(value: float) -> str:
 
 def write_json(model: BaseModel, path: Path) -> Path:
     """Writes a report; its folder is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(model.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_atomic(path, model.model_dump_json(indent=1) + "\n")
     return path
 
 

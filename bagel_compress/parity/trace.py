@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bagel_compress.errors import TraceError
+from bagel_compress.io.atomic import atomic_path
+from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.parity.report_data import Number
 from bagel_compress.run.case import Case
 
@@ -37,10 +39,8 @@ SAMPLER_VERSION = "1"  # raised by any change of the sampler that moves a trace
 METADATA_KEY = "bagel_trace"
 
 
-class Facts(BaseModel):
+class Facts(FrozenModel):
     """What is not a tensor. `contexts`: tokens and rope position of each guidance branch before denoising."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: str | None = None
     contexts: dict[str, tuple[int, int]] = Field(default_factory=dict)
@@ -70,10 +70,8 @@ class Trace:
         return found
 
 
-class Header(BaseModel):
+class Header(FrozenModel):
     """Where a trace file comes from and what must be in it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sampler: str = SAMPLER_VERSION
     source: str = Field(description="public name of the checkpoint")
@@ -155,10 +153,8 @@ def save(path: Path, header: Header, traces: list[Trace], probes: Mapping[str, T
             "tensors": {t.case.name: tuple(sorted(t.tensors)) for t in traces},
         }
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, str(partial), metadata={METADATA_KEY: header.model_dump_json()})
-    partial.replace(path)
+    with atomic_path(path) as partial:
+        save_file(tensors, str(partial), metadata={METADATA_KEY: header.model_dump_json()})
 
 
 def image_tensor(picture: Any) -> Tensor:

@@ -24,22 +24,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from bagel_compress.errors import BagelCompressError, MissingExtraError, RecipeError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.byte_size import size_text
+from bagel_compress.io.yaml_model import FrozenModel, load_yaml
 
 Executor = Literal["local", "ray"]
 SUMMARY = "batch.json"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SourceItem(_Frozen):
+class SourceItem(FrozenModel):
     """A checkpoint: folder, file or Hub id, with what it lacks."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -48,13 +44,13 @@ class SourceItem(_Frozen):
     lora: str | None = None
 
 
-class Batch(_Frozen):
+class Batch(FrozenModel):
     """The file."""
 
     out: str
     sources: tuple[SourceItem, ...] = Field(min_length=1)
     recipes: tuple[str, ...] = Field(min_length=1)
-    folder: str = Field("", exclude=True)
+    _folder: str = PrivateAttr("")
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -65,19 +61,15 @@ class Batch(_Frozen):
 
     @classmethod
     def load(cls, path: Path) -> Batch:
-        """Raises RecipeError: file, key, what is wrong."""
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"batch {path} cannot be read ({' '.join(str(error).split())}).") from None
-        if not isinstance(data, dict):
-            raise RecipeError(f"{path} holds a {type(data).__name__}, expected the keys out, sources and recipes.")
-        try:
-            return cls.model_validate(data | {"folder": str(path.resolve().parent)})
-        except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in fault["loc"]) or "sources"
-            raise RecipeError(f"{path}: {where}: {fault['msg'].lower()}; keys are out, sources and recipes.") from None
+        """Reads a YAML file. Raises RecipeError: file, key, found, expected."""
+        batch = load_yaml(cls, path, "batch", RecipeError)
+        batch._folder = str(path.resolve().parent)
+        return batch
+
+    @property
+    def folder(self) -> str:
+        """The folder that the file lies in; its paths are relative to it."""
+        return self._folder
 
     def jobs(self) -> list[Job]:
         """Every source with every recipe. Raises RecipeError on a recipe that is not there or two of one name."""
@@ -150,8 +142,7 @@ def run_batch(
             progress(result)
     content = json.dumps([result.to_json() for result in results], indent=1) + "\n"
     out = Path(batch.folder) / batch.out
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / SUMMARY, content.encode())
+    write_atomic(out / SUMMARY, content)
     return results
 
 

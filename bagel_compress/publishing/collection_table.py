@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import Metric
 from bagel_compress.errors import PublishError
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.hub_client import failures, split_repo_id
+from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.parity.report_data import Number, number
 from bagel_compress.publishing.model_card import CARD, FAMILY_END, FAMILY_START, gib, plain, table
 from bagel_compress.publishing.release_source import Content, label, weights_bytes
@@ -31,10 +32,8 @@ BUILD = "reports/build.json"
 COMPARED = (Metric.LATENT_PATH, Metric.IMAGE_PSNR, Metric.LOGITS_KL_MEAN)  # the columns of parity, where measured
 
 
-class Build(BaseModel):
+class Build(FrozenModel, extra="ignore"):
     """What one member contributes to the table."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     repo: str
     base_model: str

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bagel_compress.errors import PublishError
+from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.hub_client import client, failures, split_repo_id
 from bagel_compress.publishing.collection_table import build_of, join, members, spliced, table_of
 from bagel_compress.publishing.model_card import CARD, Origin
@@ -50,7 +51,10 @@ class Published:
 
 
 def publish(wish: Wish, progress: Progress | None = None) -> Published:
-    """Everything. Raises GateError, PublishError, HubError, ArtifactError; nothing is visible before the last commit."""
+    """Verifies, uploads and checks a build; nothing is visible on the Hub before the last commit.
+
+    Raises GateError, PublishError, HubError or ArtifactError.
+    """
     if wish.collection and (wish.draft or wish.create_pr or wish.revision != "main"):
         raise PublishError("a collection shows what is on main; leave --collection out with a draft, PR or revision.")
     release = prepare_release(wish)
@@ -96,7 +100,7 @@ def with_table(release: Release, repo: str, revision: str) -> Release:
         return release
     path = release.folder / CARD
     content = spliced(path.read_text(encoding="utf-8"), text).encode()
-    path.write_bytes(content)
+    write_atomic(path, content)
     entry = ListedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     return replace(release, files={**release.files, CARD: entry})
 

@@ -25,6 +25,7 @@ from typing import Any
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
 from bagel_compress.io.digests import sha256_file
+from bagel_compress.io.safe_paths import stays_inside
 from bagel_compress.parity.report_data import REPORTS
 from bagel_compress.publishing.release_source import Content, manifest_name, recipe_digest_of, recipe_of, source_of
 
@@ -54,8 +55,7 @@ def read_sums(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in text.splitlines():
         digest, _, path = line.partition("  ")
-        outside = path.startswith("/") or ".." in path.split("/") or "\\" in path or ":" in path
-        if len(digest) != 64 or not path or outside:
+        if len(digest) != 64 or not stays_inside(path):
             raise ArtifactError(f"{SUMS} has the line {line[:80]!r}, which names no file here; do not use this folder.")
         found[path] = digest
     return found

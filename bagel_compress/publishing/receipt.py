@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.parity.report_data import BudgetReport, Number, Timing, write_json
 from bagel_compress.publishing.provenance import versions
 from bagel_compress.publishing.release import Release
@@ -21,11 +20,7 @@ from bagel_compress.publishing.upload import Uploaded
 from bagel_compress.report.text import worst_rows
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Receipt(_Frozen):
+class Receipt(FrozenModel):
     """A published build on one target."""
 
     recipe: str

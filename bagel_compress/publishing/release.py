@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bagel_compress.build.artifact import intact
 from bagel_compress.errors import GateError, PublishError
+from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.publishing import provenance
 from bagel_compress.publishing.collection_table import BUILD, build_of
@@ -100,8 +101,7 @@ def _fresh(folder: Path) -> None:
     mark = folder.with_name(folder.name + MARK)
     if folder.exists() and any(folder.iterdir()) and not mark.exists():
         raise PublishError(f"{folder} is not empty and was not made by publish; choose another folder with --folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text("made by bagel-compress publish; may be deleted\n", encoding="utf-8")
+    write_atomic(mark, "made by bagel-compress publish; may be deleted\n")
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
@@ -120,7 +120,7 @@ def _content_files(content: Content, folder: Path) -> dict[str, ListedFile]:
     manifest = ListedFile(bytes=len(data), sha256=content.digest)
     if hashlib.sha256(data).hexdigest() != content.digest:
         raise GateError(f"{content.path / own} was changed while it was published; run the same command again.")
-    (folder / own).write_bytes(data)
+    write_atomic(folder / own, data)
     return {**files, own: manifest}
 
 
@@ -145,8 +145,7 @@ def _linked(source: Path, target: Path) -> None:
 
 def _written(folder: Path, name: str, content: bytes) -> ListedFile:
     path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    write_atomic(path, content)
     return ListedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 

@@ -6,34 +6,28 @@ weights and no formats. Pictures are files beside the case.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from bagel.errors import BagelError
 from bagel.settings import SEEDS, FlowSettings
 from bagel_compress.errors import TargetError
-from bagel_compress.io.yaml_model import load_yaml
+from bagel_compress.io.yaml_model import FrozenModel, load_yaml, meaning_digest
 
 Kind = Literal["t2i", "edit", "understand", "chat"]
 Renorm = Literal["global", "channel", "text_channel"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Picture(_Frozen):
+class Picture(FrozenModel):
     """An input picture."""
 
     image: str = Field(description="file beside the case")
 
 
-class Flow(_Frozen):
+class Flow(FrozenModel):
     """Settings of the image sampler; the meaning and the defaults are bagel.flow.FlowSettings'."""
 
     num_timesteps: int = Field(default=50, ge=2)
@@ -58,13 +52,13 @@ def _checked(settings: Callable[..., object], **values: object) -> None:
         raise ValueError(str(error).rstrip(".")) from None
 
 
-class Text(_Frozen):
+class Text(FrozenModel):
     """Settings of text decoding; bagel.sampler.TextSettings. Sampling is left out: a trace compares greedy text."""
 
     max_tokens: int = Field(default=256, ge=1)
 
 
-class Record(_Frozen):
+class Record(FrozenModel):
     """How much is stored: denoising steps (evenly spaced, first and last among them) and positions with logits."""
 
     steps: int = Field(default=12, ge=1)
@@ -72,7 +66,7 @@ class Record(_Frozen):
     tap_rows: int = Field(default=16, ge=1, description="rows of each layer's state, evenly spaced")
 
 
-class Case(_Frozen):
+class Case(FrozenModel):
     """One request."""
 
     name: str = Field(pattern=r"^[\w-]+$")
@@ -114,12 +108,12 @@ class Case(_Frozen):
     @property
     def digest(self) -> str:
         """sha256 of the meaning."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return meaning_digest(self)
 
     @classmethod
     def load(cls, path: str | Path) -> Case:
         """Reads a YAML file. Raises TargetError: file, key, found, expected."""
-        return load_yaml(cls, Path(path), "case")
+        return load_yaml(cls, Path(path), "case", TargetError)
 
 
 def load_cases(paths: list[str | Path]) -> list[tuple[Case, Path]]:

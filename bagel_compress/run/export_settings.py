@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from bagel_compress.io.yaml_model import FrozenModel
 
 Runtime = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -14,10 +16,8 @@ BlockKind = Literal[
 TORCH_NAMES: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-class Range(BaseModel):
+class Range(FrozenModel):
     """Sizes of one symbolic axis: an engine is built for [min, max] and tuned for `opt`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     min: int = Field(ge=0)
     opt: int = Field(ge=0)
@@ -30,10 +30,8 @@ class Range(BaseModel):
         return self
 
 
-class ExportSettings(BaseModel):
+class ExportSettings(FrozenModel):
     """How blocks become files of a runtime."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     runtime: Runtime = "onnxruntime"
     precision: Precision = Field("fp32", description="of activations, caches and uncompressed weights")

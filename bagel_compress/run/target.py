@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from bagel_compress.errors import TargetError
 from bagel_compress.io.packaged import resource, target_files
-from bagel_compress.io.yaml_model import load_yaml
+from bagel_compress.io.yaml_model import FrozenModel, load_yaml
 from bagel_compress.run.export_settings import ExportSettings
 
 MIB, GIB = 2**20, 2**30
@@ -32,11 +32,7 @@ NEEDED: dict[Phase, tuple[Part, ...]] = {
 }
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Device(_Frozen):
+class Device(FrozenModel):
     """A card. `reserved_mib` is what the driver, a desktop and other programs hold of it."""
 
     name: str
@@ -50,7 +46,7 @@ class Device(_Frozen):
         return (self.memory_mib - self.reserved_mib) * MIB
 
 
-class Sizes(_Frozen):
+class Sizes(FrozenModel):
     """What is asked of the model; tokens are counted after the tokenizer."""
 
     image: tuple[int, int] = Field(default=(1024, 1024), description="height, width of the output")
@@ -60,7 +56,7 @@ class Sizes(_Frozen):
     answer_tokens: int = Field(default=256, ge=1)
 
 
-class Budget(_Frozen):
+class Budget(FrozenModel):
     """Limits. Times are asked only of measurements on this very card."""
 
     peak_gib: float | None = Field(default=None, gt=0, description="device memory; default: all that is usable")
@@ -70,7 +66,7 @@ class Budget(_Frozen):
     step_ratio: float | None = Field(default=None, gt=0, description="seconds per step over the reference's")
 
 
-class Target(_Frozen):
+class Target(FrozenModel):
     """One place to run."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -102,9 +98,9 @@ class Target(_Frozen):
     def load(cls, path: str | Path) -> Target:
         """A YAML file, or the name of a target that comes with the package. Raises TargetError."""
         if Path(path).is_file():
-            return load_yaml(cls, Path(path), "target")
+            return load_yaml(cls, Path(path), "target", TargetError)
         packaged = resource("exports") / f"{str(path).removeprefix('exports/').removesuffix('.yaml')}.yaml"
         if not packaged.is_file():
             known = ", ".join(target_files())
             raise TargetError(f"target {path} does not exist; give a YAML file or one of {known}.")
-        return load_yaml(cls, packaged, "target")
+        return load_yaml(cls, packaged, "target", TargetError)

@@ -23,6 +23,7 @@ from bagel.layout import Sizes, expected_tensors, role_of
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
 from bagel_compress.io.hub_client import parse_repo_id
+from bagel_compress.io.safe_paths import check_names
 from bagel_compress.io.safetensors_file import StoredTensor, TensorFile
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.source.adapter import Adapter
@@ -187,11 +188,8 @@ def _indexed(index: Path) -> list[TensorFile]:
     weight_map = _json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to files; copy it again.")
+    check_names(sorted(set(weight_map.values())), index, CheckpointError)
     for file in sorted(set(weight_map.values())):
-        if Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file or ":" in file:
-            raise CheckpointError(
-                f"{index} points outside its folder ({file}); refuse it, or write plain file names into it."
-            )
         if not (index.parent / file).is_file():
             raise CheckpointError(f"{index} names {file}, which is not there; copy the missing shard.")
     files = {file: TensorFile.open(index.parent / file) for file in sorted(set(weight_map.values()))}

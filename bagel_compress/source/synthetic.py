@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from bagel.layout import Sizes, expected_tensors, official_role
 from bagel_compress.errors import CheckpointError
-from bagel_compress.io.atomic import PARTIAL
+from bagel_compress.io.atomic import PARTIAL, atomic_file, write_atomic
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.packaged import FULL_CONFIGS, resource
 from bagel_compress.io.safetensors_file import TensorFile, lay_out
@@ -61,7 +61,7 @@ def synthesise(shape: str, out: Path, seed: int, layers: int | None = None, prog
     vae_specs = {name: PartSpec("F32", dims) for name, dims in _vae_shapes(vae).items()}
     _prepare(out, sum(spec.nbytes for spec in (*specs.values(), *vae_specs.values())))
     for name, config in configs.items():
-        (out / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
+        write_atomic(out / name, json.dumps(config, indent=2) + "\n")
     _write_tokenizer(out, sizes.vocab)
     _write(out / "ae.safetensors", vae_specs, seed, lambda done: None)
     _write(out / "ema.safetensors", specs, seed, progress or (lambda done: None))
@@ -161,7 +161,7 @@ def _write_tokenizer(out: Path, vocab: int) -> None:
     words |= {f"pad{i}": i for i in range(max(words.values()) + 1, vocab)}
     tokenizer["model"]["vocab"] = words
     for name, data in (("tokenizer.json", tokenizer), ("vocab.json", words)):
-        (out / name).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8", newline="\n")
+        write_atomic(out / name, json.dumps(data, ensure_ascii=False))
     try:
         TextCodec.from_dir(out)
     except BagelError as error:
@@ -173,7 +173,6 @@ def _write(path: Path, specs: Mapping[str, PartSpec], seed: int, progress: Progr
     import numpy as np
 
     header, offsets = lay_out(specs)
-    partial = path.with_name(path.name + PARTIAL)
     workers = os.cpu_count() or 1
     free = [np.empty(CHUNK, np.uint16) for _ in range(workers + 1)]
     ahead: deque[tuple[np.ndarray, Future[np.ndarray]]] = deque()
@@ -183,7 +182,7 @@ def _write(path: Path, specs: Mapping[str, PartSpec], seed: int, progress: Progr
         progress(file.write(made.result().data))
         free.append(buffer)
 
-    with partial.open("wb") as file, ThreadPoolExecutor(workers) as pool:
+    with atomic_file(path) as file, ThreadPoolExecutor(workers) as pool:
         file.write(header)
         for name in sorted(specs, key=offsets.__getitem__):
             spec = TensorSpec(specs[name].dtype, specs[name].shape, name)
@@ -196,7 +195,6 @@ def _write(path: Path, specs: Mapping[str, PartSpec], seed: int, progress: Progr
                 ahead.append((buffer, pool.submit(make, start, out)))
         while ahead:
             write_first()
-    partial.replace(path)
 
 
 def _tensor(spec: TensorSpec, seed: int) -> Callable[[int, np.ndarray], np.ndarray]:

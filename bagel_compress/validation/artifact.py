@@ -21,6 +21,7 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import TargetError, TraceError
+from bagel_compress.io.atomic import atomic_path, write_atomic
 from bagel_compress.parity.compare import NO_NETWORKS, Found, Progress, Subject, compare
 from bagel_compress.parity.network_metrics import Networks
 from bagel_compress.parity.record import FLOORS, record_cases
@@ -105,7 +106,8 @@ def write(content: ReportedFolder, found: Found) -> Path:
     folder = content.path / REPORTS
     found.report.save(content.path)
     for case, (reference, picture) in found.pictures.items():
-        strip(reference, picture).save(folder / f"{case}.png")
+        with atomic_path(folder / f"{case}.png") as partial:
+            strip(reference, picture).save(partial, "PNG")
     return write_report(content.path, content.digest)
 
 
@@ -116,9 +118,9 @@ def write_report(path: str | Path, digest: str | None = None) -> Path:
     budgets = load_budgets(path, digest)
     pictures = {c.name: _thirds(path / REPORTS / f"{c.name}.png") for c in report.cases if c.has_image}
     page = path / "report.html"
-    page.write_text(render(report, pictures, budgets), encoding="utf-8")
-    (path / REPORTS / "junit.xml").write_text(junit(report, budgets), encoding="utf-8")
-    (path / REPORTS / "summary.md").write_text(markdown(report, budgets), encoding="utf-8")
+    write_atomic(page, render(report, pictures, budgets))
+    write_atomic(path / REPORTS / "junit.xml", junit(report, budgets))
+    write_atomic(path / REPORTS / "summary.md", markdown(report, budgets))
     return page
 
 

@@ -144,7 +144,7 @@ def test_without_ray(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"recipes": ["nf4", "nf4"]}, "two of the recipes are called 'nf4'"),
         ({"recipes": ["unheard-of"]}, "recipe unheard-of does not exist"),
         ({"sources": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "two sources are called 'a'"),
-        ({"sources": [{"name": "../a", "path": "x"}]}, "sources.0.name"),
+        ({"sources": [{"name": "../a", "path": "x"}]}, "source 1: name: string should match pattern"),
         ({"extra": 1}, "extra"),
     ],
 )

@@ -1,0 +1,112 @@
+"""Atomic writes, names that stay inside their folder, and the one reader of YAML files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from bagel_compress.errors import RecipeError, TargetError
+from bagel_compress.io.atomic import atomic_file, atomic_path, write_atomic
+from bagel_compress.io.safe_paths import check_names, stays_inside
+from bagel_compress.io.yaml_model import FrozenModel, load_yaml, meaning_digest, parse_yaml
+from bagel_compress.run.target import Target
+
+
+class Part(FrozenModel):
+    size: int = Field(gt=0)
+    kind: str = Field("small", alias="class")
+
+
+class Tree(FrozenModel):
+    name: str
+    parts: tuple[Part, ...] = ()
+    best: Part | None = None
+
+
+def write_half(path: Path) -> None:
+    with atomic_file(path) as file:
+        file.write(b"half of the next")
+        raise KeyError
+
+
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "report.json"
+    with atomic_file(path) as file:
+        file.write(b"new")
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    with pytest.raises(KeyError):
+        write_half(path)
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+def test_text_is_utf_8_with_the_line_ends_it_has(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a.md", "é\n")
+    assert (tmp_path / "a.md").read_bytes() == b"\xc3\xa9\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="/dev/null is a file of POSIX systems")
+def test_a_device_is_written_to_and_not_replaced() -> None:
+    with atomic_path(Path(os.devnull)) as path:
+        assert path == Path(os.devnull)
+    assert Path(os.devnull).is_char_device()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "C:/x", "a\\..\\x", "x:stream", "", "."])
+def test_names_that_lead_out_of_a_folder(name: str) -> None:
+    assert not stays_inside(name)
+    with pytest.raises(RecipeError, match="points outside its folder"):
+        check_names(["fine.txt", name], Path("listing.json"), RecipeError)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.safetensors", "..a", "a..b/c", ".hidden"])
+def test_names_that_stay(name: str) -> None:
+    assert stays_inside(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\npartz: []", "f has an unknown key 'partz' (did you mean parts?); keys here are name, parts, best."),
+        ("name: a\nbest: {size: 1, clas: x}",
+         "f has an unknown key 'clas' (did you mean class?); keys here are size, class."),
+        ("name: a\nparts: [{size: 1}, {size: 1, siz: 2}]",
+         "f part 2 has an unknown key 'siz' (did you mean size?); keys here are size, class."),
+        ("name: a\nparts: [{class: x}]", "f part 1 has no size; it is required."),
+        ("name: a\nbest: {size: 0}", "f: best.size: input should be greater than 0, found 0."),
+        ("parts: []", "f has no name; it is required."),
+        ("[]", "f holds a list, expected a mapping with the keys name, parts, best."),
+    ],
+)  # fmt: skip
+def test_a_fault_is_one_sentence_with_the_keys_of_its_place(text: str, says: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        parse_yaml(Tree, text, "f", TargetError)
+    assert str(caught.value) == says
+
+
+def test_a_file_that_is_not_there_or_no_yaml(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"^tree .*a\.yaml cannot be read"):
+        load_yaml(Tree, tmp_path / "a.yaml", "tree", TargetError)
+    (tmp_path / "a.yaml").write_text("a: [")
+    with pytest.raises(TargetError, match="is not YAML") as caught:
+        load_yaml(Tree, tmp_path / "a.yaml", "tree", TargetError)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_nested_key_of_a_target_is_answered_with_the_keys_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: a\ndevice: {name: x, memory_mib: 1, memory_gib: 12}")
+    with pytest.raises(
+        TargetError, match=r"'memory_gib' \(did you mean memory_mib\?\); keys here are name, memory_mib"
+    ):
+        Target.load(tmp_path / "a.yaml")
+
+
+def test_the_digest_is_of_the_values() -> None:
+    one = parse_yaml(Tree, "name: a\nbest: {size: 1}", "f", TargetError)
+    same = parse_yaml(Tree, "best: {class: small, size: 1} # comment\nname: a", "f", TargetError)
+    other = parse_yaml(Tree, "name: a\nbest: {size: 2}", "f", TargetError)
+    assert meaning_digest(one) == meaning_digest(same) != meaning_digest(other)
