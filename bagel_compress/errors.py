@@ -1,11 +1,16 @@
 """One class per kind of user error.
 
+All derive from BagelCompressError. It derives from the model's own BagelError (an impossible image size, say), so
+`except BagelError` catches what either raises.
+
 Each is raised with one sentence that says what was wrong, what was found, what was expected and what to do.
 The command line turns them into that sentence on stderr and the exit code of the class; nothing else catches them.
 """
 
+from bagel.errors import BagelError
 
-class BagelCompressError(Exception):
+
+class BagelCompressError(BagelError):
     """Base of everything a user can cause. Exit code 2: wrong usage or input."""
 
     exit_code = 2

@@ -8,14 +8,13 @@ from bagel.vae import VAEConfig
 from bagel_compress.budgets.fake_model import Build
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
-from bagel_compress.io.packaged import find_recipe
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.source.released_header import TrueHeader
 
 
-def planned_build(recipe: str, source: str | None) -> Build:
-    """The build that a recipe would give."""
-    chosen = Recipe.load(find_recipe(recipe))
+def planned_build(recipe: str | Recipe, source: str | None) -> Build:
+    """The build that a recipe (object, file or packaged name) would give of `source`; None: of the released model."""
+    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if source is None:
         return Build.of_plan(make_plan(TrueHeader(), chosen))
     checkpoint = Checkpoint.open(source)

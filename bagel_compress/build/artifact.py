@@ -157,7 +157,15 @@ class Manifest(FrozenModel):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact folder."""
+    """A complete artifact folder: what `compress` wrote, opened from its manifest; weights are mapped, not loaded.
+
+    `digest` (sha256 of the manifest) identifies the build. `verify` reads every byte and returns one sentence per
+    fault. Raises ArtifactError on a folder that is no artifact or not a complete one.
+
+        artifact = bc.Artifact.open("out/nf4")
+        print(artifact.digest, artifact.verify())
+        tensors = artifact.decode(artifact.units()[0].name)  # official name -> bf16 tensor in the checkpoint's shape
+    """
 
     path: Path
     manifest: Manifest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,8 @@ from bagel_compress.source.checkpoint import Checkpoint
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 HASH_ELEMENTS = 1 << 22  # elements per step where a tensor has to be hashed apart from its coding
 UNHASHED = 4  # blocks that may wait to be hashed: converted ones are anonymous memory
 UNFINISHED = 2  # shards that may still be hashed and synced while the next one is coded
@@ -58,12 +61,20 @@ def compress(
 ) -> Artifact:
     """Builds the artifact in the folder `out`, or goes on with a build of the same plan there.
 
-    `device`: where the layers of a calibrated build run; nothing else uses it. Raises CalibrationError if the plan
-    needs a calibration set and has none, or one that does not do.
+    Weights are streamed: memory holds a few tensors, never the model. The bytes depend on plan and source alone.
+    `progress` gets the name of each unit and the bytes of the source that it covers. `device` is where the layers of a
+    calibrated build run; nothing else uses it.
+
     Raises ArtifactError if the folder holds something else, is locked or full; CodecError, naming the tensor, on values
-    that a codec cannot hold; CheckpointError if the source is not the plan's or changes.
+    that a codec cannot hold; CheckpointError if the source is not the plan's or changes; CalibrationError if the plan
+    needs a calibration set and has none, or one that does not do.
+
+        checkpoint = bc.Checkpoint.open("my-fine-tune", base="BAGEL-7B-MoT")
+        plan = bc.make_plan(checkpoint, bc.Recipe.load("nf4-12gb"))
+        artifact = bc.compress(plan, checkpoint, "out/nf4")
     """
     out = Path(out)
+    log.info("building %s of %s in %s", plan.recipe.name, plan.source_name, out)
     if checkpoint.digest != plan.source_digest:
         found, planned = checkpoint.digest[:12], plan.source_digest[:12]
         raise CheckpointError(f"this checkpoint ({found}) is not the one that was planned for ({planned}); plan again.")
@@ -80,6 +91,7 @@ def compress(
         with Build(out, plan) as build:
             artifact = _build(build, checkpoint, progress or (lambda unit, nbytes: None), device)
             build.clear()
+    log.info("artifact %s is complete", out)
     return artifact
 
 

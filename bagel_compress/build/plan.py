@@ -161,11 +161,18 @@ class Plan:
 
 
 def make_plan(checkpoint: Header, recipe: Recipe, calibration: CalibrationSet | None = None) -> Plan:
-    """Decides every tensor. `calibration`: what a recipe with calibrated rounding is built with; where it is not given,
-    the packaged set of this model, if there is one.
+    """Decides which tensor gets which codec and lies in which shard, from headers alone: under a second, no torch.
 
-    Raises PlanError: unmatched tensor, idle rule, codec that cannot, size over budget; CalibrationError: a set of
-    another model, or one that is too small.
+    The plan has `nbytes` (bytes of all shards; an upper bound unless `exact`), `groups`, `shard_bytes`, `digest` and
+    `table()`. `calibration` is what a recipe with calibrated rounding is built with; where it is not given, the
+    packaged set of this model, if there is one.
+
+    Raises PlanError: a tensor that no rule matches, a rule that matches nothing, a codec that cannot hold a tensor, or
+    a size over the recipe's budget; CalibrationError: a set of another model, or one that is too small.
+
+        plan = bc.make_plan(bc.Checkpoint.open("BAGEL-7B-MoT"), bc.Recipe.load("nf4-12gb"))
+        print(plan.nbytes / 1e9, "GB")
+        print(plan.table())
     """
     taken = _assign(checkpoint.specs, recipe)
     order = {spec.name: i for i, spec in enumerate(checkpoint.specs)}

@@ -19,7 +19,7 @@ from bagel_compress.build.limits import METRICS, unknown_metric
 from bagel_compress.codecs import by_name
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import RecipeError
-from bagel_compress.io.packaged import target_files
+from bagel_compress.io.packaged import find_recipe, target_files
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.io.yaml_model import FrozenModel, did_you_mean, load_yaml, meaning_digest, parse_yaml
 
@@ -120,7 +120,15 @@ class Limits(FrozenModel, populate_by_name=True):
 
 
 class Recipe(FrozenModel):
-    """One published variant."""
+    """What the weights become: ordered rules, each a match on a tensor's role and a codec; the first match wins.
+
+    A frozen value that holds no paths and no devices: the same recipe and source give the same bytes everywhere.
+    `load` takes a YAML file or a packaged name, `parse` takes text. Raises RecipeError on anything unknown.
+
+        recipe = bc.Recipe.load("nf4-12gb")
+        print(recipe.digest, [str(rule.match) for rule in recipe.rules])
+        mine = recipe.model_copy(update={"name": "mine"})
+    """
 
     name: str = Field(pattern=r"^[\w.-]+$")
     summary: str = ""
@@ -139,9 +147,13 @@ class Recipe(FrozenModel):
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Reads a YAML file. Raises RecipeError, one sentence with file, rule, found and expected."""
-        recipe = load_yaml(cls, Path(path), "recipe", RecipeError, _codec_class)
-        recipe._check_names(str(path))
+        """A YAML file, or the name of a recipe that comes with the package ("nf4-12gb").
+
+        Raises RecipeError, in one sentence with file, rule, found and expected.
+        """
+        file = find_recipe(str(path))
+        recipe = load_yaml(cls, file, "recipe", RecipeError, _codec_class)
+        recipe._check_names(str(file))
         return recipe
 
     @classmethod

@@ -84,9 +84,9 @@ def _card(args: argparse.Namespace) -> int:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from bagel_compress.publishing.pipeline import Wish, prepare_release, preview, publish
+    from bagel_compress.publishing.pipeline import PublishRequest, prepare_release, preview, publish
 
-    wish = Wish(
+    wish = PublishRequest(
         build=args.build, repo=args.repo, base_model=args.base_model, license=args.license, folder=args.folder,
         receipts=args.receipts, revision=args.revision, private=args.private, draft=args.draft, unrun=args.unrun,
         create_pr=args.create_pr, replace=args.replace, signing_key=args.sign, collection=args.collection,

@@ -25,7 +25,7 @@ from bagel.flow import FlowSettings, guide
 from bagel.inputs import to_rgb
 from bagel.model import Tap
 from bagel.sampler import Branches, Sampler, Step, TextSettings
-from bagel_compress.errors import InputError, TargetError
+from bagel_compress.errors import BagelCompressError, InputError, TargetError
 from bagel_compress.parity.trace import Facts, Trace, image_tensor
 from bagel_compress.run.case import Case
 
@@ -52,6 +52,8 @@ def rerun(sampler: Sampler, trace: Trace) -> Trace:
 def _observe(sampler: Sampler, script: Trace, mode: Mode) -> Trace:
     try:
         return _Observer(sampler, script, mode).run()
+    except BagelCompressError:  # what the runtime refuses says so itself
+        raise
     except BagelError as error:
         raise TargetError(f"case {script.case.name} cannot be run on this model: {error}") from None
 

@@ -21,7 +21,7 @@ from bagel_compress.publishing.upload import Progress, Uploaded, upload
 
 
 @dataclass(frozen=True)
-class Wish:
+class PublishRequest:
     """What the user asked for. `folder` None: beside the build. `collection` empty: none."""
 
     build: Path  # artifact or export
@@ -50,42 +50,42 @@ class Published:
     cards: tuple[str, ...]  # members of the family whose cards were renewed
 
 
-def publish(wish: Wish, progress: Progress | None = None) -> Published:
+def publish(request: PublishRequest, progress: Progress | None = None) -> Published:
     """Verifies, uploads and checks a build; nothing is visible on the Hub before the last commit.
 
     Raises GateError, PublishError, HubError or ArtifactError.
     """
-    if wish.collection and (wish.draft or wish.create_pr or wish.revision != "main"):
+    if request.collection and (request.draft or request.create_pr or request.revision != "main"):
         raise PublishError("a collection shows what is on main; leave --collection out with a draft, PR or revision.")
-    release = prepare_release(wish)
-    own = build_of(release.content, release.evidence, wish.repo, _origin(release.content, wish).base_model)
-    if wish.collection:
-        members(client(), wish.collection, own)  # refused before anything is sent
-    release = with_table(release, wish.repo, wish.revision)
+    release = prepare_release(request)
+    own = build_of(release.content, release.evidence, request.repo, _origin(release.content, request).base_model)
+    if request.collection:
+        members(client(), request.collection, own)  # refused before anything is sent
+    release = with_table(release, request.repo, request.revision)
     uploaded = upload(
         release,
-        wish.repo,
-        revision=wish.revision,
-        create_pr=wish.create_pr,
-        private=wish.private,
-        replace=wish.replace,
+        request.repo,
+        revision=request.revision,
+        create_pr=request.create_pr,
+        private=request.private,
+        replace=request.replace,
         progress=progress,
     )
-    receipts = write_receipts(release, uploaded, wish.receipts) if uploaded.pull_request is None else []
+    receipts = write_receipts(release, uploaded, request.receipts) if uploaded.pull_request is None else []
     cards: list[str] = []
-    if wish.collection:
-        cards = join(client(), wish.collection, own)
+    if request.collection:
+        cards = join(client(), request.collection, own)
     return Published(release, uploaded, tuple(receipts), tuple(cards))
 
 
-def prepare_release(wish: Wish) -> Release:
+def prepare_release(request: PublishRequest) -> Release:
     """The folder that would be uploaded. Raises GateError unless the build may be published."""
-    split_repo_id(wish.repo)
-    if "@" in wish.repo:
-        raise PublishError(f"{wish.repo}: give the branch with --revision.")
-    content = open_content(wish.build)
-    folder = wish.folder or content.path.with_name(content.path.name + ".release")
-    return make_release(content, folder, _origin(content, wish), wish.draft, wish.signing_key, wish.unrun)
+    split_repo_id(request.repo)
+    if "@" in request.repo:
+        raise PublishError(f"{request.repo}: give the branch with --revision.")
+    content = open_content(request.build)
+    folder = request.folder or content.path.with_name(content.path.name + ".release")
+    return make_release(content, folder, _origin(content, request), request.draft, request.signing_key, request.unrun)
 
 
 def with_table(release: Release, repo: str, revision: str) -> Release:
@@ -122,5 +122,5 @@ def preview(release: Release, repo: str, revision: str) -> str:
     return "\n".join(lines)
 
 
-def _origin(content: Content, wish: Wish) -> Origin:
-    return Origin.of(source_of(content), wish.repo, wish.base_model, wish.license)
+def _origin(content: Content, request: PublishRequest) -> Origin:
+    return Origin.of(source_of(content), request.repo, request.base_model, request.license)

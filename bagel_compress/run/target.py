@@ -67,7 +67,15 @@ class Budget(FrozenModel):
 
 
 class Target(FrozenModel):
-    """One place to run."""
+    """Where a build runs: device memory, sizes of requests, limits and, for exports, the runtime.
+
+    A frozen value; memory in MiB or GiB as the field's name says, times in seconds. `load` takes a YAML file or a
+    packaged name. Raises TargetError on an unknown key or an impossible value.
+
+        target = bc.Target.load("12gb")
+        print(target.device.name, target.limit / 2**30, "GiB")
+        larger = target.model_copy(update={"name": "mine", "vae_on_host": True})
+    """
 
     name: str = Field(pattern=r"^[\w.-]+$")
     summary: str = ""

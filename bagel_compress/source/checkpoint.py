@@ -47,7 +47,16 @@ SAMPLE = 512  # elements at the start, the middle and the end of each tensor tha
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors in the order of the official file (by name), all bf16, and the files that go with them."""
+    """A full-precision BAGEL checkpoint: specs of all tensors by official name, all bf16, and the files beside them.
+
+    `open` takes a folder, a .safetensors file or a Hub id; shards, fp32 or fp16 weights, trainers' prefixes and LoRA
+    adapters are brought into the official form while they are read. Nothing is loaded: `read` maps elements of one
+    tensor. `digest` identifies the weights, whatever their packaging. Raises CheckpointError or HubError.
+
+        checkpoint = bc.Checkpoint.open("my-fine-tune", base="ByteDance-Seed/BAGEL-7B-MoT")
+        print(checkpoint.digest, len(checkpoint.specs))
+        first_ten = checkpoint.read(checkpoint.specs[0], 0, 10)  # bf16 tensor [10] of the flattened first tensor
+    """
 
     name: str  # repository id, or "local": where a folder lies must not change what is built from it
     revision: str  # commit of the repository; empty for a folder

@@ -13,6 +13,7 @@ from bagel_compress.budgets.measure_gpu import measured, timed
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import predict
 from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import TargetError
 from bagel_compress.parity.compare import Progress
 from bagel_compress.parity.report_data import BudgetReport, ParityReport
@@ -34,7 +35,10 @@ def check(
 
 
 def budgets_of(
-    build: str | Path, targets: Sequence[str | Path], source: str | None = None, device: str | None = None
+    build: str | Path | Recipe,
+    targets: Sequence[str | Path | Target],
+    source: str | None = None,
+    device: str | None = None,
 ) -> list[BudgetReport]:
     """Budget of an artifact, or of a recipe and a checkpoint (default: the released one's header), on each target.
 
@@ -42,14 +46,13 @@ def budgets_of(
     only times on "cpu"; with `source` too, the times of the full-precision model beside them. Raises TargetError if
     the device is not there or is another card than the target's, or if the artifact was not made from `source`.
     """
-    loaded = [Target.load(target) for target in targets]
-    folder = Path(build)
-    if not (folder / MANIFEST).exists():
+    loaded = [t if isinstance(t, Target) else Target.load(t) for t in targets]
+    folder = None if isinstance(build, Recipe) else Path(build)
+    if folder is None or not (folder / MANIFEST).exists():
         if device is not None:
-            raise TargetError(
-                f"{build} is a recipe; only an artifact can be measured on {device}. Leave --device away."
-            )
-        planned = planned_build(str(build), source)
+            name = build.name if isinstance(build, Recipe) else build
+            raise TargetError(f"{name} is a recipe; only an artifact can be measured on {device}. Leave --device away.")
+        planned = planned_build(build if isinstance(build, Recipe) else str(build), source)
         return [predict(planned, target) for target in loaded]
     artifact = Artifact.open(folder)
     known = Build.of_artifact(artifact)

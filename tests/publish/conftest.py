@@ -102,11 +102,11 @@ def artifact(built: Callable[[str], Artifact], tmp_path: Path) -> Artifact:
 @pytest.fixture
 def publish(tmp_path: Path) -> Callable[..., object]:
     """publish() with the options that tests seldom change."""
-    from bagel_compress.publishing.pipeline import Published, Wish
+    from bagel_compress.publishing.pipeline import Published, PublishRequest
     from bagel_compress.publishing.pipeline import publish as run
 
     def go(artifact: Content, repo: str = REPO, **options: object) -> Published:
         settings = {"base_model": BASE, "receipts": tmp_path / "receipts", **options}
-        return run(Wish(artifact.path, repo, **settings))
+        return run(PublishRequest(artifact.path, repo, **settings))
 
     return go

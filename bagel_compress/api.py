@@ -1,0 +1,231 @@
+"""The public functions of `import bagel_compress as bc` that span several packages.
+
+Each accepts paths, names and Hub ids where the command line does, and returns objects where the command line prints.
+Heavy packages are imported when a function is called. The other public names (Checkpoint, Recipe, make_plan, compress,
+Artifact, Target) lie in the packages they belong to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from bagel.loops import Loops
+    from bagel_compress.build.artifact import Artifact
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.exporting.manifest import ExportFolder
+    from bagel_compress.parity.report_data import BudgetReport, ParityReport
+    from bagel_compress.parity.trace import TraceFile
+    from bagel_compress.publishing.pipeline import Published
+    from bagel_compress.run.target import Target
+    from bagel_compress.source.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def open_model(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Loops:
+    """Opens a model, ready to sample: `run(turns, ...)` draws, edits or answers.
+
+    `model` is the folder of a full-precision checkpoint, an artifact or an export, or a Hub id (`owner/name` or
+    `owner/name@revision`) of one. `device` is "cpu", "cuda", "cuda:1", "auto", or several cards ("cuda:0,cuda:1") that
+    layers are spread over. `dtype` None is bf16, the models' own; another torch dtype decodes an artifact's weights to
+    it, which is slow and meant for comparisons. An export runs in its own precision on "cpu" or "cuda".
+
+    `run` takes texts and PIL pictures as turns, `size` (height, width) in pixels, multiples of 16, `seed`, `think`,
+    `flow` and `text` settings; its result has `image` (PIL, RGB) or `text`.
+
+    Raises CheckpointError, ArtifactError or HubError if the model cannot be opened, TargetError if the device is not
+    there, and ExportError or MissingExtraError if this machine cannot run an export.
+
+        model = bc.open_model("out/nf4", device="cuda")
+        model.run(["a red cat on a roof"], size=(1024, 1024), seed=7).image.save("cat.png")
+        print(model.run([picture, "what is in the picture?"], output="text").text)
+    """
+    from bagel_compress.build.artifact import EXPORT_MANIFEST
+    from bagel_compress.run.load import downloaded
+
+    folder = Path(model) if Path(model).exists() else downloaded(str(model))
+    log.info("opening %s on %s", model, device)
+    if (folder / EXPORT_MANIFEST).is_file():
+        from bagel_compress.exporting.ort_sampler import open_onnx
+
+        return open_onnx(folder, None if device == "auto" else device.partition(":")[0])
+    from bagel_compress.budgets.device_option import one_device, where
+    from bagel_compress.run.load import open_model as load_model
+
+    place = where(device, folder, log.info) if dtype is None else one_device(device)
+    return load_model(folder, place, dtype)
+
+
+def trace(
+    source: str | Path | Checkpoint,
+    cases: Sequence[str | Path],
+    out: str | Path,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> TraceFile:
+    """Records what the full-precision model does with some cases; builds are compared with that record.
+
+    `source` is the checkpoint (folder, Hub id or Checkpoint), `cases` are YAML files or folders of them, `out` is the
+    safetensors file to write; the model runs in bf16 on `device`. Each case is recorded together with the model's noise
+    floor, so it runs several times. An interrupted recording goes on where it was. `progress` is told each case.
+
+    Raises CheckpointError or HubError on the source, TargetError on a case that this model cannot run, InputError on a
+    picture that cannot be read.
+
+        file = bc.trace("BAGEL-7B-MoT", ["exports/cases"], "bagel.trace.safetensors", device="cuda")
+        print(file.path, list(file.header.cases))
+        report = bc.validate("out/nf4", [file.path])
+    """
+    from bagel_compress.budgets.device_option import one_device
+    from bagel_compress.run.case import load_cases
+    from bagel_compress.validation.artifact import record_source
+
+    found = load_cases(list(cases))
+    return record_source(source, found, out, one_device(device), progress=progress or log.info)
+
+
+def validate(
+    build: str | Path | Artifact,
+    traces: Sequence[str | Path],
+    source: str | Path | Checkpoint | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Compares an artifact or export with traces of its source, by the limits of its recipe, and writes the reports.
+
+    `build` is a folder (or an Artifact), `traces` are files that `trace` wrote. With `source`, the full-precision
+    checkpoint, the errors of an artifact are attributed to its components. Writes reports/ and report.html into the
+    folder. An export runs on its own runtime, whatever `device` says.
+
+    A broken limit raises nothing: look at `passed` and `broken`, or call `require()`, which raises GateError. Raises
+    TraceError on a trace of another source, RecipeError on a limit below the noise floor, ArtifactError on the build.
+
+        report = bc.validate("out/nf4", ["bagel.trace.safetensors"], device="cuda")
+        print(report.passed, report.broken)
+        report.require()
+    """
+    from bagel_compress.build.artifact import EXPORT_MANIFEST
+
+    folder, progress = _folder(build), progress or log.info
+    if (folder / EXPORT_MANIFEST).is_file():
+        from bagel_compress.exporting.manifest import ExportFolder
+        from bagel_compress.validation.export import validate_export
+
+        return validate_export(ExportFolder.open(folder), list(traces), progress=progress)
+    from bagel_compress.budgets.device_option import one_device
+    from bagel_compress.validation.artifact import validate_artifact
+
+    return validate_artifact(folder, list(traces), source, one_device(device), progress)
+
+
+def budget(
+    build: str | Path | Artifact | Recipe,
+    target: str | Path | Target,
+    source: str | Path | None = None,
+    device: str | None = None,
+) -> BudgetReport:
+    """Predicts the peak memory of a build on a target, phase by phase, in bytes; needs neither GPU nor weights.
+
+    `build` is an artifact (then reports/budget-TARGET.json is written beside it), or a recipe (object, file or packaged
+    name) that is planned for `source`, by default the released checkpoint. `target` is a Target, a YAML file or a
+    packaged name such as "12gb". With `device` ("cuda", "cuda:1") an artifact is also measured there, if it is the
+    target's card; with "cpu" only times are taken, in seconds.
+
+    A limit that does not hold raises nothing: see `broken` and `advice`. Raises RecipeError, PlanError, TargetError (an
+    unknown target or size, another card than the target's), ArtifactError.
+
+        report = bc.budget("nf4-12gb", "12gb")
+        print(report.peak / 2**30, "GiB", report.broken, report.advice)
+        bc.budget("out/nf4", "12gb", device="cuda")
+    """
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.validation.check import budgets_of
+
+    chosen = build if isinstance(build, Recipe) else str(_folder(build))
+    return budgets_of(chosen, [target], None if source is None else str(source), device)[0]
+
+
+def export(
+    source: str | Path | Artifact,
+    target: str | Path | Target,
+    out: str | Path,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ExportFolder:
+    """Writes a checkpoint or artifact as ONNX graphs or TensorRT engines, one file per block, into the folder `out`.
+
+    `target` (a Target, a YAML file or a packaged name such as "ort-cpu") says the runtime, the precision and the sizes.
+    An interrupted export goes on where it was. `progress` gets a data file, how many are done, and how many there are.
+
+    Raises ExportError if the target asks for what cannot be, or `out` holds something else; MissingExtraError if the
+    runtime's package is not installed; the errors of the source.
+
+        folder = bc.export("out/nf4", "ort-cpu", "out/onnx")
+        model = bc.open_model(folder.path)
+        model.run(["a red cat"], size=(512, 512)).image.save("cat.png")
+    """
+    from bagel_compress.exporting.build import export as write_export
+    from bagel_compress.exporting.source import Source
+    from bagel_compress.run.target import Target
+
+    chosen = target if isinstance(target, Target) else Target.load(target)
+    return write_export(Source.open(_folder(source)), chosen, Path(out), progress)
+
+
+def publish(
+    build: str | Path | Artifact,
+    repo: str,
+    *,
+    base_model: str | None = None,
+    license: str = "apache-2.0",
+    revision: str = "main",
+    private: bool = False,
+    draft: bool = False,
+    create_pr: bool = False,
+    replace: bool = False,
+    signing_key: str | Path | None = None,
+    receipts: str | Path = "exports/receipts",
+    collection: str = "",
+) -> Published:
+    """Verifies a build, writes its model card, uploads it as one commit and checks what arrived.
+
+    `build` is an artifact or export whose reports pass; `repo` is `owner/name`. `base_model` is the Hub id of the
+    source, needed where that was a folder. A `draft` may lack reports and goes to a private repository only; `replace`
+    allows a repository that holds another build; `create_pr` offers it to a repository of somebody else. `receipts` is
+    the folder for the small JSON files of what was published; `collection` is the title of a collection to join.
+
+    Raises GateError if the build may not be published or did not arrive as it was, PublishError if it cannot go there,
+    HubError if the Hub refuses, ArtifactError if the folder is no build.
+
+        done = bc.publish("out/nf4", "you/BAGEL-7B-MoT-NF4", base_model="ByteDance-Seed/BAGEL-7B-MoT")
+        print(done.uploaded.url)
+        print([receipt.name for receipt in done.receipts])
+    """
+    from bagel_compress.publishing.pipeline import PublishRequest
+    from bagel_compress.publishing.pipeline import publish as run
+
+    request = PublishRequest(
+        _folder(build),
+        repo,
+        base_model=base_model,
+        license=license,
+        receipts=Path(receipts),
+        revision=revision,
+        private=private,
+        draft=draft,
+        create_pr=create_pr,
+        replace=replace,
+        signing_key=None if signing_key is None else Path(signing_key),
+        collection=collection,
+    )
+    return run(request, lambda name, sent, total: log.info("%d of %d bytes sent; %s", sent, total, name or "all"))
+
+
+def _folder(build: str | Path | Artifact) -> Path:
+    """The folder of an Artifact, or the path that was given."""
+    return Path(build) if isinstance(build, str | Path) else build.path
