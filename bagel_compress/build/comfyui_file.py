@@ -1,22 +1,23 @@
-"""comfyui_file: an artifact as the single file that ComfyUI's loaders read ("fp8 scaled").
+"""comfyui_file: an artifact as the single file that ComfyUI's loaders read.
 
 The tensors are those of the codecs (`Codec.comfyui_values`), and the file's metadata lists the layers that are not full
-precision (QUANTIZATION.md of Comfy-Org/ComfyUI, format_version 1.0). fp8 needs one scale per tensor: recipe
-`fp8-comfyui`. The file is written from the mapped shards, a piece at a time. The VAE is not part of it; ComfyUI loads
-it apart.
+precision (QUANTIZATION.md of Comfy-Org/ComfyUI, format_version 1.0). An artifact without such layers gets the metadata
+`comfyui_bagel` instead, by which the ComfyUI-BAGEL nodes (their rewrite of 2026) open one bf16 file; they refuse files
+with quantised layers. Units are converted one at a time. The VAE is not part of the file; ComfyUI loads it apart.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.codecs.base import dtype_code
+from bagel_compress.codecs.base import TORCH_DTYPES, dtype_code
 from bagel_compress.errors import ExportError
 from bagel_compress.io.atomic import atomic_file
-from bagel_compress.io.safetensors_file import DTYPE_ORDER, lay_out
+from bagel_compress.io.safetensors_file import lay_out
 from bagel_compress.io.tensor_spec import PartSpec
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 8 << 20  # bytes per write
+CONFIG_FILES = ("llm_config.json", "vit_config.json")
 
 
 def comfyui_file(artifact: Artifact, out: Path) -> int:
@@ -33,23 +35,44 @@ def comfyui_file(artifact: Artifact, out: Path) -> int:
     """
     if out.exists():
         raise ExportError(f"{out} exists; choose another name or delete it.")
-    values: dict[str, torch.Tensor] = {}  # views of the mapped shards
+    parts, layers = _planned(artifact)
+    header, offsets = lay_out(parts, _metadata(artifact, layers))
+    with atomic_file(out) as file:
+        file.write(header)
+        for unit in artifact.units():
+            for name, tensor in artifact.codec(unit.name).comfyui_values(unit, artifact.parts(unit.name)).items():
+                file.seek(offsets[name])
+                data = _bytes(tensor)
+                for start in range(0, data.nbytes, CHUNK):
+                    file.write(data[start : start + CHUNK].data)
+    return out.stat().st_size
+
+
+def _planned(artifact: Artifact) -> tuple[dict[str, PartSpec], dict[str, dict[str, str]]]:
+    """What the file will hold, found on tensors without values, and ComfyUI's format of each layer that has one."""
+    import torch
+
+    parts: dict[str, PartSpec] = {}
     layers: dict[str, dict[str, str]] = {}
     for unit in artifact.units():
         codec = artifact.codec(unit.name)
-        values |= codec.comfyui_values(unit, artifact.parts(unit.name))
+        stored = {
+            name: torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype](), device="meta")
+            for name, part in codec.parts(unit).items()
+        }
+        for name, tensor in codec.comfyui_values(unit, stored).items():
+            parts[name] = PartSpec(dtype_code(tensor.dtype), tuple(tensor.shape))
         if codec.comfyui_format:
             layers |= {spec.name.removesuffix(".weight"): {"format": codec.comfyui_format} for spec in unit.specs}
-    parts = {name: PartSpec(dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in values.items()}
-    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-    header, _ = lay_out(parts, metadata)
-    with atomic_file(out) as file:
-        file.write(header)
-        for name in sorted(parts, key=lambda n: (DTYPE_ORDER[parts[n].dtype], n)):
-            data = _bytes(values[name])
-            for start in range(0, data.nbytes, CHUNK):
-                file.write(data[start : start + CHUNK].data)
-    return out.stat().st_size
+    return parts, layers
+
+
+def _metadata(artifact: Artifact, layers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    if layers:
+        return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    configs = {name: json.loads((artifact.path / name).read_text("utf-8")) for name in CONFIG_FILES}
+    entry = {"format": "comfyui_bagel", "format_version": 1, "variant": "BAGEL-7B-MoT", "dtype": "bf16"}
+    return {"comfyui_bagel": json.dumps(entry | {"quantization": "none", "model_configs": configs})}
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

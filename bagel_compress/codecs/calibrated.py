@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -70,13 +70,15 @@ class CalibratedCodec(Codec):
     """Base of the codecs whose codes a calibrated rounding may choose."""
 
     rounding: Rounding = NEAREST
+    later: ClassVar[tuple[str, ...]] = ("rounding",)  # fields younger than the first artifacts of the format
 
     @model_serializer(mode="wrap")
     def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves `rounding: nearest` out, so that digests of recipes and plans that never had it stay what they are."""
+        """Leaves `later` fields out at their defaults: digests of recipes that never had them stay what they are."""
         fields: dict[str, Any] = handler(self)
-        if self.rounding == NEAREST:
-            fields.pop("rounding", None)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                fields.pop(name, None)
         return fields
 
     @property

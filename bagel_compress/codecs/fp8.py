@@ -4,6 +4,7 @@ Parts of `X.weight` of shape (N, K):
 
     X.weight          F8_E4M3 (N, K)
     X.weight_scale    BF16    (N, 1) with granularity "channel", (1,) with "tensor"
+                      F32     ()     in dialect "vllm", which has granularity "tensor": `quant_method: fp8`
 
 The scale is absmax/448 rounded to bf16 before anything is coded with it; codes are w/scale in fp32, rounded to nearest
 even, clamped to +-448. Decoding is compressed-tensors' own: bf16(code) * scale, rounded to bf16. A row of zeros has
@@ -20,8 +21,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import Field, model_validator
+
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
+from bagel_compress.codecs.compressed_tensors import DYNAMIC_TOKENS, quantization_config
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, searched
 from bagel_compress.codecs.matrix import (
     MatrixCodec,
@@ -52,14 +56,25 @@ class Fp8(CalibratedCodec, MatrixCodec):
     format: Literal["fp8"] = "fp8"
     granularity: Literal["channel", "tensor"] = "channel"
     scale: Literal["absmax", "mse"] = "absmax"
+    dialect: Literal["compressed-tensors", "vllm"] = Field(
+        default="compressed-tensors", description="whose scales and config.json are written; the codes are the same"
+    )
+    later: ClassVar[tuple[str, ...]] = ("rounding", "dialect")
     tag: ClassVar[str] = "8-bit"
     comfyui_format: ClassVar[str] = "float8_e4m3fn"
     least_capability: ClassVar[int] = 89  # Ada
 
+    @model_validator(mode="after")
+    def _one_scale_where_needed(self) -> Fp8:
+        if self.dialect == "vllm" and self.granularity != "tensor":
+            raise ValueError("codec fp8 with dialect vllm has one scale per weight; add granularity: tensor")
+        return self
+
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
         shape = (spec.shape[0], 1) if self.granularity == "channel" else (1,)
-        return {spec.name: PartSpec("F8_E4M3", spec.shape), scale_name(spec): PartSpec("BF16", shape)}
+        scale = PartSpec("F32", ()) if self.dialect == "vllm" else PartSpec("BF16", shape)
+        return {spec.name: PartSpec("F8_E4M3", spec.shape), scale_name(spec): scale}
 
     def begin(self, unit: Unit, source: Reader) -> Encoding:
         return _Fp8Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
@@ -74,22 +89,13 @@ class Fp8(CalibratedCodec, MatrixCodec):
         return {spec.name: decode_codes(parts[spec.name], parts[scale_name(spec)])}
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
-        """compressed-tensors' `quantization_config`: these weights, activations to e4m3fn by token as they come."""
+        """These weights, activations to e4m3fn as they come: by token, or in dialect vllm as vLLM does it."""
+        if self.dialect == "vllm":
+            entry = {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": list(others)}
+            return {"quantization_config": entry}
         numbers = {"num_bits": 8, "type": "float", "symmetric": True}
         weights = numbers | {"strategy": self.granularity, "dynamic": False}
-        group = {"targets": ["Linear"], "weights": weights, "output_activations": None}
-        return {
-            "quantization_config": {
-                "quant_method": "compressed-tensors",
-                "format": "float-quantized",
-                "quantization_status": "compressed",
-                "config_groups": {
-                    "group_0": group | {"input_activations": numbers | {"strategy": "token", "dynamic": True}}
-                },
-                "ignore": list(others),
-                "kv_cache_scheme": None,
-            }
-        }
+        return quantization_config("float-quantized", weights, numbers | DYNAMIC_TOKENS, others)
 
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
         from bagel_compress.codecs.fp8_linear import Fp8Linear
@@ -98,6 +104,8 @@ class Fp8(CalibratedCodec, MatrixCodec):
         return Fp8Linear(spec, parts[spec.name], parts[scale_name(spec)], bias, decode_codes)
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
+        if self.dialect == "vllm":
+            return [_comfyui_snippet(repo)] if alone else []
         scheme = f'num_bits=8, type="float", strategy="{self.granularity}"'
         compressor = "FloatQuantizationCompressor"
         found = [compressed_tensors_snippet(repo, tensor, shard, self.format, compressor, scheme)]
@@ -127,8 +135,8 @@ class Fp8(CalibratedCodec, MatrixCodec):
 
 
 def decode_codes(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(N, K) e4m3fn and (N, 1) or (1,) bf16 -> (N, K) bf16."""
-    return codes.bfloat16().mul_(scale)
+    """(N, K) e4m3fn and scales that bf16 holds, (N, 1), (1,) or () -> (N, K) bf16."""
+    return codes.bfloat16().mul_(scale.bfloat16())
 
 
 def scale_name(spec: TensorSpec) -> str:
@@ -161,7 +169,8 @@ class _Fp8Grid(Grid):
         plain = partial(_plain_scale, absmax)
         scale = searched(self, weights, curvature, plain) if self.codec.scale == "mse" else plain(1.0)
         shape = self.codec.parts(Unit(self.spec.name, (self.spec,)))[scale_name(self.spec)].shape
-        return Scales(scale, {scale_name(self.spec): scale.bfloat16().cpu().reshape(shape)})
+        kept = scale.float() if self.codec.dialect == "vllm" else scale.bfloat16()
+        return Scales(scale, {scale_name(self.spec): kept.cpu().reshape(shape)})
 
     def pack(self, levels: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
         import torch
@@ -205,7 +214,9 @@ class _Fp8Encoding(Encoding):
             if whole is None:
                 yield Chunk(scale_name(spec), first * 2, _bf16_words(scales).view(np.uint8))
         if whole is not None:
-            yield Chunk(scale_name(spec), 0, _bf16_words(np.array([whole], np.float32)).view(np.uint8))
+            value = np.array([whole], np.float32)
+            stored = value if self.codec.dialect == "vllm" else _bf16_words(value)
+            yield Chunk(scale_name(spec), 0, stored.view(np.uint8))
 
     def _channel_scales(self, words: np.ndarray) -> np.ndarray:
         """(R,) fp32 values that bf16 can hold."""

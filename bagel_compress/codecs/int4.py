@@ -1,15 +1,19 @@
-"""int4: signed four-bit codes, one bf16 scale per 32 weights of a row: compressed-tensors' "pack-quantized" W4A16.
+"""int4: signed four-bit codes, one bf16 scale per block of a row: compressed-tensors' "pack-quantized" W4A16.
 
-Parts of `X.weight` of shape (N, K), K a multiple of 32 (compressed-tensors 0.20, `pack_to_int32`):
+Parts of `X.weight` of shape (N, K), K a multiple of the group G, which is 32, 64 or 128 (compressed-tensors 0.20,
+`pack_to_int32`):
 
-    X.weight_packed    I32  (N, K/8)     eight codes a word, first in the lowest bits, stored as code + 8
-    X.weight_scale     BF16 (N, K/32)
-    X.weight_shape     I64  (2,)         N, K
+    X.weight_packed        I32  (N, K/8)            eight codes a word, first in the lowest bits, stored as code + 8
+    X.weight_scale         BF16 (N, K/G)
+    X.weight_shape         I64  (2,)                N, K
+    X.weight_zero_point    I32  (ceil(N/8), K/G)    asymmetric only: of eight rows in a word, stored as code + 8
 
-The format of TensorRT and of standard ONNX for four bits (DequantizeLinear with blocks of 32); NF4 is closer to the
-weights at the same size, but has no operator there. Scale "absmax" is compressed-tensors' own rule, absmax / 7.5;
-"mse" tries smaller ones and keeps what leaves the least squared error in each block, then takes back by how much that
-shrank the block. Codes are rounded with the bf16 scale that is stored, or was found. Zero blocks get the scale 1.
+With group 32 and symmetric it is the format of TensorRT and of standard ONNX for four bits (DequantizeLinear with
+blocks of 32); NF4 is closer to the weights at the same size, but has no operator there. vLLM's kernels take all groups.
+Scale "absmax" is compressed-tensors' own rule, absmax / 7.5; "mse" tries smaller ones and keeps what leaves the least
+squared error in each block, then takes back by how much that shrank the block. Codes are rounded with the bf16 scale
+that is stored, or was found. Zero blocks get the scale 1. Asymmetric blocks reach from their least to their largest
+weight, 0 included, in 15 steps: weight = (code - zero point) * scale.
 """
 
 from __future__ import annotations
@@ -17,121 +21,141 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+
+from pydantic import Field, model_validator
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
+from bagel_compress.codecs.compressed_tensors import quantization_config
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
-from bagel_compress.codecs.matrix import MatrixCodec, check_shapes, not_finite
+from bagel_compress.codecs.matrix import (
+    INFINITY_WORD,
+    MatrixCodec,
+    as_floats,
+    check_shapes,
+    not_finite,
+    read_rows,
+    read_words,
+    self_check,
+)
 from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, compressed_tensors_snippet
-from bagel_compress.errors import CodecError, PlanError
+from bagel_compress.errors import CodecError, ExportError, PlanError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
-BLOCK = 32  # weights per scale
+BLOCK: Final = 32  # weights per scale, unless a recipe says otherwise
 CHUNK_ELEMENTS = 1 << 20  # coded at a time; a search holds some fp32 copies of it
 LEVELS = 7.5  # half of the 15 steps between -8 and 7
-SHRINK = {"absmax": (1.0,), "mse": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}  # factors on absmax that are tried
+STEPS = 15.0
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # factors on absmax that a search tries
 WIDE = 3.0e38  # blocks beyond it use codes -7..7, so that no decoded value overflows
 
 
 class Int4(CalibratedCodec, MatrixCodec):
-    """Symmetric INT4, block 32 along the input."""
+    """INT4 in blocks along the input."""
 
     format: Literal["int4"] = "int4"
     scale: Literal["absmax", "mse"] = "absmax"
+    group: Literal[32, 64, 128] = Field(default=BLOCK, description="weights per scale")
+    symmetric: bool = Field(default=True, description="false: a zero point per group")
+    later: ClassVar[tuple[str, ...]] = ("rounding", "group", "symmetric")
     tag: ClassVar[str] = "4-bit"
+
+    @model_validator(mode="after")
+    def _symmetric_where_needed(self) -> Int4:
+        if not self.symmetric and (self.scale != "absmax" or self.calibrated):
+            raise ValueError("codec int4 with symmetric: false has scale absmax and rounding nearest only")
+        return self
 
     def check(self, unit: Unit) -> None:
         super().check(unit)
         for spec in unit.specs:
-            if spec.shape[1] % BLOCK:
+            if spec.shape[1] % self.group:
                 raise PlanError(
-                    f"{spec.name}: codec int4 needs rows of a multiple of {BLOCK} weights, found {spec.shape[1]};"
-                    " give it codec int8 or raw in the recipe."
+                    f"{spec.name}: codec int4 needs rows of a multiple of {self.group} weights, found {spec.shape[1]};"
+                    " give it a smaller group, codec int8 or raw in the recipe."
                 )
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
         rows, columns = spec.shape
-        return {
+        parts = {
             f"{spec.name}_packed": PartSpec("I32", (rows, columns // 8)),
-            f"{spec.name}_scale": PartSpec("BF16", (rows, columns // BLOCK)),
+            f"{spec.name}_scale": PartSpec("BF16", (rows, columns // self.group)),
             f"{spec.name}_shape": PartSpec("I64", (2,)),
         }
+        if not self.symmetric:
+            parts[zero_name(spec)] = PartSpec("I32", (-(-rows // 8), columns // self.group))
+        return parts
 
     def begin(self, unit: Unit, source: Reader) -> Encoding:
-        return _Int4Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+        encoding = _Int4Encoding if self.scale == "absmax" else _SearchedEncoding
+        return encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
 
     def grid(self, spec: TensorSpec) -> Grid:
         return _Int4Grid(self, spec)
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """bf16(code * scale), the product in fp32."""
+        """bf16((code - zero point) * scale), the product in fp32."""
         (spec,) = unit.specs
-        return {spec.name: decode_codes(*self._stored(spec, parts))}
+        self._check(spec, parts)
+        packed, scale = parts[f"{spec.name}_packed"], parts[f"{spec.name}_scale"]
+        zeros = None if self.symmetric else unpack(parts[zero_name(spec)].t()).t()[: spec.shape[0]]
+        return {spec.name: decode_codes(packed, scale, zeros)}
 
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
+        if not self.symmetric:
+            return super().linear(spec, parts, bias)
         from bagel_compress.codecs.int4_linear import Int4Linear
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
         return Int4Linear(spec, parts[f"{spec.name}_packed"], parts[f"{spec.name}_scale"], bias, decode_codes)
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
-        weights = {
-            "num_bits": 4,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "group",
-            "group_size": BLOCK,
-            "dynamic": False,
-        }
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-        return {
-            "quantization_config": {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "quantization_status": "compressed",
-                "config_groups": {"group_0": group},
-                "ignore": list(others),
-                "kv_cache_scheme": None,
-            }
-        }
+        weights = {"num_bits": 4, "type": "int", "symmetric": self.symmetric, "strategy": "group", "dynamic": False}
+        return quantization_config("pack-quantized", weights | {"group_size": self.group}, None, others)
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
-        scheme = 'num_bits=4, type="int", strategy="group", group_size=32'
+        scheme = f'num_bits=4, type="int", strategy="group", group_size={self.group}, symmetric={self.symmetric}'
         return [compressed_tensors_snippet(repo, tensor, shard, self.format, "PackedQuantizationCompressor", scheme)]
 
     def onnx_form(self, tensor: str, runtime: str, activations: str) -> FormName:
+        if self.group != BLOCK or not self.symmetric:
+            raise ExportError(f"{tensor}: exports carry int4 with group {BLOCK}, symmetric; compress it that way.")
         return "int4"
 
     def onnx_codes(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> OnnxCodes:
         """Codes -8..7 (N, K) and scales (N, K/32)."""
         return OnnxCodes(unpack(parts[f"{spec.name}_packed"]).numpy(), parts[f"{spec.name}_scale"].float(), "INT4")
 
-    def _stored(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        for name, part in self.parts(Unit(spec.name, (spec,))).items():
-            found = tuple(parts[name].shape) if name in parts else None
-            if found != part.shape:
-                raise CodecError(f"{name}: expected shape {list(part.shape)}, found {found}; the artifact is damaged.")
+    def _check(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> None:
+        check_shapes(self, Unit(spec.name, (spec,)), parts)
         shape = tuple(parts[f"{spec.name}_shape"].tolist())
         if shape != spec.shape:
             raise CodecError(f"{spec.name}: weight_shape says {shape}, expected {spec.shape}; the artifact is damaged.")
-        return parts[f"{spec.name}_packed"], parts[f"{spec.name}_scale"]
 
 
-def decode_codes(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(N, K/8) int32 and (N, K/32) bf16 -> (N, K) bf16: bf16(code * scale), the product in fp32."""
+def zero_name(spec: TensorSpec) -> str:
+    return f"{spec.name}_zero_point"
+
+
+def decode_codes(packed: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, K/8) int32, (N, K/G) bf16 and zero points (N, K/G) int8 -> (N, K) bf16; the product in fp32."""
     import torch
 
     rows, columns = packed.shape[0], packed.shape[1] * 8
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=packed.device)
     step = max(1, CHUNK_ELEMENTS // columns)
     for row in range(0, rows, step):
-        blocks = unpack(packed[row : row + step]).unflatten(1, (-1, BLOCK)).float()
-        out[row : row + step] = (blocks * scale[row : row + step].float()[..., None]).flatten(1).bfloat16()
+        part = slice(row, row + step)
+        blocks = unpack(packed[part]).unflatten(1, (scale.shape[1], -1)).float()
+        if zeros is not None:
+            blocks -= zeros[part, :, None]
+        out[part] = (blocks * scale[part].float()[..., None]).flatten(1).bfloat16()
     return out
 
 
@@ -139,7 +163,7 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     """(N, K/8) int32 -> (N, K) int8 codes in -8..7."""
     import torch
 
-    pairs = packed.contiguous().view(torch.uint8)
+    pairs = packed.reshape(-1).view(torch.uint8).reshape(packed.shape[0], -1)
     codes = torch.stack([pairs & 0x0F, pairs >> 4], dim=-1).flatten(1)
     return codes.view(torch.int8) - 8
 
@@ -147,16 +171,15 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 class _Int4Grid(Grid):
     """Blocks along the rows."""
 
-    block = BLOCK
     levels = Levels(low=-8, high=7)
 
     def __init__(self, codec: Int4, spec: TensorSpec) -> None:
-        self.codec, self.spec = codec, spec
+        self.codec, self.spec, self.block = codec, spec, codec.group
 
     def scales(self, weights: torch.Tensor, curvature: Curvature) -> Scales:
         import torch
 
-        absmax = block_absmax(weights, BLOCK)
+        absmax = block_absmax(weights, self.block)
         plain = partial(_plain_scale, absmax)
         scale = searched(self, weights, curvature, plain) if self.codec.scale == "mse" else plain(1.0)
         shape = torch.tensor(self.spec.shape, dtype=torch.int64)
@@ -177,35 +200,131 @@ def _plain_scale(absmax: torch.Tensor, factor: float) -> torch.Tensor:
     return scale.where(scale > 0, scale.new_ones(()))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Int4Encoding(Encoding):
-    spec: TensorSpec = None  # type: ignore[assignment]
-    source: Reader = None  # type: ignore[assignment]
+    """Scales by rule."""
+
+    codec: Int4
+    spec: TensorSpec
+    source: Reader
+
+    def chunks(self) -> Iterator[Chunk]:
+        import numpy as np
+
+        codec, spec = self.codec, self.spec
+        columns, blocks, all_zeros = spec.shape[1], spec.shape[1] // codec.group, []
+        packed = np.empty((0, columns // 2), np.uint8)
+        for first, words in read_rows(self.source, spec):
+            packed = (
+                np.empty((len(words), columns // 2), np.uint8) if len(packed) < len(words) else packed[: len(words)]
+            )
+            scales, zeros = self._coded(words, packed)
+            all_zeros.append(zeros)
+            yield Chunk(f"{spec.name}_packed", first * columns // 2, packed.reshape(-1))
+            stored = (scales.view(np.uint32) >> 16).astype(np.uint16)
+            yield Chunk(f"{spec.name}_scale", first * blocks * 2, stored.reshape(-1).view(np.uint8))
+        yield Chunk(f"{spec.name}_shape", 0, np.array(spec.shape, np.int64).view(np.uint8))
+        if not codec.symmetric:
+            yield Chunk(zero_name(spec), 0, packed_zeros(np.concatenate(all_zeros)).reshape(-1).view(np.uint8))
+
+    def _coded(self, words: np.ndarray, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fills `packed`; returns scales (R, B) fp32 and zero points (R, B) int8."""
+        import numpy as np
+
+        from bagel_compress.codecs.kernels.int4_kernels import int4_blocks
+        from bagel_compress.codecs.kernels.threads import split
+
+        scales, zeros, bottoms = self._scales(words)
+        plain, sums = bool(not zeros.any() and (bottoms == -8).all()), np.empty((len(words), 3))
+
+        def part(a: int, b: int) -> None:
+            s, z, low = scales[a:b], zeros[a:b], bottoms[a:b]
+            int4_blocks(words[a:b], self.codec.group, s, z, low, plain, packed[a:b], sums[a:b])
+
+        split(part, len(words), 1)
+        self_check(self.spec, self.codec, not sums[:, 2].any())
+        self.quality.add(*sums[:, :2].sum(0).tolist())
+        return scales, zeros.astype(np.int8)
+
+    def _scales(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scales that bf16 holds, zero points and lowest codes, (R, K / group) fp32 each."""
+        import numpy as np
+        import torch
+
+        from bagel_compress.codecs.kernels.block_kernels import absmax_blocks
+        from bagel_compress.codecs.kernels.threads import split
+
+        group = self.codec.group
+        tops = np.empty((len(words), words.shape[1] // group), np.uint16)
+        split(lambda a, b: absmax_blocks(words[a:b], group, tops[a:b]), len(words), 1)
+        if (tops >= INFINITY_WORD).any():
+            raise not_finite(self.spec, self.codec)
+        absmax = as_floats(tops)
+        wide = absmax > np.float32(WIDE)
+        if not self.codec.symmetric:
+            return self._asymmetric(words, wide)
+        plain = _plain_scale(torch.from_numpy(absmax), 1.0).numpy()
+        return plain, np.zeros_like(plain), np.where(wide, np.float32(-7), np.float32(-8))
+
+    def _asymmetric(self, words: np.ndarray, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        import numpy as np
+        import torch
+
+        from bagel_compress.codecs.kernels.int4_kernels import ends_blocks
+        from bagel_compress.codecs.kernels.threads import split
+
+        lows, highs = np.empty(wide.shape, np.float32), np.empty(wide.shape, np.float32)
+        split(lambda a, b: ends_blocks(words[a:b], self.codec.group, lows[a:b], highs[a:b]), len(words), 1)
+        reach = (highs / np.float32(STEPS) - lows / np.float32(STEPS)) * np.where(wide, np.float32(0.95), np.float32(1))
+        scale = torch.from_numpy(reach).bfloat16().float()
+        scales = scale.where(scale > 0, scale.new_ones(())).numpy()
+        zeros = np.rint(np.float32(-8) - lows / scales).clip(-8, 7).astype(np.float32)
+        return scales, zeros, np.full_like(scales, -8)
+
+
+def packed_zeros(zeros: np.ndarray) -> np.ndarray:
+    """(N, B) int8 zero points -> (ceil(N/8), B) int32: of eight rows in a word, the first in the lowest bits."""
+    import numpy as np
+
+    rows, blocks = zeros.shape
+    codes = np.zeros((-(-rows // 8), 8, blocks), np.uint32)
+    codes.reshape(-1, blocks)[:rows] = zeros.astype(np.int32) + 8
+    shifted: np.ndarray = codes << (4 * np.arange(8, dtype=np.uint32))[None, :, None]
+    return np.bitwise_or.reduce(shifted, 1).view(np.int32)
+
+
+@dataclass(slots=True, kw_only=True)
+class _SearchedEncoding(Encoding):
+    """Scales by search."""
+
+    codec: Int4
+    spec: TensorSpec
+    source: Reader
 
     def chunks(self) -> Iterator[Chunk]:
         import numpy as np
         import torch
 
         codec, spec = self.codec, self.spec
-        assert isinstance(codec, Int4)
         rows, columns = spec.shape
         step = max(1, CHUNK_ELEMENTS // columns)
         for row in range(0, rows, step):
             stop = min(row + step, rows)
-            weights = self.source.read(spec, row * columns, stop * columns).float().reshape(-1, BLOCK)
+            words = read_words(self.source, spec, row * columns, stop * columns)
+            weights = torch.from_numpy(as_floats(words)).reshape(-1, codec.group)
             if not bool(torch.isfinite(weights).all()):
                 raise not_finite(spec, codec)
-            codes, scale = _quantised(weights, SHRINK[codec.scale])
+            codes, scale = _quantised(weights, SHRINK)
             self.quality.add(float(weights.double().square().sum()), _error(weights, codes, scale))
             nibbles = (codes.flatten() + 8).to(torch.uint8)
             packed = nibbles[0::2] | (nibbles[1::2] << 4)
             yield Chunk(f"{spec.name}_packed", row * columns // 2, packed.numpy())
-            yield Chunk(f"{spec.name}_scale", row * columns // BLOCK * 2, scale.view(torch.uint8).numpy())
+            yield Chunk(f"{spec.name}_scale", row * columns // codec.group * 2, scale.view(torch.uint8).numpy())
         yield Chunk(f"{spec.name}_shape", 0, np.array(spec.shape, np.int64).view(np.uint8))
 
 
 def _quantised(weights: torch.Tensor, shrink: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks (B, 32) fp32 -> codes (B, 32) and bf16 scales (B,) of least squared error among the factors."""
+    """Blocks (B, G) fp32 -> codes (B, G) and bf16 scales (B,) of least squared error among the factors."""
     import torch
 
     absmax = weights.abs().amax(1)
@@ -218,7 +337,7 @@ def _quantised(weights: torch.Tensor, shrink: Sequence[float]) -> tuple[torch.Te
         best = torch.where(better, error, best)
         best_codes = torch.where(better[:, None], codes, best_codes)
         best_scale = torch.where(better, scale, best_scale)
-    return best_codes, _unshrunk(weights, best_codes, best_scale, absmax) if len(shrink) > 1 else best_scale
+    return best_codes, _unshrunk(weights, best_codes, best_scale, absmax)
 
 
 def _unshrunk(weights: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:

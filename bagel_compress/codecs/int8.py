@@ -1,10 +1,12 @@
-"""int8: bitsandbytes' LLM.int8 rows.
+"""int8: one scale per row, in bitsandbytes' form or in that of compressed-tensors.
 
-Parts of `X.weight` of shape (N, K) (bitsandbytes 0.50.2, `Linear8bitLt.state_dict()`):
+Parts of `X.weight` of shape (N, K), by dialect (bitsandbytes 0.50.2, `Linear8bitLt.state_dict()`; compressed-tensors
+0.20, "int-quantized"):
 
-    X.weight           I8  (N, K)    round(127 * w / SCB)
-    X.SCB              F32 (N,)      the row's absmax
-    X.weight_format    U8  ()        0, which means rows
+    both                  X.weight           I8  (N, K)    round(127 * w / SCB)
+    bitsandbytes          X.SCB              F32 (N,)      the row's absmax
+                          X.weight_format    U8  ()        0, which means rows
+    compressed-tensors    X.weight_scale     F32 (N, 1)    SCB / 127
 
 With scale "absmax" every byte equals what bitsandbytes makes of the row on CPU. It goes through fp16, so a weight that
 fp16 cannot hold is refused here (bitsandbytes would store SCB = inf). A row of zeros has SCB 0 and codes 0. Scale "mse"
@@ -17,8 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import Field
+
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
+from bagel_compress.codecs.compressed_tensors import DYNAMIC_TOKENS, quantization_config
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, searched
 from bagel_compress.codecs.matrix import (
     MatrixCodec,
@@ -27,8 +32,8 @@ from bagel_compress.codecs.matrix import (
     read_rows,
     self_check,
 )
-from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, part_note
-from bagel_compress.errors import CodecError
+from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, compressed_tensors_snippet, part_note
+from bagel_compress.errors import CodecError, ExportError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -47,10 +52,17 @@ class Int8(CalibratedCodec, MatrixCodec):
 
     format: Literal["int8"] = "int8"
     scale: Literal["absmax", "mse"] = "absmax"
+    dialect: Literal["bitsandbytes", "compressed-tensors"] = Field(
+        default="bitsandbytes", description="whose names, scales and config.json are written; the codes are the same"
+    )
+    later: ClassVar[tuple[str, ...]] = ("rounding", "dialect")
     tag: ClassVar[str] = "8-bit"
+    comfyui_format: ClassVar[str] = "int8_tensorwise"
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
+        if self.dialect == "compressed-tensors":
+            return {spec.name: PartSpec("I8", spec.shape), scale_name(spec): PartSpec("F32", (spec.shape[0], 1))}
         return {
             spec.name: PartSpec("I8", spec.shape),
             scb_name(spec): PartSpec("F32", spec.shape[:1]),
@@ -64,15 +76,24 @@ class Int8(CalibratedCodec, MatrixCodec):
         return _Int8Grid(self, spec)
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """bf16(code * SCB / 127) in fp32, as `bitsandbytes.functional.int8_vectorwise_dequant` does it, then bf16."""
+        """bf16(code * SCB / 127) in fp32, as `bitsandbytes.functional.int8_vectorwise_dequant` does it, then bf16.
+
+        compressed-tensors: bf16(code * scale), the product in fp32.
+        """
         (spec,) = unit.specs
         check_shapes(self, unit, parts)
+        if self.dialect == "compressed-tensors":
+            return {spec.name: decode_scaled(parts[spec.name], parts[scale_name(spec)])}
         if int(parts[f"{spec.name}_format"]) != 0:
             raise CodecError(f"{spec.name}: weight_format is not 0 (rows); the artifact is damaged.")
         return {spec.name: decode_rows(parts[spec.name], parts[scb_name(spec)])}
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
-        """`transformers.BitsAndBytesConfig.to_dict()`, without its private keys."""
+        """`transformers.BitsAndBytesConfig.to_dict()`, without its private keys; or compressed-tensors' scheme W8A8."""
+        if self.dialect == "compressed-tensors":
+            numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+            weights = numbers | {"strategy": "channel", "dynamic": False}
+            return quantization_config("int-quantized", weights, numbers | DYNAMIC_TOKENS, others)
         return {
             "quantization_config": {
                 "quant_method": "bitsandbytes",
@@ -86,12 +107,26 @@ class Int8(CalibratedCodec, MatrixCodec):
         }
 
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
-        from bagel_compress.codecs.int8_linear import Int8Linear
+        from bagel_compress.codecs.int8_linear import Int8Linear, ScaledInt8Linear
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
+        if self.dialect == "compressed-tensors":
+            return ScaledInt8Linear(spec, parts[spec.name], parts[scale_name(spec)], bias, decode_scaled)
         return Int8Linear(spec, parts[spec.name], parts[scb_name(spec)], bias, decode_rows)
 
+    def comfyui_values(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parts of dialect compressed-tensors. Raises ExportError for the other: the product rounds differently."""
+        if self.dialect != "compressed-tensors":
+            raise ExportError(
+                f"{unit.name} has bitsandbytes' scales; a ComfyUI file needs codec "
+                "{format: int8, dialect: compressed-tensors}: use recipe comfyui-int8."
+            )
+        return dict(parts)
+
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
+        if self.dialect == "compressed-tensors":
+            scheme = 'num_bits=8, type="int", strategy="channel"'
+            return [compressed_tensors_snippet(repo, tensor, shard, self.format, "IntQuantizationCompressor", scheme)]
         text = f"""
 import bitsandbytes as bnb
 from huggingface_hub import hf_hub_download
@@ -111,6 +146,8 @@ print(layer)
 
     def onnx_codes(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> OnnxCodes:
         """Codes (N, K) and scales (N,); bitsandbytes stores 127 times the scale."""
+        if self.dialect == "compressed-tensors":
+            return OnnxCodes(parts[spec.name].numpy(), parts[scale_name(spec)].reshape(-1), "INT8")
         return OnnxCodes(parts[spec.name].numpy(), parts[scb_name(spec)].float() * PER_127, "INT8")
 
 
@@ -126,6 +163,22 @@ def decode_rows(codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def decode_scaled(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(N, K) int8 and (N, 1) fp32 -> (N, K) bf16."""
+    import torch
+
+    out = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    step = max(1, DECODE_ELEMENTS // codes.shape[1])
+    for first in range(0, codes.shape[0], step):
+        rows = slice(first, first + step)
+        out[rows] = codes[rows] * scale[rows]
+    return out
+
+
+def scale_name(spec: TensorSpec) -> str:
+    return f"{spec.name}_scale"
+
+
 def scb_name(spec: TensorSpec) -> str:
     return f"{spec.name.removesuffix('weight')}SCB"
 
@@ -134,10 +187,10 @@ class _Int8Grid(Grid):
     """One scale per row. A row of zeros has SCB 1 here: decoded like nearest rounding's 0, and no divisor to avoid."""
 
     levels = Levels(low=-127, high=127)
-    factor = PER_127
 
     def __init__(self, codec: Int8, spec: TensorSpec) -> None:
         self.codec, self.spec, self.block = codec, spec, spec.shape[1]
+        self.factor = PER_127 if codec.dialect == "bitsandbytes" else 1.0
 
     def scales(self, weights: torch.Tensor, curvature: Curvature) -> Scales:
         import torch
@@ -147,7 +200,11 @@ class _Int8Grid(Grid):
             raise _too_large(self.spec)
         absmax = absmax.where(absmax > 0, absmax.new_ones(()))
         searching = self.codec.scale == "mse"
-        scale = searched(self, weights, curvature, lambda factor: absmax * factor) if searching else absmax
+        unit = 1.0 if self.codec.dialect == "bitsandbytes" else PER_127
+        plain = absmax * unit
+        scale = searched(self, weights, curvature, lambda factor: plain * factor) if searching else plain
+        if self.codec.dialect == "compressed-tensors":
+            return Scales(scale, {scale_name(self.spec): scale.cpu()})
         kind = torch.zeros((), dtype=torch.uint8)
         return Scales(scale, {scb_name(self.spec): scale.cpu().reshape(-1), f"{self.spec.name}_format": kind})
 
@@ -186,8 +243,12 @@ class _Int8Encoding(Encoding):
             self_check(spec, self.codec, not sums[:, 2].any())
             self.quality.add(*sums[:, :2].sum(0, dtype=np.float64).tolist())
             yield Chunk(spec.name, first * columns, codes.reshape(-1).view(np.uint8))
-            yield Chunk(scb_name(spec), first * 4, scb.view(np.uint8))
-        yield Chunk(f"{spec.name}_format", 0, np.zeros(1, np.uint8))
+            if self.codec.dialect == "compressed-tensors":
+                yield Chunk(scale_name(spec), first * 4, (scb * np.float32(PER_127)).view(np.uint8))
+            else:
+                yield Chunk(scb_name(spec), first * 4, scb.view(np.uint8))
+        if self.codec.dialect == "bitsandbytes":
+            yield Chunk(f"{spec.name}_format", 0, np.zeros(1, np.uint8))
 
     def _scales(self, words: np.ndarray) -> np.ndarray:
         """(R,) fp32: SCB of each row."""

@@ -28,3 +28,10 @@ class Int8Linear(ScaledLinear):
             rows, codes, self.codes, scales, self.scale, outliers, self._bias(x)
         )
         return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class ScaledInt8Linear(ScaledLinear):
+    """Rows of int8 with fp32 scales (N, 1); always decoded, for bitsandbytes' kernels want another scale."""
+
+    codec = "int8"
+    kernel = None

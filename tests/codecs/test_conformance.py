@@ -16,13 +16,18 @@ from bagel_compress.io.tensor_spec import TensorSpec
 
 VARIANTS: dict[str, list[dict[str, object]]] = {
     "nf4": [{"double_quant": d, "scale": s} for d in (False, True) for s in ("absmax", "mse")],
-    "int8": [{"scale": s} for s in ("absmax", "mse")],
+    "int8": [{"scale": s} for s in ("absmax", "mse")] + [{"dialect": "compressed-tensors"}],
+    **{name: [{"scale": s} for s in ("absmax", "mse")] for name in ("nvfp4", "mxfp4")},
+    "int4": [{}, {"scale": "mse"}, {"group": 64, "scale": "mse"}, {"group": 128}, {"group": 64, "symmetric": False}],
     "ecq": [{"bits": bits} for bits in (4.13, 7.0)],
-    "fp8": [{"granularity": g, "scale": s} for g in ("channel", "tensor") for s in ("absmax", "mse")],
+    "fp8": [{"granularity": g, "scale": s} for g in ("channel", "tensor") for s in ("absmax", "mse")]
+    + [{"granularity": "tensor", "dialect": "vllm"}],
 }
 ALL = [codec(**variant) for codec in CODECS for variant in VARIANTS.get(codec.name(), [{}])]
 LOSSY = [codec for codec in ALL if not codec.lossless]
-LEAST_DB = {"nf4": 20.0, "int4": 18.0, "int8": 38.0, "fp8": 31.0, "ecq": 22.5}  # of normal weights
+LEAST_DB = {  # of normal weights
+    "nf4": 20.0, "int4": 18.0, "int8": 38.0, "fp8": 31.0, "ecq": 22.5, "nvfp4": 20.0, "mxfp8": 30.0, "mxfp4": 17.5,
+}  # fmt: skip
 SHAPES = [(1, 1), (1, 7), (3, 1), (7, 33), (5, 64), (64, 64), (130, 250), (130, 256)]
 
 every = pytest.mark.parametrize("codec", ALL, ids=str)
@@ -107,7 +112,7 @@ def test_bytes_do_not_depend_on_threads(codec: Codec) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, 63, -1])
 def test_not_finite_weights_are_refused_by_name(codec: Codec, value: float, place: int) -> None:
-    tensor = weight(7, 96)
+    tensor = weight(7, 128)
     tensor.view(-1)[place] = value
     with pytest.raises(CodecError, match=rf"{NAME}: .*NaN or Inf"):
         encoded(codec, tensor)
@@ -120,7 +125,7 @@ def test_not_finite_weights_are_refused_by_name(codec: Codec, value: float, plac
     ids=["all", "row", "blocks", "negative zero"],
 )
 def test_zeros_come_back(codec: Codec, blank: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    tensor = weight(7, 96)
+    tensor = weight(7, 128)
     blank(tensor)
     back = decoded(codec, tensor)
     assert not back[tensor == 0].any()
@@ -130,7 +135,7 @@ def test_zeros_come_back(codec: Codec, blank: Callable[[torch.Tensor], torch.Ten
 @lossy
 def test_huge_and_tiny_weights_stay_finite(codec: Codec) -> None:
     for scale in (1e-40, 1e-30, 1e4):
-        tensor = weight(7, 96, scale=scale)
+        tensor = weight(7, 128, scale=scale)
         assert decoded(codec, tensor).isfinite().all()
 
 
@@ -156,7 +161,7 @@ def test_what_cannot_be_coded_is_refused_at_plan_time(
 
 @lossy
 def test_a_part_of_another_shape_is_refused(codec: Codec) -> None:
-    tensor = weight(8, 64)
+    tensor = weight(8, 128)
     parts = encoded(codec, tensor)
     for name in parts:
         with pytest.raises(CodecError, match="damaged"):
@@ -168,7 +173,7 @@ def test_a_part_of_another_shape_is_refused(codec: Codec) -> None:
 @pytest.mark.parametrize("codec", [c for c in LOSSY if c.format in VARIANTS], ids=str)
 def test_a_source_of_another_dtype_is_refused(codec: Codec) -> None:
     with pytest.raises(CodecError, match=r"w\.weight: expected .* bf16"):
-        list(codec.begin(unit_of(weight(8, 64)), Whole(torch.zeros(8, 64))).chunks())
+        list(codec.begin(unit_of(weight(8, 128)), Whole(torch.zeros(8, 128))).chunks())
 
 
 @every
@@ -185,5 +190,5 @@ def test_an_encoding_that_is_not_run_reads_nothing(codec: Codec) -> None:
         def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
             raise AssertionError("read before the first chunk was asked for")
 
-    encoding: Encoding = codec.begin(unit_of(weight(8, 64)), Closed())
-    assert encoding.parts.keys() == codec.parts(unit_of(weight(8, 64))).keys()
+    encoding: Encoding = codec.begin(unit_of(weight(8, 128)), Closed())
+    assert encoding.parts.keys() == codec.parts(unit_of(weight(8, 128))).keys()

@@ -1,0 +1,109 @@
+"""Signed four-bit codes with a scale, and perhaps a zero point, per block of a row, on bf16 words.
+
+code = round(w / scale + zero) to nearest even, kept in low..7; decoding gives bf16((code - zero) * scale). All in fp32.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from bagel_compress.codecs.kernels.rows_kernels import ROUND_BITS, ROUND_MAGIC
+
+RUN = 1024  # values of a row worked on at once, a multiple of every block: their arrays stay in L1
+STRETCH = 32  # the smallest block
+LEAST_UNIT = np.float32(2.0**-100)  # of squares of weights: its inverse and squares of that are numbers
+
+_strict = numba.njit(nogil=True, cache=True, error_model="numpy")  # no check of each divisor, so loops stay loops
+_inlined = numba.njit(nogil=True, inline="always")
+_sums = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})  # sums of errors, never codes
+
+
+@_strict
+def ends_blocks(words, block, lows, highs):  # type: ignore[no-untyped-def]
+    """words (R, K) uint16 of numbers -> the least and the largest value of each block and 0, (R, K / block) fp32."""
+    for r in range(words.shape[0]):
+        for b in range(lows.shape[1]):
+            x, low, high = words[r, b * block : (b + 1) * block], np.float32(0), np.float32(0)
+            for i in range(x.shape[0]):
+                value = _as_float(x[i])
+                low = min(low, value)
+                high = max(high, value)
+            lows[r, b], highs[r, b] = low, high
+
+
+@_strict
+def int4_blocks(words, block, scales, zeros, bottoms, plain, packed, sums):  # type: ignore[no-untyped-def]
+    """words (R, K); scales, zero points, lowest codes (R, K / block) fp32 -> packed (R, K / 2) uint8, sums (R, 3).
+
+    Packed are codes + 8, even columns low. Sums: w^2, error^2, and the number of errors that no rounding explains.
+    `plain`: all zero points are 0 and all lowest codes -8.
+    """
+    scale, zero, bottom = np.empty(RUN, np.float32), np.zeros(RUN, np.float32), np.full(RUN, -8, np.float32)
+    codes = np.empty(RUN, np.int32)
+    for r in range(words.shape[0]):
+        sums[r] = 0
+        for first in range(0, words.shape[1], RUN):
+            count = min(RUN, words.shape[1] - first)
+            blocks = slice(first // block, (first + count) // block)
+            _spread(scales[r, blocks], block, scale)
+            if not plain:
+                _spread(zeros[r, blocks], block, zero)
+                _spread(bottoms[r, blocks], block, bottom)
+            x, out = words[r, first : first + count], packed[r, first // 2 : (first + count) // 2]
+            _codes(x, scale, zero, bottom, codes)
+            for i in range(out.shape[0]):
+                out[i] = np.uint8((codes[2 * i] + 8) | ((codes[2 * i + 1] + 8) << 4))
+            unit = max(np.max(scales[r, blocks]), LEAST_UNIT)
+            _measure(x, scale, zero, unit, codes, sums[r])
+
+
+@_strict
+def _spread(values, block, out):  # type: ignore[no-untyped-def]
+    """A block's number for each of its values, in stretches whose loop the compiler unrolls."""
+    for b in range(values.shape[0]):
+        value = values[b]
+        for first in range(b * block, (b + 1) * block, STRETCH):
+            run = out[first : first + STRETCH]
+            for i in range(STRETCH):
+                run[i] = value
+
+
+@_strict
+def _codes(x, scale, zero, bottom, codes):  # type: ignore[no-untyped-def]
+    for i in range(x.shape[0]):
+        value = _as_float(x[i]) / scale[i] + zero[i]
+        value = min(max(value, bottom[i]), np.float32(7))
+        codes[i] = np.float32(value + ROUND_MAGIC).view(np.int32) - ROUND_BITS
+
+
+@_sums
+def _measure(x, scale, zero, unit, codes, sums):  # type: ignore[no-untyped-def]
+    """Squares are added in fp32, in units of the largest scale, so that they do not overflow."""
+    ww, ee, beyond, inverse = np.float32(0), np.float32(0), np.int32(0), np.float32(1) / unit
+    for i in range(x.shape[0]):
+        w = _as_float(x[i])
+        e = w - _rounded((np.float32(codes[i]) - zero[i]) * scale[i])
+        ww += (w * inverse) * (w * inverse)
+        ee += (e * inverse) * (e * inverse)
+        # half a step; 2^-8 for bf16; and what is clipped: half a step, or all beyond 15 steps
+        limit = np.float32(1.01) * scale[i] + np.float32(0.0041) * abs(w) + np.float32(2.0**-134)
+        limit += max(abs(w) - np.float32(7) * scale[i], np.float32(0))
+        beyond = np.int32(beyond + np.int32(abs(e) > limit))
+    square = np.float64(unit) * np.float64(unit)
+    sums[0] += ww * square
+    sums[1] += ee * square
+    sums[2] += beyond
+
+
+@_inlined
+def _as_float(word):  # type: ignore[no-untyped-def]
+    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
+
+
+@_inlined
+def _rounded(value):  # type: ignore[no-untyped-def]
+    """fp32 rounded to bf16, to nearest even."""
+    bits = np.float32(value).view(np.uint32)
+    bits = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    return np.uint32(bits & np.uint32(0xFFFF0000)).view(np.float32)
