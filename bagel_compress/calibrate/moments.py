@@ -72,7 +72,7 @@ class Moments:
             if self._cross is not None and full is not None:
                 self._cross[index].addmm_(full.reshape(-1, self.width)[:, a:b].float().T, rows[:, a:b])
         self._mirrored = False
-        self._factors = {}
+        self.forget_factors()
 
     def blocks(self) -> list[Block]:
         """The blocks along the diagonal, in order of their columns."""
@@ -89,6 +89,10 @@ class Moments:
         if key not in self._factors:
             self._factors = {key: [factorise(block.h, damping, act_order) for block in self.blocks()]}
         return self._factors[key]
+
+    def forget_factors(self) -> None:
+        """Frees the factors that are kept."""
+        self._factors = {}
 
     def diagonal(self) -> torch.Tensor:
         """(width,) fp32: the diagonal of H."""
