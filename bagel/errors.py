@@ -5,3 +5,7 @@ class BagelError(Exception):
     """A model folder, an input or a sampler setting that cannot work."""
 
     exit_code = 2
+
+
+class Cancelled(Exception):  # noqa: N818 - nothing went wrong
+    """A listener ended a run because somebody asked it to; not a fault."""

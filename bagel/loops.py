@@ -1,42 +1,44 @@
-"""The sampler's loops, for any backend that can make the model's passes: turns to contexts, text loop, denoising loop.
+"""The sampler's script, for any backend that can make the model's passes: turns -> contexts -> text, picture.
 
-Nothing here knows what an array is: `bagel.sampler.Sampler` runs these loops on torch, and an exported model runs them
-on another runtime. A backend gives the passes (`bagel`), the tokenizer (`text`) and the methods at the end of `Loops`.
+    read          the turns of every sample become contexts (bagel/branches.py)
+    decode_text   token by token
+    denoise       step by step, each of them guided
+
+`run` and `run_batch` call these three in order, and tell a listener (bagel/events.py) what they do. Nothing here knows
+what an array is: `bagel.sampler.Sampler` runs the script on torch, and an exported model runs it on another runtime. A
+backend gives the passes (`bagel`), the tokenizer (`text`) and the methods at the end of `Loops`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from PIL import Image
 
+from bagel.branches import Branches, Noise, forks
 from bagel.errors import BagelError
+from bagel.events import Array, Drawing, Listener, Step, StepInput
 from bagel.finite import check_finite
 from bagel.images import resized, to_rgb
 from bagel.settings import FlowSettings, TextSettings, check_seed
 from bagel.text import THINK_IMAGE, THINK_TEXT, TextCodec
 
-Array = Any  # torch.Tensor or numpy.ndarray, as the backend has it
 Turn = str | Image.Image
-Noise = Callable[[tuple[int, ...]], Array]  # shape -> standard normal, fp32, CPU
-Tap = Callable[[str, Array], None]
+Output = Literal["image", "text"]
+DEFAULT_SIZE = (1024, 1024)  # (H, W) of the official sampler
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One network evaluation: x (fp32) entering it at time t, and the velocities of the branches that ran."""
+class Request:
+    """One sample of a batch. `size` (H, W) counts where no input picture decides it."""
 
-    index: int
-    t: Array
-    x: Array
-    v_cond: Array
-    v_text: Array | None
-    v_image: Array | None
-    v: Array
-    x_next: Array
+    turns: Sequence[Turn]
+    size: tuple[int, int] | None = None
+    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -49,252 +51,209 @@ class Result:
     latent: Array | None = None
 
 
-class Branches:
-    """The contexts of the three guidance branches for B samples, kept by the official rules.
-
-    text-dropped: cond as it was before the last text turn, or just after the last image.
-    image-dropped: every text turn and the system prompt, no image, no thoughts.
-    While a branch equals cond it is not filled a second time, unless `plain`.
-    """
-
-    def __init__(self, sampler: Any, batch: int = 1, plain: bool = False) -> None:
-        self._sampler = sampler
-        self.cond = [sampler.bagel.new_context() for _ in range(batch)]
-        self.text_dropped = forks(self.cond)
-        self._image_dropped = forks(self.cond) if plain else None
-
-    @property
-    def image_dropped(self) -> list[Any]:
-        return self.cond if self._image_dropped is None else self._image_dropped
-
-    @property
-    def image_equals_cond(self) -> bool:
-        return self._image_dropped is None
-
-    @property
-    def text_equals_cond(self) -> bool:
-        return all(a.length == b.length for a, b in zip(self.text_dropped, self.cond, strict=True))
-
-    def add_system(self, prompt: str) -> None:
-        """A system prompt: a text turn that does not move the text-dropped branch."""
-        self._text([prompt] * len(self.cond))
-
-    def add_text(self, texts: Sequence[str]) -> None:
-        """One text turn per sample."""
-        self.text_dropped = forks(self.cond)
-        self._text(texts)
-
-    def add_thoughts(self, texts: Sequence[str]) -> None:
-        """Decoded thoughts: re-tokenised, appended to cond alone."""
-        self._split_off_image_dropped()
-        self.prefill_text(self.cond, texts)
-
-    def add_image(self, images: Sequence[Image.Image], noise: Noise | None) -> None:
-        """One picture per sample (RGB, already resized by the VAE rule); without `noise`, as ViT features only."""
-        self._split_off_image_dropped()
-        if noise is not None:
-            self.prefill_latent(self.cond, [self._sampler.encode(i, noise) for i in images])
-        rule = self._sampler.bagel.config.vit_rule
-        self.prefill_vit(self.cond, [self._sampler.pixels(resized(i, rule)) for i in images])
-        self.text_dropped = forks(self.cond)
-
-    def _text(self, texts: Sequence[str]) -> None:
-        self.prefill_text(self.cond, texts)
-        if self._image_dropped is not None:
-            self.prefill_text(self._image_dropped, texts)
-
-    def _split_off_image_dropped(self) -> None:
-        if self._image_dropped is None:
-            self._image_dropped = forks(self.cond)
-
-    # The three events; a recorder overrides them.
-
-    def prefill_text(self, contexts: list[Any], texts: Sequence[str]) -> None:
-        self._sampler.bagel.prefill_text(contexts, [self._sampler.text.turn(t) for t in texts])
-
-    def prefill_latent(self, contexts: list[Any], latents: list[Array]) -> None:
-        self._sampler.bagel.prefill_latent(contexts, latents, self._sampler.wrap)
-
-    def prefill_vit(self, contexts: list[Any], images: list[Array]) -> None:
-        self._sampler.bagel.prefill_vit(contexts, images, self._sampler.wrap)
-
-
-def forks(contexts: Sequence[Any]) -> list[Any]:
-    """Independent copies of contexts; they share storage."""
-    return [c.fork() for c in contexts]
-
-
 class Loops(ABC):
     """The sampler without its arithmetic."""
 
     bagel: Any
     text: TextCodec
-    merge_branches: bool  # evaluate the branches of a step in one packed pass (weights are read once)
+    merge_branches = False  # evaluate the branches of a step in one packed pass (weights are read once)
+    share_branches = True  # a branch whose context equals another's is not filled and evaluated again
 
     @property
     def wrap(self) -> tuple[int, int]:
+        """Ids of the tokens around a picture."""
         return self.text.image_start, self.text.image_end
 
     def run(
         self,
         turns: Sequence[Turn],
         *,
-        output: Literal["image", "text"] = "image",
+        output: Output = "image",
         think: bool = False,
         size: tuple[int, int] | None = None,
         flow: FlowSettings | None = None,
         text: TextSettings | None = None,
         seed: int = 0,
         noise: Noise | None = None,
-        on_step: Callable[[Step], None] | None = None,
-        on_token: Callable[[int], None] | None = None,
+        listener: Listener | None = None,
     ) -> Result:
         """Text and pictures in order -> text, or a picture of `size` (H, W; the last input picture's if there is one).
 
         `noise` replaces the draws of the seeded CPU generator: first one per input picture, then the initial x.
+        Raises BagelError on a size that cannot be, and whatever `listener` raises.
         """
-        flow, text = flow or FlowSettings(), text or TextSettings()
-        if output == "image" and size is not None and all(isinstance(turn, str) for turn in turns):
-            self.grid(size)  # a size that cannot be is refused before any work
-        generator = self.generator(check_seed(seed))
-        noise = noise or (lambda shape: self.normal(shape, generator))
-        branches = Branches(self)
-        last = self.read(branches, turns, output, think, noise)
-        if output == "text":
-            [ids] = self.decode_text(branches.cond, text, generator, on_token)
-            return Result(text=self.text.answer(ids), ids=ids)
-        result = Result()
-        if think:
-            [result.ids] = self.decode_text(branches.cond, text, generator, on_token)
-            result.text = self.text.answer(result.ids)
-            branches.add_thoughts([result.text])
-        grid = self.grid(last or size or (1024, 1024))
-        x = noise((grid[0] * grid[1], self.bagel.config.latent_width))
-        for step in self.denoise(branches, x, [grid], flow):
-            x = step.x_next
-            if on_step:
-                on_step(step)
-        result.latent, result.image = x, self.picture(x, grid)
+        requests = [Request(turns, size, seed)]
+        [result] = self.run_batch(
+            requests, output=output, think=think, flow=flow, text=text, noise=noise, listener=listener
+        )
         return result
 
+    def run_batch(
+        self,
+        requests: Sequence[Request],
+        *,
+        output: Output = "image",
+        think: bool = False,
+        flow: FlowSettings | None = None,
+        text: TextSettings | None = None,
+        noise: Noise | None = None,
+        listener: Listener | None = None,
+    ) -> list[Result]:
+        """What `run` gives for each request, up to rounding, with every pass made once for all of them.
+
+        All requests have texts and pictures in the same places; each draws from a generator of its own seed. The norm
+        of `cfg_renorm_type` "global" is the whole batch's, as in the official code, so there samples are not alone.
+        """
+        flow, text, listener = flow or FlowSettings(), text or TextSettings(), listener or Listener()
+        self._check(requests, output)
+        generators = [self.generator(check_seed(request.seed)) for request in requests]
+        noises = [noise or partial(self.normal, generator=generator) for generator in generators]
+        branches = Branches(self, len(requests), listener)
+        last = self.read(branches, [request.turns for request in requests], output, think, noises)
+        results = [Result() for _ in requests]
+        if output == "text" or think:
+            decoded = self.decode_text(branches.cond, text, generators, listener)
+            results = [Result(self.text.answer(ids), ids) for ids in decoded]
+        if output == "text":
+            return results
+        if think:
+            branches.add_thoughts(listener.thoughts([result.text or "" for result in results]))
+        sizes = last or [request.size or DEFAULT_SIZE for request in requests]
+        drawing = Drawing(branches, [self.grid(size) for size in sizes], flow, self.schedule(flow))
+        x = self.denoise(drawing, self._initial(drawing.grids, noises), listener)
+        for result, latent, grid in zip(results, listener.before_picture(drawing.split(x)), drawing.grids, strict=True):
+            result.latent, result.image = latent, self.picture(latent, grid)
+        return results
+
+    def _check(self, requests: Sequence[Request], output: Output) -> None:
+        """What cannot be is refused before any work."""
+        kinds = {tuple(isinstance(turn, str) for turn in request.turns) for request in requests}
+        if len(kinds) != 1:
+            raise BagelError(
+                f"a batch of {len(requests)} requests has {len(kinds)} orders of texts and pictures, expected 1; run"
+                " those of one order together."
+            )
+        for request in requests:
+            if output == "image" and request.size is not None and all(isinstance(turn, str) for turn in request.turns):
+                self.grid(request.size)
+
+    def _initial(self, grids: Sequence[tuple[int, int]], noises: Sequence[Noise]) -> Array:
+        """The noise that denoising begins with, [N, p*p*z]."""
+        width = self.bagel.config.latent_width
+        parts = [noise((rows * columns, width)) for noise, (rows, columns) in zip(noises, grids, strict=True)]
+        return parts[0] if len(parts) == 1 else self.joined(parts)
+
+    # --- the three stages ---------------------------------------------------------------------------------------------
+
     def read(
-        self, branches: Branches, turns: Sequence[Turn], output: str, think: bool, noise: Noise
-    ) -> tuple[int, int] | None:
-        """Puts the turns into the contexts. Returns (H, W) of the last picture, which decides the output size."""
+        self,
+        branches: Branches,
+        turns: Sequence[Sequence[Turn]],
+        output: Output,
+        think: bool = False,
+        noises: Sequence[Noise] | None = None,
+    ) -> list[tuple[int, int]] | None:
+        """Puts the turns of every sample into the contexts. `noises` (one per sample) are for pictures into pictures.
+
+        Returns (H, W) of each sample's last picture, which decides the size of the output, or None without pictures.
+        """
         if think:
             branches.add_system(THINK_IMAGE if output == "image" else THINK_TEXT)
         last = None
-        for turn in turns:
-            if isinstance(turn, str):
-                branches.add_text([turn])
-            else:
-                image = resized(to_rgb(turn), self.bagel.config.vae_rule)
-                branches.add_image([image], noise if output == "image" else None)
-                last = (image.height, image.width)
+        for together in zip(*turns, strict=True):
+            texts = [turn for turn in together if isinstance(turn, str)]
+            if texts:
+                branches.add_text(texts)
+                continue
+            rule = self.bagel.config.vae_rule
+            images = [resized(to_rgb(turn), rule) for turn in together if not isinstance(turn, str)]
+            branches.add_image(images, noises if output == "image" else None)
+            last = [(image.height, image.width) for image in images]
         return last
 
     def chat(
-        self, images: Sequence[Image.Image], prompt: str, text: TextSettings | None = None, seed: int = 0
+        self,
+        images: Sequence[Image.Image],
+        prompt: str,
+        text: TextSettings | None = None,
+        seed: int = 0,
+        listener: Listener | None = None,
     ) -> Result:
         """The evaluation path: pictures straight through the ViT's resize rule, then the prompt, then decoding."""
-        contexts = [self.bagel.new_context()]
+        branches = Branches(self, 1, listener)
         for image in images:
-            pixels = self.pixels(resized(to_rgb(image), self.bagel.config.vit_rule))
-            self.bagel.prefill_vit(contexts, [pixels], self.wrap)
-        self.bagel.prefill_text(contexts, [self.text.turn(prompt)])
-        [ids] = self.decode_text(contexts, text or TextSettings(), self.generator(check_seed(seed)))
-        return Result(text=self.text.answer(ids), ids=ids)
+            branches.prefill("vit", [self.pixels(resized(to_rgb(image), self.bagel.config.vit_rule))])
+        branches.prefill("text", [self.text.turn(prompt)])
+        [ids] = self.decode_text(branches.cond, text or TextSettings(), [self.generator(check_seed(seed))], listener)
+        return Result(self.text.answer(ids), ids)
 
     def decode_text(
         self,
         contexts: Sequence[Any],
         settings: TextSettings,
-        generator: Any = None,
-        on_token: Callable[[int], None] | None = None,
-        on_logits: Callable[[Array], None] | None = None,
+        generators: Sequence[Any] | None = None,
+        listener: Listener | None = None,
     ) -> list[list[int]]:
         """Continues each context (which stays as it is); ids start with the start token and never hold the end token.
 
-        Each sample stops at its own end token. `on_token` sees the first sample's ids, `on_logits` every [B, V].
+        Each sample stops at its own end token. `generators`, one per sample, are for settings that draw.
         """
+        listener = listener or Listener()
+        draws = generators or [self.generator(0) for _ in contexts]
         live = list(range(len(contexts)))
         copies = forks(contexts)
         ids: list[list[int]] = [[] for _ in contexts]
         current = [self.text.bos] * len(contexts)
+        listener.before_decode(copies)
         for _ in range(settings.max_tokens):
             for sample, token in zip(live, current, strict=True):
                 ids[sample].append(token)
-                if on_token and sample == 0 and len(ids[0]) > 1:
-                    on_token(token)
+                if len(ids[sample]) > 1:
+                    listener.token(sample, token)
             logits = self.bagel.next_logits([copies[s] for s in live], current)
-            check_finite("the logits of the next token", logits)
-            if on_logits:
-                on_logits(logits)
-            chosen = self.choose(logits, settings, generator)
+            self.check("the logits of the next token", logits)
+            chosen = listener.logits(live, logits) or self.choose(logits, settings, [draws[s] for s in live])
             going = [i for i, token in enumerate(chosen) if token != self.text.eos]
             live, current = [live[i] for i in going], [chosen[i] for i in going]
             if not live:
                 break
         return ids
 
-    def denoise(
-        self,
-        branches: Branches,
-        x: Array,
-        grids: Sequence[tuple[int, int]],
-        flow: FlowSettings,
-        tap: Tap | None = None,
-        plain: bool = False,
-    ) -> Iterator[Step]:
-        """Yields num_timesteps - 1 steps. x: packed noise [N, p*p*z] of all samples; grids: (rows, cols) of each.
-
-        `plain` evaluates every branch the official code does; `tap` sees the first conditional pass.
-        """
-        times = self.schedule(flow)
+    def denoise(self, drawing: Drawing, x: Array, listener: Listener | None = None) -> Array:
+        """From packed noise [N, p*p*z] of all samples to their packed latents, in `drawing.count` steps."""
+        listener = listener or Listener()
+        listener.before_denoise(drawing)
         x = self.start(x)
-        for index in range(len(times) - 1):
-            step = self.step(branches, x, times, index, grids, flow, tap if index == 0 else None, plain)
-            check_finite(f"the values of the picture after step {index + 1} of {len(times) - 1}", step.x_next)
-            yield step
-            x = step.x_next
+        for index in range(drawing.count):
+            work = listener.before_step(StepInput(index, drawing.times[index], x))
+            if work is not None:
+                x = listener.after_step(self.step(drawing, work)).x_next
+                self.check(f"the values of the picture after step {index + 1} of {drawing.count}", x)
+        return x
 
-    def step(
-        self,
-        branches: Branches,
-        x: Array,
-        times: Array,
-        index: int,
-        grids: Sequence[tuple[int, int]],
-        flow: FlowSettings,
-        tap: Tap | None = None,
-        plain: bool = False,
-    ) -> Step:
-        """One step from x (as `start` gives it) at times[index]; also what a teacher-forced replay calls."""
-        t, dt = times[index], times[index] - times[index + 1]
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def step(self, drawing: Drawing, work: StepInput) -> Step:
+        """One step from x (as `start` gives it) at time t to the next time of the schedule."""
+        flow, t = drawing.flow, work.t
         use_text = flow.guides(t) and flow.cfg_text_scale > 1
-        use_image = flow.guides(t) and flow.cfg_img_scale > 1 and (use_text or plain)
-        v, v_text, v_image = self.velocities(branches, x, t, grids, use_text, use_image, tap, plain)
+        use_image = flow.guides(t) and flow.cfg_img_scale > 1 and (use_text or not self.share_branches)
+        v, v_text, v_image = self.velocities(drawing, work, use_text, use_image)
         v_step = v if v_text is None else self.guide(v, v_text, v_image, flow)
-        return Step(index, t, x, v, v_text, v_image, v_step, self.euler(x, v_step, dt))
+        x_next = self.euler(work.x, v_step, t - drawing.times[work.index + 1])
+        return Step(work.index, drawing.count, t, work.x, v, v_text, v_image, v_step, x_next)
 
     def velocities(
-        self,
-        branches: Branches,
-        x: Array,
-        t: Array,
-        grids: Sequence[tuple[int, int]],
-        use_text: bool,
-        use_image: bool,
-        tap: Tap | None = None,
-        plain: bool = False,
+        self, drawing: Drawing, work: StepInput, use_text: bool, use_image: bool
     ) -> tuple[Array, Array | None, Array | None]:
         """Velocities of the branches at (x, t): cond, text-dropped or None, image-dropped or None.
 
         A branch whose context equals cond gives cond's velocity without being evaluated.
         """
-        block = self.bagel.noisy_block(x, t, grids, self.wrap, tap)
-        skip_text = branches.text_equals_cond and not plain
-        skip_image = branches.image_equals_cond and not plain
+        branches, tap = drawing.branches, work.tap
+        block = self.bagel.noisy_block(work.x, work.t, drawing.grids, self.wrap, tap)
+        skip_text = branches.text_equals_cond and self.share_branches
+        skip_image = branches.image_equals_cond and self.share_branches
         contexts = [branches.cond]
         if use_text and not skip_text:
             contexts.append(branches.text_dropped)
@@ -322,6 +281,10 @@ class Loops(ABC):
                 )
         return size[0] // stride, size[1] // stride
 
+    def check(self, what: str, values: Array) -> None:
+        """Raises BagelError if values are not finite."""
+        check_finite(what, values)
+
     # --- what a backend gives -----------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -333,12 +296,19 @@ class Loops(ABC):
         """Standard normal values, fp32, CPU."""
 
     @abstractmethod
-    def choose(self, logits_BV: Array, settings: TextSettings, generator: Any) -> list[int]:
-        """Greedy (ties to the lowest id) or one draw from softmax(logits / temperature); no top-k, no top-p."""
+    def choose(self, logits_BV: Array, settings: TextSettings, generators: Sequence[Any]) -> list[int]:
+        """Greedy (ties to the lowest id) or one draw from softmax(logits / temperature); no top-k, no top-p.
+
+        `generators`: one per row.
+        """
 
     @abstractmethod
     def schedule(self, flow: FlowSettings) -> Array:
         """Times from 1 down to 0, fp32."""
+
+    @abstractmethod
+    def joined(self, parts: Sequence[Array]) -> Array:
+        """Arrays one after the other along their first axis."""
 
     @abstractmethod
     def start(self, x: Array) -> Array:

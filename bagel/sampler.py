@@ -6,14 +6,15 @@
     sampler.run([picture, "what is this?"], output="text").text            understanding
     think=True lets the model plan in words first, in all of them.
 
-The loops are in `bagel.loops` and are plain: `denoise` yields one Step per network evaluation and `decode_text` calls
-back per token, so that whoever wants to watch, record or replay does not need another sampler. Here are their torch
-parts. Randomness comes from an explicit CPU generator or from given tensors. Branches of guidance that would repeat
-another one's work are not evaluated (`plain` turns that off).
+The script of a run is in `bagel.loops`; here are its torch parts. A listener (`bagel.events`) hears every token and
+step and may change them, so that whoever wants to watch, record, replay or stop a run needs no sampler of his own.
+Randomness comes from an explicit CPU generator or from given tensors. Branches of guidance that would repeat another
+one's work are not evaluated (`share_branches = False` turns that off).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,16 +22,19 @@ from PIL import Image
 from torch import Tensor
 
 from bagel import flow as rectified
+from bagel.branches import Branches, Noise
+from bagel.events import Listener, Step
 from bagel.flow import FlowSettings
 from bagel.inputs import TextCodec, resized, to_tensor
 from bagel.loading import load_bagel, load_vae
-from bagel.loops import Branches, Loops, Noise, Result, Step, Turn
+from bagel.loops import Loops, Request, Result, Turn
 from bagel.model import Bagel
 from bagel.settings import EDIT_FLOW, TextSettings
 from bagel.vae import AutoEncoder, to_uint8
 
 __all__ = [
-    "EDIT_FLOW", "Branches", "FlowSettings", "Noise", "Result", "Sampler", "Step", "TextCodec", "TextSettings", "Turn",
+    "EDIT_FLOW", "Branches", "FlowSettings", "Listener", "Noise", "Request", "Result", "Sampler", "Step", "TextCodec",
+    "TextSettings", "Turn",
 ]  # fmt: skip
 
 
@@ -40,7 +44,6 @@ class Sampler(Loops):
     def __init__(self, bagel: Bagel, vae: AutoEncoder, text: TextCodec) -> None:
         self.bagel: Bagel = bagel
         self.vae, self.text = vae, text
-        self.merge_branches = False
 
     @classmethod
     def from_dir(
@@ -58,16 +61,20 @@ class Sampler(Loops):
     def normal(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    def choose(self, logits_BV: Tensor, settings: TextSettings, generator: torch.Generator | None) -> list[int]:
+    def choose(self, logits_BV: Tensor, settings: TextSettings, generators: Sequence[torch.Generator]) -> list[int]:
         if not settings.do_sample:
             return logits_BV.argmax(dim=-1).tolist()
-        probabilities = torch.softmax(logits_BV.float().cpu() / settings.temperature, dim=-1)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0].tolist()
+        probabilities_BV = torch.softmax(logits_BV.float().cpu() / settings.temperature, dim=-1)
+        rows = zip(probabilities_BV, generators, strict=True)
+        return [int(torch.multinomial(row_V, 1, generator=generator)) for row_V, generator in rows]
 
     # --- flow ---------------------------------------------------------------------------------------------------------
 
     def schedule(self, flow: FlowSettings) -> Tensor:
         return rectified.schedule(flow.num_timesteps, flow.timestep_shift)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
 
     def start(self, x: Tensor) -> Tensor:
         return x.to(self.bagel.device, torch.float32)
@@ -91,9 +98,12 @@ class Sampler(Loops):
         device = next(self.vae.parameters()).device
         return self.vae.encode(pixels_CHW[None].to(device), draw.to(device, torch.float32))[0]
 
-    @torch.no_grad()
     def picture(self, packed: Tensor, grid: tuple[int, int]) -> Image.Image:
+        return Image.fromarray(self.decode(packed, grid).permute(1, 2, 0).cpu().numpy())
+
+    @torch.no_grad()
+    def decode(self, packed: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Packed latent -> picture as uint8 [3, H, W], where the VAE is."""
         latent = self.bagel.unpack_latent(packed, *grid)[None]
         device = next(self.vae.parameters()).device
-        pixels_CHW = to_uint8(self.vae.decode(latent.to(device, torch.float32)))[0]
-        return Image.fromarray(pixels_CHW.permute(1, 2, 0).cpu().numpy())
+        return to_uint8(self.vae.decode(latent.to(device, torch.float32)))[0]

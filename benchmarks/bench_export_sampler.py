@@ -21,6 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from bagel.events import Listener, Step
+
 SIZES = {"tiny": (128, 128), "medium": (256, 256)}
 STEPS = 6  # points of the schedule: five steps, the first of which is a warm-up
 PAUSE = 0.25  # threads of the other library that wait for work keep its cores busy for a while
@@ -114,6 +116,17 @@ def exported(model: str, form: str, source: Path, folder: Path, threads: int) ->
     return found if form == "fp32" else found | {f"torch {form}": open_model(build)}
 
 
+class _Stamps(Listener):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def after_step(self, step: Step) -> Step:
+        self.seconds.append(time.perf_counter())
+        return step
+
+
 def steps(samplers: dict[str, Any], size: tuple[int, int], rounds: int) -> dict[str, float]:
     """Median seconds from step to step, without guidance: one pass a step."""
     import numpy as np
@@ -124,10 +137,10 @@ def steps(samplers: dict[str, Any], size: tuple[int, int], rounds: int) -> dict[
     kept: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(rounds):
         for name, sampler in samplers.items():
-            stamps: list[float] = []
+            stamps = _Stamps()
             time.sleep(PAUSE)
-            sampler.run(["a cat"], size=size, flow=flow, on_step=lambda _: stamps.append(time.perf_counter()))  # noqa: B023
-            kept[name] += list(np.diff(stamps))
+            sampler.run(["a cat"], size=size, flow=flow, listener=stamps)
+            kept[name] += list(np.diff(stamps.seconds))
     return {name: statistics.median(values) for name, values in kept.items()}
 
 

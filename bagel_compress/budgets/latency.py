@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from bagel.branches import Branches, forks
+from bagel.events import Drawing, StepInput
 from bagel.flow import FlowSettings
-from bagel.loops import Branches
 from bagel.sampler import Sampler
 from bagel_compress.budgets.fake_model import FakeText, text_of
 from bagel_compress.parity.report_data import FIRST_TOKEN, IMAGE, STEP, TOKEN, Timing
@@ -105,32 +107,22 @@ def _passes(target: Target) -> dict[str, Callable[[Sampler, Target], Pass]]:
     return passes | ({FIRST_TOKEN: _first_token, TOKEN: _token} if writes else {})
 
 
-def _read(sampler: Sampler, target: Target, output: str) -> Branches:
+def _read(sampler: Sampler, target: Target, output: Literal["image", "text"]) -> Branches:
     branches = Branches(sampler)
-    sampler.read(branches, [text_of(target.sizes.prompt_tokens)], output, False, torch.randn)
+    sampler.read(branches, [[text_of(target.sizes.prompt_tokens)]], output)
     return branches
 
 
-def _noise(sampler: Sampler, target: Target) -> tuple[torch.Tensor, tuple[int, int]]:
-    rows, columns = sampler.grid(target.sizes.image)
-    width = sampler.bagel.config.latent_width
-    return torch.randn((rows * columns, width), generator=torch.Generator().manual_seed(0)), (rows, columns)
-
-
 def _step(sampler: Sampler, target: Target) -> Pass:
-    branches, (x, grid) = _read(sampler, target, "image"), _noise(sampler, target)
-    times, x = sampler.schedule(FLOW), sampler.start(x)
-    return lambda: sampler.step(branches, x, times, 0, [grid], FLOW)
+    grid, width = sampler.grid(target.sizes.image), sampler.bagel.config.latent_width
+    drawing = Drawing(_read(sampler, target, "image"), [grid], FLOW, sampler.schedule(FLOW))
+    x = sampler.start(sampler.normal((grid[0] * grid[1], width), sampler.generator(0)))
+    return lambda: sampler.step(drawing, StepInput(0, drawing.times[0], x))
 
 
 def _image(sampler: Sampler, target: Target) -> Pass:
-    def draw() -> object:
-        branches, (x, grid) = _read(sampler, target, "image"), _noise(sampler, target)
-        for step in sampler.denoise(branches, x, [grid], FLOW):
-            x = step.x_next
-        return sampler.picture(x, grid)
-
-    return draw
+    prompt = text_of(target.sizes.prompt_tokens)
+    return lambda: sampler.run([prompt], size=target.sizes.image, flow=FLOW)
 
 
 def _first_token(sampler: Sampler, target: Target) -> Pass:
@@ -139,4 +131,4 @@ def _first_token(sampler: Sampler, target: Target) -> Pass:
 
 def _token(sampler: Sampler, target: Target) -> Pass:
     branches = _read(sampler, target, "text")
-    return lambda: sampler.bagel.next_logits([c.fork() for c in branches.cond], [sampler.text.bos])
+    return lambda: sampler.bagel.next_logits(forks(branches.cond), [sampler.text.bos])

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bagel.context import GROW_TOKENS, Context
-from bagel.flow import FlowSettings, euler, guide
+from bagel.events import Drawing, Listener, Prefill
+from bagel.flow import FlowSettings
 from bagel.loading import parameter_path
-from bagel.loops import Branches
 from bagel.sampler import Sampler
-from bagel.vae import to_uint8
 from bagel_compress.budgets.fake_model import Build, Stored, check_sizes, fake_model, scratch_bytes, text_of
 from bagel_compress.budgets.memory_tracker import CUDA_ROUNDING, Peak, Tracker
 from bagel_compress.parity.report_data import IMAGE, STEP, TOKEN, BudgetReport, PhaseUse
@@ -46,6 +46,7 @@ SHOWN: dict[str, tuple[Part, ...]] = {
 CACHES, ACTIVATIONS, CONTEXT = "caches", "activations and scratch", "CUDA context"
 EDIT_FLOW = FlowSettings(cfg_img_scale=2.0, cfg_renorm_type="text_channel")
 T2I_FLOW = FlowSettings()
+STEPS = 2  # points of the schedule: one step, from t = 1, where guidance acts
 
 
 def predict(build: Build, target: Target, every_layer: bool = False) -> BudgetReport:
@@ -147,78 +148,59 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def run_passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[str], None]) -> None:
     """One task from its first token to its picture or its last token; `enter` is told each phase as it begins.
 
-    Loops run once: their steps are alike. The sampler's tokenizer is FakeText.
+    One token and one step: the others are alike. The sampler's tokenizer is FakeText.
     """
     sizes = target.sizes
-    branches = _Phases(sampler, enter)
-    makes_image = task != "understand"
     turns: list[str | Image.Image] = [text_of(sizes.prompt_tokens)]
     if task in ("edit", "understand"):
         turns.insert(0, Image.new("RGB", (sizes.input_image[1], sizes.input_image[0])))
-    sampler.read(branches, turns, "image" if makes_image else "text", task == "think", torch.randn)
-    if task in ("understand", "think"):
-        enter("decode")
-        _decode(sampler, branches.cond, sizes.answer_tokens if task == "understand" else sizes.think_tokens)
-    if task == "think":
-        branches.add_thoughts([text_of(sizes.think_tokens)])
-    if makes_image:
-        _draw(sampler, branches, EDIT_FLOW if task == "edit" else T2I_FLOW, sizes.image, enter)
-
-
-def _decode(sampler: Sampler, contexts: Sequence[Context], tokens: int) -> None:
-    """The last token of a text of this length; the cache grows there as it would token by token."""
-    forks = [context.fork() for context in contexts]
-    for fork in forks:
-        left = tokens - 1
-        while left > 0:
-            count = min(left, GROW_TOKENS)
-            fork.reserve(count)
-            fork.advance(count, count)
-            left -= count
-    sampler.bagel.next_logits(forks, [0] * len(forks))
-
-
-def _draw(
-    sampler: Sampler, branches: Branches, flow: FlowSettings, size: tuple[int, int], enter: Callable[[str], None]
-) -> None:
-    enter("denoise")
-    grid = sampler.grid(size)
-    x = torch.randn(grid[0] * grid[1], sampler.bagel.config.latent_width).to(sampler.bagel.device)
-    v, v_text, v_image = sampler.velocities(
-        branches, x, torch.tensor(0.9), [grid], flow.cfg_text_scale > 1, flow.cfg_img_scale > 1
+    sampler.run(
+        turns,
+        output="text" if task == "understand" else "image",
+        think=task == "think",
+        size=sizes.image,
+        flow=replace(EDIT_FLOW if task == "edit" else T2I_FLOW, num_timesteps=STEPS),
+        noise=torch.randn,
+        listener=_Phases(sampler, sizes.answer_tokens if task == "understand" else sizes.think_tokens, enter),
     )
-    x = euler(x, guide(v, v if v_text is None else v_text, v_image, flow), torch.tensor(0.1))
-    del v, v_text, v_image
-    enter("vae_decode")
-    if x.device.type != "cpu":
-        sampler.picture(x, grid)  # a real card: the very call, which a residency plan follows
-        return
-    to_uint8(sampler.vae.decode(sampler.bagel.unpack_latent(x, *grid)[None]))
 
 
-class _Phases(Branches):
-    """Branches that say which phase begins."""
+class _Phases(Listener):
+    """Says which phase begins, and makes of a text of so many tokens only its last one."""
 
-    def __init__(self, sampler: Sampler, enter: Callable[[str], None]) -> None:
-        super().__init__(sampler)
-        self._enter = enter
+    def __init__(self, sampler: Sampler, tokens: int, enter: Callable[[str], None]) -> None:
+        self._eos, self._tokens, self._enter = sampler.text.eos, tokens, enter
 
-    def add_image(self, images: Sequence[Image.Image], noise: Callable[..., Tensor] | None) -> None:
-        if noise is not None:
-            self._enter("vae_encode")
-        super().add_image(images, noise)
+    def before_encode(self, images: Sequence[Image.Image]) -> None:
+        self._enter("vae_encode")
 
-    def prefill_text(self, contexts: list[Context], texts: Sequence[str]) -> None:
-        self._enter("text")
-        super().prefill_text(contexts, texts)
+    def before_prefill(self, work: Prefill) -> Prefill:
+        self._enter(work.kind)
+        return work
 
-    def prefill_latent(self, contexts: list[Context], latents: list[Tensor]) -> None:
-        self._enter("latent")
-        super().prefill_latent(contexts, latents)
+    def before_decode(self, contexts: Sequence[Context]) -> None:
+        """The caches grow as they would token by token."""
+        self._enter("decode")
+        for context in contexts:
+            left = self._tokens - 1
+            while left > 0:
+                count = min(left, GROW_TOKENS)
+                context.reserve(count)
+                context.advance(count, count)
+                left -= count
 
-    def prefill_vit(self, contexts: list[Context], images: list[Tensor]) -> None:
-        self._enter("vit")
-        super().prefill_vit(contexts, images)
+    def logits(self, samples: Sequence[int], logits: Any) -> list[int]:
+        return [self._eos] * len(samples)
+
+    def thoughts(self, texts: Sequence[str]) -> list[str]:
+        return [text_of(self._tokens)] * len(texts)
+
+    def before_denoise(self, drawing: Drawing) -> None:
+        self._enter("denoise")
+
+    def before_picture(self, latents: Sequence[Tensor]) -> Sequence[Tensor]:
+        self._enter("vae_decode")
+        return latents
 
 
 def _use(

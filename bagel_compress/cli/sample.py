@@ -17,7 +17,8 @@ from bagel_compress.cli import add_json, add_verb, emit, say
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from bagel.loops import Loops, Result, Step
+    from bagel.events import Listener
+    from bagel.loops import Loops, Result
     from bagel.settings import FlowSettings, TextSettings
 
 _MODEL = "checkpoint folder, artifact folder, ONNX export, or a Hub id (user/name)"
@@ -140,8 +141,8 @@ def _picture(
     from bagel_compress.io.atomic import atomic_path
 
     begun = time.perf_counter()
-    with _progress(flow.num_timesteps - 1) as step:
-        result = sampler.run(turns, think=args.think, size=size, flow=flow, text=text, seed=args.seed, on_step=step)
+    with _progress(flow.num_timesteps - 1) as bar:
+        result = sampler.run(turns, think=args.think, size=size, flow=flow, text=text, seed=args.seed, listener=bar)
     assert result.image is not None
     with atomic_path(args.out) as partial:
         result.image.save(partial, "PNG")
@@ -224,13 +225,17 @@ def _opened(args: argparse.Namespace) -> Loops:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
+def _progress(total: int) -> Iterator[Listener]:
     """A bar over the denoising steps, on stderr."""
     from tqdm import tqdm
 
+    from bagel.events import Listener, Step
+
     with tqdm(total=total, unit="step", desc="denoise", leave=False) as bar:
 
-        def on_step(_: Step) -> None:
-            bar.update()
+        class Bar(Listener):
+            def after_step(self, step: Step) -> Step:
+                bar.update()
+                return step
 
-        yield on_step
+        yield Bar()

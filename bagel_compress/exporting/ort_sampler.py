@@ -15,8 +15,9 @@ from typing import Any, get_args
 import numpy as np
 from PIL import Image
 
+from bagel.branches import Noise
 from bagel.images import resized
-from bagel.loops import Loops, Noise
+from bagel.loops import Loops
 from bagel.settings import FlowSettings, TextSettings
 from bagel.text import TextCodec
 from bagel_compress.errors import ExportError
@@ -55,7 +56,6 @@ class GraphSampler(Loops):
         self.folder, self._runner = folder, runner
         self.bagel: GraphModel = GraphModel(folder.manifest.model, runner)
         self.text = TextCodec.from_dir(folder.path)
-        self.merge_branches = False
 
     # --- randomness ---------------------------------------------------------------------------------------------------
 
@@ -65,13 +65,16 @@ class GraphSampler(Loops):
     def normal(self, shape: tuple[int, ...], generator: arrays.Generator) -> Floats:
         return generator.normal(shape)
 
-    def choose(self, logits_BV: Floats, settings: TextSettings, generator: arrays.Generator | None) -> list[int]:
-        return [arrays.choose(row, settings, generator) for row in logits_BV]
+    def choose(self, logits_BV: Floats, settings: TextSettings, generators: Sequence[arrays.Generator]) -> list[int]:
+        return [arrays.choose(row, settings, g) for row, g in zip(logits_BV, generators, strict=True)]
 
     # --- flow ---------------------------------------------------------------------------------------------------------
 
     def schedule(self, flow: FlowSettings) -> Floats:
         return arrays.schedule(flow.num_timesteps, flow.timestep_shift)
+
+    def joined(self, parts: Sequence[Any]) -> Floats:
+        return np.concatenate(parts)
 
     def start(self, x: Any) -> Floats:
         return np.asarray(x, dtype=np.float32)

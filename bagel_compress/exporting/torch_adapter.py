@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bagel.branches import Noise
 from bagel.flow import FlowSettings
-from bagel.loops import Noise
 from bagel.sampler import Sampler
 from bagel_compress.exporting.ort_model import Cache, GraphModel, NoisyBlock, Tap
 from bagel_compress.exporting.ort_sampler import GraphSampler
@@ -27,7 +27,7 @@ class TorchFace(Sampler):
     def __init__(self, sampler: GraphSampler) -> None:
         self.graphs = sampler
         self.bagel: Any = _Model(sampler.bagel)
-        self.text, self.merge_branches = sampler.text, False
+        self.text = sampler.text
 
     def encode(self, image: Image.Image, noise: Noise) -> Tensor:
         return _tensor(self.graphs.encode(image, lambda shape: noise(shape).numpy()))

@@ -14,14 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
-from bagel.images import resized, to_rgb
-from bagel.loops import Branches, Loops, Turn
-from bagel.sampler import Sampler
+from bagel.loops import Loops, Request, Turn
 from bagel.settings import FlowSettings, TextSettings
-from bagel.text import THINK_IMAGE, THINK_TEXT
 from bagel_compress.errors import TraceError
 
 BOOTSTRAP_ROUNDS = 2000
@@ -113,21 +109,17 @@ def run(
 ) -> Scores:
     """Asks every prompt and scores the answers. `on_batch` hears how many of how many are done.
 
-    A torch model answers prompts of one layout in batches; another backend answers one by one, with the same noise.
+    Prompts of one layout are asked together, at most `batch` of them; batches change answers by rounding alone.
     """
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, prompt in enumerate(benchmark.prompts):
         groups[prompt.layout].append(index)
     answers: dict[int, Answer] = {}
     for indexes in groups.values():
-        for start in range(0, len(indexes), batch):
-            part = indexes[start : start + batch]
-            found = (
-                _ask_batch(benchmark, sampler, part)
-                if isinstance(sampler, Sampler)
-                else (_ask(benchmark, sampler, i) for i in part)
-            )
-            answers |= zip(part, found, strict=True)
+        together = _together(benchmark, benchmark.prompts[indexes[0]], batch)
+        for start in range(0, len(indexes), together):
+            part = indexes[start : start + together]
+            answers |= zip(part, ask(benchmark, sampler, part), strict=True)
             if on_batch:
                 on_batch(len(answers), len(benchmark.prompts))
     values: dict[str, dict[int, float]] = defaultdict(dict)
@@ -186,86 +178,30 @@ def _bootstrap(values: np.ndarray, seed: int) -> tuple[float, float]:
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-def _ask(benchmark: Benchmark, sampler: Loops, index: int) -> Answer:
-    prompt = benchmark.prompts[index]
-    found = sampler.run(
-        prompt.turns,
-        output=prompt.output,
-        think=prompt.think,
-        size=prompt.size,
-        flow=_flow(benchmark, prompt),
+def ask(benchmark: Benchmark, sampler: Loops, indexes: Sequence[int]) -> list[Answer]:
+    """Answers to prompts of one layout, each with its own noise: what they are asked alone, up to rounding."""
+    first = benchmark.prompts[indexes[0]]
+    found = sampler.run_batch(
+        [_request(benchmark, index) for index in indexes],
+        output=first.output,
+        think=first.think,
+        flow=_flow(benchmark, first),
         text=benchmark.text,
-        seed=_seed(benchmark, index),
     )
-    return Answer(found.text, found.image)
+    return [Answer(result.text, result.image) for result in found]
+
+
+def _request(benchmark: Benchmark, index: int) -> Request:
+    prompt = benchmark.prompts[index]
+    return Request(prompt.turns, prompt.size, benchmark.seed * 1_000_003 + index)
 
 
 def _flow(benchmark: Benchmark, prompt: Prompt) -> FlowSettings:
     return benchmark.flows.get(prompt.guidance) or next(iter(benchmark.flows.values()))
 
 
-def _seed(benchmark: Benchmark, index: int) -> int:
-    return benchmark.seed * 1_000_003 + index
-
-
-@torch.no_grad()
-def _ask_batch(benchmark: Benchmark, sampler: Sampler, indexes: Sequence[int]) -> list[Answer]:
-    """What `_ask` gives for prompts of one layout, up to rounding: one batch, each prompt with its own noise."""
-    prompts = [benchmark.prompts[i] for i in indexes]
-    generators = [sampler.generator(_seed(benchmark, i)) for i in indexes]
-    first = prompts[0]
-    branches = Branches(sampler, len(prompts))
-    size = _read(sampler, branches, prompts, _Draws(generators)) or first.size or (1024, 1024)
-    if first.output == "text":
-        return [Answer(sampler.text.answer(ids)) for ids in sampler.decode_text(branches.cond, benchmark.text)]
-    thoughts: list[str | None] = [None] * len(prompts)
-    if first.think:
-        texts = [sampler.text.answer(ids) for ids in sampler.decode_text(branches.cond, benchmark.text)]
-        branches.add_thoughts(texts)
-        thoughts = list(texts)
-    grid = sampler.grid(size)
-    pictures = _draw(sampler, branches, generators, grid, _flow(benchmark, first))
-    return [Answer(t, image) for t, image in zip(thoughts, pictures, strict=True)]
-
-
-def _read(sampler: Sampler, branches: Branches, prompts: Sequence[Prompt], draws: _Draws) -> tuple[int, int] | None:
-    """Puts the turns of all prompts into the contexts; (H, W) of the last picture."""
-    output, size = prompts[0].output, None
-    if prompts[0].think:
-        branches.add_system(THINK_IMAGE if output == "image" else THINK_TEXT)
-    for turns in zip(*(p.turns for p in prompts), strict=True):
-        texts = [t for t in turns if isinstance(t, str)]
-        if texts:
-            branches.add_text(texts)
-            continue
-        images = [resized(to_rgb(t), sampler.bagel.config.vae_rule) for t in turns if not isinstance(t, str)]
-        branches.add_image(images, draws if output == "image" else None)
-        size = (images[0].height, images[0].width)
-    return size
-
-
-def _draw(
-    sampler: Sampler,
-    branches: Branches,
-    generators: Sequence[torch.Generator],
-    grid: tuple[int, int],
-    flow: FlowSettings,
-) -> list[Image.Image]:
-    shape = (grid[0] * grid[1], sampler.bagel.config.latent_width)
-    x = torch.cat([sampler.normal(shape, g) for g in generators])
-    for step in sampler.denoise(branches, x, [grid] * len(generators), flow):
-        x = step.x_next
-    return [sampler.picture(part, grid) for part in x.split(shape[0])]
-
-
-class _Draws:
-    """Standard normal noise for one input picture after the other, each from its own prompt's generator."""
-
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self._generators = generators
-        self._next = 0
-
-    def __call__(self, shape: tuple[int, ...]) -> torch.Tensor:
-        generator = self._generators[self._next % len(self._generators)]
-        self._next += 1
-        return torch.randn(shape, generator=generator)
+def _together(benchmark: Benchmark, prompt: Prompt, batch: int) -> int:
+    """How many prompts of this one's layout may share a pass: one, where guidance is scaled by a batch's norm."""
+    flow = _flow(benchmark, prompt)
+    scaled = prompt.output == "image" and flow.cfg_renorm_type == "global" and flow.cfg_renorm_min < 1
+    return 1 if scaled else batch

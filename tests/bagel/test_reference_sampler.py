@@ -13,7 +13,7 @@ from bagel.errors import BagelError
 from bagel.flow import FlowSettings
 from bagel.inputs import THINK_IMAGE
 from bagel.layers import attention_kernel
-from bagel.sampler import EDIT_FLOW, Branches, Sampler, TextSettings
+from bagel.sampler import EDIT_FLOW, Request, Sampler, TextSettings
 
 FLOW = FlowSettings(num_timesteps=4)
 EDIT = FlowSettings(num_timesteps=3, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel")
@@ -25,7 +25,9 @@ def rel(a: Tensor, b: Tensor) -> float:
 
 
 def plain_copy(sampler: Sampler) -> Sampler:
+    """The sampler with nothing skipped and nothing shared."""
     twin = copy.copy(sampler)
+    twin.share_branches = False
     twin.bagel = copy.copy(sampler.bagel)
     twin.bagel.skip_unused = False
     return twin
@@ -46,20 +48,13 @@ def plain_copy(sampler: Sampler) -> Sampler:
 def test_savings_change_nothing(fp32: Sampler, turns: list, flow: FlowSettings, think: bool) -> None:
     """Shared branches and skipped rows against filling and evaluating everything the official code does."""
     text = TextSettings(max_tokens=5)
-    saved = fp32.run(turns, flow=flow, think=think, size=(64, 48), text=text, seed=3)
-    full = plain_copy(fp32)
-    generator = torch.Generator().manual_seed(3)
-    branches = Branches(full, plain=True)
-    last = full.read(branches, turns, "image", think, lambda shape: torch.randn(shape, generator=generator))
-    if think:
-        [ids] = full.decode_text(branches.cond, text)
-        branches.add_thoughts([full.text.answer(ids)])
-    grid = full.grid(last or (64, 48))
-    x = torch.randn((grid[0] * grid[1], full.bagel.config.latent_width), generator=generator)
-    for step in full.denoise(branches, x, [grid], flow, plain=True):
-        x = step.x_next
-    assert saved.latent is not None
-    assert rel(saved.latent, x) < 1e-5
+    saved, full = (
+        sampler.run(turns, flow=flow, think=think, size=(64, 48), text=text, seed=3).latent
+        for sampler in (fp32, plain_copy(fp32))
+    )
+    assert saved is not None
+    assert full is not None
+    assert rel(saved, full) < 1e-5
 
 
 def test_t2i_evaluates_two_branches_not_three(fp32: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,21 +89,38 @@ def test_exact_kernel_agrees(fp32: Sampler) -> None:
 
 def test_batch_equals_single_samples(fp32: Sampler) -> None:
     """Without renormalisation over the batch, samples of different sizes and prompts do not see each other."""
-    flow = FlowSettings(num_timesteps=3, cfg_renorm_type="channel")
-    prompts, grids = ["a red cat", "night over the old house"], [(2, 3), (4, 2)]
-    noises = [torch.randn((r * c, fp32.bagel.config.latent_width)) for r, c in grids]
+    flow, text = FlowSettings(num_timesteps=3, cfg_renorm_type="channel"), TextSettings(max_tokens=6)
+    requests = [Request(["a red cat"], (32, 48), seed=1), Request(["night over the old house"], (64, 32), seed=2)]
+    together = fp32.run_batch(requests, flow=flow, text=text, think=True)
+    for request, found in zip(requests, together, strict=True):
+        [alone] = fp32.run_batch([request], flow=flow, text=text, think=True)
+        assert found.ids == alone.ids
+        assert found.image is not None
+        assert found.image.size == (request.size[1], request.size[0])
+        assert rel(found.latent, alone.latent) < 1e-5
 
-    def sampled(texts: list[str], noise: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        branches = Branches(fp32, batch=len(texts))
-        branches.add_text(texts)
-        x = noise
-        for step in fp32.denoise(branches, noise, sizes, flow):
-            x = step.x_next
-        return x
 
-    together = sampled(prompts, torch.cat(noises), grids)
-    apart = [sampled([p], n, [g]) for p, n, g in zip(prompts, noises, grids, strict=True)]
-    assert rel(together, torch.cat(apart)) < 1e-5
+def test_pictures_of_a_batch_have_their_own_sizes_and_noise(fp32: Sampler) -> None:
+    wide = PICTURE.resize((96, 48))
+    requests = [Request([picture, "make it night"], seed=seed) for seed, picture in ((4, PICTURE), (5, wide))]
+    flow = FlowSettings(num_timesteps=3, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel")
+    for request, found in zip(requests, fp32.run_batch(requests, flow=flow), strict=True):
+        alone = fp32.run(request.turns, flow=flow, seed=request.seed)
+        assert found.image.size == alone.image.size
+        assert rel(found.latent, alone.latent) < 1e-5
+
+
+def test_sampled_text_of_a_batch_is_each_seed_s_own(fp32: Sampler) -> None:
+    hot = TextSettings(max_tokens=8, do_sample=True, temperature=2.0)
+    requests = [Request(["a cat"], seed=seed) for seed in (1, 2, 1)]
+    together = [result.ids for result in fp32.run_batch(requests, output="text", text=hot)]
+    assert together[0] == together[2] != together[1]
+    assert together[1] == fp32.run(["a cat"], output="text", text=hot, seed=2).ids
+
+
+def test_a_batch_of_different_layouts_is_refused(fp32: Sampler) -> None:
+    with pytest.raises(BagelError, match="2 orders of texts and pictures, expected 1"):
+        fp32.run_batch([Request(["a cat"]), Request([PICTURE, "a cat"])])
 
 
 def test_text_batch_equals_single_samples(fp32: Sampler) -> None:

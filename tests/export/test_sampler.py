@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bagel.sampler import FlowSettings, Sampler, TextSettings
+from bagel.events import Listener, Step
+from bagel.sampler import FlowSettings, Request, Sampler, TextSettings
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.exporting.ort_arrays import Generator, grid_ids, schedule
 from bagel_compress.exporting.ort_sampler import open_onnx
@@ -41,8 +42,17 @@ import json
 import numpy as np
 from pathlib import Path
 from PIL import Image
+from bagel.events import Listener
 from bagel.settings import FlowSettings, TextSettings
 from bagel_compress.exporting.ort_sampler import open_onnx
+
+class Velocities(Listener):
+    def __init__(self):
+        self.seen = []
+
+    def after_step(self, step):
+        self.seen.append(step.v)
+        return step
 
 folder, cases, pictures, out = sys.argv[1:]
 sampler, found, texts = open_onnx(folder, threads=1), {}, {}
@@ -51,19 +61,30 @@ for name, case in json.loads(cases).items():
     flow = dict(case.get("flow", {}))
     if "cfg_interval" in flow:
         flow["cfg_interval"] = tuple(flow["cfg_interval"])
-    velocities = []
+    listener = Velocities()
     result = sampler.run(
         turns, output=case.get("output", "image"), think=case.get("think", False), size=case.get("size"),
         flow=FlowSettings(**flow), text=TextSettings(max_tokens=case.get("tokens", 16)), seed=7,
-        on_step=lambda step: velocities.append(step.v),
+        listener=listener,
     )
     texts[name] = [result.text, result.ids]
-    if velocities:
-        found |= {f"{name}.v": np.stack(velocities), f"{name}.image": np.asarray(result.image)}
+    if listener.seen:
+        found |= {f"{name}.v": np.stack(listener.seen), f"{name}.image": np.asarray(result.image)}
 assert sys.modules["torch"] is None
 np.savez(out, **found)
 Path(out).with_suffix(".json").write_text(json.dumps(texts))
 """
+
+
+class Velocities(Listener):
+    """The guided velocity of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def after_step(self, step: Step) -> Step:
+        self.seen.append(step.v.numpy())
+        return step
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +98,7 @@ def ran(exported: ExportFolder, golden: Path, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("name", CASES)
 def test_every_mode_equals_torch(name: str, ran: tuple[Any, Any], fp32: Sampler, golden: Path) -> None:
     found, texts = ran
-    case, velocities = CASES[name], []
+    case, listener = CASES[name], Velocities()
     flow = dict(case.get("flow", {}))
     if "cfg_interval" in flow:
         flow["cfg_interval"] = tuple(flow["cfg_interval"])
@@ -89,11 +110,11 @@ def test_every_mode_equals_torch(name: str, ran: tuple[Any, Any], fp32: Sampler,
         flow=FlowSettings(**flow),
         text=TextSettings(max_tokens=case.get("tokens", 16)),
         seed=7,
-        on_step=lambda step: velocities.append(step.v.numpy()),
+        listener=listener,
     )
     assert texts[name] == [wanted.text, wanted.ids]
-    if velocities:
-        for mine, torchs in zip(found[f"{name}.v"], velocities, strict=True):
+    if listener.seen:
+        for mine, torchs in zip(found[f"{name}.v"], listener.seen, strict=True):
             assert relative(mine, torchs) <= RELATIVE
         difference = found[f"{name}.image"].astype(int) - np.asarray(wanted.image).astype(int)
         assert np.abs(difference).mean() <= PIXELS
@@ -109,6 +130,15 @@ def test_logits_equal_torch(exported: ExportFolder, fp32: Sampler) -> None:
         logits = mine.bagel.next_logits(ours, [token])
         assert relative(logits, fp32.bagel.next_logits(torchs, [token]).numpy()) <= RELATIVE
     assert (ours[0].length, ours[0].rope) == (torchs[0].length, torchs[0].rope)
+
+
+def test_a_batch_gives_what_single_runs_give(exported: ExportFolder) -> None:
+    sampler = open_onnx(exported.path, threads=1)
+    flow = FlowSettings(num_timesteps=3, cfg_renorm_type="channel")
+    requests = [Request(["a red cat"], (32, 48), seed=1), Request(["a cat"], (48, 32), seed=2)]
+    for request, found in zip(requests, sampler.run_batch(requests, flow=flow), strict=True):
+        alone = sampler.run(request.turns, size=request.size, flow=flow, seed=request.seed)
+        np.testing.assert_array_equal(found.latent, alone.latent)
 
 
 def test_a_fork_does_not_change_its_origin(exported: ExportFolder) -> None:

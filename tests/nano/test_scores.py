@@ -10,7 +10,7 @@ from PIL import Image
 from bagel.sampler import Sampler
 from bagel.settings import FlowSettings, TextSettings
 from bagel_compress.errors import TraceError
-from bagel_compress.scores.benchmark import Answer, Benchmark, Prompt, Scores, _ask, compare, run, same_answers
+from bagel_compress.scores.benchmark import Answer, Benchmark, Prompt, Scores, ask, compare, run, same_answers
 from bagel_compress.scores.nano import nano_benchmark, score
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "checkpoint"
@@ -35,7 +35,7 @@ def test_a_batch_gives_what_single_runs_give(sampler: Sampler) -> None:
     benchmark = Benchmark("mine", prompts, lambda p, a: {p.kind: 1.0}, {"": flow}, TextSettings(max_tokens=6), seed=3)
     scores = run(benchmark, sampler, batch=4)
     for index, found in enumerate(scores.answers):
-        alone = _ask(benchmark, sampler, index)
+        [alone] = ask(benchmark, sampler, [index])
         assert found.text == alone.text
         if alone.image is not None:
             difference = np.abs(np.asarray(found.image, int) - np.asarray(alone.image, int))

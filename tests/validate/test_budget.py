@@ -19,7 +19,7 @@ from bagel.loading import put
 from bagel.model import Bagel
 from bagel.sampler import Sampler
 from bagel.vae import AutoEncoder, VAEConfig
-from bagel_compress.budgets.fake_model import Build, FakeText
+from bagel_compress.budgets.fake_model import Build, FakeSampler, FakeText
 from bagel_compress.budgets.measure_gpu import require_card
 from bagel_compress.budgets.planned_build import checkpoint_sizes, planned_build
 from bagel_compress.budgets.predict import predict, run_passes, run_task, weight_bytes
@@ -37,8 +37,8 @@ TINY_TARGET = Target(name="tiny", device=CARD, sizes=SMALL)
 DECODER_PHASES = {"text", "vit", "latent", "decode", "denoise"}
 
 
-def small_model(layers, hidden, intermediate):
-    """A model of random weights; real, or fake where it is made in a FakeTensorMode."""
+def small_model(layers, hidden, intermediate, kind=Sampler):
+    """A model of random weights; FakeSampler where it is made in a FakeTensorMode."""
     llm = LLMConfig(hidden, intermediate, layers, 8, 2, 1000)
     vae_rule, vit_rule = ResizeRule(128, 32, 16), ResizeRule(112, 28, 14)
     config = BagelConfig(llm, ViTConfig(96, 256, 2, 4), 2, 16, 8, 8, vae_rule=vae_rule, vit_rule=vit_rule)
@@ -46,7 +46,7 @@ def small_model(layers, hidden, intermediate):
     bagel = Bagel(config)
     for path, parameter in list(bagel.named_parameters()):
         put(bagel, path, torch.nn.Parameter(torch.zeros(parameter.shape, dtype=torch.bfloat16), requires_grad=False))
-    return Sampler(bagel.eval(), vae.eval(), FakeText())
+    return kind(bagel.eval(), vae.eval(), FakeText())
 
 
 def allocator_peaks(sampler, task, target):
@@ -75,7 +75,7 @@ def allocator_peaks(sampler, task, target):
 
 def fake_peaks(shape, task):
     with FakeTensorMode():
-        return [(p.name, p.total) for p in run_task(small_model(*shape), task, TINY_TARGET, rounding=1)]
+        return [(p.name, p.total) for p in run_task(small_model(*shape, FakeSampler), task, TINY_TARGET, rounding=1)]
 
 
 @pytest.mark.parametrize("task", ["t2i", "edit", "understand", "think"])
