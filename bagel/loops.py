@@ -211,8 +211,10 @@ class Loops(ABC):
                 if len(ids[sample]) > 1:
                     listener.token(sample, token)
             logits = self.bagel.next_logits([copies[s] for s in live], current)
-            self.check("the logits of the next token", logits)
-            chosen = listener.logits(live, logits) or self.choose(logits, settings, [draws[s] for s in live])
+            chosen = listener.logits(live, logits)
+            if chosen is None:
+                self.check("the logits of the next token", logits)
+                chosen = self.choose(logits, settings, [draws[s] for s in live])
             going = [i for i, token in enumerate(chosen) if token != self.text.eos]
             live, current = [live[i] for i in going], [chosen[i] for i in going]
             if not live:

@@ -21,7 +21,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from bagel.sampler import Branches, Sampler, TextSettings
+from bagel.events import Drawing, Listener, StepInput
+from bagel.sampler import Sampler
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
@@ -29,7 +30,7 @@ from bagel_compress.calibrate.calibration_set import CalibrationSet
 from bagel_compress.calibrate.prompts import load_jobs
 from bagel_compress.io.packaged import find_recipe, resource
 from bagel_compress.run.load import open_model
-from bagel_compress.scores.benchmark import Benchmark, Prompt, _Draws, _flow, _read, _seed
+from bagel_compress.scores.benchmark import Benchmark, flow_of, request
 from bagel_compress.scores.nano import nano_benchmark
 from bagel_compress.source.checkpoint import Checkpoint
 
@@ -73,17 +74,19 @@ def answers(benchmark: Benchmark, sampler: Sampler) -> Answers:
     noises: dict[int, np.ndarray] = {}
     texts: dict[int, str] = {}
     for indexes in groups.values():
-        prompts = [benchmark.prompts[i] for i in indexes]
-        generators = [sampler.generator(_seed(benchmark, i)) for i in indexes]
-        branches = Branches(sampler, len(prompts))
-        size = _read(sampler, branches, prompts, _Draws(generators)) or prompts[0].size or (32, 32)
-        if prompts[0].output == "text" or prompts[0].think:
-            ids = sampler.decode_text(branches.cond, TextSettings(max_tokens=benchmark.text.max_tokens))
-            texts |= dict(zip(indexes, map(sampler.text.answer, ids), strict=True))
-        if prompts[0].output == "image" and not prompts[0].think:
-            found, noise = _draw(sampler, branches, generators, sampler.grid(size), benchmark, prompts[0])
-            latents |= dict(zip(indexes, found, strict=True))
-            noises |= dict(zip(indexes, noise, strict=True))
+        first, noise = benchmark.prompts[indexes[0]], _Noise()
+        found = sampler.run_batch(
+            [request(benchmark, index) for index in indexes],
+            output=first.output,
+            think=first.think,
+            flow=flow_of(benchmark, first),
+            text=benchmark.text,
+            listener=noise,
+        )
+        texts |= {i: result.text for i, result in zip(indexes, found, strict=True) if result.text is not None}
+        if first.output == "image" and not first.think:
+            latents |= {i: result.latent.numpy() for i, result in zip(indexes, found, strict=True)}  # type: ignore[union-attr]
+            noises |= {i: part.numpy() for i, part in zip(indexes, noise.parts, strict=True)}
     pictures = sorted(latents)
     return Answers(
         np.stack([latents[i] for i in pictures]),
@@ -92,20 +95,18 @@ def answers(benchmark: Benchmark, sampler: Sampler) -> Answers:
     )
 
 
-def _draw(
-    sampler: Sampler,
-    branches: Branches,
-    generators: Sequence[torch.Generator],
-    grid: tuple[int, int],
-    benchmark: Benchmark,
-    prompt: Prompt,
-) -> tuple[np.ndarray, np.ndarray]:
-    shape = (grid[0] * grid[1], sampler.bagel.config.latent_width)
-    x = noise = torch.cat([sampler.normal(shape, g) for g in generators])
-    for step in sampler.denoise(branches, x, [grid] * len(generators), _flow(benchmark, prompt)):
-        x = step.x_next
-    count = len(generators)
-    return x.reshape(count, *shape).numpy(), noise.reshape(count, *shape).numpy()
+class _Noise(Listener):
+    """The noise that each picture began with."""
+
+    parts: Sequence[torch.Tensor] = ()
+
+    def before_denoise(self, drawing: Drawing) -> None:
+        self._drawing = drawing
+
+    def before_step(self, work: StepInput) -> StepInput:
+        if work.index == 0:
+            self.parts = self._drawing.split(work.x)
+        return work
 
 
 def path_errors(candidate: Answers, reference: Answers) -> np.ndarray:

@@ -179,13 +179,16 @@ class _Phases(Listener):
         return work
 
     def before_decode(self, contexts: Sequence[Context]) -> None:
-        """The caches grow as they would token by token."""
+        """The caches grow as they would token by token, with zeros in place of what is not computed."""
         self._enter("decode")
         for context in contexts:
             left = self._tokens - 1
             while left > 0:
                 count = min(left, GROW_TOKENS)
                 context.reserve(count)
+                for layer in range(context.layers):
+                    for rows in context.keys_values(layer, extra=count):
+                        rows[context.length :].zero_()
                 context.advance(count, count)
                 left -= count
 

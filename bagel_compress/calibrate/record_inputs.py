@@ -10,15 +10,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bagel.context import Context
+from bagel.branches import Branches, Noise
+from bagel.events import Drawing, Listener, Step
 from bagel.inputs import to_rgb, to_tensor
-from bagel.sampler import Branches, Sampler, TextSettings, Turn
+from bagel.sampler import Sampler, TextSettings, Turn
 from bagel_compress.calibrate.calibration_set import Clean, Decoded, Noised, Reading, Seen, Words
 from bagel_compress.errors import CalibrationError
 
@@ -63,9 +64,10 @@ class _Recorder:
     @torch.no_grad()
     def run(self, picture: Image.Image | None) -> Recorded:
         job, branches = self.job, _RecordedBranches(self)
-        output, think = ("text" if job.kind == "question" else "image"), job.kind == "plan"
+        output: Literal["image", "text"] = "text" if job.kind == "question" else "image"
+        think = job.kind == "plan"
         turns: list[Turn] = [job.asked.prompt] if picture is None else [picture, job.asked.prompt]
-        last = self.sampler.read(branches, turns, output, think, self._noise)
+        last = self.sampler.read(branches, [turns], output, think, [self._noise])
         made: list[Decoded | Noised] = []
         if output == "text" or think:
             ids = self._decoded(branches)
@@ -74,7 +76,7 @@ class _Recorder:
                 branches.add_thoughts([self.sampler.text.answer(ids)])
         dropped: list[Noised] = []
         if output == "image":
-            grid = self.sampler.grid(last or job.size)
+            grid = self.sampler.grid(last[0] if last else job.size)
             steps = self._given_steps(grid) if self.given is not None else self._sampled_steps(branches, grid)
             for x, t in steps:
                 self._keep_pass(branches, self.add_latent(x, grid), t, made, dropped)
@@ -123,14 +125,11 @@ class _Recorder:
         return sorted({int((i + offset) / times * steps) for i in range(times)})
 
     def _sampled_steps(self, branches: Branches, grid: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-        chosen, kept = set(self._chosen()), []
+        kept = _KeptSteps(self._chosen())
+        drawing = Drawing(branches, [grid], self.job.flow, self.sampler.schedule(self.job.flow))
         x = self._noise((grid[0] * grid[1], self.sampler.bagel.config.latent_width))
-        for step in self.sampler.denoise(branches, x, [grid], self.job.flow):
-            if step.index in chosen:
-                kept.append((step.x, step.t))
-            x = step.x_next
-        self.found.drawn = self.sampler.picture(x, grid)
-        return kept
+        self.found.drawn = self.sampler.picture(self.sampler.denoise(drawing, x, kept), grid)
+        return kept.inputs
 
     def _given_steps(self, grid: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
         assert self.given is not None
@@ -160,6 +159,18 @@ class _Recorder:
             dropped.append(Noised(after=len(branches.image_trunk), latent=latent, time=time))
 
 
+class _KeptSteps(Listener):
+    """x and t of the chosen steps."""
+
+    def __init__(self, chosen: Sequence[int]) -> None:
+        self._chosen, self.inputs = set(chosen), list[tuple[Tensor, Tensor]]()
+
+    def after_step(self, step: Step) -> Step:
+        if step.index in self._chosen:
+            self.inputs.append((step.x, step.t))
+        return step
+
+
 class _RecordedBranches(Branches):
     """Branches of one sample that note what each context reads; with given pictures they only note it."""
 
@@ -174,27 +185,24 @@ class _RecordedBranches(Branches):
         self.text_after = len(self.trunk)
         super().add_text(texts)
 
-    def add_image(self, images: Sequence[Image.Image], noise: Any) -> None:
-        super().add_image(images, noise)
+    def add_image(self, images: Sequence[Image.Image], noises: Sequence[Noise] | None) -> None:
+        super().add_image(images, noises)
         self.text_after = len(self.trunk)
 
-    def prefill_text(self, contexts: list[Context], texts: Sequence[str]) -> None:
-        self._note(contexts, Words(ids=tuple(self._sampler.text.turn(texts[0]))))
+    def prefill(
+        self,
+        kind: Literal["text", "latent", "vit"],
+        content: Sequence[Any],
+        branch: Literal["cond", "image_dropped"] = "cond",
+    ) -> None:
+        event: Words | Seen | Clean
+        if kind == "text":
+            event = Words(ids=tuple(content[0]))
+        else:
+            event = (self._recorder.add_clean if kind == "latent" else self._recorder.add_picture)(content[0])
+        (self.trunk if branch == "cond" else self.image_trunk).append(event)
         if self._recorder.given is None:
-            super().prefill_text(contexts, texts)
-
-    def prefill_latent(self, contexts: list[Context], latents: list[Tensor]) -> None:
-        self._note(contexts, self._recorder.add_clean(latents[0]))
-        if self._recorder.given is None:
-            super().prefill_latent(contexts, latents)
-
-    def prefill_vit(self, contexts: list[Context], images: list[Tensor]) -> None:
-        self._note(contexts, self._recorder.add_picture(images[0]))
-        if self._recorder.given is None:
-            super().prefill_vit(contexts, images)
-
-    def _note(self, contexts: list[Context], event: Words | Seen | Clean) -> None:
-        (self.trunk if contexts is self.cond else self.image_trunk).append(event)
+            super().prefill(kind, content, branch)
 
     def _split_off_image_dropped(self) -> None:
         if self._image_dropped is None:

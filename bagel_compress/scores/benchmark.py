@@ -182,26 +182,28 @@ def ask(benchmark: Benchmark, sampler: Loops, indexes: Sequence[int]) -> list[An
     """Answers to prompts of one layout, each with its own noise: what they are asked alone, up to rounding."""
     first = benchmark.prompts[indexes[0]]
     found = sampler.run_batch(
-        [_request(benchmark, index) for index in indexes],
+        [request(benchmark, index) for index in indexes],
         output=first.output,
         think=first.think,
-        flow=_flow(benchmark, first),
+        flow=flow_of(benchmark, first),
         text=benchmark.text,
     )
     return [Answer(result.text, result.image) for result in found]
 
 
-def _request(benchmark: Benchmark, index: int) -> Request:
+def request(benchmark: Benchmark, index: int) -> Request:
+    """A prompt of the benchmark as a sample of a batch, with the noise that is its own."""
     prompt = benchmark.prompts[index]
     return Request(prompt.turns, prompt.size, benchmark.seed * 1_000_003 + index)
 
 
-def _flow(benchmark: Benchmark, prompt: Prompt) -> FlowSettings:
+def flow_of(benchmark: Benchmark, prompt: Prompt) -> FlowSettings:
+    """The settings that a prompt is drawn with."""
     return benchmark.flows.get(prompt.guidance) or next(iter(benchmark.flows.values()))
 
 
 def _together(benchmark: Benchmark, prompt: Prompt, batch: int) -> int:
     """How many prompts of this one's layout may share a pass: one, where guidance is scaled by a batch's norm."""
-    flow = _flow(benchmark, prompt)
+    flow = flow_of(benchmark, prompt)
     scaled = prompt.output == "image" and flow.cfg_renorm_type == "global" and flow.cfg_renorm_min < 1
     return 1 if scaled else batch
