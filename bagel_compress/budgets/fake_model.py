@@ -215,9 +215,6 @@ class FakeText(TextCodec):
     def turn(self, text: str) -> list[int]:
         return [0] * (2 + len(text) // LETTERS_PER_TOKEN)
 
-    def answer(self, ids: Sequence[int]) -> str:
-        return ""
-
 
 def text_of(tokens: int) -> str:
     """A text that is a turn of so many tokens."""
