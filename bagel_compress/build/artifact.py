@@ -24,7 +24,7 @@ from bagel_compress.build.sizes import Group, group_sizes
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Rounded, Unit
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.bf16 import as_tensor
-from bagel_compress.io.digests import blake3_file, blake3_of, tensors_digest
+from bagel_compress.io.digests import Hash, blake3_file, blake3_of, tensors_digest
 from bagel_compress.io.safe_paths import check_names
 from bagel_compress.io.safetensors_file import TensorFile, lay_out
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
@@ -242,13 +242,13 @@ class Artifact:
                 values[f"{role.component} {role.expert} {entry.codec.format}"].append(entry.snr_db)
         return {name: (min(found), max(found)) for name, found in sorted(values.items())}
 
-    def verify(self) -> list[str]:
-        """Reads every byte. One sentence per fault: changed, missing or extra file; changed tensors by name."""
+    def verify(self, sums: dict[str, str] | None = None) -> list[str]:
+        """Reads every byte. One sentence per fault: changed, missing or extra file; changed tensors by name.
+
+        `sums` is filled with the sha256 of each intact file of the manifest, taken in the same reading.
+        """
         faults = list(wrong_sizes(self.path, self.manifest.files))
-        for name, entry in self.manifest.files.items():
-            path = self.path / name
-            if path.is_file() and path.stat().st_size == entry.bytes and not intact(path, entry):
-                faults.append(self._changed(name))
+        faults += [self._changed(name) for name in changed_files(self.path, self.manifest.files, sums)]
         return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
 
     def _changed(self, name: str) -> str:
@@ -287,6 +287,26 @@ def wrong_sizes(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[str]:
             yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
 
 
+def changed_files(folder: Path, files: Mapping[str, FileEntry], sums: dict[str, str] | None = None) -> Iterator[str]:
+    """Reads the files of a manifest that have the right size; names those with other bytes.
+
+    `sums` is filled with the sha256 of the others, taken in the same reading.
+    """
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            continue
+        if sums is None:
+            whole = intact(path, entry)
+        else:
+            sha256 = intact_sha256(path, entry)
+            whole = sha256 is not None
+            if sha256 is not None:
+                sums[name] = sha256
+        if not whole:
+            yield name
+
+
 def extra_files(folder: Path, files: Mapping[str, FileEntry], manifest: str) -> Iterator[str]:
     """A sentence per file that is neither in the manifest nor one of those that come to lie beside a build."""
     known = files.keys() | EXTRAS | {manifest}
@@ -297,18 +317,31 @@ def extra_files(folder: Path, files: Mapping[str, FileEntry], manifest: str) -> 
 
 def intact(path: Path, entry: FileEntry) -> bool:
     """Reads the file: whether its bytes are those of the entry."""
+    return _matches(path, entry, None)
+
+
+def intact_sha256(path: Path, entry: FileEntry) -> str | None:
+    """Reads the file once: its sha256 if its bytes are those of the entry, else None."""
+    total = hashlib.sha256()
+    return total.hexdigest() if _matches(path, entry, total) else None
+
+
+def _matches(path: Path, entry: FileEntry, also: Hash | None) -> bool:
+    """Whether the file's bytes are those of the entry; `also` is fed with all of them if they are."""
     if path.stat().st_size != entry.bytes:
         return False
     if not entry.blake3_tensors:
-        return blake3_file(path) == entry.blake3
+        return blake3_file(path, also) == entry.blake3
     try:
         file = TensorFile.open(path, ArtifactError)
     except ArtifactError:
         return False
     in_file = sorted(file.tensors.values(), key=lambda tensor: (tensor.start, tensor.stop))
     with path.open("rb") as opened:
-        opened.seek(8 + len(file.header))
-        digests = [blake3_of(opened, tensor.nbytes) for tensor in in_file]
+        start = opened.read(8 + len(file.header))  # the tensors follow without a gap up to the end of the file
+        if also is not None:
+            also.update(start)
+        digests = [blake3_of(opened, tensor.nbytes, also) for tensor in in_file]
     return tensors_digest(file.header, digests) == entry.blake3_tensors
 
 

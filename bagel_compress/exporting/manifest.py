@@ -20,8 +20,8 @@ from bagel_compress.build.artifact import (
     EXPORT_MANIFEST,
     FileEntry,
     SourceEntry,
+    changed_files,
     extra_files,
-    intact,
     wrong_sizes,
 )
 from bagel_compress.build.recipe import Limits, Recipe
@@ -147,13 +147,13 @@ class ExportFolder:
             raise ArtifactError(f"{folder}: {faults[0]}; copy the export again.")
         return opened
 
-    def verify(self) -> list[str]:
-        """Reads every byte. One sentence per fault: a changed, missing or extra file."""
+    def verify(self, sums: dict[str, str] | None = None) -> list[str]:
+        """Reads every byte. One sentence per fault: a changed, missing or extra file.
+
+        `sums` is filled with the sha256 of each intact file of the manifest, taken in the same reading.
+        """
         faults = list(wrong_sizes(self.path, self.manifest.files))
-        for name, entry in self.manifest.files.items():
-            path = self.path / name
-            if path.is_file() and path.stat().st_size == entry.bytes and not intact(path, entry):
-                faults.append(f"{name} was changed")
+        faults += [f"{name} was changed" for name in changed_files(self.path, self.manifest.files, sums)]
         return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
 
     def kinds(self) -> list[KindSize]:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from blake3 import blake3
+
+
+class Hash(Protocol):
+    """A running digest, such as hashlib.sha256()."""
+
+    def update(self, data: bytes, /) -> object: ...
 
 
 def tensors_digest(header: bytes, digests: Iterable[str]) -> str:
@@ -18,10 +24,10 @@ def tensors_digest(header: bytes, digests: Iterable[str]) -> str:
     return blake3(header + b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def blake3_file(path: Path) -> str:
-    """BLAKE3 of a file's bytes."""
+def blake3_file(path: Path, also: Hash | None = None) -> str:
+    """BLAKE3 of a file's bytes; `also` is fed with them too."""
     with path.open("rb") as file:
-        return blake3_of(file, path.stat().st_size)
+        return blake3_of(file, path.stat().st_size, also)
 
 
 def sha256_file(path: Path) -> str:
@@ -30,10 +36,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def blake3_of(file: BinaryIO, nbytes: int) -> str:
-    """BLAKE3 of the next `nbytes` bytes of an open file, or of what is left of it."""
+def blake3_of(file: BinaryIO, nbytes: int, also: Hash | None = None) -> str:
+    """BLAKE3 of the next `nbytes` bytes of an open file, or of what is left of it; `also` is fed with them too."""
     total = blake3()
     while nbytes > 0 and (block := file.read(min(nbytes, 1 << 20))):
         total.update(block)
+        if also is not None:
+            also.update(block)
         nbytes -= len(block)
     return total.hexdigest()

@@ -111,7 +111,7 @@ def preview(release: Release, repo: str, revision: str) -> str:
     remote = look(api, repo, revision)
     marks = {"new": "+", "changed": "~", "same": "=", "only there": "?"}
     lines = [f"{repo}: " + ("does not exist yet" if remote is None else f"compared with {remote.commit[:12]}")]
-    for path, state in differences(release, remote).items():
+    for path, state in differences(release, remote.files if remote else {}).items():
         size = f"{release.files[path].bytes:>15,}" if path in release.files else " " * 15
         lines.append(f"  {marks[state]} {size}  {path}")
     if remote is not None and CARD in remote.files:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress.build.artifact import intact
+from bagel_compress.build.artifact import intact_sha256
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.digests import sha256_file
@@ -28,6 +28,7 @@ from bagel_compress.publishing.provenance import ListedFile
 from bagel_compress.publishing.release_source import Content, label, manifest_name, source_of
 from bagel_compress.publishing.requirements import Evidence, load_evidence, ran
 
+Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 MARK = ".release"  # beside the folder: says that it was made here and may be made again
 
 
@@ -59,11 +60,13 @@ def make_release(
 
     Raises GateError listing every fault of the build and of its reports, PublishError if `folder` is not ours.
     """
-    evidence, missing = _judged(content, origin, draft, unrun)
+    sums: dict[str, str] = {}  # sha256 of each file, taken while it is verified: no byte is read for it again
+    stamps = _stamps(content)
+    evidence, missing = _judged(content, origin, draft, unrun, sums)
     if missing:
         raise GateError(f"{content.path} is not ready to be published: " + "; ".join(missing) + ".")
     _fresh(folder)
-    files = _content_files(content, folder)
+    files = _content_files(content, folder, sums, stamps)
     files |= _report_files(content, evidence, folder)
     build = build_of(content, evidence, origin.repo, origin.base_model)
     files[BUILD] = _written(folder, BUILD, (build.model_dump_json(indent=1) + "\n").encode())
@@ -78,10 +81,12 @@ def make_release(
     return Release(content, evidence, folder, dict(sorted(files.items())), draft)
 
 
-def _judged(content: Content, origin: Origin, draft: bool, unrun: bool) -> tuple[Evidence, list[str]]:
-    """The evidence, and everything that keeps the build from being released."""
+def _judged(
+    content: Content, origin: Origin, draft: bool, unrun: bool, sums: dict[str, str]
+) -> tuple[Evidence, list[str]]:
+    """The evidence, and everything that keeps the build from being released; `sums` is filled as by `verify`."""
     evidence, faults = load_evidence(content)
-    damage = content.verify()
+    damage = content.verify(sums)
     if draft:
         return evidence, damage
     missing = damage + faults
@@ -107,13 +112,30 @@ def _fresh(folder: Path) -> None:
     folder.mkdir()
 
 
-def _content_files(content: Content, folder: Path) -> dict[str, ListedFile]:
-    """The files of the manifest, and the manifest itself."""
+def _stamps(content: Content) -> dict[str, Stamp]:
+    """Size and time of the last change of each file of the manifest that is there."""
+    paths = {name: content.path / name for name in content.manifest.files}
+    return {name: _stamp(path) for name, path in paths.items() if path.is_file()}
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _content_files(
+    content: Content, folder: Path, sums: Mapping[str, str], stamps: Mapping[str, Stamp]
+) -> dict[str, ListedFile]:
+    """The files of the manifest, and the manifest itself. `sums` and `stamps` are those of the verified files.
+
+    A linked file is the one that was verified if nobody wrote to it since. A copy is read: it was not verified itself.
+    """
     files = {}
     for name, entry in content.manifest.files.items():
-        _linked(content.path / name, folder / name)
-        files[name] = _entry(folder / name)
-        if not intact(folder / name, entry):
+        linked = _linked(content.path / name, folder / name)
+        files[name] = ListedFile(bytes=entry.bytes, sha256=sums[name])
+        same = _stamp(folder / name) == stamps[name] if linked else intact_sha256(folder / name, entry) == sums[name]
+        if not same:
             raise GateError(f"{content.path / name} was changed while it was published; run the same command again.")
     own = manifest_name(content)
     data = (content.path / own).read_bytes()
@@ -135,12 +157,15 @@ def _report_files(content: Content, evidence: Evidence, folder: Path) -> dict[st
     return files
 
 
-def _linked(source: Path, target: Path) -> None:
+def _linked(source: Path, target: Path) -> bool:
+    """Puts a file into the release folder: a hard link, or a copy (False) where there are no links between the two."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
+        return False
+    return True
 
 
 def _written(folder: Path, name: str, content: bytes) -> ListedFile:

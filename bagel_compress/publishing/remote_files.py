@@ -32,7 +32,6 @@ class Remote:
 def look(api: HfApi, repo: str, revision: str) -> Remote | None:
     """What the repository shows; None if it does not exist. A branch that does not exist yet shows what main does."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.hf_api import RepoFile
 
     with failures(f"{repo} cannot be read"):
         try:
@@ -43,9 +42,7 @@ def look(api: HfApi, repo: str, revision: str) -> Remote | None:
             raise
         except RepositoryNotFoundError:
             return None
-        tree = insist(lambda: list(api.list_repo_tree(repo, recursive=True, revision=info.sha)))
-        entries = [e for e in tree if isinstance(e, RepoFile)]
-        files = {e.path: f"sha256:{e.lfs.sha256}" if e.lfs else f"sha1:{e.blob_id}" for e in entries}
+        files = listed_digests(api, repo, str(info.sha))
         manifest = None
         if (own := manifest_in(files)) is not None:
             local = Path(api.hf_hub_download(repo, own, revision=info.sha))
@@ -53,9 +50,17 @@ def look(api: HfApi, repo: str, revision: str) -> Remote | None:
     return Remote(str(info.sha), bool(info.private), files, manifest)
 
 
-def differences(release: Release, remote: Remote | None) -> dict[str, str]:
+def listed_digests(api: HfApi, repo: str, commit: str) -> dict[str, str]:
+    """path -> digest of every file at a commit, as the Hub computed it when the file arrived; see `Remote.files`."""
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = insist(lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
+    entries = [e for e in tree if isinstance(e, RepoFile)]
+    return {e.path: f"sha256:{e.lfs.sha256}" if e.lfs else f"sha1:{e.blob_id}" for e in entries}
+
+
+def differences(release: Release, held: Mapping[str, str]) -> dict[str, str]:
     """path -> "new", "changed", "same" or "only there", as an upload would find it."""
-    held = remote.files if remote else {}
     result = {}
     for path in release.files:
         kind, _, there = held.get(path, "").partition(":")
@@ -66,7 +71,7 @@ def differences(release: Release, remote: Remote | None) -> dict[str, str]:
 
 def holds(remote: Remote, release: Release) -> bool:
     """Whether every file of the release is there."""
-    return all(state in ("same", "only there") for state in differences(release, remote).values())
+    return all(state in ("same", "only there") for state in differences(release, remote.files).values())
 
 
 def stale(remote: Remote, release: Release) -> list[str]:

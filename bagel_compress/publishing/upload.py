@@ -19,7 +19,7 @@ from bagel_compress.build.artifact import MANIFESTS
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.io.hub_client import TRIES, client, failures, insist, transient, transport_errors
 from bagel_compress.publishing.release import Release
-from bagel_compress.publishing.remote_files import OWN, Remote, holds, look, stale
+from bagel_compress.publishing.remote_files import OWN, Remote, differences, holds, listed_digests, look, stale
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -90,12 +90,14 @@ def prepare(
 
 
 def check_arrived(api: HfApi, release: Release, uploaded: Uploaded) -> None:
-    """Compares every file of the folder with what the Hub says it holds. Raises GateError on any difference."""
+    """Compares the digests of what was verified with those the Hub lists. Raises GateError on any difference.
+
+    The Hub computed its digests itself when the files arrived, so large files are not read here again.
+    """
     with failures(f"{uploaded.repo} cannot be checked after the upload"):
-        found = insist(
-            lambda: api.verify_repo_checksums(uploaded.repo, revision=uploaded.commit, local_dir=release.folder)
-        )
-    faults = [f"{m['path']} differs" for m in found.mismatches] + [f"{path} is missing" for path in found.extra_paths]
+        found = listed_digests(api, uploaded.repo, uploaded.commit)
+    words = {"changed": "differs", "new": "is missing"}
+    faults = [f"{path} {words[state]}" for path, state in differences(release, found).items() if state in words]
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise GateError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from publish_data import BASE, REPO, budget, flip, parity
 
 from bagel_compress.build.artifact import Artifact
@@ -33,6 +35,55 @@ def test_the_folder_holds_what_was_verified(artifact: Artifact, tmp_path: Path) 
         assert sha256_file(made.folder / path) == entry.sha256
         assert (made.folder / path).stat().st_size == entry.bytes
     assert release(artifact, tmp_path).files == made.files  # the same again, byte for byte
+
+
+def test_one_reading_takes_all_digests(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bagel_compress.build.artifact as build
+    import bagel_compress.publishing.release as module
+
+    read: list[str] = []
+    matches, sha256_file = build._matches, module.sha256_file
+    monkeypatch.setattr(build, "_matches", lambda path, *rest: (read.append(path.name), matches(path, *rest))[1])
+    monkeypatch.setattr(module, "sha256_file", lambda path: (read.append(path.name), sha256_file(path))[1])
+    release = make_release(artifact, tmp_path / "release", ORIGIN)
+    assert {name: read.count(Path(name).name) for name in artifact.manifest.files} == dict.fromkeys(
+        artifact.manifest.files, 1
+    )
+    for name, entry in release.files.items():
+        assert entry.sha256 == hashlib.sha256((release.folder / name).read_bytes()).hexdigest()
+
+
+def test_a_file_that_changes_after_it_was_verified(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bagel_compress.publishing.release as module
+
+    real = module._fresh
+
+    def meddle(folder: Path) -> None:
+        shard = artifact.path / artifact.manifest.shards[0]
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(bytes(data))
+        real(folder)
+
+    monkeypatch.setattr(module, "_fresh", meddle)
+    with pytest.raises(GateError, match="was changed while it was published"):
+        make_release(artifact, tmp_path / "release", ORIGIN)
+
+
+def test_a_copy_is_read_where_files_cannot_be_linked(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("os.link", refuse)
+    release = make_release(artifact, tmp_path / "release", ORIGIN)
+    assert not (release.folder / artifact.manifest.shards[0]).samefile(artifact.path / artifact.manifest.shards[0])
+    monkeypatch.setattr("shutil.copyfile", lambda source, target: Path(target).write_bytes(b"something else"))
+    with pytest.raises(GateError, match="was changed while it was published"):
+        make_release(artifact, tmp_path / "release", ORIGIN)
 
 
 def test_failed_parity(artifact: Artifact, tmp_path: Path) -> None:
@@ -131,4 +182,5 @@ def test_a_manifest_with_a_shard_elsewhere(artifact: Artifact) -> None:
 def test_the_recipe_on_the_card_is_the_recipe(artifact: Artifact, tmp_path: Path) -> None:
     card = (release(artifact, tmp_path).folder / "README.md").read_text()
     text = card.partition("```yaml\n")[2].partition("\n```")[0]
-    assert Recipe.parse(text, "card").digest == artifact.manifest.recipe_digest
+    written = Recipe.model_validate(yaml.safe_load(text))  # its target is known to these tests alone
+    assert written.digest == artifact.manifest.recipe_digest
