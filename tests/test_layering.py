@@ -140,16 +140,17 @@ def test_the_command_line_starts_without_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_help_is_quick() -> None:
-    """Processor time from the interpreter's start to the end of --help: what an idle machine would wait."""
+def test_help_loads_nothing_that_is_slow_to_load() -> None:
+    """Help is printed before anything is read, so what it waits for are imports."""
+    slow = sorted(HEAVY | OPTIONAL | {"numpy", "pydantic", "PIL", "yaml", "tokenizers", "safetensors", "tqdm"})
     code = (
-        "import atexit, sys, time; atexit.register(lambda: print(time.process_time(), file=sys.stderr))\n"
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print([m for m in {slow!r} if m in sys.modules], file=sys.stderr))\n"
         "from bagel_compress.cli import main; main(['--help'])"
     )
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr) for _ in range(3)
-    ]
-    assert min(times) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "[]"
+    assert "generate" in done.stdout
 
 
 def test_opening_a_model_draws_no_initial_values() -> None:

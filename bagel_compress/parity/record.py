@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bagel.layers import attention_kernel
 from bagel.sampler import Sampler
 from bagel_compress.errors import TraceError
 from bagel_compress.parity import replay
@@ -118,7 +119,7 @@ def changed(sampler: Sampler, kind: str) -> Iterator[Sampler]:
         yield other
     elif kind == "kernel":
         other.merge_branches = True
-        with sdpa_kernel(SDPBackend.MATH):
+        with attention_kernel("exact"), sdpa_kernel(SDPBackend.MATH):  # of the model, whatever is installed; of the VAE
             yield other
     else:
         yield other
