@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bagel.errors import BagelError
-from bagel.layout import Sizes
+from bagel.layout import ModelSizes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -91,10 +91,10 @@ class BagelConfig:
         return self.vae_downsample * self.latent_patch_size
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> ModelSizes:
         """What fixes the shapes of all tensors."""
         llm, vit = self.llm, self.vit
-        return Sizes(
+        return ModelSizes(
             llm.hidden_size, llm.intermediate_size, llm.num_layers, llm.num_heads, llm.num_kv_heads, llm.vocab_size,
             vit.hidden_size, vit.intermediate_size, vit.num_layers, vit.patch_size**2 * vit.num_channels,
             self.latent_width, self.max_latent_size**2, self.vit_max_patches**2,

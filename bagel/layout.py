@@ -116,7 +116,7 @@ def _vit_role(layer: int, module: str, part: str) -> Role | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ModelSizes:
     """The numbers that fix every tensor shape. `vit_layers` counts the stored ones (one less than SigLIP has)."""
 
     hidden: int
@@ -135,7 +135,7 @@ class Sizes:
     frequencies: int = 256  # width of the sinusoidal timestep features
 
 
-def expected_tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+def expected_tensors(sizes: ModelSizes) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of the main file (all but the VAE), in the order of the official file (by name)."""
     s = sizes
     shapes: dict[str, tuple[int, ...]] = {
@@ -161,7 +161,7 @@ def expected_tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     return dict(sorted((shapes | _vit_tensors(s)).items()))
 
 
-def _llm_layer_tensors(s: Sizes, prefix: str, suffix: str) -> dict[str, tuple[int, ...]]:
+def _llm_layer_tensors(s: ModelSizes, prefix: str, suffix: str) -> dict[str, tuple[int, ...]]:
     head_dim = s.hidden // s.heads
     shapes: dict[str, tuple[int, ...]] = {}
     for letter, rows in (("q", s.hidden), ("k", s.kv_heads * head_dim), ("v", s.kv_heads * head_dim)):
@@ -179,7 +179,7 @@ def _llm_layer_tensors(s: Sizes, prefix: str, suffix: str) -> dict[str, tuple[in
     return shapes
 
 
-def _vit_tensors(s: Sizes) -> dict[str, tuple[int, ...]]:
+def _vit_tensors(s: ModelSizes) -> dict[str, tuple[int, ...]]:
     root = "vit_model.vision_model."
     linears = {"embeddings.patch_embedding": (s.vit_hidden, s.vit_patch)}
     norms = ["post_layernorm"]

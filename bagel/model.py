@@ -296,13 +296,13 @@ class Bagel(nn.Module):
 
     def _run(self, x_TD: Tensor, work: _Pass, first_in_last: int, tap: Tap | None = None) -> Tensor:
         """All decoder layers. In the last one only rows from `first_in_last` on are carried through."""
-        wide = sum(work.gen_lens) > 0
+        in_fp32 = sum(work.gen_lens) > 0
         attend, rope, places = _attend_with(work), work.rope, self.places
         for index, layer in enumerate(self.layers):
             first = first_in_last if index == len(self.layers) - 1 else 0
             if places is not None and x_TD.device != (device := places.layers[index]):
                 x_TD, rope = x_TD.to(device), (rope[0].to(device), rope[1].to(device))
-            x_TD = layer(x_TD, work.n_und, rope, attend, wide, first)
+            x_TD = layer(x_TD, work.n_und, rope, attend, in_fp32, first)
             if tap:
                 tap(f"layer{index}", _official_order(x_TD, work))
         return x_TD if places is None else x_TD.to(places.home)

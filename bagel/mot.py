@@ -37,19 +37,19 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def query(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], wide: bool) -> Tensor:
-        """Queries [T, H, E] of normalised rows, after q_norm and rope. `wide`: norm and rope in fp32."""
+    def query(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], in_fp32: bool) -> Tensor:
+        """Queries [T, H, E] of normalised rows, after q_norm and rope. `in_fp32`: norm and rope in fp32."""
         q_THE = self.q_proj(x_TD).unflatten(-1, (self.num_heads, self.head_dim))
-        return self._positioned(q_THE, self.q_norm, rope, wide)
+        return self._positioned(q_THE, self.q_norm, rope, in_fp32)
 
-    def key_value(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], wide: bool) -> tuple[Tensor, Tensor]:
+    def key_value(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], in_fp32: bool) -> tuple[Tensor, Tensor]:
         """Keys (after k_norm and rope) and values, [T, K, E] each."""
         k_TKE = self.k_proj(x_TD).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v_TKE = self.v_proj(x_TD).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        return self._positioned(k_TKE, self.k_norm, rope, wide), v_TKE
+        return self._positioned(k_TKE, self.k_norm, rope, in_fp32), v_TKE
 
-    def _positioned(self, x_THE: Tensor, norm: RMSNorm, rope: tuple[Tensor, Tensor], wide: bool) -> Tensor:
-        normed_THE = norm(x_THE.float() if wide else x_THE)
+    def _positioned(self, x_THE: Tensor, norm: RMSNorm, rope: tuple[Tensor, Tensor], in_fp32: bool) -> Tensor:
+        normed_THE = norm(x_THE.float() if in_fp32 else x_THE)
         return apply_rope(normed_THE, *rope).to(x_THE.dtype)
 
     def mlp(self, x_TD: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class MoTLayer(nn.Module):
         self.gen = Expert(config)
 
     def forward(
-        self, x_TD: Tensor, n_und: int, rope: tuple[Tensor, Tensor], attend: Attend, wide: bool, first: int = 0
+        self, x_TD: Tensor, n_und: int, rope: tuple[Tensor, Tensor], attend: Attend, in_fp32: bool, first: int = 0
     ) -> Tensor:
         """Rows [0, n_und) are of the understanding expert, the rest of the generation expert.
 
@@ -78,11 +78,11 @@ class MoTLayer(nn.Module):
         q, k, v = [], [], []
         for expert, start, stop in experts:
             normed_TD = expert.input_layernorm(x_TD[start:stop])
-            k_TKE, v_TKE = expert.key_value(normed_TD, _rows(rope, start, stop), wide)
+            k_TKE, v_TKE = expert.key_value(normed_TD, _rows(rope, start, stop), in_fp32)
             k.append(k_TKE)
             v.append(v_TKE)
             if stop > (begin := max(start, first)):
-                q.append(expert.query(normed_TD[begin - start :], _rows(rope, begin, stop), wide))
+                q.append(expert.query(normed_TD[begin - start :], _rows(rope, begin, stop), in_fp32))
         q_THE = _join(q) if q else k[0].new_empty(0, self.und.num_heads, self.und.head_dim)
         o_TD = attend(self.index, q_THE, _join(k), _join(v)).flatten(1)
         return self._after_attention(x_TD[first:], o_TD, [(e, max(a, first) - first, b - first) for e, a, b in experts])

@@ -50,7 +50,7 @@ Item = TextItem | ViTItem | LatentItem
 
 
 @dataclass(slots=True)
-class Batch:
+class PackedBatch:
     """A packed batch of T rows. Row indexes count over the whole batch."""
 
     sample_lens: list[int]
@@ -80,7 +80,7 @@ class Losses:
     hidden: Tensor
 
 
-def forward(model: Bagel, batch: Batch, noise: Tensor) -> Losses:
+def forward(model: Bagel, batch: PackedBatch, noise: Tensor) -> Losses:
     """Losses of a batch; `noise` is standard normal, [N, p*p*z]."""
     t = shifted_times(batch.timesteps, model.config.timestep_shift)
     x_t = (1 - t[:, None]) * batch.latents + t[:, None] * noise
@@ -90,7 +90,7 @@ def forward(model: Bagel, batch: Batch, noise: Tensor) -> Losses:
     rope = rope_table(batch.positions[order], llm.head_dim, llm.rope_theta, x_TD.dtype)
     attend = _attend_with(batch, order)
     for layer in model.layers:
-        x_TD = layer(x_TD, len(und_rows), rope, attend, wide=True)
+        x_TD = layer(x_TD, len(und_rows), rope, attend, in_fp32=True)
     normed_TD = torch.cat([model.norm_und(x_TD[: len(und_rows)]), model.norm_gen(x_TD[len(und_rows) :])])
     hidden_TD = torch.empty_like(normed_TD).index_copy(0, order, normed_TD)
     ce = cross_entropy(model.lm_head(hidden_TD[batch.ce_rows]).float(), batch.labels, reduction="none")
@@ -105,7 +105,7 @@ def shifted_times(draws: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def _expert_order(batch: Batch) -> tuple[Tensor, Tensor]:
+def _expert_order(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """(understanding rows, all rows in expert order): everything but latents first."""
     is_gen = torch.zeros(sum(batch.sample_lens), dtype=torch.bool, device=batch.positions.device)
     is_gen[batch.latent_rows] = True
@@ -113,7 +113,7 @@ def _expert_order(batch: Batch) -> tuple[Tensor, Tensor]:
     return und_rows, torch.cat([und_rows, is_gen.nonzero()[:, 0]])
 
 
-def _embed(model: Bagel, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
+def _embed(model: Bagel, batch: PackedBatch, x_t: Tensor, t: Tensor) -> Tensor:
     text = model.embed_tokens(batch.text_ids)
     x_TD = text.new_zeros(sum(batch.sample_lens), text.shape[1]).index_copy(0, batch.text_rows, text)
     if batch.vit_lens:
@@ -127,7 +127,7 @@ def _embed(model: Bagel, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
     return x_TD
 
 
-def _attend_with(batch: Batch, order: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+def _attend_with(batch: PackedBatch, order: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
     """Attention per sample under its visibility; rows come and go in expert order."""
     inverse = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
 
@@ -208,14 +208,14 @@ class _Packer:
         self.positions += positions
 
 
-def pack(model: Bagel, text: TextCodec, samples: Sequence[Sequence[Item]]) -> Batch:
+def pack(model: Bagel, text: TextCodec, samples: Sequence[Sequence[Item]]) -> PackedBatch:
     """Lays samples out on one axis, in the model's configuration. CPU tensors."""
     packer = _Packer(model, text)
     for items in samples:
         packer.sample(items)
     rows = {kind: torch.tensor(r, dtype=torch.int64) for kind, r in packer.rows.items()}
     patch_values = model.config.vit.num_channels * model.config.vit.patch_size**2
-    return Batch(
+    return PackedBatch(
         sample_lens=[len(v) for v in packer.visible],
         visible=packer.visible,
         positions=torch.tensor(packer.positions),

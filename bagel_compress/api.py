@@ -55,10 +55,10 @@ def open_model(model: str | Path, device: str = "cpu", dtype: torch.dtype | None
         from bagel_compress.exporting.ort_sampler import open_onnx
 
         return open_onnx(folder, None if device == "auto" else device.partition(":")[0])
-    from bagel_compress.budgets.device_option import one_device, where
+    from bagel_compress.budgets.device_option import choose_device, one_device
     from bagel_compress.run.load import open_model as load_model
 
-    place = where(device, folder, log.info) if dtype is None else one_device(device)
+    place = choose_device(device, folder, log.info) if dtype is None else one_device(device)
     return load_model(folder, place, dtype)
 
 
@@ -135,10 +135,10 @@ def budget(
     `build` is an artifact (then reports/budget-TARGET.json is written beside it), or a recipe (object, file or packaged
     name) that is planned for `source`, by default the released checkpoint. `target` is a Target, a YAML file or a
     packaged name such as "12gb". With `device` ("cuda", "cuda:1") an artifact is also measured there, if it is the
-    target's card; with "cpu" only times are taken, in seconds.
+    target's GPU; with "cpu" only times are taken, in seconds.
 
     A limit that does not hold raises nothing: see `broken` and `advice`. Raises RecipeError, PlanError, TargetError (an
-    unknown target or size, another card than the target's), ArtifactError.
+    unknown target or size, another GPU than the target's), ArtifactError.
 
         report = bc.budget("nf4-12gb", "12gb")
         print(report.peak / 2**30, "GiB", report.broken, report.advice)
@@ -170,11 +170,11 @@ def export(
         model.run(["a red cat"], size=(512, 512)).image.save("cat.png")
     """
     from bagel_compress.exporting.build import export as write_export
-    from bagel_compress.exporting.source import Source
+    from bagel_compress.exporting.source import WeightSource
     from bagel_compress.run.target import Target
 
     chosen = target if isinstance(target, Target) else Target.load(target)
-    return write_export(Source.open(_folder(source)), chosen, Path(out), progress)
+    return write_export(WeightSource.open(_folder(source)), chosen, Path(out), progress)
 
 
 def publish(

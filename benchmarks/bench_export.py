@@ -35,7 +35,7 @@ from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.exporting.build import export
 from bagel_compress.exporting.manifest import ExportFolder, ExportSource
 from bagel_compress.exporting.ort_session import Sessions
-from bagel_compress.exporting.source import Coded, Source
+from bagel_compress.exporting.source import Coded, WeightSource
 from bagel_compress.exporting.tensorrt import build_engine
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.target import Target
@@ -57,7 +57,7 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 ENGINES = (("bf16", "raw"), ("fp8", "fp8"), ("int8", "int8"), ("int4", "int4"))
 
 
-class OneLayer(Source):
+class OneLayer(WeightSource):
     """A random layer of the released shape; codes are made once per codec."""
 
     limits = Limits.model_validate({})
@@ -181,7 +181,7 @@ def measure_onnx(
     return row
 
 
-def exported(source: Source, settings: dict[str, Any], out: Path) -> tuple[ExportFolder, float, float]:
+def exported(source: WeightSource, settings: dict[str, Any], out: Path) -> tuple[ExportFolder, float, float]:
     """The folder, seconds, and the highest anonymous memory on the way, in GB."""
     peaks, stop = [anonymous_gb()], threading.Event()
 

@@ -98,7 +98,7 @@ def exported(model: str, form: str, source: Path, folder: Path, threads: int) ->
     from bagel_compress.exporting.build import export
     from bagel_compress.exporting.manifest import MANIFEST as EXPORT
     from bagel_compress.exporting.ort_sampler import open_onnx
-    from bagel_compress.exporting.source import Source
+    from bagel_compress.exporting.source import WeightSource
     from bagel_compress.run.load import open_model
     from bagel_compress.run.target import Target
     from bagel_compress.source.checkpoint import Checkpoint
@@ -111,7 +111,7 @@ def exported(model: str, form: str, source: Path, folder: Path, threads: int) ->
     if not (graphs / EXPORT).exists():
         settings = {"precision": "fp32", "activations": "float" if form == "fp32" else "blocks"}
         target = {"name": "bench", "device": {"name": "CPU", "memory_mib": 1}, "export": settings}
-        export(Source.open(source if form == "fp32" else build), Target.model_validate(target), graphs)
+        export(WeightSource.open(source if form == "fp32" else build), Target.model_validate(target), graphs)
     found: dict[str, Any] = {f"ort {form}": open_onnx(graphs, threads=threads)}
     return found if form == "fp32" else found | {f"torch {form}": open_model(build)}
 

@@ -36,7 +36,7 @@ from bagel_compress.build.limits import Metric, resolve
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.io.packaged import resource
-from bagel_compress.parity.compare import Subject as ComparedModel
+from bagel_compress.parity.compare import Candidate as ComparedModel
 from bagel_compress.parity.compare import compare as compare_traces
 from bagel_compress.parity.metrics import kl_divergence, rel_l2
 from bagel_compress.parity.record import record_cases

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bagel.conformance.compare import LIMITS, Row, check
+from bagel.conformance.compare import LIMITS, ScenarioResult, check
 from bagel.errors import BagelError
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if passed else 1
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[ScenarioResult]) -> str:
     lines = [f"{'scenario':<20} {'tensors':>7} {'worst':>9} {'limit':>8}  ok   tensor"]
     for row in rows:
         verdict = "ok" if row.ok else "FAIL"

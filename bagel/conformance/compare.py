@@ -20,7 +20,7 @@ IDS = ("gentext0.argmax_ids", "gentext0.output_ids", "saved.output_ids")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScenarioResult:
     """The outcome of one scenario."""
 
     scenario: str
@@ -32,7 +32,7 @@ class Row:
     note: str = ""
 
 
-def check(folder: Path, mode: str) -> list[Row]:
+def check(folder: Path, mode: str) -> list[ScenarioResult]:
     """Replays every scenario of `folder/manifest.json` that was recorded in `mode`."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -55,12 +55,12 @@ def replayed(golden: Golden, name: str) -> Tensors:
     return kinds[scenario["kind"]](golden, scenario, golden.recorded(name))
 
 
-def _row(golden: Golden, name: str) -> Row:
+def _row(golden: Golden, name: str) -> ScenarioResult:
     limit = LIMITS[golden.mode]
     run = golden.manifest["scenarios"][name]["runs"][golden.mode]
     missing = [f for f in (run["file"], run.get("out_image")) if f and not (golden.folder / f).exists()]
     if missing:
-        return Row(name, 0, float("inf"), "", limit, False, f"{missing[0]} is missing")
+        return ScenarioResult(name, 0, float("inf"), "", limit, False, f"{missing[0]} is missing")
     given, found = golden.recorded(name), replayed(golden, name)
     errors = _errors(golden, given, found)
     if run.get("out_image"):
@@ -69,9 +69,11 @@ def _row(golden: Golden, name: str) -> Row:
     promised = run.get("tensors", {})
     unseen = [t for t in promised if t not in errors and t not in run["info"].get("empty", [])]
     if unseen:
-        return Row(name, len(errors), float("inf"), unseen[0], limit, False, f"{len(unseen)} tensors not compared")
+        return ScenarioResult(
+            name, len(errors), float("inf"), unseen[0], limit, False, f"{len(unseen)} tensors not compared"
+        )
     worst = max(errors, key=lambda n: errors[n])
-    return Row(name, len(errors), errors[worst], worst, limit, errors[worst] <= limit)
+    return ScenarioResult(name, len(errors), errors[worst], worst, limit, errors[worst] <= limit)
 
 
 def _errors(golden: Golden, given: Tensors, found: Tensors) -> dict[str, float]:

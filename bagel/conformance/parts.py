@@ -14,7 +14,7 @@ from bagel.flow import schedule
 from bagel.inputs import grid_ids, resized, resized_sides, to_rgb, to_tensor
 from bagel.layers import inverse_frequencies
 from bagel.model import TimeEmbedder, sincos_table
-from bagel.training import Batch, forward
+from bagel.training import PackedBatch, forward
 from bagel.vit import patchify
 
 
@@ -103,7 +103,7 @@ def train(golden: Golden, scenario: dict[str, Any], given: Tensors) -> Tensors:
         for latent, (h, w) in zip(given["in.padded_latent"], lists["patchified_vae_latent_shapes"], strict=True)
     ]
     images = [to_tensor(resized(to_rgb(golden.image(n)), config.vit_rule)) for n in golden.manifest["images"]]
-    batch = Batch(
+    batch = PackedBatch(
         sample_lens=lists["sample_lens"],
         visible=[given[f"in.attn_visible{i}"] for i in range(len(lists["sample_lens"]))],
         positions=given["in.packed_position_ids"],

@@ -18,8 +18,8 @@ from torch import Tensor
 from bagel.images import resized
 from bagel.inputs import to_tensor
 from bagel.nano import language
-from bagel.nano.forward import Branch, Item, Latent, Seen, Text
-from bagel.nano.language import Edit, Plan
+from bagel.nano.forward import Branch, Item, Latent, TextTurn, ViTPatches
+from bagel.nano.language import Edit, ThinkTask
 from bagel.nano.model import CONFIG
 from bagel.nano.scenes import Scene, render, sample_scene
 from bagel.nano.vae_train import to_tensor as images_to_tensor
@@ -126,7 +126,7 @@ class Tasks:
         kinds = rng.permutation(language.kinds_for(scene))[: self._mix.questions]
         asked = [language.question(scene, str(kind), rng) for kind in kinds]
         describe = self._asks(language.DESCRIBE, language.caption(scene), DESCRIBE_WEIGHT)
-        return [Seen(patches_of(scene)), describe, *(self._asks(q.text, q.answer, 1.0) for q in asked)]
+        return [ViTPatches(patches_of(scene)), describe, *(self._asks(q.text, q.answer, 1.0) for q in asked)]
 
     def _asks(self, question: str, answer: str, weight: float) -> Branch:
         return Branch((self._turn(question), self._turn(answer, weight)))
@@ -146,20 +146,20 @@ class Tasks:
         copies = _copies(rng, pool.after[index], self._mix.edit_copies)
         if dropped < DROP_IMAGE:
             return [self._turn(edit.text), *copies]
-        images: list[Item] = [Latent(pool.before[index]), Seen(patches_of(edit.before))]
+        images: list[Item] = [Latent(pool.before[index]), ViTPatches(patches_of(edit.before))]
         return [*images, *([] if dropped < DROP_IMAGE + DROP_TEXT else [self._turn(edit.text)]), *copies]
 
     def _think(self, rng: np.random.Generator, pool: Pool) -> list[Item]:
         index = int(rng.integers(len(pool.scenes)))
-        plan = Plan(*_plan_of(rng, pool.scenes[index]))
+        plan = ThinkTask(*_plan_of(rng, pool.scenes[index]))
         thoughts = [self._turn(plan.prompt), self._turn(plan.thoughts, THINK_WEIGHT)]
         head = [] if rng.random() < DROP_TEXT else thoughts
         return [self._turn(THINK_IMAGE), *head, *_copies(rng, pool.latents[index], self._mix.edit_copies)]
 
-    def _turn(self, text: str, weight: float = 0.0) -> Text:
+    def _turn(self, text: str, weight: float = 0.0) -> TextTurn:
         if text not in self._turns:
             self._turns[text] = self._text.turn(text)
-        return Text(self._turns[text], weight)
+        return TextTurn(self._turns[text], weight)
 
 
 def _copies(rng: np.random.Generator, latent: Tensor, count: int) -> list[Item]:

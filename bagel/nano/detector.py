@@ -25,7 +25,7 @@ _DROP = {"circle": 0.0, "square": 0.0, "triangle": 0.25 * 1.25}
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class DetectedThing:
     """A thing that was seen. `shape` is "?" if no shape fits."""
 
     shape: str
@@ -37,14 +37,14 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class DetectedScene:
     """What a picture shows; things from left to right, or from top to bottom."""
 
     background: str
-    things: tuple[Found, ...]
+    things: tuple[DetectedThing, ...]
 
 
-def read(image: Image) -> Reading:
+def read(image: Image) -> DetectedScene:
     """Reads a uint8 [SIDE, SIDE, 3] picture."""
     pixels = image.astype(np.float32)
     labels = _majority(np.square(pixels[:, :, None] - _PALETTE).sum(-1).argmin(-1))
@@ -58,7 +58,7 @@ def read(image: Image) -> Reading:
     ]
     taken = np.logical_or.reduce([area for _, area in areas]) if areas else np.zeros(labels.shape, bool)
     things = [_read_thing(pixels, area, taken & ~area, label, ground) for label, area in areas]
-    return Reading(_NAMES[background], tuple(sorted(things, key=lambda t: (round(t.x / 8), t.y))))
+    return DetectedScene(_NAMES[background], tuple(sorted(things, key=lambda t: (round(t.x / 8), t.y))))
 
 
 def _majority(labels: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -111,7 +111,7 @@ def _read_thing(
     other: NDArray[np.bool_],
     label: int,
     ground: NDArray[np.float32],
-) -> Found:
+) -> DetectedThing:
     """Shape and place from the soft cover: how far each pixel lies between the background's and the thing's colour."""
     color = np.median(pixels[area], axis=0)
     towards = color - ground
@@ -120,12 +120,12 @@ def _read_thing(
     cover = (np.clip(along, 0, 1) * near).astype(np.float32)
     mass = float(cover.sum())
     if mass <= 0:
-        return Found("?", _NAMES[label], "center", SIDE / 2, SIDE / 2, 0.0)
+        return DetectedThing("?", _NAMES[label], "center", SIDE / 2, SIDE / 2, 0.0)
     steps = np.arange(SIDE, dtype=np.float32) + 0.5
     x, y = float(cover.sum(0) @ steps / mass), float(cover.sum(1) @ steps / mass)
     overlap, shape, middle = max(_fit(cover, shape, x, y, mass) for shape in SHAPES)
     place = min(PLACES, key=lambda p: (PLACES[p][0] - x) ** 2 + (PLACES[p][1] - middle) ** 2)
-    return Found(shape if overlap >= MIN_OVERLAP else "?", _NAMES[label], place, x, middle, overlap)
+    return DetectedThing(shape if overlap >= MIN_OVERLAP else "?", _NAMES[label], place, x, middle, overlap)
 
 
 def _fit(cover: NDArray[np.float32], shape: str, x: float, y: float, mass: float) -> tuple[float, str, float]:

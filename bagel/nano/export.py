@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from bagel.config import ResizeRule
-from bagel.layout import Sizes, expected_tensors
+from bagel.layout import ModelSizes, expected_tensors
 from bagel.loading import parameter_path
 from bagel.model import Bagel
 from bagel.nano import tokens
@@ -51,9 +51,9 @@ def save_vae(folder: Path, vae: AutoEncoder) -> None:
     save_file(weights, folder / "ae.safetensors", metadata={"format": "pt"})
 
 
-def _sizes() -> Sizes:
+def _sizes() -> ModelSizes:
     llm, vit = CONFIG.llm, CONFIG.vit
-    return Sizes(
+    return ModelSizes(
         hidden=llm.hidden_size, intermediate=llm.intermediate_size, layers=llm.num_layers, heads=llm.num_heads,
         kv_heads=llm.num_kv_heads, vocab=llm.vocab_size, vit_hidden=vit.hidden_size,
         vit_intermediate=vit.intermediate_size, vit_layers=vit.num_layers,

@@ -32,7 +32,7 @@ _CAUSAL, _FULL, _NOISE = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class TextTurn:
     """A text turn by its ids (wrapped). `weight`: of its cross entropy; 0 is no loss."""
 
     ids: Sequence[int]
@@ -40,7 +40,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ViTPatches:
     """A picture as ViT patches [P, 588]."""
 
     patches: Tensor
@@ -58,14 +58,14 @@ class Latent:
 class Branch:
     """Items that go on from the trunk (the items outside of branches before it), unseen by anything outside."""
 
-    items: tuple[Text, ...]
+    items: tuple[TextTurn, ...]
 
 
-Item = Text | Seen | Latent | Branch
+Item = TextTurn | ViTPatches | Latent | Branch
 
 
 @dataclass(slots=True)
-class Group:
+class SampleGroup:
     """B samples; slots of each: U of the understanding expert (padded texts, then patches), then G latents."""
 
     text_ids: Tensor  # [B, t]
@@ -93,7 +93,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Losses:
+class WeightedLosses:
     """Unreduced: cross entropies with their weights, squared errors [noised tokens, p*p*z]."""
 
     ce: Tensor
@@ -101,7 +101,7 @@ class Losses:
     mse: Tensor
 
 
-def forward(model: Bagel, groups: Sequence[Group], noise: Sequence[Tensor]) -> Losses:
+def forward(model: Bagel, groups: Sequence[SampleGroup], noise: Sequence[Tensor]) -> WeightedLosses:
     """Losses of a batch; `noise[g]` is standard normal in the shape of `groups[g].latents`."""
     llm = model.config.llm
     draws = [shifted_times(g.draws, model.config.timestep_shift) for g in groups]
@@ -118,11 +118,11 @@ def forward(model: Bagel, groups: Sequence[Group], noise: Sequence[Tensor]) -> L
         return _attention(groups, n_und, q_THE, k_TKE, v_TKE)
 
     for layer in model.layers:
-        x_TD = layer(x_TD, n_und, rope, attend, wide=True)
+        x_TD = layer(x_TD, n_und, rope, attend, in_fp32=True)
     return _losses(model, groups, noise, draws, x_TD[:n_und], x_TD[n_und:])
 
 
-def _embed_und(model: Bagel, group: Group) -> Tensor:
+def _embed_und(model: Bagel, group: SampleGroup) -> Tensor:
     x_BUD = model.embed_tokens(group.text_ids)
     batch, images, patches, values = group.patches.shape
     if not images:
@@ -134,7 +134,7 @@ def _embed_und(model: Bagel, group: Group) -> Tensor:
     return torch.cat([x_BUD, features.reshape(batch, images * patches, -1)], 1)
 
 
-def _embed_gen(model: Bagel, group: Group, noise: Tensor, t_BP: Tensor) -> Tensor:
+def _embed_gen(model: Bagel, group: SampleGroup, noise: Tensor, t_BP: Tensor) -> Tensor:
     t = t_BP[..., None, None]
     x_BPNC = (1 - t) * group.latents + t * noise
     side = round(group.latents.shape[2] ** 0.5)
@@ -143,14 +143,16 @@ def _embed_gen(model: Bagel, group: Group, noise: Tensor, t_BP: Tensor) -> Tenso
     return (model.vae2llm(x_BPNC) + times + places).flatten(1, 2)  # type: ignore[no-any-return]
 
 
-def _attention(groups: Sequence[Group], n_und: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(groups: Sequence[SampleGroup], n_und: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Per group one batched attention; rows come and go as understanding rows of all groups, then generation rows."""
     und, gen = [], []
     u, g = 0, n_und
     for group in groups:
         u_next, g_next = u + group.size * group.n_und, g + group.size * group.n_gen
 
-        def rows(x: Tensor, a: int = u, b: int = u_next, c: int = g, d: int = g_next, group: Group = group) -> Tensor:
+        def rows(
+            x: Tensor, a: int = u, b: int = u_next, c: int = g, d: int = g_next, group: SampleGroup = group
+        ) -> Tensor:
             parts = [x[a:b].unflatten(0, (group.size, -1))]
             if d > c:
                 parts.append(x[c:d].unflatten(0, (group.size, -1)))
@@ -175,12 +177,12 @@ def _masked(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor) -> Ten
 
 def _losses(
     model: Bagel,
-    groups: Sequence[Group],
+    groups: Sequence[SampleGroup],
     noise: Sequence[Tensor],
     times: Sequence[Tensor],
     und_TD: Tensor,
     gen_TD: Tensor,
-) -> Losses:
+) -> WeightedLosses:
     text_rows, labels, weights, gen_rows, targets = [], [], [], [], []
     u = g = 0
     for group, eps, t in zip(groups, noise, times, strict=True):
@@ -196,15 +198,17 @@ def _losses(
     logits = model.lm_head(model.norm_und(und_TD[torch.cat(text_rows)]))
     ce = cross_entropy(logits.float(), torch.cat(labels), reduction="none")
     if not gen_rows:
-        return Losses(ce, torch.cat(weights), ce.new_zeros(0, model.config.latent_width))
+        return WeightedLosses(ce, torch.cat(weights), ce.new_zeros(0, model.config.latent_width))
     velocity = model.llm2vae(model.norm_gen(gen_TD[torch.cat(gen_rows)]))
-    return Losses(ce, torch.cat(weights), (velocity.float() - torch.cat(targets)) ** 2)
+    return WeightedLosses(ce, torch.cat(weights), (velocity.float() - torch.cat(targets)) ** 2)
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------
 
 
-def grouped(text: TextCodec, samples: Sequence[Sequence[Item]], latent_tokens: int, latent_width: int) -> list[Group]:
+def grouped(
+    text: TextCodec, samples: Sequence[Sequence[Item]], latent_tokens: int, latent_width: int
+) -> list[SampleGroup]:
     """Lays samples out and groups those with equally many pictures of each kind, long texts apart from short ones."""
     layouts = [_Layout(text, items) for items in samples]
     groups: dict[tuple[int, int, bool], list[_Layout]] = defaultdict(list)
@@ -241,12 +245,12 @@ class _Layout:
                 inner = self._add(part, inner, number)
             return rope
         self._split += 1
-        if isinstance(item, Text):
+        if isinstance(item, TextTurn):
             return self._add_text(item, rope, branch)
         noised = isinstance(item, Latent) and item.draw is not None
         kind = _NOISE if noised else _FULL
         self._token(self._wrap[0], rope, branch, kind)
-        if isinstance(item, Seen):
+        if isinstance(item, ViTPatches):
             self.patches.append(item.patches)
             self.seen += [self._slot(rope, branch, kind) for _ in range(len(item.patches))]
         else:
@@ -256,7 +260,7 @@ class _Layout:
         self._token(self._wrap[1], rope, branch, kind)
         return rope if noised else rope + 1
 
-    def _add_text(self, item: Text, rope: int, branch: int) -> int:
+    def _add_text(self, item: TextTurn, rope: int, branch: int) -> int:
         for index, token in enumerate(item.ids):
             last = index == len(item.ids) - 1
             label = IGNORE if last or not item.weight else item.ids[index + 1]
@@ -274,7 +278,7 @@ class _Layout:
         return rope, self._order, self._split, branch, kind
 
 
-def _group(layouts: list[_Layout], latent_tokens: int, latent_width: int) -> Group:
+def _group(layouts: list[_Layout], latent_tokens: int, latent_width: int) -> SampleGroup:
     length = max(len(layout.text) for layout in layouts)
 
     def padded(values: Sequence[float], filler: float) -> list[float]:
@@ -286,7 +290,7 @@ def _group(layouts: list[_Layout], latent_tokens: int, latent_width: int) -> Gro
     latents = torch.stack([t for x in layouts for t in x.latents]) if pictures else torch.zeros(0)
     patches = torch.stack([t for x in layouts for t in x.patches]) if layouts[0].patches else None
     count = len(layouts)
-    return Group(
+    return SampleGroup(
         text_ids=torch.tensor([padded(x.ids, 0) for x in layouts]),
         labels=torch.tensor([padded(x.labels, IGNORE) for x in layouts]),
         weights=torch.tensor([padded(x.weights, 0.0) for x in layouts]),

@@ -46,7 +46,7 @@ class Edit:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ThinkTask:
     """A prompt that leaves things open, the think text that decides them, and the scene that follows the plan."""
 
     prompt: str
@@ -122,12 +122,12 @@ def sample_edit(rng: np.random.Generator, kind: str, count: int | None = None) -
     return Edit(kind, scene, f"move the {thing.shape} to the {place}", after)
 
 
-def sample_plan(rng: np.random.Generator) -> Plan:
+def sample_plan(rng: np.random.Generator) -> ThinkTask:
     """A prompt that names the things only; places and background are for the plan to choose."""
     scene = sample_scene(rng)
     order = rng.permutation(len(scene.things))
     names = [one(scene.things[int(i)].name) for i in order]
-    return Plan(" and ".join(names), thoughts(scene), scene)
+    return ThinkTask(" and ".join(names), thoughts(scene), scene)
 
 
 def thoughts(scene: Scene) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bagel.nano import export, tokens, vae_train
 from bagel.nano.batches import BIND_TURNS, EDIT_TURNS, Pool, make_pool
-from bagel.nano.train import PHASES, UNDERSTANDING, ModelRecipe, ModelTrainer, Progress
+from bagel.nano.train import PHASES, UNDERSTANDING, ModelRecipe, ModelTrainer, TrainingProgress
 from bagel.nano.vae_train import VAETrainer
 from bagel.text import TextCodec
 
@@ -28,14 +28,14 @@ SAVE_SECONDS = 180.0
 class NanoRecipe:
     """Everything that determines the checkpoint."""
 
-    vae: vae_train.Recipe = field(default_factory=vae_train.Recipe)
+    vae: vae_train.VAERecipe = field(default_factory=vae_train.VAERecipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)
     scenes: int = 5000
     edits: int = 8000
     pool_seed: int = 1
 
 
-def reproduce(out: Path, recipe: NanoRecipe, save_seconds: float = SAVE_SECONDS) -> Iterator[Progress]:
+def reproduce(out: Path, recipe: NanoRecipe, save_seconds: float = SAVE_SECONDS) -> Iterator[TrainingProgress]:
     """Trains into `out`: states and log beside the checkpoint, which is `out/BAGEL-nano`. Resumes what it finds."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokens.build()
@@ -48,12 +48,12 @@ def reproduce(out: Path, recipe: NanoRecipe, save_seconds: float = SAVE_SECONDS)
     export.save(out / NAME, model.averaged(), vae.averaged(), tokenizer)
 
 
-def _vae_steps(trainer: VAETrainer) -> Iterator[Progress]:
+def _vae_steps(trainer: VAETrainer) -> Iterator[TrainingProgress]:
     for metrics in trainer.steps():
-        yield Progress("vae", trainer.step, trainer.recipe.steps, metrics)
+        yield TrainingProgress("vae", trainer.step, trainer.recipe.steps, metrics)
 
 
-def _model_steps(trainer: ModelTrainer, recipe: NanoRecipe, vae: VAETrainer) -> Iterator[Progress]:
+def _model_steps(trainer: ModelTrainer, recipe: NanoRecipe, vae: VAETrainer) -> Iterator[TrainingProgress]:
     """The phases from the current one on; latents are encoded when drawing begins (or is resumed)."""
     pool: Pool | None = None
     for phase in PHASES[PHASES.index(trainer.phase) :]:
@@ -68,9 +68,9 @@ def _saved(
     file: Path,
     state: Callable[[], Mapping[str, Tensor]],
     load: Callable[[Mapping[str, Tensor]], None],
-    steps: Iterator[Progress],
+    steps: Iterator[TrainingProgress],
     seconds: float,
-) -> Iterator[Progress]:
+) -> Iterator[TrainingProgress]:
     """The steps, with the state loaded first if there is one, saved now and then, and saved at the end."""
     if file.exists():
         load(load_file(file))

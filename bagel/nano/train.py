@@ -24,7 +24,7 @@ from torch import Tensor
 from bagel.model import Bagel
 from bagel.nano import vit_train
 from bagel.nano.batches import Mix, Pool, Tasks
-from bagel.nano.forward import Losses, forward, grouped
+from bagel.nano.forward import WeightedLosses, forward, grouped
 from bagel.nano.model import CONFIG, LATENT_TOKENS, build, inner_matrices, trained
 from bagel.nano.optim import Average, Optimizer, Schedule
 from bagel.text import TextCodec
@@ -34,7 +34,7 @@ UNDERSTANDING = PHASES[:2]  # phases that need no latents
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class TrainingPhase:
     """Length, learning rate and its schedule, and how the losses weigh. `vit_rate`: the ViT's share of the rate.
 
     The ViT is frozen after its lessons: Muon gives a matrix a full-size update however faint its gradient is, and what
@@ -54,12 +54,12 @@ class Phase:
 class ModelRecipe:
     """What determines the trained weights, given the latents, the machine and the thread count."""
 
-    vit: Phase = Phase(1600, 2e-3, 50, 0.5, 0.05, vit_rate=1.0)
-    und: Phase = Phase(160, 2e-3, 50, 0.0, 1.0)
-    draw: Phase = Phase(630, 2e-3, 60, 0.0, 1.0, ce_weight=0.3)
-    mix: Phase = Phase(600, 2e-3, 30, 0.0, 1.0)
-    polish: Phase = Phase(800, 2e-3, 20, 0.85, 0.02)
-    bind: Phase = Phase(600, 2e-3, 20, 0.85, 0.02)
+    vit: TrainingPhase = TrainingPhase(1600, 2e-3, 50, 0.5, 0.05, vit_rate=1.0)
+    und: TrainingPhase = TrainingPhase(160, 2e-3, 50, 0.0, 1.0)
+    draw: TrainingPhase = TrainingPhase(630, 2e-3, 60, 0.0, 1.0, ce_weight=0.3)
+    mix: TrainingPhase = TrainingPhase(600, 2e-3, 30, 0.0, 1.0)
+    polish: TrainingPhase = TrainingPhase(800, 2e-3, 20, 0.85, 0.02)
+    bind: TrainingPhase = TrainingPhase(600, 2e-3, 20, 0.85, 0.02)
     vit_batch: int = 32
     und_batch: Mix = field(default_factory=lambda: Mix(ask=24))
     draw_batch: Mix = field(default_factory=lambda: Mix(24, 8, 10, 3))
@@ -71,7 +71,7 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingProgress:
     """Where a run is: the step just done, of the phase's steps, and what it measured."""
 
     phase: str
@@ -90,11 +90,11 @@ class ModelTrainer:
         self._text = text
         self._enter("vit")
 
-    def steps(self, phase: str, pool: Pool | None = None) -> Iterator[Progress]:
+    def steps(self, phase: str, pool: Pool | None = None) -> Iterator[TrainingProgress]:
         """Trains to the end of a phase, from wherever the run is in it. Phases come in the order of PHASES."""
         if phase != self.phase:
             self._enter(phase)
-        plan: Phase = getattr(self.recipe, phase)
+        plan: TrainingPhase = getattr(self.recipe, phase)
         schedule = Schedule(plan.steps, plan.warmup, plan.decay, plan.floor)
         tasks = Tasks(self._text, pool, self._batch(), self.recipe.seed)
         while self.step < plan.steps:
@@ -104,7 +104,7 @@ class ModelTrainer:
             if pool is not None:
                 self.average.update(self.step)
             self.step += 1
-            yield Progress(phase, self.step, plan.steps, {**metrics, "norm": norm})
+            yield TrainingProgress(phase, self.step, plan.steps, {**metrics, "norm": norm})
 
     def averaged(self) -> Bagel:
         """A copy of the model with the averaged weights."""
@@ -136,7 +136,7 @@ class ModelTrainer:
     def _enter(self, phase: str) -> None:
         """Fresh optimiser and average; the weights go on."""
         self.phase, self.step = phase, 0
-        plan: Phase = getattr(self.recipe, phase)
+        plan: TrainingPhase = getattr(self.recipe, phase)
         named = self._named()
         if phase == "vit":
             named = {n: p for n, p in named.items() if n.startswith(("vit.", "head."))}
@@ -161,12 +161,12 @@ class ModelTrainer:
         groups = grouped(self._text, tasks.samples(self.step), LATENT_TOKENS, CONFIG.latent_width)
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
         noise = [torch.randn(g.latents.shape, generator=generator) for g in groups]
-        losses: Losses = forward(self.model, groups, noise)
+        losses: WeightedLosses = forward(self.model, groups, noise)
         ce = (losses.ce * losses.ce_weights).sum() / losses.ce_weights.sum()
         answers = losses.ce_weights == 1.0
         metrics = {"ce": float(ce.detach()), "answers": float(losses.ce.detach()[answers].mean())}
         if not len(losses.mse):
             return ce, metrics
         mse = losses.mse.mean()
-        plan: Phase = getattr(self.recipe, self.phase)
+        plan: TrainingPhase = getattr(self.recipe, self.phase)
         return mse + plan.ce_weight * ce, {**metrics, "mse": float(mse.detach())}

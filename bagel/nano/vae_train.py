@@ -29,7 +29,7 @@ MOMENT_WEIGHT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class VAERecipe:
     """What determines the trained autoencoder, given machine and thread count."""
 
     steps: int = 2200
@@ -54,7 +54,7 @@ def build(seed: int) -> AutoEncoder:
 class VAETrainer:
     """The state of a training run: model, optimiser, average and step; `steps()` advances it."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: VAERecipe) -> None:
         self.recipe = recipe
         self.model = build(recipe.seed)
         self.step = 0

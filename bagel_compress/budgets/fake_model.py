@@ -1,4 +1,4 @@
-"""A model of the true shape without its weights: fake tensors on the CPU, stored and computed as the build would be.
+"""A model without its weights, for memory predictions: fake tensors with the shapes and dtypes that a build would have.
 
 FakeTensorMode on device `cpu`, not meta: the shapes, dtypes and temporaries are those of a real run (on meta, attention
 takes another path with five times the memory). Every linear is the codec's own run-time module over fake codes, so its
@@ -38,7 +38,7 @@ OFFICIAL_VAE = VAEConfig(128, (1, 2, 4, 4), 2, 16)  # of the released ae.safeten
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class UnitOutline:
     """One unit as it is stored."""
 
     unit: Unit
@@ -47,7 +47,7 @@ class Stored:
 
     @property
     def runs_coded(self) -> bool:
-        """Whether its linears multiply with what is stored; what else is coded is decoded at loading."""
+        """Whether its linears run from the stored parts. All other units are decoded when the model is loaded."""
         return runs_coded(self.codec, self.unit)
 
     @property
@@ -56,22 +56,23 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
-    """What a memory prediction needs to know of an artifact or of a plan."""
+class BuildOutline:
+    """What a memory prediction reads from an artifact or from a plan: configs and stored parts, no weights."""
 
     name: str
     digest: str
     config: BagelConfig
     vae: VAEConfig
-    units: tuple[Stored, ...]
+    units: tuple[UnitOutline, ...]
     disk: int  # bytes of the weight files and the VAE
 
     @classmethod
-    def of_artifact(cls, artifact: Artifact) -> Build:
-        """Exact: sizes as they are stored."""
+    def of_artifact(cls, artifact: Artifact) -> BuildOutline:
+        """The outline of an artifact; sizes are exact, as they are stored."""
         entries = artifact.manifest.units
         units = tuple(
-            Stored(artifact.unit(name), e.codec, {n: p.spec for n, p in e.parts.items()}) for name, e in entries.items()
+            UnitOutline(artifact.unit(name), e.codec, {n: p.spec for n, p in e.parts.items()})
+            for name, e in entries.items()
         )
         shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
         vae_shapes = shapes_of(dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path))
@@ -82,9 +83,12 @@ class Build:
         )
 
     @classmethod
-    def of_plan(cls, plan: Plan, folder: Path = FULL_CONFIGS, vae: VAEConfig = OFFICIAL_VAE) -> Build:
-        """From headers alone; a format whose size depends on the data counts as usual weights make it."""
-        units = tuple(Stored(p.unit, p.codec, p.codec.likely_parts(p.unit)) for p in plan.placements)
+    def of_plan(cls, plan: Plan, folder: Path = FULL_CONFIGS, vae: VAEConfig = OFFICIAL_VAE) -> BuildOutline:
+        """The outline of a plan, from headers alone.
+
+        A format whose size depends on the data is taken at its size for usual weights (`Codec.likely_parts`).
+        """
+        units = tuple(UnitOutline(p.unit, p.codec, p.codec.likely_parts(p.unit)) for p in plan.placements)
         shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
         config = BagelConfig.from_dir(folder, shapes, vae.z_channels, vae.downsample)
         with torch.device("meta"):
@@ -103,7 +107,7 @@ class FakeModel:
     scratch: tuple[Tensor, ...]  # what the codecs' modules share; no weights
 
 
-def fake_model(build: Build, every_layer: bool = False) -> FakeModel:
+def fake_model(build: BuildOutline, every_layer: bool = False) -> FakeModel:
     """The model of a build. Call it inside a FakeTensorMode, and use it there."""
     scratch = {codec: torch.empty(size, dtype=torch.uint8) for codec, size in scratch_bytes(build).items() if size}
     shared = tuple(scratch.values())
@@ -122,7 +126,7 @@ def fake_model(build: Build, every_layer: bool = False) -> FakeModel:
     return FakeModel(sampler, times, build.config.llm.num_layers / len(llm), shared)
 
 
-def _kinds(build: Build, component: str, layers: int) -> dict[int, int]:
+def _kinds(build: BuildOutline, component: str, layers: int) -> dict[int, int]:
     """Layers to make -> how many each stands for: the first two of each kind, and the last.
 
     Two, because the first layer's input is also the pass's and lives on; the last, because work is skipped there.
@@ -143,7 +147,7 @@ def _kinds(build: Build, component: str, layers: int) -> dict[int, int]:
     return dict(sorted(count.items())) | {layers - 1: 1}
 
 
-def _renumbered(stored: Stored, llm: Mapping[int, int], vit: Mapping[int, int]) -> Stored | None:
+def _renumbered(stored: UnitOutline, llm: Mapping[int, int], vit: Mapping[int, int]) -> UnitOutline | None:
     """The unit under its layer's new number, without tensors of layers that are not made; None if none is left."""
     specs = tuple(replace(s, name=name) for s in stored.unit.specs if (name := _new_name(s.name, llm, vit)) is not None)
     if not specs:
@@ -151,8 +155,8 @@ def _renumbered(stored: Stored, llm: Mapping[int, int], vit: Mapping[int, int]) 
     if len(stored.unit.specs) == 1:
         old, new = (name.rpartition(".")[0] for name in (stored.unit.specs[0].name, specs[0].name))
         parts = {name.replace(old, new): part for name, part in stored.parts.items()}
-        return Stored(Unit(specs[0].name, specs), stored.codec, parts)
-    return Stored(Unit(stored.unit.name, specs), stored.codec, stored.parts)
+        return UnitOutline(Unit(specs[0].name, specs), stored.codec, parts)
+    return UnitOutline(Unit(stored.unit.name, specs), stored.codec, stored.parts)
 
 
 def _new_name(name: str, llm: Mapping[int, int], vit: Mapping[int, int]) -> str | None:
@@ -165,7 +169,7 @@ def _new_name(name: str, llm: Mapping[int, int], vit: Mapping[int, int]) -> str 
     return name.replace(f".layers.{role.layer}.", f".layers.{kept.index(role.layer)}.")
 
 
-def fake_sampler(build: Build, scratch: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Sampler:
+def fake_sampler(build: BuildOutline, scratch: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Sampler:
     """The sampler over fake weights, layer by layer. Call it inside a FakeTensorMode, and use it there.
 
     `scratch`: format -> the uint8 tensor that its modules share, of `scratch_bytes`.
@@ -207,7 +211,7 @@ class FakeSampler(Sampler):
 
 
 class FakeText(TextCodec):
-    """A tokenizer by length alone: four letters are a token."""
+    """A tokenizer for texts whose length alone matters: every four letters are one token."""
 
     def __init__(self) -> None:
         super().__init__(Tokenizer(models.BPE()), bos=0, eos=1, image_start=2, image_end=3)
@@ -217,20 +221,20 @@ class FakeText(TextCodec):
 
 
 def text_of(tokens: int) -> str:
-    """A text that is a turn of so many tokens."""
+    """A text that FakeText turns into this many tokens, wrapper tokens included."""
     return "x" * (LETTERS_PER_TOKEN * max(0, tokens - 2))
 
 
-def scratch_bytes(build: Build) -> dict[str, int]:
+def scratch_bytes(build: BuildOutline) -> dict[str, int]:
     """Format -> bytes of device memory that its run-time modules share beside what is stored."""
-    coded: dict[str, list[Stored]] = {}
+    coded: dict[str, list[UnitOutline]] = {}
     for stored in build.units:
         if stored.runs_coded:
             coded.setdefault(stored.codec.format, []).append(stored)
     return {name: units[0].codec.scratch_bytes(s.unit for s in units) for name, units in coded.items()}
 
 
-def check_sizes(build: Build, image: tuple[int, int]) -> None:
+def check_sizes(build: BuildOutline, image: tuple[int, int]) -> None:
     """Raises TargetError on an image size that this model has no latent positions for."""
     stride, side = build.config.image_stride, build.config.max_latent_size
     if any(s <= 0 or s % stride or s > side * stride for s in image):

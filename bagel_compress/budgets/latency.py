@@ -1,9 +1,9 @@
-"""Times of a loaded model at a target's sizes, beside the full-precision reference in the same process.
+"""Measures how long a loaded model takes at a target's sizes, optionally beside the full-precision reference.
 
-A guided denoising step, a whole picture, the first token and every further one. Warm-up first, the device synchronised
-around every pass, median and 90 % quantile of the repetitions. The reference's passes are taken in turns with the
-build's, so that both see the same machine in the same state. Any device can be timed and is named; whether a time is
-limited is for the target to say (budget.py).
+Four passes are timed: a guided denoising step, a whole picture, the first token and each further token. Every pass is
+warmed up, the device is synchronised around it, and the median and the 90 % quantile of its repetitions are reported.
+The reference runs in the same process and its passes alternate with the build's, so that both see the machine in the
+same state. Any device can be timed, and the report names it; limits on times belong to the target (predict.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Pass = Callable[[], object]
 
 
 def timings(sampler: Sampler, target: Target, reference: Sampler | None = None) -> tuple[Timing, ...]:
-    """Seconds of each pass that the target's tasks are made of; with `reference`, its own beside them."""
+    """Times every pass that the target's tasks consist of; with `reference`, the same passes of that model too."""
     found = []
     with _fake_text(sampler), _fake_text(reference or sampler), torch.no_grad():
         for what, make in _passes(target).items():
@@ -42,7 +42,7 @@ def timings(sampler: Sampler, target: Target, reference: Sampler | None = None) 
 
 
 def timed(what: str, run: Pass, reference: Pass | None, device: torch.device) -> Timing:
-    """Median and 90 % quantile of a call; the reference's calls are taken between, so both see the same machine."""
+    """Median and 90 % quantile of the seconds of `run`, whose calls alternate with those of `reference`."""
     warm_up, repeats = (PICTURES_WARM_UP, PICTURES) if what == IMAGE else (WARM_UP, REPEATS)
     own, other = [], []
     for repeat in range(warm_up + repeats):
@@ -57,7 +57,7 @@ def timed(what: str, run: Pass, reference: Pass | None, device: torch.device) ->
 
 
 def device_name(device: torch.device) -> str:
-    """What times were measured on: the card, or the processor with the threads that torch uses."""
+    """What times were measured on: the GPU, or the processor with the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -92,7 +92,7 @@ def _processor() -> str:
 
 @contextmanager
 def _fake_text(sampler: Sampler) -> Iterator[None]:
-    """The tokenizer by length alone, so that prompts have the target's number of tokens."""
+    """Replaces the tokenizer by FakeText for a while, so that prompts have the target's number of tokens."""
     kept, sampler.text = sampler.text, FakeText()
     try:
         yield

@@ -1,7 +1,7 @@
-"""The measured side of a budget: peaks and times of a loaded build on a CUDA card, or its times on a CPU.
+"""Measures a loaded build: peak memory and times on a CUDA GPU, or times alone on a CPU.
 
-A phase's peak is what torch's allocator handed out at most during it, plus what the driver says is taken beyond that
-allocator: the CUDA context and libraries (and any other program on the card, so measure on a quiet one).
+The peak of a phase is the most that torch's allocator had handed out during it, plus the memory that the driver reports
+as used outside that allocator: the CUDA context and libraries, and any other program on the GPU, so use an idle one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from bagel.sampler import Sampler
 from bagel_compress.budgets.fake_model import FakeText
 from bagel_compress.budgets.latency import device_name, timings
-from bagel_compress.budgets.predict import judged_again, run_passes
+from bagel_compress.budgets.predict import run_passes, with_verdict
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import TargetError
 from bagel_compress.parity.report_data import BudgetReport
@@ -26,20 +26,20 @@ from bagel_compress.source.checkpoint import Checkpoint
 def timed(
     artifact: Artifact, predicted: BudgetReport, target: Target, source: Checkpoint | None = None
 ) -> BudgetReport:
-    """The report with times of this machine's CPU, beside the source's where it is given. Peaks stay predicted."""
+    """The report with times of this machine's CPU, and those of `source` if it is given. Peaks stay predicted."""
     found = timings(load(artifact, "cpu"), target, None if source is None else load_checkpoint(source, "cpu"))
     update = {"timings": found, "timed_on": device_name(torch.device("cpu"))}
-    return judged_again(predicted.model_copy(update=update), target)
+    return with_verdict(predicted.model_copy(update=update), target)
 
 
 def measured(
     artifact: Artifact, predicted: BudgetReport, target: Target, device: str, source: Checkpoint | None = None
 ) -> BudgetReport:
-    """The report with measured peaks and times, the source's times beside them where it is given.
+    """The report with measured peaks and times, and the times of `source` if it is given.
 
-    Raises TargetError unless `device` is the card of the target, or if the source does not fit beside the build.
+    Raises TargetError unless `device` is the GPU of the target, or if the source does not fit beside the build.
     """
-    name = require_card(device, target)
+    name = require_gpu(device, target)
     movable = all(unit.codec.movable for unit in artifact.manifest.units.values())
     loaded = load(artifact, "cpu" if movable else device)
     place(loaded, target, device)
@@ -51,7 +51,7 @@ def measured(
     )
     reference = None if source is None else _beside(source, device)
     update = {"phases": phases, "timings": timings(loaded, target, reference), "measured_on": name, "timed_on": name}
-    return judged_again(predicted.model_copy(update=update), target)
+    return with_verdict(predicted.model_copy(update=update), target)
 
 
 def _beside(source: Checkpoint, device: str) -> Sampler:
@@ -64,8 +64,8 @@ def _beside(source: Checkpoint, device: str) -> Sampler:
         ) from None
 
 
-def require_card(device: str, target: Target) -> str:
-    """The name of the card. Raises TargetError if there is none, or another one."""
+def require_gpu(device: str, target: Target) -> str:
+    """The name of the GPU. Raises TargetError if there is none, or another one."""
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         raise TargetError(
             f"{device} is no CUDA device here, so {target.name} ({target.device.name}) cannot be measured; leave"
@@ -73,9 +73,7 @@ def require_card(device: str, target: Target) -> str:
         )
     name = torch.cuda.get_device_name(device)
     if name != target.device.name:
-        raise TargetError(
-            f"{device} is {name}, the target {target.name} is {target.device.name}; measure on that card."
-        )
+        raise TargetError(f"{device} is {name}, the target {target.name} is {target.device.name}; measure on that GPU.")
     return name
 
 

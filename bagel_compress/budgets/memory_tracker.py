@@ -1,8 +1,8 @@
-"""Counting device memory: every storage that lives, by what it is for, and the peak of each phase.
+"""Counts the bytes of all living tensor storages by purpose, and their peak in each phase of a run.
 
-Works the same under fake tensors (a prediction) and on real CPU tensors (its proof): a dispatch mode adds the
-storage of every result once and takes it away when it dies. What an operator allocates and frees inside itself is not
-seen; nor are the CUDA context, fragmentation and the workspaces of libraries.
+A torch dispatch mode adds the storage of every result when it is made and subtracts it when it is freed. It works on
+fake tensors (for a prediction) and on real CPU tensors alike (with which tests prove the prediction). It does not see
+what an operator allocates and frees inside itself, the CUDA context, fragmentation, or the workspaces of libraries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CUDA_ROUNDING = 512  # bytes; kMinBlockSize of torch's CUDA caching allocator
 
 @dataclass(slots=True)
 class Peak:
-    """Largest sum of living storages in a phase, by category, without the static ones."""
+    """The most bytes that living storages took in a phase, by category, without those that `hold` was given."""
 
     name: str
     total: int = 0
@@ -30,12 +30,12 @@ class Peak:
 
 
 class Tracker(TorchDispatchMode):
-    """Counts storages made while it is active. `category` says what a new tensor is for."""
+    """Counts storages that are made while it is active."""
 
     def __init__(
         self, category: Callable[[Tensor], str], rounding: int = CUDA_ROUNDING, scale: Mapping[str, float] | None = None
     ) -> None:
-        """`scale`: factors of categories, for a model that stands for a larger one."""
+        """`category` says what a tensor is for. `scale`: category -> factor, if the model stands for a larger one."""
         super().__init__()
         self._scale = scale or {}
         self.peaks: list[Peak] = []
@@ -46,7 +46,7 @@ class Tracker(TorchDispatchMode):
         self._static: set[int] = set()
 
     def hold(self, tensors: Iterable[Tensor]) -> int:
-        """Storages that are not counted, as weights; returns their bytes."""
+        """Excludes these tensors' storages (weights, say) from the count and returns their bytes."""
         total = 0
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
@@ -56,7 +56,7 @@ class Tracker(TorchDispatchMode):
         return total
 
     def enter(self, phase: str) -> None:
-        """From here on peaks are of this phase (again, if it was there before); what lives goes on counting."""
+        """Begins a phase, or resumes it if it was entered before. Storages that are alive count from its start."""
         self._current = next((peak for peak in self.peaks if peak.name == phase), None) or Peak(phase)
         if self._current not in self.peaks:
             self.peaks.append(self._current)

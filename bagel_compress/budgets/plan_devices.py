@@ -1,12 +1,12 @@
-"""Device maps planned from what a build really holds: which layers and parts go to which card, and what has to wait.
+"""Plans a device map: which layers and parts of a build go to which GPU, and which wait in host memory.
 
-Weights are counted as they are held (stored codes for linears, bf16 for what is decoded at loading, the VAE in fp32),
-caches and activations of every phase are those of the budget's prediction; each card pays for the caches of its own
-layers and for the activations of the phases it takes part in. The fewest cards that hold everything are used, in the
-order in which they were named, and layers are divided so that the card with least room to spare has most. What fits
-nowhere waits in host memory, in this order: the embedding table (only rows travel), the VAE, the ViT, the head, then
-layers from the last on, which compute on the last card and come one by one. Units of a codec that is not
-`movable` cannot wait.
+Weights are counted as they are loaded: stored codes for linears, bf16 for what is decoded at loading, fp32 for the VAE.
+Caches and activations of every phase come from the budget's prediction; each GPU needs the caches of its own layers and
+the activations of the phases that it takes part in. The plan uses as few GPUs as hold everything, in the order in which
+they were named, and divides the layers so that the fullest GPU keeps as much free memory as possible. What fits nowhere
+waits in host memory, in this order: the embedding table (only looked-up rows are copied), the VAE, the ViT, the head,
+then layers from the last on, which compute on the last GPU and are copied there one by one. Units of a codec that is
+not `movable` cannot wait.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import torch
 
 from bagel.loading import parameter_path
 from bagel.vae import AutoEncoder
-from bagel_compress.budgets.fake_model import Build
+from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.budgets.memory_tracker import CUDA_ROUNDING
 from bagel_compress.budgets.predict import ACTIVATIONS, CACHES, predict
 from bagel_compress.errors import TargetError
 from bagel_compress.run.device_map import DeviceMap, group_of
-from bagel_compress.run.target import GIB, MIB, Device, Sizes, Target
+from bagel_compress.run.target import GIB, MIB, Device, Target, Workload
 
-ASIDE = ("vit", "lm_head", "vae")  # parts that may lie on any card; "embed_tokens" and "home" are on the first
+ASIDE = ("vit", "lm_head", "vae")  # parts that may lie on any GPU; "embed_tokens" and "home" are on the first
 WAITING = ("embed_tokens", "vae", "vit", "lm_head")  # what waits before any layer does
-SLACK = 256 * MIB  # of each card: workspaces of cuBLAS and cuDNN, fragmentation
+SLACK = 256 * MIB  # of each GPU: workspaces of cuBLAS and cuDNN, fragmentation
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class Gpu:
     """A device and the bytes of it that weights, caches and activations may take."""
 
     device: str
@@ -42,9 +42,9 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a card holds in its worst phase, in bytes."""
+    """What a GPU holds in its worst phase, in bytes."""
 
-    card: Card
+    gpu: Gpu
     layers: tuple[int, ...]
     parts: tuple[str, ...]
     weights: int
@@ -58,7 +58,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class MapPlan:
-    """A map with what each card holds under it, and what waits."""
+    """A device map, what each GPU holds under it, and the bytes that wait in host memory."""
 
     places: DeviceMap
     loads: tuple[Load, ...]
@@ -68,10 +68,10 @@ class MapPlan:
         """The map as text, in GiB."""
         lines = [f"{'device':<10}{'layers':<9}{'weights':>9}{'caches':>9}{'activations':>13}{'room':>8}  parts"]
         for load in self.loads:
-            numbers = (load.weights, load.caches, load.activations, load.card.room)
+            numbers = (load.weights, load.caches, load.activations, load.gpu.room)
             weights, caches, activations, room = (f"{n / GIB:.2f}" for n in numbers)
             lines.append(
-                f"{load.card.device:<10}{_span(load.layers):<9}{weights:>9}{caches:>9}{activations:>13}{room:>8}"
+                f"{load.gpu.device:<10}{_span(load.layers):<9}{weights:>9}{caches:>9}{activations:>13}{room:>8}"
                 f"  {', '.join(load.parts)}"
             )
         if self.places.waiting:
@@ -88,7 +88,7 @@ class MapPlan:
             "host_bytes": self.host,
             "devices": [
                 {
-                    "device": load.card.device, "card": load.card.name, "room": load.card.room,
+                    "device": load.gpu.device, "gpu": load.gpu.name, "room": load.gpu.room,
                     "layers": list(load.layers), "parts": list(load.parts), "weights": load.weights,
                     "caches": load.caches, "activations": load.activations,
                 }
@@ -112,8 +112,8 @@ class _Needs:
     phases: tuple[_Phase, ...]
     layers: int
 
-    def load(self, card: Card, layers: Sequence[int], parts: Sequence[str], waiting: frozenset[str]) -> Load:
-        """What these layers and parts make a card hold in its worst phase."""
+    def load(self, gpu: Gpu, layers: Sequence[int], parts: Sequence[str], waiting: frozenset[str]) -> Load:
+        """What a GPU holds in its worst phase if these layers and parts are on it."""
         groups = [*(f"layers.{i}" for i in layers), *parts]
         there = sum(self.weights[g] for g in groups if g not in waiting)
         brought = max((self.weights[g] for g in groups if g in waiting and g != "embed_tokens"), default=0)
@@ -122,20 +122,20 @@ class _Needs:
              for p in self.phases),
             key=sum,
         )  # fmt: skip
-        return Load(card, tuple(layers), tuple(parts), there + brought, round(caches), round(activations))
+        return Load(gpu, tuple(layers), tuple(parts), there + brought, round(caches), round(activations))
 
 
-def plan_map(build: Build, cards: Sequence[Card], sizes: Sizes | None = None) -> MapPlan:
-    """The map of a build over these cards. Raises TargetError, in one sentence, if there is none."""
-    needs = _needs(build, sizes or Sizes())
+def plan_map(build: BuildOutline, gpus: Sequence[Gpu], sizes: Workload | None = None) -> MapPlan:
+    """The map of a build over these GPUs. Raises TargetError, in one sentence, if there is none."""
+    needs = _needs(build, sizes or Workload())
     best = None
     for waiting in _steps(build, needs.layers):
-        for count in range(1, len(cards) + 1):
-            found = [plan for plan in _divisions(needs, cards[:count], waiting) if plan is not None]
+        for count in range(1, len(gpus) + 1):
+            found = [plan for plan in _divisions(needs, gpus[:count], waiting) if plan is not None]
             if found:
                 return max(found, key=_spare)
         best = waiting
-    room = ", ".join(f"{card.device} {card.room / GIB:.2f}" for card in cards)
+    room = ", ".join(f"{gpu.device} {gpu.room / GIB:.2f}" for gpu in gpus)
     least = sum(size for group, size in needs.weights.items() if group not in (best or frozenset()))
     raise TargetError(
         f"{build.name} does not fit on these devices (GiB of room: {room}): {least / GIB:.2f} GiB of its weights cannot"
@@ -143,19 +143,19 @@ def plan_map(build: Build, cards: Sequence[Card], sizes: Sizes | None = None) ->
     )
 
 
-def card_of(target: Target, device: str) -> Card:
-    """The card of a target, as one of several."""
-    return Card(device, target.device.name, target.device.usable - (target.device.context_mib * MIB + SLACK))
+def gpu_of(target: Target, device: str) -> Gpu:
+    """The GPU that a target describes, under the name `device`."""
+    return Gpu(device, target.device.name, target.device.usable - (target.device.context_mib * MIB + SLACK))
 
 
-def _needs(build: Build, sizes: Sizes) -> _Needs:
+def _needs(build: BuildOutline, sizes: Workload) -> _Needs:
     report = predict(build, Target(name="map", device=Device(name="any", memory_mib=1), sizes=sizes))
     phases = tuple(_Phase(p.parts[CACHES], p.parts[ACTIVATIONS], p.name.partition(": ")[2]) for p in report.phases)
     return _Needs(held_bytes(build), phases, build.config.llm.num_layers)
 
 
-def held_bytes(build: Build) -> dict[str, int]:
-    """Bytes on a card of each group: codes where linears run from them, else bf16; the VAE in fp32."""
+def held_bytes(build: BuildOutline) -> dict[str, int]:
+    """Bytes on a GPU of each group: codes where linears run from them, else bf16; the VAE in fp32."""
     held = dict.fromkeys(("home", "embed_tokens", *ASIDE), 0)
     for stored in build.units:
         group = group_of(parameter_path(stored.unit.specs[0].name))
@@ -166,8 +166,8 @@ def held_bytes(build: Build) -> dict[str, int]:
     return held
 
 
-def _steps(build: Build, layers: int) -> Iterator[frozenset[str]]:
-    """What waits, from nothing to all that can."""
+def _steps(build: BuildOutline, layers: int) -> Iterator[frozenset[str]]:
+    """Groups that wait in host memory: first none, then one more at each step, to all that can."""
     fixed = {group_of(parameter_path(s.unit.specs[0].name)) for s in build.units if not s.codec.movable}
     fixed -= {"embed_tokens"}
     waiting: frozenset[str] = frozenset()
@@ -178,36 +178,39 @@ def _steps(build: Build, layers: int) -> Iterator[frozenset[str]]:
             yield waiting
 
 
-def _divisions(needs: _Needs, cards: Sequence[Card], waiting: frozenset[str]) -> Iterator[MapPlan | None]:
-    """For every way to lay the parts aside: the division of layers with most room to spare, or None."""
-    choices = sorted({0, len(cards) - 1, max(range(len(cards)), key=lambda i: cards[i].room)})
+def _divisions(needs: _Needs, gpus: Sequence[Gpu], waiting: frozenset[str]) -> Iterator[MapPlan | None]:
+    """For each way to place ViT, head and VAE: the division of layers that leaves most memory free, or None."""
+    choices = sorted({0, len(gpus) - 1, max(range(len(gpus)), key=lambda i: gpus[i].room)})
     for chosen in product(choices, repeat=len(ASIDE)):
-        parts = [[part for part, at in zip(ASIDE, chosen, strict=True) if at == i] for i in range(len(cards))]
+        parts = [[part for part, at in zip(ASIDE, chosen, strict=True) if at == i] for i in range(len(gpus))]
         parts[0] = ["embed_tokens", "home", *parts[0]]
-        low, high, found = 0, max(card.room for card in cards), _divided(needs, cards, parts, waiting, 0)
+        low, high, found = 0, max(gpu.room for gpu in gpus), _divided(needs, gpus, parts, waiting, 0)
         while found is not None and high - low > MIB:
             middle = (low + high) // 2
-            better = _divided(needs, cards, parts, waiting, middle)
+            better = _divided(needs, gpus, parts, waiting, middle)
             low, high, found = (middle, high, better) if better is not None else (low, middle, found)
         yield None if found is None else _plan(needs, found, waiting)
 
 
 def _divided(
-    needs: _Needs, cards: Sequence[Card], parts: Sequence[Sequence[str]], waiting: frozenset[str], spare: int
+    needs: _Needs, gpus: Sequence[Gpu], parts: Sequence[Sequence[str]], waiting: frozenset[str], spare: int
 ) -> tuple[Load, ...] | None:
-    """Layers to cards in order, each as many as leave `spare` bytes, those that wait last; None if some are left."""
+    """Gives each GPU in order as many layers as leave `spare` bytes of it free; None if layers are left over.
+
+    Layers that wait in host memory belong to the last GPU.
+    """
     late = [i for i in range(needs.layers) if f"layers.{i}" in waiting]
     next_layer, loads = 0, []
-    for index, card in enumerate(cards):
-        mine: list[int] = late if index == len(cards) - 1 else []
-        load = needs.load(card, mine, parts[index], waiting)
+    for index, gpu in enumerate(gpus):
+        mine: list[int] = late if index == len(gpus) - 1 else []
+        load = needs.load(gpu, mine, parts[index], waiting)
         taken = 0
         while next_layer + taken < needs.layers - len(late):
-            more = needs.load(card, [*range(next_layer, next_layer + taken + 1), *mine], parts[index], waiting)
-            if more.total + spare > card.room:
+            more = needs.load(gpu, [*range(next_layer, next_layer + taken + 1), *mine], parts[index], waiting)
+            if more.total + spare > gpu.room:
                 break
             load, taken = more, taken + 1
-        if load.total + spare > card.room:
+        if load.total + spare > gpu.room:
             return None
         next_layer += taken
         loads.append(load)
@@ -215,8 +218,8 @@ def _divided(
 
 
 def _plan(needs: _Needs, loads: tuple[Load, ...], waiting: frozenset[str]) -> MapPlan:
-    of_layer = {layer: load.card.device for load in loads for layer in load.layers}
-    of_part = {part: load.card.device for load in loads for part in load.parts}
+    of_layer = {layer: load.gpu.device for load in loads for layer in load.layers}
+    of_part = {part: load.gpu.device for load in loads for part in load.parts}
     places = DeviceMap(
         tuple(of_layer[i] for i in range(needs.layers)),
         of_part["home"], of_part["vit"], of_part["lm_head"], of_part["vae"], waiting,
@@ -232,7 +235,7 @@ def _takes_part(phase: _Phase, layers: Sequence[int], parts: Sequence[str]) -> b
 
 
 def _spare(plan: MapPlan) -> int:
-    return min(load.card.room - load.total for load in plan.loads)
+    return min(load.gpu.room - load.total for load in plan.loads)
 
 
 def _span(layers: Sequence[int]) -> str:

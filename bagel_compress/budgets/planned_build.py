@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from bagel.vae import VAEConfig
-from bagel_compress.budgets.fake_model import Build
+from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.source.released_header import TrueHeader
 
 
-def planned_build(recipe: str | Recipe, source: str | None) -> Build:
+def planned_build(recipe: str | Recipe, source: str | None) -> BuildOutline:
     """The build that a recipe (object, file or packaged name) would give of `source`; None: of the released model."""
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if source is None:
-        return Build.of_plan(make_plan(TrueHeader(), chosen))
+        return BuildOutline.of_plan(make_plan(TrueHeader(), chosen))
     checkpoint = Checkpoint.open(source)
-    return Build.of_plan(make_plan(checkpoint, chosen), *checkpoint_sizes(checkpoint))
+    return BuildOutline.of_plan(make_plan(checkpoint, chosen), *checkpoint_sizes(checkpoint))
 
 
 def checkpoint_sizes(checkpoint: Checkpoint) -> tuple[Path, VAEConfig]:

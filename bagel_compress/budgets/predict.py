@@ -1,8 +1,8 @@
-"""Budget: the peak memory of a build on a target, predicted without a GPU, phase by phase.
+"""Predicts the peak memory of a build on a target, phase by phase, without a GPU.
 
-The sampler itself runs over fake tensors of the true shape (fake_model.py) and every storage is counted
-(memory_tracker.py), so that caches of all guidance branches, activations and decoded weights are what the code really
-makes. To them come the weights as they are stored and the CUDA context.
+The real sampler runs over fake tensors of the true shapes (fake_model.py) and every storage that it makes is counted
+(memory_tracker.py): caches of all guidance branches, activations, decoded weights. The weights as they are stored and
+the CUDA context are added to that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bagel.events import Drawing, Listener, Prefill
 from bagel.flow import FlowSettings
 from bagel.loading import parameter_path
 from bagel.sampler import Sampler
-from bagel_compress.budgets.fake_model import Build, Stored, check_sizes, fake_model, scratch_bytes, text_of
+from bagel_compress.budgets.fake_model import BuildOutline, UnitOutline, check_sizes, fake_model, scratch_bytes, text_of
 from bagel_compress.budgets.memory_tracker import CUDA_ROUNDING, Peak, Tracker
 from bagel_compress.parity.report_data import IMAGE, STEP, TOKEN, BudgetReport, PhaseUse
 from bagel_compress.run.target import GIB, MIB, NEEDED, Part, Phase, Target, Task
@@ -49,7 +49,7 @@ T2I_FLOW = FlowSettings()
 STEPS = 2  # points of the schedule: one step, from t = 1, where guidance acts
 
 
-def predict(build: Build, target: Target, every_layer: bool = False) -> BudgetReport:
+def predict(build: BuildOutline, target: Target, every_layer: bool = False) -> BudgetReport:
     """Peak memory of every phase of every task of the target. Raises TargetError on sizes the model cannot make.
 
     `every_layer` makes all layers instead of one of each kind: slower, with the same result.
@@ -67,7 +67,7 @@ def predict(build: Build, target: Target, every_layer: bool = False) -> BudgetRe
     return judged(build, target, phases)
 
 
-def judged(build: Build, target: Target, phases: tuple[PhaseUse, ...]) -> BudgetReport:
+def judged(build: BuildOutline, target: Target, phases: tuple[PhaseUse, ...]) -> BudgetReport:
     """The phases with the verdict on the target's limits."""
     report = BudgetReport(
         artifact=build.digest,
@@ -79,11 +79,11 @@ def judged(build: Build, target: Target, phases: tuple[PhaseUse, ...]) -> Budget
         disk=build.disk,
         disk_limit=None if target.budget.disk_gb is None else target.budget.disk_gb * 1e9,
     )
-    return judged_again(report, target)
+    return with_verdict(report, target)
 
 
-def judged_again(report: BudgetReport, target: Target) -> BudgetReport:
-    """The report with its verdict and advice made from its numbers."""
+def with_verdict(report: BudgetReport, target: Target) -> BudgetReport:
+    """The report with its verdict and advice computed again from its numbers."""
     overruns = (*_overruns(report), *_too_slow(report, target))
     return report.model_copy(update={"overruns": overruns, "advice": tuple(_advice(report, target))})
 
@@ -104,7 +104,7 @@ def weight_bytes(sampler: Sampler, times: Mapping[str, int], scratch: Sequence[T
     return found
 
 
-def fixed_bytes(units: Sequence[Stored]) -> dict[Part, int]:
+def fixed_bytes(units: Sequence[UnitOutline]) -> dict[Part, int]:
     """Bytes by part of the units that stay where they were loaded; each tensor has its share of its unit."""
     found: dict[Part, int] = {}
     for stored in units:
@@ -225,7 +225,7 @@ def _use(
 
 
 def _held(part: Part, size: int, phase: Phase, resident: tuple[Part, ...] | None, layers: int) -> int:
-    """Bytes of a part on the card: all of it, one layer of it where it is streamed, or nothing."""
+    """Bytes of a part that are on the GPU in a phase: all, one layer where layers are streamed, or none."""
     if resident is None or part in resident:
         return size
     if part not in NEEDED[phase] or part == "embed":
@@ -246,7 +246,7 @@ def _overruns(report: BudgetReport) -> Iterator[str]:
 
 
 def _too_slow(report: BudgetReport, target: Target) -> Iterator[str]:
-    """Times are limited only where they were measured on the target's own card."""
+    """Times are limited only where they were measured on the target's own GPU."""
     times = {t.what: t for t in report.timings} if report.timed_on == target.device.name else {}
     token, limit = times.get(TOKEN), target.budget.tokens_per_second
     if token is not None and limit is not None and 1 / token.median < limit:
@@ -260,7 +260,7 @@ def _too_slow(report: BudgetReport, target: Target) -> Iterator[str]:
 
 
 def _advice(report: BudgetReport, target: Target) -> Iterator[str]:
-    """What would make it fit: parts that can wait in host memory, or fewer bits where most bytes are."""
+    """Advice on a build that does not fit: parts that could wait in host memory, or a recipe with fewer bits."""
     if report.limit is None or report.peak <= report.limit:
         return
     worst = max(report.phases, key=lambda p: p.total)
@@ -279,7 +279,7 @@ def _advice(report: BudgetReport, target: Target) -> Iterator[str]:
 
 
 def _idle(phase: str) -> list[str]:
-    """Shown parts that a phase does not compute with."""
+    """Parts, as the report shows them, that a phase does not compute with."""
     name = phase.split(": ")[1]
     if name == "denoise":
         return ["embeddings and head", "ViT, bridges, VAE"]

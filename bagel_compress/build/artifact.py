@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHand
 
 from bagel.layout import official_role
 from bagel_compress.build.recipe import Recipe, parse_codec
-from bagel_compress.build.sizes import Group, group_sizes
+from bagel_compress.build.sizes import SizeGroup, group_sizes
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Rounded, Unit
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.bf16 import as_tensor
@@ -226,7 +226,7 @@ class Artifact:
         """Bytes of all shards."""
         return sum(self.manifest.files[shard].bytes for shard in self.manifest.shards)
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[SizeGroup]:
         """Sizes by component, expert and codec."""
         entries = self.manifest.units.items()
         return group_sizes(

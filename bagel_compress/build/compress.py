@@ -34,7 +34,7 @@ from bagel_compress.build.artifact import (
 )
 from bagel_compress.build.loader_configs import config_json, index_json
 from bagel_compress.build.plan import Placement, Plan
-from bagel_compress.build.resume_state import Build, ShardRecord, finished
+from bagel_compress.build.resume_state import BuildFolder, ShardRecord, finished
 from bagel_compress.build.shard_writer import ShardWriter, WrittenShard
 from bagel_compress.codecs.base import Encoding, Reader
 from bagel_compress.errors import ArtifactError, CalibrationError, CheckpointError
@@ -88,14 +88,14 @@ def compress(
         done = finished(out, plan)
         if done is not None:
             return done
-        with Build(out, plan) as build:
+        with BuildFolder(out, plan) as build:
             artifact = _build(build, checkpoint, progress or (lambda unit, nbytes: None), device)
             build.clear()
     log.info("artifact %s is complete", out)
     return artifact
 
 
-def _build(build: Build, checkpoint: Checkpoint, progress: Progress, device: str) -> Artifact:
+def _build(build: BuildFolder, checkpoint: Checkpoint, progress: Progress, device: str) -> Artifact:
     plan = build.plan
     records = {shard: record for shard in plan.shards if (record := build.record(shard)) is not None}
     bound = plan.nbytes if plan.sampled is None else plan.sampled
@@ -125,7 +125,7 @@ def _build(build: Build, checkpoint: Checkpoint, progress: Progress, device: str
 
 
 def _calibrated(
-    build: Build, checkpoint: Checkpoint, records: Mapping[str, ShardRecord], device: str
+    build: BuildFolder, checkpoint: Checkpoint, records: Mapping[str, ShardRecord], device: str
 ) -> Callable[[str], Mapping[str, Encoding]]:
     """Shard -> encodings that are made by a calibration; of most plans, none."""
     if not build.plan.calibrated:
@@ -140,7 +140,7 @@ def _calibrated(
 
 
 def _write_shard(
-    build: Build,
+    build: BuildFolder,
     shard: str,
     checkpoint: Checkpoint,
     rounded: Mapping[str, Encoding],
@@ -188,7 +188,7 @@ def _entry(placement: Placement, encoding: Encoding, shard: str) -> UnitEntry:
 
 
 def _record(
-    build: Build,
+    build: BuildFolder,
     shard: str,
     units: dict[str, UnitEntry],
     digests: dict[str, Future[str]],
@@ -214,7 +214,7 @@ def _with_digests(unit: UnitEntry, tensors: dict[str, str], parts: dict[str, str
 
 
 def _finish(
-    build: Build, checkpoint: Checkpoint, records: dict[str, ShardRecord], copies: dict[str, FileEntry]
+    build: BuildFolder, checkpoint: Checkpoint, records: dict[str, ShardRecord], copies: dict[str, FileEntry]
 ) -> Artifact:
     """Index, config.json and, last, the manifest."""
     plan, out = build.plan, build.out
@@ -258,7 +258,7 @@ def _calibration_entry(plan: Plan) -> CalibrationEntry | None:
     )  # fmt: skip
 
 
-def _start_copies(build: Build, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Future[FileEntry]]:
+def _start_copies(build: BuildFolder, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Future[FileEntry]]:
     """Begins to copy what goes with the weights: tokenizer, configs, VAE."""
     apart = any(p.codec.scans_folder for p in build.plan.placements)
     targets = {name: "vae/ae.safetensors" if apart and name == "ae.safetensors" else name for name in checkpoint.files}

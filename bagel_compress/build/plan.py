@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bagel.layout import official_role
 from bagel_compress.build.recipe import Recipe
-from bagel_compress.build.sizes import Group, group_sizes, sizes_table
+from bagel_compress.build.sizes import SizeGroup, group_sizes, sizes_table
 from bagel_compress.codecs.base import Codec, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.errors import PlanError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LAYOUT = 2  # version of shard order and manifest; part of the digest
 
 
-class Header(Protocol):
+class CheckpointHeader(Protocol):
     """What a plan needs of a checkpoint: no data."""
 
     @property
@@ -119,7 +119,7 @@ class Plan:
         return [p for p in self.placements if p.shard == shard]
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[SizeGroup]:
         """Sizes by component, expert and codec."""
         return group_sizes((p.codec, p.unit.specs, p.nbytes) for p in self.placements)
 
@@ -160,7 +160,7 @@ class Plan:
         }
 
 
-def make_plan(checkpoint: Header, recipe: Recipe, calibration: CalibrationSet | None = None) -> Plan:
+def make_plan(checkpoint: CheckpointHeader, recipe: Recipe, calibration: CalibrationSet | None = None) -> Plan:
     """Decides which tensor gets which codec and lies in which shard, from headers alone: under a second, no torch.
 
     The plan has `nbytes` (bytes of all shards; an upper bound unless `exact`), `groups`, `shard_bytes`, `digest` and
@@ -191,7 +191,7 @@ def make_plan(checkpoint: Header, recipe: Recipe, calibration: CalibrationSet | 
     return _with_calibration(plan, checkpoint, calibration) if plan.calibrated else plan
 
 
-def _with_calibration(plan: Plan, checkpoint: Header, calibration: CalibrationSet | None) -> Plan:
+def _with_calibration(plan: Plan, checkpoint: CheckpointHeader, calibration: CalibrationSet | None) -> Plan:
     from bagel_compress.calibrate.fitting import expect_fit, packaged_set
 
     for p in plan.placements:
@@ -243,7 +243,7 @@ def _place(unit: Unit) -> tuple[int, int]:
     return (2, 0)
 
 
-def _sampled(placements: Sequence[Placement], checkpoint: Header) -> int | None:
+def _sampled(placements: Sequence[Placement], checkpoint: CheckpointHeader) -> int | None:
     """Likely bytes where a codec's size depends on the data and there is data."""
     if not isinstance(checkpoint, Reader) or all(p.codec.exact for p in placements):
         return None

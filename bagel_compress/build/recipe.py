@@ -105,7 +105,7 @@ class Rule(FrozenModel):
     codec: Annotated[SerializeAsAny[Codec], BeforeValidator(parse_codec)]
 
 
-class Source(FrozenModel):
+class SourceRepo(FrozenModel):
     """The checkpoint that the recipe was written for; used when no other is named."""
 
     repo: str
@@ -132,7 +132,7 @@ class Recipe(FrozenModel):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     summary: str = ""
-    source: Source | None = None
+    source: SourceRepo | None = None
     rules: tuple[Rule, ...] = Field(min_length=1)
     budget_gb: float | None = Field(None, gt=0, description="largest size of all weight shards together, in 1e9 bytes")
     limits: Limits = Field(default_factory=lambda: Limits.model_validate({}))

@@ -31,13 +31,13 @@ class ShardRecord(FrozenModel):
 
 
 @dataclass(frozen=True)
-class Build:
+class BuildFolder:
     """A folder that this process may write to. Use as a context manager; leaving it releases the lock."""
 
     out: Path
     plan: Plan
 
-    def __enter__(self) -> Build:
+    def __enter__(self) -> BuildFolder:
         _refuse_foreign(self.out, self.plan)
         state = self.out / STATE
         state.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from bagel_compress.io.tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class SizeGroup:
     """Sizes of what shares component, expert and codec."""
 
     component: str
@@ -35,7 +35,7 @@ class Group:
         return {name: getattr(self, name) for name in fields} | {"bits": round(self.bits, 4)}
 
 
-def group_sizes(stored: Iterable[tuple[Codec, tuple[TensorSpec, ...], int]]) -> list[Group]:
+def group_sizes(stored: Iterable[tuple[Codec, tuple[TensorSpec, ...], int]]) -> list[SizeGroup]:
     """Sums by component, expert and codec. A unit over several experts is split by its parameters."""
     sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0])
     for codec, specs, nbytes in stored:
@@ -45,10 +45,10 @@ def group_sizes(stored: Iterable[tuple[Codec, tuple[TensorSpec, ...], int]]) -> 
             row = sums[(role.component, role.expert, codec.format)]
             for i, value in enumerate((1, spec.numel, spec.nbytes, nbytes * spec.numel / numel)):
                 row[i] += value
-    return [Group(*key, int(n), int(p), int(s), round(b)) for key, (n, p, s, b) in sorted(sums.items())]
+    return [SizeGroup(*key, int(n), int(p), int(s), round(b)) for key, (n, p, s, b) in sorted(sums.items())]
 
 
-def sizes_table(groups: Sequence[Group], nbytes: int, bound: str = "") -> str:
+def sizes_table(groups: Sequence[SizeGroup], nbytes: int, bound: str = "") -> str:
     """Text table of groups; the last line is the total, whose bytes include the files' headers."""
     row = "{:<10} {:<7} {:<6} {:>7} {:>15} {:>15} {:>7}".format
     lines = [row("component", "expert", "codec", "tensors", "parameters", "bytes", "bits")]

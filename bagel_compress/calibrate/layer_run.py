@@ -62,7 +62,7 @@ class _Part:
     expert: str
     start: int
     stop: int
-    wide: bool
+    in_fp32: bool
 
 
 class LayerRun:
@@ -161,8 +161,8 @@ class LayerRun:
                         rows = slice(start, min(start + CHUNK, part.stop))
                         x_TD = self._normed("input_layernorm")(expert, stream, rows)
                         rope = self._rope[0][rows], self._rope[1][rows]
-                        q[rows] = expert.query(x_TD, rope, part.wide)
-                        k[rows], v[rows] = expert.key_value(x_TD, rope, part.wide)
+                        q[rows] = expert.query(x_TD, rope, part.in_fp32)
+                        k[rows], v[rows] = expert.key_value(x_TD, rope, part.in_fp32)
         for sequence in self.layout.sequences:
             trunk = [p.rows.to(self.device) for p in sequence if p.on_trunk]
             for p in sequence:

@@ -21,7 +21,7 @@ LEAST_ROWS = 4  # rows must be at least the width over this
 PANEL = 512  # columns of H that one product gives; narrower ones waste less on the mirrored half and run slower
 
 
-class Block(NamedTuple):
+class MomentBlock(NamedTuple):
     """A range of columns and the moments among them, in fp32."""
 
     start: int
@@ -74,14 +74,14 @@ class Moments:
         self._mirrored = False
         self.forget_factors()
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[MomentBlock]:
         """The blocks along the diagonal, in order of their columns."""
         if not self._mirrored:
             for h in self._h:
                 _mirror(h)
             self._mirrored = True
         crosses: Sequence[torch.Tensor | None] = self._cross or [None] * len(self._h)
-        return [Block(a, b, h, c) for (a, b), h, c in zip(self._ranges, self._h, crosses, strict=True)]
+        return [MomentBlock(a, b, h, c) for (a, b), h, c in zip(self._ranges, self._h, crosses, strict=True)]
 
     def factors(self, damping: float, act_order: bool) -> list[Factor]:
         """Factors of the blocks, kept for the next weight that sees the same inputs."""

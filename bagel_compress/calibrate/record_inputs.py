@@ -52,10 +52,10 @@ def record_inputs(
 
     `index` counts the jobs and decides which times are kept, so that a set as a whole covers the schedule.
     """
-    return _Recorder(sampler, job, index, given).run(picture)
+    return _InputRecorder(sampler, job, index, given).run(picture)
 
 
-class _Recorder:
+class _InputRecorder:
     def __init__(self, sampler: Sampler, job: Job, index: int, given: Image.Image | None) -> None:
         self.sampler, self.job, self.index, self.given = sampler, job, index, given
         self.found = Recorded()
@@ -174,7 +174,7 @@ class _KeptSteps(Listener):
 class _RecordedBranches(Branches):
     """Branches of one sample that note what each context reads; with given pictures they only note it."""
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, recorder: _InputRecorder) -> None:
         self._recorder = recorder
         self.trunk: list[Words | Seen | Clean] = []
         self.image_trunk: list[Words | Seen | Clean] = []

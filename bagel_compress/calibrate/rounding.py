@@ -23,7 +23,7 @@ import torch
 
 from bagel_compress.calibrate import loops
 from bagel_compress.calibrate.factor import Factor
-from bagel_compress.calibrate.moments import Block, Moments
+from bagel_compress.calibrate.moments import MomentBlock, Moments
 from bagel_compress.codecs.base import Encoding, Reader, Rounded, Unit, dtype_code
 from bagel_compress.codecs.calibrated import CalibratedCodec, Gptq
 from bagel_compress.codecs.grid import Curvature, Grid, Packed, Scales
@@ -108,7 +108,7 @@ def round_weights(grid: Grid, weights: Tensor, moments: Moments, method: Gptq) -
     return levels, scales, report
 
 
-def refitted(weights: Tensor, block: Block, factor: Factor) -> Tensor:
+def refitted(weights: Tensor, block: MomentBlock, factor: Factor) -> Tensor:
     """(N, B) fp32 weights for inputs that went through rounded layers: W + W (C - H) (H + damping)^-1.
 
     C = X_full^T X_quantised and H = X_quantised^T X_quantised: the least squares fit of the full layer's output.
@@ -129,7 +129,7 @@ class _Total:
 class _Columns:
     """The columns of one block of moments, in the order in which they are rounded; column-major throughout."""
 
-    def __init__(self, grid: Grid, weights: Tensor, scales: Tensor, block: Block, factor: Factor) -> None:
+    def __init__(self, grid: Grid, weights: Tensor, scales: Tensor, block: MomentBlock, factor: Factor) -> None:
         self.grid, self.weights, self.block, self.factor = grid, weights, block, factor
         self.scale_of = (block.start + factor.order) // grid.block  # (B,)
         self.scales = scales.expand(weights.shape[0], -1).T  # (scales, N)

@@ -11,7 +11,7 @@ from bagel_compress.cli import add_json, add_verb, emit, say
 if TYPE_CHECKING:
     from bagel.sampler import Sampler
     from bagel_compress.calibrate.calibration_set import CalibrationSet
-    from bagel_compress.run.device_map import Where
+    from bagel_compress.run.device_map import DeviceChoice
     from bagel_compress.source.checkpoint import Checkpoint
 
 SMALL_SIDE = 256  # models that draw no larger pictures than this (in pixels) get BAGEL-nano's prompts
@@ -52,11 +52,11 @@ def register(verbs: Any) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from bagel_compress.budgets.device_option import where
+    from bagel_compress.budgets.device_option import choose_device
     from bagel_compress.cli.build import open_checkpoint
 
     checkpoint = open_checkpoint(args)
-    device = where(args.device, args.source, say)
+    device = choose_device(args.device, args.source, say)
     found = record_set(checkpoint, Path(args.out), args.cases, args.pictures, args.rows, device)
     rows, header = found.rows, found.header
     data = {
@@ -81,7 +81,7 @@ def record_set(
     prompts: list[str] | None = None,
     pictures: str | None = None,
     rows: int | None = None,
-    device: Where = "cpu",
+    device: DeviceChoice = "cpu",
 ) -> CalibrationSet:
     """The set of a checkpoint, recorded as the options of `calibrate` say. Progress goes to stderr."""
     from bagel_compress.calibrate.make_set import make_set, pictures_in
@@ -99,7 +99,7 @@ def record_set(
     return make_set(sampler, (checkpoint.name, checkpoint.digest), jobs, out, given, say)
 
 
-def _sampler(checkpoint: Checkpoint, device: Where, drawing: bool) -> Sampler:
+def _sampler(checkpoint: Checkpoint, device: DeviceChoice, drawing: bool) -> Sampler:
     """The model; where it does not draw, without its weights."""
     from bagel_compress.run.load import load_checkpoint
 

@@ -65,7 +65,7 @@ def _made(args: argparse.Namespace, out: Path) -> ExportFolder:
     from tqdm import tqdm
 
     from bagel_compress.exporting.build import export
-    from bagel_compress.exporting.source import Source
+    from bagel_compress.exporting.source import WeightSource
     from bagel_compress.run.target import Target
 
     with tqdm(unit="file", desc="export", leave=False, disable=args.json or None) as bar:
@@ -74,13 +74,13 @@ def _made(args: argparse.Namespace, out: Path) -> ExportFolder:
             bar.total, bar.n = total, done
             bar.set_postfix_str(name)
 
-        return export(Source.open(args.source), Target.load(args.target), out, step)
+        return export(WeightSource.open(args.source), Target.load(args.target), out, step)
 
 
 def follow_recipe(artifact: Artifact, trace: Path) -> tuple[dict[str, Any], str, bool]:
     """Exports an artifact for its recipe's target, beside it, and judges the graphs by the trace.
 
-    Gives the data for --json, the lines for people, and whether everything passed. Engines are built; without a card,
+    Gives the data for --json, the lines for people, and whether everything passed. Engines are built; without a GPU,
     their graphs are judged.
     """
     from bagel_compress.exporting.build import export
@@ -151,7 +151,7 @@ def _inspected(folder: ExportFolder, blocks: bool, verified: bool) -> str:
     place = (
         f" on {settings.provider}"
         if settings.runtime == "onnxruntime"
-        else f" for {', '.join(settings.capabilities) or 'this card'}"
+        else f" for {', '.join(settings.capabilities) or 'this GPU'}"
     )
     lines.append(f"{settings.runtime}{place} in {settings.precision}, opset {manifest.opset}, target {manifest.target}")
     if settings.runtime != "onnxruntime":
@@ -191,5 +191,5 @@ def summary(folder: ExportFolder) -> str:
         f", {stored:,} bytes; export {folder.digest[:12]}"
     )
     if manifest.settings.runtime != "onnxruntime":
-        text += "\nengines were built; running them needs the card."
+        text += "\nengines were built; running them needs the GPU."
     return text

@@ -130,12 +130,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from bagel_compress.publishing.batch import Batch, line, run_batch, summary
+    from bagel_compress.publishing.batch import BatchFile, line, run_batch, summary
 
     def show(result: Any) -> None:
         print(line(result), file=sys.stderr)
 
     cluster = os.environ.get("RAY_ADDRESS")
-    results = run_batch(Batch.load(args.file), args.jobs, args.executor, cluster, show)
+    results = run_batch(BatchFile.load(args.file), args.jobs, args.executor, cluster, show)
     emit(args, {"jobs": [r.to_json() for r in results]}, summary(results))
     return 0 if all(r.error is None for r in results) else 1

@@ -66,7 +66,7 @@ def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentP
         help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1 (auto: the CUDA devices that it takes, else the CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--target", metavar="T", help="place the model as this target says (which part is on the card when)"
+        "--target", metavar="T", help="place the model as this target says (which part is on the GPU when)"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument(
@@ -207,14 +207,14 @@ def _opened(args: argparse.Namespace) -> Loops:
 
     import torch
 
-    from bagel_compress.budgets.device_option import one_device, where
+    from bagel_compress.budgets.device_option import choose_device, one_device
     from bagel_compress.run.load import open_model
     from bagel_compress.run.offload import place
     from bagel_compress.run.target import Target
 
     dtype = {"bf16": None, "fp32": torch.float32}[args.dtype]
     if args.target is None and dtype is None:
-        return open_model(folder, where(args.device, folder, say))
+        return open_model(folder, choose_device(args.device, folder, say))
     device = one_device(args.device)
     if args.target is None:
         return open_model(folder, device, dtype)

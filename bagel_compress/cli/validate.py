@@ -71,7 +71,7 @@ def _add_validate_and_check(verbs: Any) -> None:
 
 def _add_budget(verbs: Any) -> None:
     budget = add_verb(
-        verbs, "budget", "peak memory on a card, phase by phase; needs no GPU; exit 1 if it does not fit",
+        verbs, "budget", "peak memory on a GPU, phase by phase, predicted without one; exit 1 if it does not fit",
         "bagel-compress budget nf4 --target 12gb 16gb\n  bagel-compress budget out/nf4 --target h100 --device cuda\n"
         "  bagel-compress budget out/nf4 --target 12gb --device cpu --source BAGEL-7B-MoT\n"
         "  bagel-compress budget fp8-24gb --target 12gb 12gb --together",
@@ -88,7 +88,7 @@ def _add_budget(verbs: Any) -> None:
     )
     budget.add_argument(
         "--together", action="store_true",
-        help="the targets are cards of one machine: plan which layers and parts go to which",
+        help="the targets are GPUs of one machine: plan which layers and parts go to which",
     )  # fmt: skip
     add_json(budget)
     budget.set_defaults(verb=_budget)
@@ -115,13 +115,13 @@ def _artifact_and_traces(parser: argparse.ArgumentParser, several: bool = True) 
 def _trace(args: argparse.Namespace) -> int:
     import torch
 
-    from bagel_compress.budgets.device_option import one_device, where
+    from bagel_compress.budgets.device_option import choose_device, one_device
     from bagel_compress.run.case import load_cases
     from bagel_compress.validation.artifact import record_source
 
     floors = {"all": ("repeat", "kernel", "dtype"), "kernel": ("repeat", "kernel"), "none": ()}[args.floor]
     dtype = getattr(torch, args.dtype)
-    device = where(args.device, args.source, say) if dtype == torch.bfloat16 else one_device(args.device)
+    device = choose_device(args.device, args.source, say) if dtype == torch.bfloat16 else one_device(args.device)
     file = record_source(args.source, load_cases(args.cases), args.out, device, dtype, floors, say)
     size = file.path.stat().st_size
     data = {
@@ -177,7 +177,7 @@ def _budget(args: argparse.Namespace) -> int:
 
 def _together(args: argparse.Namespace) -> int:
     from bagel_compress.budgets.device_option import build_of
-    from bagel_compress.budgets.plan_devices import card_of, plan_map
+    from bagel_compress.budgets.plan_devices import gpu_of, plan_map
     from bagel_compress.budgets.planned_build import planned_build
     from bagel_compress.build.artifact import MANIFEST
     from bagel_compress.errors import TargetError
@@ -188,7 +188,7 @@ def _together(args: argparse.Namespace) -> int:
     targets = [Target.load(target) for target in args.target]
     is_folder = (Path(args.build) / MANIFEST).exists()
     build = build_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
-    plan = plan_map(build, [card_of(t, f"cuda:{i}") for i, t in enumerate(targets)], targets[0].sizes)
+    plan = plan_map(build, [gpu_of(t, f"cuda:{i}") for i, t in enumerate(targets)], targets[0].sizes)
     emit(args, plan.to_json(), f"{build.name} on {' + '.join(t.name for t in targets)}, GiB\n{plan.table()}")
     return 0
 

@@ -50,8 +50,9 @@ class Reader(Protocol):
 class Chunk:
     """A run of bytes of one stored part. `data` is contiguous uint8, valid until the next chunk is asked for.
 
-    A `lasting` chunk stays as it is for as long as somebody holds it: a view of the source, or an array of its own.
-    The codec of a `direct` chunk goes on in other threads, so whoever asks for chunks may take the time to write it.
+    `lasting`: the array is never written to again (a view of the source, or an array of its own), so the caller may
+    keep it. `direct`: the codec goes on encoding in threads of its own, so the caller may write this chunk to disk
+    before it asks for the next without delaying the encoding.
     """
 
     part: str
@@ -117,12 +118,12 @@ class Codec(FrozenModel, ABC):
     here. A new format gives `format`, `check`, `parts`, `begin` and `decode`. The rest has defaults:
 
     attribute or method    who asks for it               default
-    lossless               parity's limits, the card     False
+    lossless               parity's limits, model card False
     exact                  plan                          True: sizes follow from the header
-    stored_as_is           load, budget, card            False: it has codes (True: raw alone)
+    stored_as_is           load, budget, model card      False: it has codes (True: raw alone)
     scans_folder           compress                      False: the VAE may lie beside the weights
     movable                offload, device maps, budget  True: a unit may wait in host memory
-    tag                    card                          "": no tag for the width of its codes
+    tag                    model card                    "": no tag for the width of its codes
     units                  plan                          one unit per tensor
     likely_parts           budget                        `parts`
     sampled                plan                          `nbytes`
@@ -131,7 +132,7 @@ class Codec(FrozenModel, ABC):
     embedding              load                          decodes once
     scratch_bytes          budget                        0
     fake_linears           budget                        `linears` over fake tensors
-    snippets               card                          nothing
+    snippets               model card                    nothing
     comfyui_format         ComfyUI file                  "": a full-precision tensor there
     comfyui_values         ComfyUI file                  ExportError
     onnx_form, onnx_codes  export                        decoded where lossless, else ExportError
@@ -175,7 +176,7 @@ class Codec(FrozenModel, ABC):
         return self.parts(unit)
 
     def sampled(self, unit: Unit, source: Reader) -> int:
-        """Bytes that the unit will hardly exceed, from a sample of its data; default: `nbytes`, which is exact."""
+        """A size in bytes, from a sample of the data, that the stored unit hardly ever exceeds; default: `nbytes`."""
         return self.nbytes(unit)
 
     @abstractmethod

@@ -45,7 +45,7 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class GraphBlock:
     """One graph. Blocks of one `kind` differ in their weights alone, so they share a template."""
 
     name: str
@@ -58,7 +58,7 @@ class Block:
     factor: int = 1  # pixels per latent cell along a side, of blocks that have both
 
     @property
-    def wide(self) -> bool:
+    def in_fp32(self) -> bool:
         """Computed in fp32 in every export (the autoencoder, as in the reference sampler)."""
         return self.kind.startswith("vae_")
 
@@ -98,7 +98,7 @@ class UndLayer(nn.Module):
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, past_k: Tensor, past_v: Tensor, visible_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """cos, sin [1, T, E/2]; past [1, K, S, E]; `visible`: how many of the S + T keys each row sees."""
-        q, k, v = _qkv(self.und, x_TD, cos, sin, wide=False)
+        q, k, v = _qkv(self.und, x_TD, cos, sin, in_fp32=False)
         keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         mask_TS = torch.arange(keys.shape[2], device=x_TD.device)[None, :] < visible_T[:, None]
         o_TD = _attend(q, keys, values, mask_TS)
@@ -117,8 +117,8 @@ class GenLayer(nn.Module):
         self, wrappers_WD: Tensor, latents_ND: Tensor, cos: Tensor, sin: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All rows share one rope position: cos, sin [1, 1, E/2]. Returns both kinds of rows, then keys and values."""
-        q_w, k_w, v_w = _qkv(self.und, wrappers_WD, *_repeated(cos, sin, wrappers_WD), wide=True)
-        q_n, k_n, v_n = _qkv(self.gen, latents_ND, *_repeated(cos, sin, latents_ND), wide=True)
+        q_w, k_w, v_w = _qkv(self.und, wrappers_WD, *_repeated(cos, sin, wrappers_WD), in_fp32=True)
+        q_n, k_n, v_n = _qkv(self.gen, latents_ND, *_repeated(cos, sin, latents_ND), in_fp32=True)
         keys, values = torch.cat([past_k, k_w, k_n], 2), torch.cat([past_v, v_w, v_n], 2)
         o_TD = _attend(torch.cat([q_w, q_n], 2), keys, values, None)
         count = wrappers_WD.shape[0]
@@ -126,11 +126,11 @@ class GenLayer(nn.Module):
         return wrappers_WD, _after_attention(self.gen, latents_ND, o_TD[count:]), keys, values
 
 
-def _qkv(expert: Expert, x_TD: Tensor, cos: Tensor, sin: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys [1, heads, T, E] after norm and rope, and values. `wide`: norm and rope in fp32, as in Bagel."""
+def _qkv(expert: Expert, x_TD: Tensor, cos: Tensor, sin: Tensor, in_fp32: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys [1, heads, T, E] after norm and rope, and values. `in_fp32`: norm and rope in fp32, as in Bagel."""
     h_TD = rms_norm(x_TD, expert.input_layernorm)
-    q = _positioned(_heads(expert.q_proj(h_TD), expert.num_heads), expert.q_norm, cos, sin, wide)
-    k = _positioned(_heads(expert.k_proj(h_TD), expert.num_kv_heads), expert.k_norm, cos, sin, wide)
+    q = _positioned(_heads(expert.q_proj(h_TD), expert.num_heads), expert.q_norm, cos, sin, in_fp32)
+    k = _positioned(_heads(expert.k_proj(h_TD), expert.num_kv_heads), expert.k_norm, cos, sin, in_fp32)
     return q, k, _heads(expert.v_proj(h_TD), expert.num_kv_heads)
 
 
@@ -138,10 +138,10 @@ def _heads(x_TD: Tensor, count: int) -> Tensor:
     return x_TD.unflatten(-1, (count, -1)).transpose(0, 1)[None]
 
 
-def _positioned(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, wide: bool) -> Tensor:
+def _positioned(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, in_fp32: bool) -> Tensor:
     dtype = x.dtype
     cos, sin = cos.to(dtype), sin.to(dtype)  # Bagel rounds the tables to the dtype of the rows, always
-    if wide:
+    if in_fp32:
         x, cos, sin = x.float(), cos.float(), sin.float()
     return torch.onnx.ops.rotary_embedding(rms_norm(x, norm), cos, sin).to(dtype)  # type: ignore[no-any-return]
 
@@ -279,7 +279,7 @@ def _plain_attention(vae: AutoEncoder) -> AutoEncoder:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def all_blocks(config: BagelConfig, vae: VAEConfig) -> Iterator[Block]:
+def all_blocks(config: BagelConfig, vae: VAEConfig) -> Iterator[GraphBlock]:
     """Every block of a model, in the order of a run."""
     yield from _ends(config)
     for index in range(config.llm.num_layers):
@@ -288,7 +288,7 @@ def all_blocks(config: BagelConfig, vae: VAEConfig) -> Iterator[Block]:
     yield from _vae(vae)
 
 
-def _und_layer(llm: LLMConfig, index: int) -> Block:
+def _und_layer(llm: LLMConfig, index: int) -> GraphBlock:
     past, present = _cache(llm, "past", "past_tokens"), _cache(llm, "present", "all_tokens")
     half = llm.head_dim // 2
     inputs = (
@@ -300,7 +300,7 @@ def _und_layer(llm: LLMConfig, index: int) -> Block:
                   lambda: UndLayer(llm))  # fmt: skip
 
 
-def _gen_layer(llm: LLMConfig, index: int) -> Block:
+def _gen_layer(llm: LLMConfig, index: int) -> GraphBlock:
     past, present = _cache(llm, "past", "past_tokens"), _cache(llm, "present", "all_tokens")
     half, width = llm.head_dim // 2, llm.hidden_size
     inputs = (
@@ -320,7 +320,7 @@ def _cache(llm: LLMConfig, name: str, axis: str) -> tuple[Port, Port]:
     return Port(f"{name}_k", "float", shape), Port(f"{name}_v", "float", shape)
 
 
-def _ends(config: BagelConfig) -> Iterator[Block]:
+def _ends(config: BagelConfig) -> Iterator[GraphBlock]:
     llm, width = config.llm, config.llm.hidden_size
     rows, latent_rows = Port("x", "float", ("tokens", width)), Port("x", "float", ("latent_tokens", width))
     patch = config.vit.num_channels * config.vit.patch_size**2
@@ -336,7 +336,7 @@ def _ends(config: BagelConfig) -> Iterator[Block]:
     yield _end("lm_head", (rows,), Port("logits", "float32", ("tokens", llm.vocab_size)), lambda: Head(llm))
 
 
-def _vae(vae: VAEConfig) -> Iterator[Block]:
+def _vae(vae: VAEConfig) -> Iterator[GraphBlock]:
     image = Port("image", "float32", (1, vae.in_channels, "height", "width"))
     cells: Shape = (1, vae.z_channels, "latent_height", "latent_width")
     latent = Port("latent", "float32", cells)
@@ -345,7 +345,7 @@ def _vae(vae: VAEConfig) -> Iterator[Block]:
     yield _end("vae_decoder", (latent,), image, lambda: VaeDecode(vae))
 
 
-def _end(name: str, inputs: tuple[Port, ...], output: Port, build: Callable[[], nn.Module]) -> Block:
+def _end(name: str, inputs: tuple[Port, ...], output: Port, build: Callable[[], nn.Module]) -> GraphBlock:
     return _block(name, name, name, inputs, (output,), "", build)
 
 
@@ -357,15 +357,15 @@ def _block(
     outputs: tuple[Port, ...],
     prefix: str,
     build: Callable[[], nn.Module],
-) -> Block:
+) -> GraphBlock:
     def on_meta() -> nn.Module:
         with torch.device("meta"):
             return export_form(build()).eval().requires_grad_(False)
 
     weights = {path: prefix + path for path, _ in on_meta().named_parameters()}
-    return Block(name, kind, data, inputs, outputs, weights, on_meta)
+    return GraphBlock(name, kind, data, inputs, outputs, weights, on_meta)
 
 
-def matrices(block: Block) -> set[str]:
+def matrices(block: GraphBlock) -> set[str]:
     """Parameter paths of the block's matrices, those that `Dense` holds transposed."""
     return {f"{name}.weight" for name, m in block.build().named_modules() if isinstance(m, Dense)}

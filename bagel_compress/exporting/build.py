@@ -27,9 +27,9 @@ from bagel_compress.exporting.manifest import (
     config_dict,
 )
 from bagel_compress.exporting.profiles import axes_of
-from bagel_compress.exporting.source import FOLDER_FILES, Source
+from bagel_compress.exporting.source import FOLDER_FILES, WeightSource
 from bagel_compress.exporting.tensorrt import check_settings, load_tensorrt
-from bagel_compress.exporting.write import Job, file_entry, plan_forms, write_atomic, write_group
+from bagel_compress.exporting.write import ExportJob, file_entry, plan_forms, write_atomic, write_group
 from bagel_compress.run.export_settings import BlockKind, ExportSettings
 from bagel_compress.run.target import Target
 
@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]  # data file, done, all
 
 
 def export(
-    source: Source,
+    source: WeightSource,
     target: Target,
     out: Path,
     progress: Progress | None = None,
@@ -67,7 +67,9 @@ def export(
     return _finish(job, target)
 
 
-def _begin(source: Source, target: Target, settings: ExportSettings, out: Path, templates: dict[str, bytes]) -> Job:
+def _begin(
+    source: WeightSource, target: Target, settings: ExportSettings, out: Path, templates: dict[str, bytes]
+) -> ExportJob:
     identity = {"source": source.identity.digest, "target": target.model_dump(mode="json"), "opset": OPSET}
     note = out / NOTES / "identity.json"
     if out.exists() and any(out.iterdir()) and not note.parent.exists():
@@ -86,7 +88,9 @@ def _begin(source: Source, target: Target, settings: ExportSettings, out: Path, 
     return job
 
 
-def _planned(source: Source, target: Target, settings: ExportSettings, out: Path, templates: dict[str, bytes]) -> Job:
+def _planned(
+    source: WeightSource, target: Target, settings: ExportSettings, out: Path, templates: dict[str, bytes]
+) -> ExportJob:
     """Everything that can fail before weights are read."""
     source.copy_files(out)
     config, vae = source.configs(out)
@@ -95,12 +99,12 @@ def _planned(source: Source, target: Target, settings: ExportSettings, out: Path
     plan_forms(source, settings, blocks)
     if settings.runtime != "onnxruntime":
         load_tensorrt(settings.runtime)
-        paths = {path for b in blocks if not b.wide for path in b.weights.values()}
+        paths = {path for b in blocks if not b.in_fp32 for path in b.weights.values()}
         check_settings(settings, [source.codec(path) for path in sorted(paths)])
-    return Job(source, settings, axes_of(target.sizes, config, settings.axes), out, blocks, templates)
+    return ExportJob(source, settings, axes_of(target.sizes, config, settings.axes), out, blocks, templates)
 
 
-def _finish(job: Job, target: Target) -> ExportFolder:
+def _finish(job: ExportJob, target: Target) -> ExportFolder:
     notes = [json.loads((job.out / NOTES / f"{data}.json").read_text(encoding="utf-8")) for data, _ in job.groups()]
     files = {name: entry for note in notes for name, entry in note["files"].items()}
     for name in FOLDER_FILES:

@@ -1,8 +1,8 @@
-"""A folder's bf16 graphs as fp32, so that a CPU can run what was exported for a card.
+"""A folder's bf16 graphs as fp32, so that a CPU can run what was exported for a GPU.
 
 Nodes, codes and scales are the folder's own, read from its files; only what is bf16 (scales, plain weights, types of
-values) becomes fp32, which changes no weight. What the twin shows is true of graphs and weights. It says nothing of
-kernels of the card, nor of an engine.
+values) becomes fp32, which changes no weight. What the copy shows is true of graphs and weights. It says nothing of
+kernels of the GPU, nor of an engine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import onnx
 
 FLOAT, BFLOAT16 = 1, 16  # ONNX element types
-Places = dict[str, WeightEntry]
+WeightEntries = dict[str, WeightEntry]
 
 
-def fp32_twin(folder: ExportFolder, out: Path) -> ExportFolder:
-    """Writes the twin into an empty folder; it needs as much disk as the graphs, twice that for plain weights."""
+def fp32_copy(folder: ExportFolder, out: Path) -> ExportFolder:
+    """Writes the copy into an empty folder; it needs as much disk as the graphs, twice that for plain weights."""
     blocks = folder.manifest.blocks.values()
     for data in dict.fromkeys(entry.data for entry in blocks):
         sharing = [entry for entry in blocks if entry.data == data]
@@ -40,10 +40,10 @@ def fp32_twin(folder: ExportFolder, out: Path) -> ExportFolder:
     return ExportFolder(out, folder.manifest.model_copy(update={"settings": settings}), folder.digest)
 
 
-def _widened_data(source: Path, target: Path, blocks: list[BlockEntry]) -> Places:
+def _widened_data(source: Path, target: Path, blocks: list[BlockEntry]) -> WeightEntries:
     """Copies the values of a data file, bf16 as fp32. Returns initialiser name -> its new place."""
     stored = np.memmap(source, np.uint8, "r")
-    places: Places = {}
+    places: WeightEntries = {}
     with atomic_file(target) as file:
         for name, w in sorted({n: w for b in blocks for n, w in b.weights.items()}.items()):
             values = stored[w.offset : w.offset + w.bytes]
@@ -56,7 +56,7 @@ def _widened_data(source: Path, target: Path, blocks: list[BlockEntry]) -> Place
     return places
 
 
-def _widened_graph(source: Path, target: Path, places: Places) -> None:
+def _widened_graph(source: Path, target: Path, places: WeightEntries) -> None:
     import onnx
 
     model = onnx.load(source, load_external_data=False)

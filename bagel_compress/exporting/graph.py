@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bagel_compress.exporting.blocks import Block, Port
+    from bagel_compress.exporting.blocks import GraphBlock, Port
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 # Sizes of the traced example; distinct, and neither 0 nor 1, so that no axis is taken for a constant or for another
@@ -29,7 +29,7 @@ EXAMPLE_SIZES = {
 }  # fmt: skip
 
 
-def template(block: Block, dtype: torch.dtype) -> onnx.ModelProto:
+def template(block: GraphBlock, dtype: torch.dtype) -> onnx.ModelProto:
     """The block's graph: inputs and outputs named as its ports, then one input per weight, named by its path."""
     try:
         import onnxscript  # noqa: F401
@@ -39,7 +39,7 @@ def template(block: Block, dtype: torch.dtype) -> onnx.ModelProto:
 
     module = block.build()
     inputs = {port.name: _example(port, dtype, block.factor) for port in block.inputs}
-    kept = torch.float32 if block.wide else dtype
+    kept = torch.float32 if block.in_fp32 else dtype
     weights = {name: torch.empty(p.shape, dtype=kept) for name, p in module.named_parameters()}
     axes = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
@@ -85,7 +85,7 @@ def _example(port: Port, dtype: torch.dtype, factor: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype if port.dtype == "float" else getattr(torch, port.dtype))
 
 
-def _name_axes(model: onnx.ModelProto, block: Block) -> None:
+def _name_axes(model: onnx.ModelProto, block: GraphBlock) -> None:
     """Gives the tracer's symbols (s12) the names of the block's axes, in values and outputs too."""
     names: dict[str, str] = {}
     ports = {p.name: p for p in block.inputs}

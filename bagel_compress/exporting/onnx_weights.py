@@ -36,7 +36,7 @@ SHIFT = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Initializer:
     """Values of one initialiser. `data` holds the bytes in ONNX order; its own dtype does not matter."""
 
     elem_type: int
@@ -44,7 +44,7 @@ class Stored:
     data: np.ndarray
 
 
-def plain(tensor: torch.Tensor, dtype: torch.dtype, name: str, transpose: bool = False) -> Stored:
+def plain(tensor: torch.Tensor, dtype: torch.dtype, name: str, transpose: bool = False) -> Initializer:
     """The values in `dtype`, transposed for MatMul if asked. Raises ExportError where fp16 overflows."""
     import torch
 
@@ -55,10 +55,10 @@ def plain(tensor: torch.Tensor, dtype: torch.dtype, name: str, transpose: bool =
     if transpose:
         values = values.t()
     values = values.contiguous()
-    return Stored(elem_type(dtype), tuple(values.shape), values.reshape(-1).view(torch.uint8).numpy())
+    return Initializer(elem_type(dtype), tuple(values.shape), values.reshape(-1).view(torch.uint8).numpy())
 
 
-def coded(form: FormName, item: Coded, dtype: torch.dtype) -> dict[str, Stored]:
+def coded(form: FormName, item: Coded, dtype: torch.dtype) -> dict[str, Initializer]:
     """What a coded matrix becomes in the file: suffix -> values. `dtype` is the export's precision."""
     from onnx import TensorProto
 
@@ -67,15 +67,15 @@ def coded(form: FormName, item: Coded, dtype: torch.dtype) -> dict[str, Stored]:
     rows, columns = item.spec.shape
     values = plain(carried.scale, dtype, f"{item.spec.name} (its scales)", transpose=form == "int4")
     if form == "bnb4":
-        return {".codes": Stored(element, (codes.size,), codes), ".absmax": values}
+        return {".codes": Initializer(element, (codes.size,), codes), ".absmax": values}
     turned = np.ascontiguousarray(codes.reshape(rows, columns).T)
     if form == "int4":
-        return {".codes": Stored(element, (columns, rows), pack_int4(turned.reshape(-1))), ".scale": values}
+        return {".codes": Initializer(element, (columns, rows), pack_int4(turned.reshape(-1))), ".scale": values}
     if form == "dynamic":
-        zero = Stored(TensorProto.UINT8, (), np.array([SHIFT], np.uint8))
+        zero = Initializer(TensorProto.UINT8, (), np.array([SHIFT], np.uint8))
         shifted = turned.view(np.uint8) ^ np.uint8(SHIFT)
-        return {".codes": Stored(TensorProto.UINT8, (columns, rows), shifted), ".zero": zero, ".scale": values}
-    return {".codes": Stored(element, (columns, rows), turned), ".scale": values}
+        return {".codes": Initializer(TensorProto.UINT8, (columns, rows), shifted), ".zero": zero, ".scale": values}
+    return {".codes": Initializer(element, (columns, rows), turned), ".scale": values}
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:
@@ -117,13 +117,13 @@ def _dynamic(x: str, y: str, weight: str) -> list[onnx.NodeProto]:
     """y = (round(x / s) as uint8, zero point z) @ codes * s * scale: the operators ONNX Runtime fuses on CPU."""
     from onnx import TensorProto, helper
 
-    q, s, z, wide = (f"{weight}.{part}" for part in ("x", "x_scale", "x_zero", "sum"))
+    q, s, z, total = (f"{weight}.{part}" for part in ("x", "x_scale", "x_zero", "sum"))
     return [
         helper.make_node("DynamicQuantizeLinear", [x], [q, s, z], f"{weight}.quantize"),
-        helper.make_node("MatMulInteger", [q, f"{weight}.codes", z, f"{weight}.zero"], [wide], f"{weight}.product"),
-        helper.make_node("Cast", [wide], [f"{wide}_f"], f"{weight}.cast", to=TensorProto.FLOAT),
+        helper.make_node("MatMulInteger", [q, f"{weight}.codes", z, f"{weight}.zero"], [total], f"{weight}.product"),
+        helper.make_node("Cast", [total], [f"{total}_f"], f"{weight}.cast", to=TensorProto.FLOAT),
         helper.make_node("Mul", [s, f"{weight}.scale"], [f"{weight}.scales"], f"{weight}.join_scales"),
-        helper.make_node("Mul", [f"{wide}_f", f"{weight}.scales"], [y], f"{weight}.rescale"),
+        helper.make_node("Mul", [f"{total}_f", f"{weight}.scales"], [y], f"{weight}.rescale"),
     ]
 
 

@@ -49,7 +49,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class NoisyBlock:
+class NoisyRows:
     """The input of one denoising pass, shared by the guidance branches: per sample, wrapper rows and latent rows."""
 
     wrappers: Value
@@ -116,7 +116,7 @@ class GraphModel:
         grids: Sequence[tuple[int, int]],
         wrap: tuple[int, int],
         tap: Tap | None = None,
-    ) -> NoisyBlock:
+    ) -> NoisyRows:
         """Rows of packed latent tokens [N, p*p*z] at time t; `grids` are (rows, cols) per sample."""
         latents, start = [], 0
         for rows, cols in grids:
@@ -125,9 +125,9 @@ class GraphModel:
             feeds = {"latents": part, "t": np.array([t], np.float32), "ids": ids}
             latents.append(self._run("latent_in", feeds)[0])
             start += len(ids)
-        return NoisyBlock(self._embed(wrap), tuple(latents), tuple(r * c for r, c in grids))
+        return NoisyRows(self._embed(wrap), tuple(latents), tuple(r * c for r, c in grids))
 
-    def velocity(self, block: NoisyBlock, contexts: Sequence[Cache], tap: Tap | None = None) -> Floats:
+    def velocity(self, block: NoisyRows, contexts: Sequence[Cache], tap: Tap | None = None) -> Floats:
         """Predicted noise - data of every latent token, [N, p*p*z]. Contexts are read, not changed."""
         found = []
         for context, latents in zip(contexts, block.latents, strict=True):

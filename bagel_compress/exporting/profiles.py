@@ -8,12 +8,12 @@ from bagel.config import BagelConfig
 from bagel_compress.errors import ExportError
 from bagel_compress.exporting.manifest import BlockEntry
 from bagel_compress.run.export_settings import Range
-from bagel_compress.run.target import Sizes
+from bagel_compress.run.target import Workload
 
 WRAPPED = 2  # the wrapper rows of an image block
 
 
-def axes_of(sizes: Sizes, config: BagelConfig, given: Mapping[str, Range]) -> dict[str, Range]:
+def axes_of(sizes: Workload, config: BagelConfig, given: Mapping[str, Range]) -> dict[str, Range]:
     """Axis -> sizes; the largest is what a think-edit of the target's sizes needs. `given` replaces single axes."""
     stride, factor = config.image_stride, config.vae_downsample
     sides = [max(a, b) for a, b in zip(sizes.image, sizes.input_image, strict=True)]
@@ -38,7 +38,7 @@ def axes_of(sizes: Sizes, config: BagelConfig, given: Mapping[str, Range]) -> di
     return wanted | dict(given)
 
 
-def _patches(sizes: Sizes, config: BagelConfig) -> int:
+def _patches(sizes: Workload, config: BagelConfig) -> int:
     from bagel.images import resized_sides
 
     height, width = sizes.input_image

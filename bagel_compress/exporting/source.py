@@ -43,14 +43,14 @@ class Coded:
     parts: Mapping[str, torch.Tensor]
 
 
-class Source(ABC):
+class WeightSource(ABC):
     """Weights by their path in Bagel."""
 
     identity: ExportSource
     limits: Limits  # what parity must hold
 
     @staticmethod
-    def open(path: str | Path) -> Source:
+    def open(path: str | Path) -> WeightSource:
         """An artifact where there is a manifest, else a checkpoint. Raises their errors."""
         folder = Path(path)
         if (folder / MANIFEST).exists() or (folder / ".build").exists():
@@ -116,7 +116,7 @@ class Source(ABC):
         return read_config(folder, shapes, vae_shapes), vae_config(folder, vae_shapes)
 
 
-class CheckpointSource(Source):
+class CheckpointSource(WeightSource):
     """A full-precision checkpoint: everything is raw bf16."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -150,7 +150,7 @@ class CheckpointSource(Source):
         return self._checkpoint.read(spec, 0, spec.numel).reshape(spec.shape)
 
 
-class ArtifactSource(Source):
+class ArtifactSource(WeightSource):
     """A compressed artifact; the last decoded unit is kept, since a unit may hold several tensors."""
 
     def __init__(self, artifact: Artifact) -> None:

@@ -1,7 +1,7 @@
 """Engines: one per block, built from the same ONNX files by TensorRT for RTX (no GPU needed) or classic TensorRT.
 
-An RTX engine is portable over the capabilities it names; kernels are compiled on the user's card. A build that succeeds
-proves that every operator, type and shape is accepted; numbers can only be checked on a card, or by ONNX Runtime on the
+An RTX engine is portable over the capabilities it names; kernels are compiled on the user's GPU. A build that succeeds
+proves that every operator, type and shape is accepted; numbers can only be checked on a GPU, or by ONNX Runtime on the
 same graph. Two builds of one engine differ in some bytes.
 """
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from bagel.branches import Noise
 from bagel.flow import FlowSettings
 from bagel.sampler import Sampler
-from bagel_compress.exporting.ort_model import Cache, GraphModel, NoisyBlock, Tap
+from bagel_compress.exporting.ort_model import Cache, GraphModel, NoisyRows, Tap
 from bagel_compress.exporting.ort_sampler import GraphSampler
 
 
@@ -60,10 +60,10 @@ class _Model:
 
     def noisy_block(
         self, packed: Tensor, t: Tensor, grids: Sequence[tuple[int, int]], wrap: tuple[int, int], tap: Any = None
-    ) -> NoisyBlock:
+    ) -> NoisyRows:
         return self._model.noisy_block(packed.numpy(), np.float32(t), grids, wrap)
 
-    def velocity(self, block: NoisyBlock, contexts: Sequence[Cache], tap: Tap | None = None) -> Tensor:
+    def velocity(self, block: NoisyRows, contexts: Sequence[Cache], tap: Tap | None = None) -> Tensor:
         return _tensor(self._model.velocity(block, contexts, _tapped(tap)))
 
 

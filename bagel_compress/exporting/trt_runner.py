@@ -1,7 +1,7 @@
 """Runs engines with the call signature of the ONNX blocks, so that the same passes and sampler work on TensorRT.
 
 Device memory is torch's. The engines of understanding layers and of image layers both hold the understanding expert,
-and no pass uses both kinds: only the kind in use is kept on the card. Written against the documented API; what could
+and no pass uses both kinds: only the kind in use is kept on the GPU. Written against the documented API; what could
 not be run where it was written is said in docs/export.md.
 """
 
@@ -21,12 +21,12 @@ from bagel_compress.exporting.profiles import check_shapes
 from bagel_compress.exporting.tensorrt import load_tensorrt
 from bagel_compress.run.export_settings import TORCH_NAMES
 
-EXCLUSIVE = ("und_layer", "gen_layer")  # kinds of which one at a time is on the card
+EXCLUSIVE = ("und_layer", "gen_layer")  # kinds of which one at a time is on the GPU
 
 
 @dataclass(frozen=True)
 class DeviceValue:
-    """A tensor on the card that reads back as numpy, as ONNX Runtime's values do."""
+    """A tensor on the GPU that reads back as numpy, as ONNX Runtime's values do."""
 
     tensor: torch.Tensor
 
@@ -38,14 +38,14 @@ class Engines:
     """The engines of a folder as functions from named values to named values."""
 
     def __init__(self, folder: ExportFolder) -> None:
-        """Raises MissingExtraError without the package, ExportError without a card or without engines."""
+        """Raises MissingExtraError without the package, ExportError without a GPU or without engines."""
         self.folder = folder
         settings = folder.manifest.settings
         if settings.runtime == "onnxruntime":
             raise ExportError(f"{folder.path} was exported for onnxruntime and holds no engines; run it there.")
         self._trt = load_tensorrt(settings.runtime)
         if not torch.cuda.is_available():
-            raise ExportError(f"{folder.path} holds TensorRT engines, which need an NVIDIA card; none was found here.")
+            raise ExportError(f"{folder.path} holds TensorRT engines, which need an NVIDIA GPU; none was found here.")
         self._dtype: torch.dtype = getattr(torch, TORCH_NAMES[settings.precision])
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
         self._loaded: dict[str, tuple[Any, Any]] = {}
@@ -92,8 +92,8 @@ class Engines:
             engine = self._runtime.deserialize_cuda_engine(data)
             if engine is None:
                 raise ExportError(
-                    f"block {block}: this card or TensorRT {self._trt.__version__} cannot load the engine;"
-                    " export again for this card with the installed version."
+                    f"block {block}: this GPU or TensorRT {self._trt.__version__} cannot load the engine;"
+                    " export again for this GPU with the installed version."
                 )
             self._loaded[block] = (engine, engine.create_execution_context())
         return self._loaded[block]

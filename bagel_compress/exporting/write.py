@@ -15,11 +15,11 @@ from blake3 import blake3
 from bagel_compress.build.artifact import FileEntry
 from bagel_compress.codecs.traits import FormName
 from bagel_compress.errors import ExportError
-from bagel_compress.exporting.blocks import Block, matrices
+from bagel_compress.exporting.blocks import GraphBlock, matrices
 from bagel_compress.exporting.graph import template
 from bagel_compress.exporting.manifest import BlockEntry, PortEntry, WeightEntry
-from bagel_compress.exporting.onnx_weights import Stored, coded, plain, rewrite
-from bagel_compress.exporting.source import VAE_PREFIX, Source
+from bagel_compress.exporting.onnx_weights import Initializer, coded, plain, rewrite
+from bagel_compress.exporting.source import VAE_PREFIX, WeightSource
 from bagel_compress.exporting.tensorrt import build_engine
 from bagel_compress.io.atomic import atomic_file, write_atomic
 from bagel_compress.io.digests import blake3_file
@@ -33,14 +33,14 @@ ALIGN = 4096  # offsets in data files: page-aligned, so that runtimes can map ea
 
 
 @dataclass
-class Job:
+class ExportJob:
     """One export: what is exported, how, and the templates made so far."""
 
-    source: Source
+    source: WeightSource
     settings: ExportSettings
     axes: Mapping[str, Range]
     out: Path
-    blocks: list[Block]
+    blocks: list[GraphBlock]
     templates: dict[str, bytes]  # serialised, by kind and precision
 
     @property
@@ -50,26 +50,26 @@ class Job:
         dtype: torch.dtype = getattr(torch, TORCH_NAMES[self.settings.precision])
         return dtype
 
-    def groups(self) -> Iterator[tuple[str, list[Block]]]:
+    def groups(self) -> Iterator[tuple[str, list[GraphBlock]]]:
         """Data file stem -> its blocks."""
         for data in dict.fromkeys(b.data for b in self.blocks):
             yield data, [b for b in self.blocks if b.data == data]
 
 
-def plan_forms(source: Source, settings: ExportSettings, blocks: Sequence[Block]) -> dict[str, FormName]:
+def plan_forms(source: WeightSource, settings: ExportSettings, blocks: Sequence[GraphBlock]) -> dict[str, FormName]:
     """Matrix by its path in Bagel -> form. Raises ExportError for the first that cannot be carried."""
     by_kind = {b.kind: matrices(b) for b in {b.kind: b for b in blocks}.values()}
-    paths = {b.weights[name] for b in blocks if not b.wide for name in by_kind[b.kind]}
+    paths = {b.weights[name] for b in blocks if not b.in_fp32 for name in by_kind[b.kind]}
     runtime = (settings.runtime, settings.activations)
     return {path: source.codec(path).onnx_form(source.official[path], *runtime) for path in sorted(paths)}
 
 
-def write_group(job: Job, data: str, blocks: list[Block], note: Path) -> None:
+def write_group(job: ExportJob, data: str, blocks: list[GraphBlock], note: Path) -> None:
     """Writes a data file, its graphs and engines, then the note that says so."""
     names = {block.weights[name]: name for block in blocks for name in block.weights}  # path in Bagel -> in the graph
     dense = set().union(*(matrices(b) for b in blocks))
-    forms = {} if blocks[0].wide else plan_forms(job.source, job.settings, blocks)
-    pieces, entry = _write_data(job, job.out / f"{data}.data", names, dense, forms, wide=blocks[0].wide)
+    forms = {} if blocks[0].in_fp32 else plan_forms(job.source, job.settings, blocks)
+    pieces, entry = _write_data(job, job.out / f"{data}.data", names, dense, forms, in_fp32=blocks[0].in_fp32)
     files, entries = {f"{data}.data": entry.model_dump()}, {}
     for block in blocks:
         model = _instance(job, block, pieces, forms)
@@ -85,13 +85,13 @@ def write_group(job: Job, data: str, blocks: list[Block], note: Path) -> None:
 
 
 def _write_data(
-    job: Job, path: Path, names: dict[str, str], dense: set[str], forms: dict[str, FormName], wide: bool
+    job: ExportJob, path: Path, names: dict[str, str], dense: set[str], forms: dict[str, FormName], in_fp32: bool
 ) -> tuple[dict[str, WeightEntry], FileEntry]:
     """Writes all values of a data file. Returns initialiser name -> piece."""
     digest, position, pieces = blake3(), 0, {}
     with atomic_file(path) as file:
         for source_path, name in names.items():
-            for key, stored in _values(job, source_path, name, dense, forms, wide).items():
+            for key, stored in _values(job, source_path, name, dense, forms, in_fp32).items():
                 gap = b"\0" * (-position % ALIGN)
                 content = stored.data.view(np.uint8).reshape(-1).data
                 for part in (gap, content):
@@ -104,8 +104,8 @@ def _write_data(
 
 
 def _values(
-    job: Job, path: str, name: str, dense: set[str], forms: dict[str, FormName], wide: bool
-) -> dict[str, Stored]:
+    job: ExportJob, path: str, name: str, dense: set[str], forms: dict[str, FormName], in_fp32: bool
+) -> dict[str, Initializer]:
     """Initialiser name -> values of one weight."""
     import torch
 
@@ -113,15 +113,17 @@ def _values(
     if form != "dense":
         return {name + suffix: stored for suffix, stored in coded(form, job.source.coded(path), job.dtype).items()}
     label = path if path.startswith(VAE_PREFIX) else job.source.official[path]
-    kept = torch.float32 if wide else job.dtype
+    kept = torch.float32 if in_fp32 else job.dtype
     return {name: plain(job.source.tensor(path), kept, label, transpose=name in dense)}
 
 
-def _instance(job: Job, block: Block, pieces: dict[str, WeightEntry], forms: dict[str, FormName]) -> onnx.ModelProto:
+def _instance(
+    job: ExportJob, block: GraphBlock, pieces: dict[str, WeightEntry], forms: dict[str, FormName]
+) -> onnx.ModelProto:
     """The template with this block's weights in place of the template's weight inputs."""
     import onnx
 
-    key = f"{block.kind}.{'fp32' if block.wide else job.settings.precision}"
+    key = f"{block.kind}.{'fp32' if block.in_fp32 else job.settings.precision}"
     if key not in job.templates:
         job.templates[key] = template(block, job.dtype).SerializeToString()
     model = onnx.ModelProto.FromString(job.templates[key])
@@ -142,7 +144,7 @@ def _instance(job: Job, block: Block, pieces: dict[str, WeightEntry], forms: dic
     return model
 
 
-def _external(name: str, piece: WeightEntry, block: Block) -> onnx.TensorProto:
+def _external(name: str, piece: WeightEntry, block: GraphBlock) -> onnx.TensorProto:
     from onnx import TensorProto
 
     tensor = TensorProto(name=name, data_type=piece.type, dims=piece.shape, data_location=TensorProto.EXTERNAL)
@@ -151,14 +153,14 @@ def _external(name: str, piece: WeightEntry, block: Block) -> onnx.TensorProto:
     return tensor
 
 
-def _write_engine(job: Job, block: Block, entry: BlockEntry) -> str:
+def _write_engine(job: ExportJob, block: GraphBlock, entry: BlockEntry) -> str:
     """Builds and writes the engine of a block; gives the file's name."""
     name = f"{block.name}.engine"
     write_atomic(job.out / name, build_engine(block.name, entry, job.out / entry.model, job.settings, job.axes).data)
     return name
 
 
-def _check(path: Path, block: Block) -> None:
+def _check(path: Path, block: GraphBlock) -> None:
     """onnx.checker with shape inference, by path. Raises ExportError naming the block."""
     import onnx
 
@@ -169,7 +171,7 @@ def _check(path: Path, block: Block) -> None:
 
 
 def _block_entry(
-    block: Block, model: onnx.ModelProto, forms: dict[str, FormName], pieces: dict[str, WeightEntry]
+    block: GraphBlock, model: onnx.ModelProto, forms: dict[str, FormName], pieces: dict[str, WeightEntry]
 ) -> BlockEntry:
     def ports(side: tuple) -> tuple[PortEntry, ...]:  # type: ignore[type-arg]
         return tuple(PortEntry(name=p.name, dtype=p.dtype, shape=p.shape) for p in side)

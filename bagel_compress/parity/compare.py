@@ -1,8 +1,8 @@
-"""Parity: an artifact against the traces of its reference.
+"""Compares a model with traces of its reference, and its distances with the limits of its recipe.
 
-Teacher-forced first (where do the numbers part), then free (what would a person see), for every case; probes of the
-linear modules; the limits of the recipe, each beside the noise floor. A limit below the floor is an error: nobody could
-hold it, not even the reference.
+Every case runs twice: teacher-forced, to find the stage where the numbers begin to differ, and free, to see what a
+person would see. The linear modules are probed one by one. Each limit stands beside the noise floor, the distance of
+the reference from itself; a limit below its floor is an error, because not even the reference would hold it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What is judged: a loaded model and what is known about it."""
+class Candidate:
+    """The model under test, loaded, with what its manifest and recipe say about it."""
 
     sampler: Sampler
     name: str
@@ -48,21 +48,21 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A report with the pictures it is about: case -> (reference, found), uint8 [H, W, 3]."""
+class Comparison:
+    """A report and its pictures: case -> (reference, found), uint8 [H, W, 3]."""
 
     report: ParityReport
     pictures: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def compare(
-    subject: Subject,
+    subject: Candidate,
     files: Sequence[TraceFile],
     reference: Sampler | None = None,
     progress: Progress | None = None,
     networks: Networks = NO_NETWORKS,
-) -> Found:
-    """Judges a model by trace files. With the reference model at hand, errors are attributed to components.
+) -> Comparison:
+    """Compares a model with the cases of trace files. With `reference` loaded, errors are attributed to components.
 
     Raises TraceError on a trace of other sizes, RecipeError on a limit below the noise floor or one on a network's
     value without its weights.
@@ -104,18 +104,18 @@ def compare(
         faults=tuple(dict.fromkeys(faults)),
         notes=tuple(_notes(traces, networks)),
     )
-    return Found(report, pictures)
+    return Comparison(report, pictures)
 
 
 def floor_of(by_kind: Mapping[str, float], limit: Limit, level: str) -> float | None:
-    """The floor that a limit of this class has to respect: the worst of the reference's distances from itself."""
+    """The noise floor of a limit: the worst of the reference's distances from itself that count for this class."""
     values = [by_kind[kind] for kind in FLOOR_OF.get(level, FLOOR_KINDS) if kind in by_kind]
     if not values:
         return None
     return largest(values) if limit.sense == "max" else smallest(values)
 
 
-def _reachable(subject: Subject, traces: Sequence[Trace]) -> None:
+def _reachable(subject: Candidate, traces: Sequence[Trace]) -> None:
     """Raises RecipeError if the reference itself does not hold a limit."""
     for metric, limit in subject.limits.items():
         floors = {
@@ -141,7 +141,7 @@ def _summary(limit: Limit, values: Sequence[float]) -> float:
     return largest(values) if limit.sense == "max" else smallest(values)
 
 
-def _rows(subject: Subject, cases: Sequence[CaseParity], probes: Mapping[str, float]) -> tuple[Row, ...]:
+def _rows(subject: Candidate, cases: Sequence[CaseParity], probes: Mapping[str, float]) -> tuple[Row, ...]:
     rows = []
     for metric, limit in subject.limits.items():
         if metric in probes:

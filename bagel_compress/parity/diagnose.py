@@ -1,6 +1,6 @@
-"""Diagnosis: known ways to break a compressed model, recognised by their signature and named in a sentence.
+"""Recognises known faults of a compressed model and names each in a sentence.
 
-Limits say that something is wrong, this says what. Each function looks for one kind of fault.
+A broken limit says that something is wrong; a diagnosis says what. Each function looks for one kind of fault.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _Gain:
 
     @property
     def deviation(self) -> float:
-        """How far off 1 the gain is for certain."""
+        """The distance of the gain from 1 that its standard error does not explain."""
         return metrics.largest((0.0, abs(self.value - 1.0) - CERTAIN * self.error))
 
 
@@ -203,7 +203,7 @@ def _contexts(found: Trace, reference: Trace) -> Iterator[str]:
 
 
 def _branches(found: Trace, reference: Trace) -> Iterator[str]:
-    """A branch that gives cond's velocity although the reference's does not."""
+    """Finds a guidance branch that gives the conditional velocity where the reference's branch does not."""
     for name, branch in (("v_text", "text-dropped"), ("v_image", "image-dropped")):
         same, different = 0, 0
         for index in reference.steps:

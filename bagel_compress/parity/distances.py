@@ -1,4 +1,4 @@
-"""Comparing two observations of a case, name by name: numbers, nothing decided here."""
+"""Distances between two runs of a case, tensor by tensor. This module measures; compare.py holds against limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DRIFT_FACTOR = 3.0  # a state is where the drift begins if it is this much furth
 
 
 def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
-    """Distances of a teacher-forced and, if given, a free observation from the trace."""
+    """Distances of a teacher-forced run and, if given, of a free run from the trace of the reference."""
     case = reference.case
     steps, states = _steps(forced, reference), _states(forced, reference)
     values: dict[str, float] = {}

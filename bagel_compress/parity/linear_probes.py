@@ -1,8 +1,8 @@
-"""Probes: what each linear module of a model answers to fixed inputs.
+"""Probes: the outputs of every linear module of a model for fixed inputs.
 
-The cheapest look at a run-time module, whatever its format: a lost bias, a wrong scale, a saturated or swapped module
-shows here with its name, where the velocity of a whole model would only be a little worse. One input row is zero, so
-that its answer is the bias; the others are the same for all modules of a width, so that two modules can be compared.
+This is the cheapest test of a run-time module of any format. It names a module with a lost bias, a wrong scale,
+saturation or a swap, where the velocity of the whole model would only be a little worse. One input row is zero, so its
+output is the bias; the others are the same for all modules of one width, so that two modules can be compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Networks that judge pictures and whose weights only the user has: LPIPS and CLIP. Without them nothing is missing."""
+"""LPIPS and CLIP: metrics by networks whose weights the user brings. Without them these metrics are left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bagel_compress.run.case import Picture
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """Those that are at hand."""
+    """The networks whose weights the user gave."""
 
     lpips: Lpips | None = None
     clip: Clip | None = None

@@ -25,7 +25,7 @@ from bagel_compress.errors import TraceError
 from bagel_compress.parity import replay
 from bagel_compress.parity.distances import measure
 from bagel_compress.parity.linear_probes import probe
-from bagel_compress.parity.trace import Header, Trace, TraceFile, save
+from bagel_compress.parity.trace import Trace, TraceFile, TraceHeader, save
 from bagel_compress.run.case import Case
 
 FLOORS = ("repeat", "kernel", "dtype")
@@ -65,9 +65,9 @@ def record_cases(
     return TraceFile.open(out)
 
 
-def _header(sampler: Sampler, source: str, digest: str) -> Header:
+def _header(sampler: Sampler, source: str, digest: str) -> TraceHeader:
     device = sampler.bagel.device
-    return Header(
+    return TraceHeader(
         source=source,
         source_digest=digest,
         model=asdict(sampler.bagel.config),
@@ -81,8 +81,8 @@ def _header(sampler: Sampler, source: str, digest: str) -> Header:
     )
 
 
-def _finished(path: Path, header: Header, case: Case, floors: Sequence[str]) -> Trace | None:
-    """The trace of this very case, if it was recorded before from the same source in the same way."""
+def _finished(path: Path, header: TraceHeader, case: Case, floors: Sequence[str]) -> Trace | None:
+    """The trace of this case from an interrupted run, if source, settings and pictures are the same."""
     try:
         file = TraceFile.open(path)
     except TraceError:
@@ -111,11 +111,11 @@ def _floors(sampler: Sampler, trace: Trace, floors: Sequence[str]) -> dict[str, 
 
 @contextmanager
 def changed(sampler: Sampler, kind: str) -> Iterator[Sampler]:
-    """The same model computed in another way: `repeat` (the same way), `kernel`, or `dtype`."""
+    """The same model computed differently: `repeat` (no difference), another attention `kernel`, another `dtype`."""
     other = Sampler(sampler.bagel, sampler.vae, sampler.text)
     if kind == "dtype":
-        wide = torch.float32 if sampler.bagel.dtype != torch.float32 else torch.bfloat16
-        other.bagel = copy.deepcopy(sampler.bagel).to(wide)
+        finer = torch.float32 if sampler.bagel.dtype != torch.float32 else torch.bfloat16
+        other.bagel = copy.deepcopy(sampler.bagel).to(finer)
         yield other
     elif kind == "kernel":
         other.merge_branches = True

@@ -26,7 +26,7 @@ from bagel.inputs import to_rgb
 from bagel.model import Tap
 from bagel.sampler import Result, Sampler, TextSettings
 from bagel_compress.errors import BagelCompressError, InputError, TargetError
-from bagel_compress.parity.trace import Facts, Trace, image_tensor
+from bagel_compress.parity.trace import CaseFacts, Trace, image_tensor
 from bagel_compress.run.case import Case
 
 TAPPED_PREFIXES = ("layer", "vit_out", "connector_out", "vae2llm_out", "time_embed")
@@ -88,7 +88,7 @@ class _Observer(Listener):
             self.found["logits"] = torch.stack(self._logits)
         if result.image is not None:
             self.found["image"] = image_tensor(result.image)
-        return Trace(self.case, self.found, Facts(text=self.answer(result), contexts=self._contexts))
+        return Trace(self.case, self.found, CaseFacts(text=self.answer(result), contexts=self._contexts))
 
     def answer(self, result: Result) -> str | None:
         """The text of the trace: what the model came to by itself."""

@@ -1,7 +1,7 @@
-"""Reports: what validation found, as frozen data that goes to JSON and back. No torch, no drawing.
+"""The reports of validation as frozen data that is written to JSON and read back. No torch, no drawing.
 
-`reports/parity.json` lies in the artifact's folder and carries the digest of the artifact's manifest, so that a report
-is never believed for another build.
+`reports/parity.json` in the artifact's folder carries the digest of the artifact's manifest, so that a report is never
+taken for one of another build.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class PhaseUse(FrozenModel):
 
     name: str
     parts: dict[str, Number]
-    measured: Number | None = None  # on the named card; None where there was none
+    measured: Number | None = None  # on the named GPU; None where there was none
 
     @property
     def total(self) -> float:
@@ -174,7 +174,7 @@ class Timing(FrozenModel):
 
 
 class BudgetReport(FrozenModel):
-    """What an artifact needs on a target. Peaks are predicted unless `measured_on` names the card.
+    """What an artifact needs on a target. Peaks are predicted unless `measured_on` names the GPU.
 
     `timed_on` names the device of the times, which may be another one than the target's: a CPU, say.
     """
@@ -219,7 +219,7 @@ def load_budgets(folder: Path, digest: str | None = None) -> list[BudgetReport]:
 
 
 def sentence(row: Row) -> str:
-    """A broken row in words."""
+    """What a row says whose limit does not hold."""
     where = f"case {row.case}: " if row.case else ""
     side = "above" if row.value > row.limit else "below"
     return f"{where}{row.metric} is {number(row.value)}, {side} the limit of {number(row.limit)}."

@@ -39,7 +39,7 @@ SAMPLER_VERSION = "1"  # raised by any change of the sampler that moves a trace
 METADATA_KEY = "bagel_trace"
 
 
-class Facts(FrozenModel):
+class CaseFacts(FrozenModel):
     """What is not a tensor. `contexts`: tokens and rope position of each guidance branch before denoising."""
 
     text: str | None = None
@@ -55,7 +55,7 @@ class Trace:
 
     case: Case
     tensors: Mapping[str, Tensor]
-    facts: Facts = field(default_factory=Facts)
+    facts: CaseFacts = field(default_factory=CaseFacts)
 
     @property
     def steps(self) -> list[int]:
@@ -70,7 +70,7 @@ class Trace:
         return found
 
 
-class Header(FrozenModel):
+class TraceHeader(FrozenModel):
     """Where a trace file comes from and what must be in it."""
 
     sampler: str = SAMPLER_VERSION
@@ -81,7 +81,7 @@ class Header(FrozenModel):
     device: str
     versions: dict[str, str] = Field(default_factory=dict)
     cases: dict[str, Case] = Field(default_factory=dict)
-    facts: dict[str, Facts] = Field(default_factory=dict)
+    facts: dict[str, CaseFacts] = Field(default_factory=dict)
     tensors: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="case -> names of its tensors")
 
 
@@ -90,7 +90,7 @@ class TraceFile:
     """A trace file that was opened: its header; tensors are read case by case."""
 
     path: Path
-    header: Header
+    header: TraceHeader
 
     @classmethod
     def open(cls, path: str | Path) -> TraceFile:
@@ -142,7 +142,7 @@ class TraceFile:
                 )
 
 
-def save(path: Path, header: Header, traces: list[Trace], probes: Mapping[str, Tensor]) -> None:
+def save(path: Path, header: TraceHeader, traces: list[Trace], probes: Mapping[str, Tensor]) -> None:
     """Writes a trace file; a temporary name is used until it is complete."""
     tensors = {f"case/{t.case.name}/{name}": tensor.clone() for t in traces for name, tensor in t.tensors.items()}
     tensors |= {f"probe/{name}": tensor.contiguous() for name, tensor in probes.items()}
@@ -164,7 +164,7 @@ def image_tensor(picture: Any) -> Tensor:
     return torch.from_numpy(np.array(picture, dtype=np.uint8))
 
 
-def _header(path: Path, metadata: Mapping[str, str]) -> Header:
+def _header(path: Path, metadata: Mapping[str, str]) -> TraceHeader:
     if METADATA_KEY not in metadata:
         raise TraceError(
             f"{path} is no trace: its header has no {METADATA_KEY}; record one with `bagel-compress trace`."
@@ -176,7 +176,7 @@ def _header(path: Path, metadata: Mapping[str, str]) -> Header:
             " record it again."
         )
     try:
-        return Header.model_validate(raw)
+        return TraceHeader.model_validate(raw)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in fault["loc"])

@@ -44,7 +44,7 @@ class SourceItem(FrozenModel):
     lora: str | None = None
 
 
-class Batch(FrozenModel):
+class BatchFile(FrozenModel):
     """The file."""
 
     out: str
@@ -60,7 +60,7 @@ class Batch(FrozenModel):
         return self
 
     @classmethod
-    def load(cls, path: Path) -> Batch:
+    def load(cls, path: Path) -> BatchFile:
         """Reads a YAML file. Raises RecipeError: file, key, found, expected."""
         batch = load_yaml(cls, path, "batch", RecipeError)
         batch._folder = str(path.resolve().parent)
@@ -71,7 +71,7 @@ class Batch(FrozenModel):
         """The folder that the file lies in; its paths are relative to it."""
         return self._folder
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[BatchJob]:
         """Every source with every recipe. Raises RecipeError on a recipe that is not there or two of one name."""
         from bagel_compress.build.recipe import Recipe
         from bagel_compress.io.packaged import find_recipe
@@ -82,7 +82,7 @@ class Batch(FrozenModel):
         if len(set(names)) < len(names):
             raise RecipeError(f"two of the recipes are called {max(names, key=names.count)!r}; names must differ.")
         return [
-            Job(f"{s.name}--{name}", self._place(s.path), self._place(s.base), self._place(s.lora), str(file),
+            BatchJob(f"{s.name}--{name}", self._place(s.path), self._place(s.base), self._place(s.lora), str(file),
                 str(base / self.out / f"{s.name}--{name}"))
             for s in self.sources
             for name, file in zip(names, files, strict=True)
@@ -97,7 +97,7 @@ class Batch(FrozenModel):
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """One artifact to be built; plain strings, so that it travels to another process or machine."""
 
     name: str
@@ -109,7 +109,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
+class BatchResult:
     """What became of a job. `error` is a sentence, None where it is done."""
 
     job: str
@@ -125,12 +125,12 @@ class Result:
 
 
 def run_batch(
-    batch: Batch,
+    batch: BatchFile,
     processes: int = 1,
     executor: Executor = "local",
     cluster: str | None = None,
-    progress: Callable[[Result], None] | None = None,
-) -> list[Result]:
+    progress: Callable[[BatchResult], None] | None = None,
+) -> list[BatchResult]:
     """Runs all jobs and returns their results in order; `cluster` is the address of a running Ray cluster.
 
     Writes out/batch.json. Raises RecipeError on a bad file, MissingExtraError without the extra `ray`.
@@ -146,13 +146,13 @@ def run_batch(
     return results
 
 
-def _run(jobs: Sequence[Job], processes: int, executor: Executor, cluster: str | None) -> Iterator[Result]:
+def _run(jobs: Sequence[BatchJob], processes: int, executor: Executor, cluster: str | None) -> Iterator[BatchResult]:
     if executor == "ray":
         return _on_ray(jobs, processes, cluster)
     return _in_processes(jobs, processes) if processes > 1 else map(run_job, jobs)
 
 
-def run_job(job: Job) -> Result:
+def run_job(job: BatchJob) -> BatchResult:
     """Builds and reads back one artifact. What a user can cause is in the result, anything else is raised."""
     from bagel_compress.build.compress import compress
     from bagel_compress.build.plan import make_plan
@@ -164,26 +164,26 @@ def run_job(job: Job) -> Result:
         checkpoint = Checkpoint.open(str(job.source), job.base, job.lora)
         artifact = compress(make_plan(checkpoint, Recipe.load(job.recipe)), checkpoint, job.out)
         if not there and (faults := artifact.verify()):
-            return Result(job.name, job.out, error=f"{job.out}: {faults[0]}")
+            return BatchResult(job.name, job.out, error=f"{job.out}: {faults[0]}")
     except BagelCompressError as error:
-        return Result(job.name, job.out, seconds=time.monotonic() - began, error=str(error))
+        return BatchResult(job.name, job.out, seconds=time.monotonic() - began, error=str(error))
     nbytes = sum(entry.bytes for entry in artifact.manifest.files.values())
-    return Result(job.name, job.out, artifact.digest, nbytes, round(time.monotonic() - began, 3), there)
+    return BatchResult(job.name, job.out, artifact.digest, nbytes, round(time.monotonic() - began, 3), there)
 
 
-def summary(results: Sequence[Result]) -> str:
+def summary(results: Sequence[BatchResult]) -> str:
     """A line per job and a total."""
     done = sum(r.error is None for r in results)
     return "\n".join([*map(line, results), f"{done} of {len(results)} done"])
 
 
-def line(r: Result) -> str:
+def line(r: BatchResult) -> str:
     """One job."""
     state = f"FAILED: {r.error}" if r.error else f"{'there' if r.resumed else 'built'}  artifact {r.artifact[:12]}"
     return f"{r.job:<32}  {size_text(r.nbytes):>12}  {r.seconds:8.1f} s  {state}"
 
 
-def _in_processes(jobs: Sequence[Job], processes: int) -> Iterator[Result]:
+def _in_processes(jobs: Sequence[BatchJob], processes: int) -> Iterator[BatchResult]:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -207,7 +207,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _on_ray(jobs: Sequence[Job], processes: int, cluster: str | None) -> Iterator[Result]:
+def _on_ray(jobs: Sequence[BatchJob], processes: int, cluster: str | None) -> Iterator[BatchResult]:
     """Joins the cluster at that address, or starts one on this machine with `processes` slots."""
     try:
         import ray

@@ -32,7 +32,7 @@ BUILD = "reports/build.json"
 COMPARED = (Metric.LATENT_PATH, Metric.IMAGE_PSNR, Metric.LOGITS_KL_MEAN)  # the columns of parity, where measured
 
 
-class Build(FrozenModel, extra="ignore"):
+class CollectionRow(FrozenModel, extra="ignore"):
     """What one member contributes to the table."""
 
     repo: str
@@ -45,11 +45,11 @@ class Build(FrozenModel, extra="ignore"):
     parity: dict[str, Number]
 
 
-def build_of(content: Content, evidence: Evidence, repo: str, base_model: str | None) -> Build:
+def build_of(content: Content, evidence: Evidence, repo: str, base_model: str | None) -> CollectionRow:
     """The row of a build."""
     peaks = {b.target: b.peak for b in evidence.budgets}
     values = {row.metric: row.value for row in worst_rows(evidence.parity)} if evidence.parity else {}
-    return Build(
+    return CollectionRow(
         repo=repo,
         base_model=base_model or "",
         recipe=label(content),
@@ -69,7 +69,7 @@ def _formats(content: Content) -> tuple[str, ...]:
     return (settings.runtime, settings.precision, *sorted(forms))
 
 
-def join(api: HfApi, title: str, own: Build) -> list[str]:
+def join(api: HfApi, title: str, own: CollectionRow) -> list[str]:
     """Adds a published build to its owner's collection and renews the table on every member's card.
 
     Returns the repositories whose cards were written. Raises PublishError if a member belongs to another base.
@@ -83,7 +83,7 @@ def join(api: HfApi, title: str, own: Build) -> list[str]:
     return [b.repo for b in builds if b.repo.partition("/")[0] == owner and _renew(api, b.repo, text)]
 
 
-def members(api: HfApi, title: str, own: Build) -> list[Build]:
+def members(api: HfApi, title: str, own: CollectionRow) -> list[CollectionRow]:
     """The other builds of the collection. Raises PublishError if one of them is of another base."""
     owner = own.repo.partition("/")[0]
     with failures(f"collection {title!r} of {owner} cannot be written"):
@@ -99,7 +99,7 @@ def members(api: HfApi, title: str, own: Build) -> list[Build]:
     return builds
 
 
-def comparison(builds: Sequence[Build]) -> str:
+def comparison(builds: Sequence[CollectionRow]) -> str:
     """The table, smallest build first."""
     builds = sorted(builds, key=lambda b: (b.weights_bytes, b.repo))
     targets = sorted({t for b in builds for t in b.peaks})
@@ -131,7 +131,7 @@ def table_of(card: str) -> str:
     return card.partition(FAMILY_START)[2].partition(FAMILY_END)[0].strip()
 
 
-def _build(api: HfApi, repo: str) -> Build | None:
+def _build(api: HfApi, repo: str) -> CollectionRow | None:
     """The numbers of a member; None if it is no release of ours."""
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
@@ -142,7 +142,7 @@ def _build(api: HfApi, repo: str) -> Build | None:
         except (EntryNotFoundError, RepositoryNotFoundError):
             return None
     try:
-        return Build.model_validate_json(text).model_copy(update={"repo": repo})
+        return CollectionRow.model_validate_json(text).model_copy(update={"repo": repo})
     except ValidationError:
         raise PublishError(f"{BUILD} of {repo} is not readable; publish that build again.") from None
 

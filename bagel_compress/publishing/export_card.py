@@ -88,7 +88,7 @@ def _checked(export: ExportFolder, evidence: Evidence) -> str:
     settings, parity = export.manifest.settings, evidence.parity
     rows = [("every graph passes onnx.checker with shape inference, by path", "yes")]
     if settings.runtime != "onnxruntime":
-        capabilities = ", ".join(settings.capabilities) or "the card it was built on"
+        capabilities = ", ".join(settings.capabilities) or "the GPU it was built on"
         rows.append((f"every engine was built by {plain(settings.runtime)}, for {plain(capabilities)}", "yes"))
     verdict = "no" if parity is None else "passed" if parity.passed else "**did not pass**"
     how = f", by {plain(ran(parity))}" if parity else ""

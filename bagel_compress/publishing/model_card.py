@@ -18,7 +18,7 @@ import yaml
 from bagel_compress.build.artifact import Artifact, SourceEntry
 from bagel_compress.build.limits import METRICS
 from bagel_compress.build.recipe import Recipe
-from bagel_compress.build.sizes import Group
+from bagel_compress.build.sizes import SizeGroup
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.hub_client import parse_repo_id
 from bagel_compress.parity.report_data import BudgetReport, ParityReport, number
@@ -191,7 +191,7 @@ def pictures(evidence: Evidence) -> str:
 
 
 def _sizes(artifact: Artifact) -> str:
-    def row(g: Group) -> list[str]:
+    def row(g: SizeGroup) -> list[str]:
         return [g.component, g.expert, g.codec, f"{g.parameters:,}", size_text(g.source_bytes), size_text(g.nbytes),
                 f"{g.bits:.3f}"]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How to open an artifact in each ecosystem that can: the text that stands on the card, and that the tests execute.
+"""How to open an artifact in each ecosystem that can: the text of the model card, which the tests execute.
 
 A snippet is offered only where the artifact holds that format; it names a tensor that is really there. None of them
 downloads more than it shows, and none needs a GPU unless it says so.
@@ -57,7 +57,7 @@ data = open(hf_hub_download("{repo}", "gen_layer_00.engine"), "rb").read()
 engine = tensorrt_rtx.Runtime(tensorrt_rtx.Logger()).deserialize_cuda_engine(data)
 print([engine.get_tensor_name(index) for index in range(engine.num_io_tensors)])
 """
-    return Snippet("tensorrt-rtx", text, ("tensorrt_rtx",), note="One block; needs the card.", cuda=True)
+    return Snippet("tensorrt-rtx", text, ("tensorrt_rtx",), note="One block; needs the GPU.", cuda=True)
 
 
 def _graph_sampler(repo: str, extra: str, cuda: bool) -> Snippet:

@@ -52,7 +52,7 @@ def _checked(settings: Callable[..., object], **values: object) -> None:
         raise ValueError(str(error).rstrip(".")) from None
 
 
-class Text(FrozenModel):
+class TextDecoding(FrozenModel):
     """Settings of text decoding; bagel.sampler.TextSettings. Sampling is left out: a trace compares greedy text."""
 
     max_tokens: int = Field(default=256, ge=1)
@@ -76,7 +76,7 @@ class Case(FrozenModel):
     size: tuple[int, int] | None = Field(None, description="height, width; an edit takes the last picture's")
     seed: int = Field(default=0, ge=0, lt=SEEDS)
     flow: Flow = Flow()
-    text: Text = Text()
+    text: TextDecoding = TextDecoding()
     record: Record = Record()
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from bagel.model import Places
 
-Where: TypeAlias = "str | torch.device | DeviceMap"  # what a model is opened on
+DeviceChoice: TypeAlias = "str | torch.device | DeviceMap"  # what a model is opened on
 
 _GROUP = re.compile(r"layers\.\d+|embed_tokens|lm_head|vae(?=\.|$)|(vit|connector|vit_pos_embed)(?=\.|$)")
 

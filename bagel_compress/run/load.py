@@ -20,7 +20,7 @@ from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError, CheckpointError
 from bagel_compress.io.hub_client import parse_repo_id
-from bagel_compress.run.device_map import DeviceMap, Where
+from bagel_compress.run.device_map import DeviceChoice, DeviceMap
 from bagel_compress.source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class CensusRow:
     nbytes: int
 
 
-def open_model(path: str | Path, device: Where = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+def open_model(path: str | Path, device: DeviceChoice = "cpu", dtype: torch.dtype | None = None) -> Sampler:
     """A full-precision checkpoint folder, an artifact folder or a Hub id, ready to sample.
 
     `device` may be a map over several devices. `dtype` None is bf16, the models' own. Any other dtype gives an
@@ -60,7 +60,7 @@ def open_model(path: str | Path, device: Where = "cpu", dtype: torch.dtype | Non
     return load_checkpoint(Checkpoint.open(folder), device, dtype)
 
 
-def load_checkpoint(checkpoint: Checkpoint, device: Where = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+def load_checkpoint(checkpoint: Checkpoint, device: DeviceChoice = "cpu", dtype: torch.dtype | None = None) -> Sampler:
     """The sampler of a checkpoint in any layout: prefixes, shards, dtypes, adapter and base as opened."""
     import torch
 
@@ -86,7 +86,7 @@ def load_checkpoint(checkpoint: Checkpoint, device: Where = "cpu", dtype: torch.
         return _spread(Sampler(bagel.eval(), vae, TextCodec.from_dir(folder)), device)
 
 
-def load(artifact: Artifact, device: Where = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+def load(artifact: Artifact, device: DeviceChoice = "cpu", dtype: torch.dtype | None = None) -> Sampler:
     """The sampler of an artifact. See `open_model` for `device` and `dtype`."""
     from bagel.loading import load_vae, read_config, shapes_of, tensor_names, unfilled
     from bagel.model import Bagel
@@ -131,7 +131,7 @@ def _row(tensor: str, module: Any) -> CensusRow:
     return CensusRow(tensor, Raw.name(), dtype, dtype, value.nbytes)
 
 
-def _lies_on(device: Where) -> Callable[[str], torch.device]:
+def _lies_on(device: DeviceChoice) -> Callable[[str], torch.device]:
     """Path of a module -> where its weights are loaded."""
     import torch
 
@@ -141,7 +141,7 @@ def _lies_on(device: Where) -> Callable[[str], torch.device]:
     return lambda path: everywhere
 
 
-def _spread(sampler: Sampler, device: Where) -> Sampler:
+def _spread(sampler: Sampler, device: DeviceChoice) -> Sampler:
     """The sampler, told of its map if it has one."""
     if isinstance(device, DeviceMap):
         from bagel_compress.run.offload import wait

@@ -1,9 +1,9 @@
-"""Residency: which parts of a model are on the card in which phase; the others wait in host memory.
+"""Residency: which parts of a model are on the GPU in which phase; the others wait in host memory.
 
 A run has phases (text and ViT prefill, VAE encode, text decoding, denoising, VAE decode) and each computes with a part
-of the model. A plan lists, by phase, what stays on the card. Entering a phase drops what is not listed and copies what
+of the model. A plan lists, by phase, what stays on the GPU. Entering a phase drops what is not listed and copies what
 is, layer by layer on a side stream, so that the first layers compute while later ones arrive. A part that is used but
-not listed is brought layer by layer for its call and dropped after it: slow, and it works on any card.
+not listed is brought layer by layer for its call and dropped after it: slow, and it works on any GPU.
 
 Weights are never changed, only their place: results are the same to the bit. Host copies are pinned on CUDA. Absent
 weights are meta tensors, so a use that was forgotten fails instead of computing in the wrong place. An embedding table
@@ -88,7 +88,7 @@ class _Group:
 
 
 class Residency:
-    """The groups of a model and where they are. `bytes_there` and `peak` count weights on the card."""
+    """The groups of a model and where they are. `bytes_there` and `peak` count weights on the GPU."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Target: where a build runs. A card with its usable memory, the sizes asked of it, and the budget it must keep.
+"""Target: where a build runs. A GPU with its usable memory, the sizes asked of it, and the budget it must keep.
 
 A target knows no weights and no formats; any artifact can be held against any target. YAML under exports/.
 """
@@ -20,7 +20,7 @@ Task = Literal["t2i", "edit", "understand", "think"]
 Phase = Literal["text", "vit", "vae_encode", "latent", "decode", "denoise", "vae_decode"]
 Part = Literal["und", "gen", "embed", "head", "vit", "bridges", "vae"]
 # What each phase computes with: layers of the understanding expert take part in every pass of the decoder. Bridges
-# (norms, time embedder, vae2llm, llm2vae, the latent table) are small and always on the card.
+# (norms, time embedder, vae2llm, llm2vae, the latent table) are small and always on the GPU.
 NEEDED: dict[Phase, tuple[Part, ...]] = {
     "text": ("und", "bridges"),
     "vit": ("und", "vit", "bridges"),
@@ -33,7 +33,7 @@ NEEDED: dict[Phase, tuple[Part, ...]] = {
 
 
 class Device(FrozenModel):
-    """A card. `reserved_mib` is what the driver, a desktop and other programs hold of it."""
+    """A GPU. `reserved_mib` is what the driver, a desktop and other programs hold of it."""
 
     name: str
     memory_mib: int = Field(gt=0, description="total memory as nvidia-smi prints it")
@@ -46,7 +46,7 @@ class Device(FrozenModel):
         return (self.memory_mib - self.reserved_mib) * MIB
 
 
-class Sizes(FrozenModel):
+class Workload(FrozenModel):
     """What is asked of the model; tokens are counted after the tokenizer."""
 
     image: tuple[int, int] = Field(default=(1024, 1024), description="height, width of the output")
@@ -57,7 +57,7 @@ class Sizes(FrozenModel):
 
 
 class Budget(FrozenModel):
-    """Limits. Times are asked only of measurements on this very card."""
+    """Limits. Times are asked only of measurements on this very GPU."""
 
     peak_gib: float | None = Field(default=None, gt=0, description="device memory; default: all that is usable")
     disk_gb: float | None = Field(default=None, gt=0, description="files of the artifact, in 1e9 bytes")
@@ -80,12 +80,12 @@ class Target(FrozenModel):
     name: str = Field(pattern=r"^[\w.-]+$")
     summary: str = ""
     device: Device
-    sizes: Sizes = Sizes()
+    sizes: Workload = Workload()
     tasks: tuple[Task, ...] = ("t2i", "edit", "understand", "think")
     budget: Budget = Budget()
     residency: dict[Phase, tuple[Part, ...]] | None = Field(
         default=None,
-        description="parts on the card in each phase; the others wait in host memory, and come layer by layer where a"
+        description="parts on the GPU in each phase; the others wait in host memory, and come layer by layer where a"
         " phase computes with them. None: all, always",
     )
     vae_on_host: bool = Field(
@@ -99,7 +99,7 @@ class Target(FrozenModel):
         return self.device.usable if self.budget.peak_gib is None else self.budget.peak_gib * GIB
 
     def resident(self, phase: Phase) -> tuple[Part, ...] | None:
-        """Parts on the card in a phase; None: all."""
+        """Parts on the GPU in a phase; None: all."""
         return None if self.residency is None else (*self.residency.get(phase, ()), "bridges")
 
     @classmethod

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from bagel.nano import language
-from bagel.nano.detector import Reading, read
+from bagel.nano.detector import DetectedScene, read
 from bagel.nano.scenes import SIDE, Scene, render, sample_scene
 from bagel.settings import FlowSettings, TextSettings
 from bagel_compress.scores.benchmark import Answer, Benchmark, Prompt
@@ -29,7 +29,7 @@ EDIT_FLOW = FlowSettings(
 )  # fmt: skip
 SEED = 20_000  # far from every training seed
 
-Thing = tuple[str, str, str]  # shape, colour, place
+ExpectedThing = tuple[str, str, str]  # shape, colour, place
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class Shown:
     """What a picture must show: background and things."""
 
     background: str
-    things: tuple[Thing, ...]
+    things: tuple[ExpectedThing, ...]
 
     @classmethod
     def of(cls, scene: Scene) -> Shown:
         return cls(scene.background, tuple(sorted((t.shape, t.color, t.place) for t in scene.things)))
 
     @classmethod
-    def seen(cls, reading: Reading) -> Shown:
+    def seen(cls, reading: DetectedScene) -> Shown:
         return cls(reading.background, tuple(sorted((t.shape, t.color, t.place) for t in reading.things)))
 
 

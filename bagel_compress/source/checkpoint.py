@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel.layout import Sizes, expected_tensors, role_of
+from bagel.layout import ModelSizes, expected_tensors, role_of
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
 from bagel_compress.io.hub_client import parse_repo_id
@@ -269,14 +269,14 @@ def _check_tokenizer(
             )
 
 
-def _sizes(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> Sizes:
+def _sizes(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> ModelSizes:
     """Configured sizes; those that upstream hard-codes (table rows, latent width, kept ViT layers) from the shapes."""
     llm, vit = (_json(files[name]) for name in CONFIG_FILES)
     heads = _count(llm, "num_attention_heads", files["llm_config.json"])
     kept = {int(m[1]) for name in shapes if (m := re.match(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.", name))}
     configured = _count(vit, "num_hidden_layers", files["vit_config.json"])
     rows = {name: shapes.get(name, (0,))[0] for name in ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")}
-    return Sizes(
+    return ModelSizes(
         hidden=_count(llm, "hidden_size", files["llm_config.json"]),
         intermediate=_count(llm, "intermediate_size", files["llm_config.json"]),
         layers=_count(llm, "num_hidden_layers", files["llm_config.json"]),

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
-from bagel.layout import Sizes, expected_tensors
+from bagel.layout import ModelSizes, expected_tensors
 from bagel_compress.io.packaged import FULL_CONFIGS
 from bagel_compress.io.tensor_spec import TensorSpec
 
@@ -37,11 +37,11 @@ class TrueHeader:
         return hashlib.sha256(f"header only\n{rows}".encode()).hexdigest()
 
 
-def full_sizes(layers: int | None = None) -> Sizes:
+def full_sizes(layers: int | None = None) -> ModelSizes:
     """Sizes of BAGEL-7B-MoT, or of the same model with fewer decoder layers."""
     llm = json.loads((FULL_CONFIGS / "llm_config.json").read_text(encoding="utf-8"))
     vit = json.loads((FULL_CONFIGS / "vit_config.json").read_text(encoding="utf-8"))
-    return Sizes(
+    return ModelSizes(
         hidden=llm["hidden_size"],
         intermediate=llm["intermediate_size"],
         layers=llm["num_hidden_layers"] if layers is None else layers,

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from bagel.layout import Sizes, expected_tensors, official_role
+from bagel.layout import ModelSizes, expected_tensors, official_role
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io.atomic import PARTIAL, atomic_file, write_atomic
 from bagel_compress.io.byte_size import size_text
@@ -68,14 +68,14 @@ def synthesise(shape: str, out: Path, seed: int, layers: int | None = None, prog
     return sum(spec.nbytes for spec in specs.values())
 
 
-def _full(layers: int | None) -> tuple[Sizes, VAEConfig, dict[str, dict[str, Any]]]:
+def _full(layers: int | None) -> tuple[ModelSizes, VAEConfig, dict[str, dict[str, Any]]]:
     from bagel.vae import VAEConfig
 
     llm, vit = (json.loads((FULL_CONFIGS / f"{name}_config.json").read_text("utf-8")) for name in ("llm", "vit"))
     return full_sizes(layers), VAEConfig(), _configs(llm, vit, {}, full_sizes(layers))
 
 
-def _small(shape: str, layers: int | None) -> tuple[Sizes, VAEConfig, dict[str, dict[str, Any]]]:
+def _small(shape: str, layers: int | None) -> tuple[ModelSizes, VAEConfig, dict[str, dict[str, Any]]]:
     """The shape of the checkpoint that comes with the package; "medium" has its ends and MEDIUM's decoder."""
     from bagel.vae import VAEConfig
 
@@ -84,7 +84,7 @@ def _small(shape: str, layers: int | None) -> tuple[Sizes, VAEConfig, dict[str, 
     llm, vit = config["llm_config"], config["vit_config"]
     if shape == "medium":
         llm, config = llm | MEDIUM, config | {"max_latent_size": MEDIUM_SIDE}
-    sizes = Sizes(
+    sizes = ModelSizes(
         hidden=llm["hidden_size"],
         intermediate=llm["intermediate_size"],
         layers=llm["num_hidden_layers"] if layers is None else layers,
@@ -102,7 +102,7 @@ def _small(shape: str, layers: int | None) -> tuple[Sizes, VAEConfig, dict[str, 
 
 
 def _configs(
-    llm: dict[str, Any], vit: dict[str, Any], extra: dict[str, Any], sizes: Sizes
+    llm: dict[str, Any], vit: dict[str, Any], extra: dict[str, Any], sizes: ModelSizes
 ) -> dict[str, dict[str, Any]]:
     """The JSON files; ids are those of the small tokenizer."""
     llm = llm | {"num_hidden_layers": sizes.layers, "bos_token_id": 560, "eos_token_id": 562}

@@ -1,1 +1,1 @@
-"""Validation: parity against a trace, memory and latency against a target, and the gate over both."""
+"""Validation: an artifact or export against traces of its source and against targets; several recipes side by side."""

@@ -1,4 +1,4 @@
-"""From folders to a verdict: opens an artifact and its traces, compares, and writes the reports beside the artifact.
+"""Compares an artifact with traces of its source and writes the reports beside it.
 
 reports/parity.json      everything, for programs         reports/CASE.png    reference, artifact, difference
 reports/junit.xml        one test per limit               report.html         the same for people
@@ -22,7 +22,7 @@ from bagel_compress.build.limits import resolve
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import TargetError, TraceError
 from bagel_compress.io.atomic import atomic_path, write_atomic
-from bagel_compress.parity.compare import NO_NETWORKS, Found, Progress, Subject, compare
+from bagel_compress.parity.compare import NO_NETWORKS, Candidate, Comparison, Progress, compare
 from bagel_compress.parity.network_metrics import Networks
 from bagel_compress.parity.record import FLOORS, record_cases
 from bagel_compress.parity.report_data import REPORTS, ParityReport, load_budgets
@@ -30,7 +30,7 @@ from bagel_compress.parity.trace import TraceFile
 from bagel_compress.report.html import render
 from bagel_compress.report.text import junit, markdown
 from bagel_compress.run.case import Case
-from bagel_compress.run.device_map import DeviceMap, Where
+from bagel_compress.run.device_map import DeviceChoice, DeviceMap
 from bagel_compress.run.load import load, load_checkpoint
 from bagel_compress.source.checkpoint import Checkpoint
 
@@ -44,7 +44,7 @@ def record_source(
     source: str | Path | Checkpoint,
     cases: Sequence[tuple[Case, Path]],
     out: str | Path,
-    device: Where = "cpu",
+    device: DeviceChoice = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     floors: Sequence[str] = FLOORS,
     progress: Progress | None = None,
@@ -59,16 +59,17 @@ def validate_artifact(
     path: str | Path,
     traces: Sequence[str | Path],
     source: str | Path | Checkpoint | None = None,
-    device: Where = "cpu",
+    device: DeviceChoice = "cpu",
     progress: Progress | None = None,
     networks: Networks = NO_NETWORKS,
 ) -> ParityReport:
-    """Judges an artifact by its recipe's limits and writes the reports. With `source`, attributes errors to components.
+    """Compares an artifact with traces of its source under its recipe's limits, and writes the reports.
 
-    `networks`: LPIPS and CLIP, if their weights are at hand.
+    With `source`, the error is also attributed to components of the model. `networks`: LPIPS and CLIP, where the user
+    has their weights.
 
-    Raises TraceError on a trace of another source, RecipeError on a limit below the noise floor; a broken limit is no
-    error here but in the report (`ParityReport.require` raises). `device` may be a map, without `source`.
+    Raises TraceError on a trace of another source, RecipeError on a limit below the noise floor; a broken limit raises
+    nothing here: it is in the report, whose `require` raises. `device` may be a map if there is no `source`.
     """
     artifact = Artifact.open(path)
     recipe = artifact.manifest.recipe
@@ -86,14 +87,14 @@ def validate_artifact(
             file.expect_source(checkpoint.digest, checkpoint.name)
         reference = load_checkpoint(checkpoint, device, dtype)
     sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
-    subject = Subject(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, codecs_by_module(artifact))
+    subject = Candidate(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, codecs_by_module(artifact))
     found = compare(subject, files, reference, progress, networks)
     write(artifact, found)
     return found.report
 
 
 class ReportedFolder(Protocol):
-    """An artifact or an export: reports lie beside it and carry its digest."""
+    """What reports are written for, an artifact or an export: they go to its folder and carry its digest."""
 
     @property
     def path(self) -> Path: ...
@@ -101,8 +102,8 @@ class ReportedFolder(Protocol):
     def digest(self) -> str: ...
 
 
-def write(content: ReportedFolder, found: Found) -> Path:
-    """Writes all reports of a verdict. Returns the path of report.html."""
+def write(content: ReportedFolder, found: Comparison) -> Path:
+    """Writes the reports of a comparison. Returns the path of report.html."""
     folder = content.path / REPORTS
     found.report.save(content.path)
     for case, (reference, picture) in found.pictures.items():
@@ -125,7 +126,7 @@ def write_report(path: str | Path, digest: str | None = None) -> Path:
 
 
 def codecs_by_module(artifact: Artifact) -> dict[str, Codec]:
-    """Path of each linear module -> how the manifest says it is stored."""
+    """Path of each linear module -> the codec that the manifest names for it."""
     known = {}
     for entry in artifact.manifest.units.values():
         for tensor in entry.tensors:

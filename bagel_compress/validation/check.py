@@ -1,6 +1,6 @@
-"""The gate: parity and budgets of one build, as `check` and `budget` ask for them. Predictions need no GPU.
+"""Whether a build passes: its parity with its source and its budget on targets, for the verbs `check` and `budget`.
 
-A target's card that is not here is predicted, never called measured.
+Budgets are predicted without a GPU. A number is called measured only if it was measured on the target's own GPU.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bagel_compress.budgets.fake_model import Build
+from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.budgets.measure_gpu import measured, timed
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import predict
@@ -29,7 +29,7 @@ def check(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[ParityReport, list[BudgetReport]]:
-    """Parity and budgets of an artifact; writes all reports beside it."""
+    """Compares an artifact with traces and with targets, and writes all reports beside it."""
     budgets = budgets_of(artifact, targets, device=device if device != "cpu" else None)
     return validate_artifact(artifact, traces, device=device, progress=progress), budgets
 
@@ -44,7 +44,7 @@ def budgets_of(
 
     An artifact's reports are written beside it. With `device`, peaks and times are measured on that CUDA device, or
     only times on "cpu"; with `source` too, the times of the full-precision model beside them. Raises TargetError if
-    the device is not there or is another card than the target's, or if the artifact was not made from `source`.
+    the device is not there or is another GPU than the target's, or if the artifact was not made from `source`.
     """
     loaded = [t if isinstance(t, Target) else Target.load(t) for t in targets]
     folder = None if isinstance(build, Recipe) else Path(build)
@@ -55,7 +55,7 @@ def budgets_of(
         planned = planned_build(build if isinstance(build, Recipe) else str(build), source)
         return [predict(planned, target) for target in loaded]
     artifact = Artifact.open(folder)
-    known = Build.of_artifact(artifact)
+    known = BuildOutline.of_artifact(artifact)
     reports = [predict(known, target) for target in loaded]
     if source is not None and device is None:
         raise TargetError(f"{build} is an artifact: its --source is only timed beside it; name a --device to time on.")

@@ -1,7 +1,7 @@
-"""Several builds of one model, judged side by side: bytes, distances, scores and pictures of each recipe.
+"""Builds one model by several recipes and compares the results: bytes, distances, scores and pictures.
 
-Each recipe is compressed, compared with one trace of the source and scored in a process of its own, so that every core
-works. A build that is already there is taken as it is.
+Each recipe has a process of its own, which compresses, compares with one trace of the source, and scores, so that all
+cores are used. A build that exists already is not built again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CATEGORIES = ("one", "two", "ask", "edit", "think")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PictureColumn:
     """What a column of pictures was asked for: the prompt, and the PNG of an edit's input."""
 
     text: str
@@ -49,15 +49,15 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A model's answers to the nano benchmark: category -> share right, and the pictures shown, one per `Asked`."""
+    """A model's answers to the nano benchmark: category -> share right, and pictures, one per `PictureColumn`."""
 
     scores: Mapping[str, float]
     tiles: tuple[Tile, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
-    """One recipe's build and what was found about it."""
+class RecipeResult:
+    """The build of one recipe with its size, its distances from the source and its scores."""
 
     name: str
     summary: str
@@ -95,14 +95,14 @@ class Build:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """The builds, and the source's own scores."""
+class RecipeComparison:
+    """The results of all recipes, beside the scores of the source itself."""
 
     source_bytes: int
     source: Scored
     prompts: int
-    asked: tuple[Asked, ...]
-    builds: tuple[Build, ...]
+    asked: tuple[PictureColumn, ...]
+    builds: tuple[RecipeResult, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Counts:
 
 def compare_recipes(
     source: Path, recipes: Sequence[Path], cases: Sequence[tuple[Case, Path]], out: Path, counts: Counts, say: Say
-) -> Family:
+) -> RecipeComparison:
     """Builds and judges every recipe on `source` (a model of the nano world) below `out`, in the recipes' order."""
     from bagel_compress.source.checkpoint import Checkpoint
     from bagel_compress.validation.artifact import record_source
@@ -146,7 +146,7 @@ def compare_recipes(
     nbytes = sum(spec.nbytes for spec in Checkpoint.open(source).specs)
     benchmark = _benchmark(counts)
     asked = tuple(_asked(benchmark, index) for index in _shown(benchmark))
-    return Family(nbytes, _scored(benchmark, reference), counts.total, asked, tuple(builds))
+    return RecipeComparison(nbytes, _scored(benchmark, reference), counts.total, asked, tuple(builds))
 
 
 # --- what runs in a process of its own --------------------------------------------------------------------------------
@@ -178,13 +178,13 @@ def _score(model: Path, counts: Counts) -> Scores:
     return run(_benchmark(counts), open_model(model))
 
 
-def _score_build(out: Path, counts: Counts, reference: Scores) -> Build:
+def _score_build(out: Path, counts: Counts, reference: Scores) -> RecipeResult:
     from bagel_compress.build.artifact import Artifact
     from bagel_compress.scores.benchmark import compare, picture_psnr, same_answers
 
     artifact, scores = Artifact.open(out), _score(out, counts)
     recipe = artifact.manifest.recipe
-    return Build(
+    return RecipeResult(
         recipe.name,
         recipe.summary,
         artifact.nbytes,
@@ -214,10 +214,10 @@ def _shown(benchmark: Benchmark) -> list[int]:
     return found
 
 
-def _asked(benchmark: Benchmark, index: int) -> Asked:
+def _asked(benchmark: Benchmark, index: int) -> PictureColumn:
     turns = benchmark.prompts[index].turns
     text = " ".join(turn for turn in turns if isinstance(turn, str))
-    return Asked(text, next((_png(turn) for turn in turns if not isinstance(turn, str)), None))
+    return PictureColumn(text, next((_png(turn) for turn in turns if not isinstance(turn, str)), None))
 
 
 def _scored(benchmark: Benchmark, scores: Scores) -> Scored:

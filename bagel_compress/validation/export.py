@@ -2,7 +2,7 @@
 
 The same cases, distances, limits and reports as for an artifact; only the probes of single linear modules are left out,
 since a graph has no modules. The report's environment says what was run: the graphs as they are where the runtime can,
-the engines where there is a card, else the folder's own bf16 graphs and weights as fp32 on the CPU.
+the engines where there is a GPU, else the folder's own bf16 graphs and weights as fp32 on the CPU.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 from bagel_compress.build.limits import resolve
 from bagel_compress.exporting.build import versions
-from bagel_compress.exporting.fp32_copy import fp32_twin
+from bagel_compress.exporting.fp32_copy import fp32_copy
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.exporting.ort_sampler import GraphSampler
 from bagel_compress.exporting.ort_session import Sessions
 from bagel_compress.exporting.torch_adapter import TorchFace
-from bagel_compress.parity.compare import Found, Subject, compare
+from bagel_compress.parity.compare import Candidate, Comparison, compare
 from bagel_compress.parity.report_data import ParityReport
 from bagel_compress.parity.trace import TraceFile
 from bagel_compress.validation.artifact import write
@@ -33,7 +33,7 @@ def validate_export(
     threads: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
-    """Judges an export by the limits of its recipe and writes the reports beside it.
+    """Compares an export with traces of its checkpoint under its recipe's limits, and writes the reports beside it.
 
     Raises TraceError on traces of another checkpoint, ExportError if the folder holds some blocks only.
     """
@@ -46,30 +46,30 @@ def validate_export(
     limits = resolve(level, manifest.limits.overrides)
     with _running(folder, threads) as (sampler, ran):
         name = f"{manifest.source.name} ({ran['runtime']} on {ran['provider']}, {ran['precision']})"
-        subject = Subject(sampler, name, folder.digest, level, limits, has_modules=False)
+        subject = Candidate(sampler, name, folder.digest, level, limits, has_modules=False)
         found = compare(subject, files, None, progress)
     reference = {k: v for k, v in found.report.environment.items() if k.startswith("reference")}
     report = found.report.model_copy(update={"environment": ran | reference})
-    write(folder, Found(report, found.pictures))
+    write(folder, Comparison(report, found.pictures))
     return report
 
 
 @contextmanager
 def _running(folder: ExportFolder, threads: int) -> Iterator[tuple[TorchFace, dict[str, str]]]:
-    """The export behind the torch sampler's face, and what it is that runs."""
-    settings, card = folder.manifest.settings, torch.cuda.is_available()
-    if settings.runtime != "onnxruntime" and card:
+    """The export as a torch sampler, and the runtime, device and precision that it really runs in."""
+    settings, gpu = folder.manifest.settings, torch.cuda.is_available()
+    if settings.runtime != "onnxruntime" and gpu:
         from bagel_compress.exporting.trt_runner import Engines
 
         yield TorchFace(GraphSampler(folder, Engines(folder))), _ran(settings.runtime, "cuda", settings.precision)
         return
-    provider = settings.provider if card else "cpu"
+    provider = settings.provider if gpu else "cpu"
     if settings.precision != "bf16" or provider == "cuda":
         sampler = GraphSampler(folder, Sessions(folder, provider, threads))
         yield TorchFace(sampler), _ran("onnxruntime", provider, settings.precision)
         return
     with TemporaryDirectory(dir=folder.path.resolve().parent) as place:
-        sampler = GraphSampler(folder, Sessions(fp32_twin(folder, Path(place)), "cpu", threads))
+        sampler = GraphSampler(folder, Sessions(fp32_copy(folder, Path(place)), "cpu", threads))
         yield TorchFace(sampler), _ran("onnxruntime", "cpu", "fp32")
 
 

@@ -2,7 +2,7 @@
 
     pytest --bagel-artifact out/nf4 --bagel-trace bagel.trace.safetensors [--bagel-target 12gb]
 
-Does nothing unless an artifact is named. Nothing heavy is imported before.
+Without --bagel-artifact the plugin does nothing and imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _verdicts(report: ParityReport, budgets: list[BudgetReport]) -> Iterator[tup
 
 
 class _Verdict(pytest.Item):
-    """A limit that was already looked at."""
+    """A test whose outcome is known already: `failure` is why it failed, empty if it passed."""
 
     def __init__(self, *, failure: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)

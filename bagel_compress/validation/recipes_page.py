@@ -13,12 +13,12 @@ from string import Template
 
 from bagel_compress.parity.report_data import number
 from bagel_compress.report.svg import scatter
-from bagel_compress.validation.compare_recipes import Build, Family, Scored
+from bagel_compress.validation.compare_recipes import RecipeComparison, RecipeResult, Scored
 
 NAMES = {"one": "one thing", "two": "two things", "ask": "answers", "edit": "edits", "think": "plans"}
 
 
-def render(title: str, family: Family, folder: Path) -> str:
+def render(title: str, family: RecipeComparison, folder: Path) -> str:
     """The page, to be written into `folder` (links to the builds' own reports are relative to it)."""
     sections = [
         f"<h1>{escape(title)}</h1><p class='soft'>{len(family.builds)} builds against the full-precision model,"
@@ -33,7 +33,7 @@ def render(title: str, family: Family, folder: Path) -> str:
     return Template(template).substitute(title=escape(title), body="\n".join(sections))
 
 
-def table(family: Family) -> str:
+def table(family: RecipeComparison) -> str:
     """The same numbers as text, for a terminal."""
     names = [name for name in NAMES if name in family.source.scores]
     head = f"{'recipe':<14}{'MB':>7}{'latent':>10}{'KL':>10}{'PSNR':>8}{'texts':>7}" + "".join(f"{n:>7}" for n in names)
@@ -45,7 +45,7 @@ def table(family: Family) -> str:
     return "\n".join(lines)
 
 
-def _verdict(builds: Sequence[Build]) -> str:
+def _verdict(builds: Sequence[RecipeResult]) -> str:
     failed = [b for b in builds if not b.report.passed]
     if not failed:
         return (
@@ -56,7 +56,7 @@ def _verdict(builds: Sequence[Build]) -> str:
     return f"<div class='verdict fail'><strong>{count}</strong><ul>{items}</ul></div>"
 
 
-def _numbers(family: Family, folder: Path) -> str:
+def _numbers(family: RecipeComparison, folder: Path) -> str:
     rows = "".join(
         f"<tr><td><a href='{escape(_link(b.page, folder))}'>{escape(b.name)}</a><small>{escape(b.summary)}</small></td>"
         + "".join(
@@ -86,12 +86,12 @@ def _numbers(family: Family, folder: Path) -> str:
     )
 
 
-def _pareto(family: Family) -> str:
+def _pareto(family: RecipeComparison) -> str:
     points = [(b.name, b.nbytes / 1e6, b.latent) for b in family.builds]
     return f"<h2>Error against size</h2>{scatter('error of the latent', 'MB of weights', points)}"
 
 
-def _scores(family: Family) -> str:
+def _scores(family: RecipeComparison) -> str:
     names = [name for name in NAMES if name in family.source.scores]
     head = "".join(f"<th class='n'>{NAMES[name]}</th>" for name in names)
     none: dict[str, tuple[float, float]] = {}
@@ -122,7 +122,7 @@ def _score(scored: Scored, name: str, changes: Mapping[str, tuple[float, float]]
     return f"{scored.scores[name]:.0%}<small>{100 * low:+.0f}..{100 * high:+.0f}</small>"
 
 
-def _pictures(family: Family) -> str:
+def _pictures(family: RecipeComparison) -> str:
     """The contact sheet: a column per prompt, the source and every build below it, wrong pictures framed."""
     asked = "".join(f"<th class='asked'>{escape(a.text)}</th>" for a in family.asked)
     before = "".join(f"<td>{_image(a.before, 'input') if a.before else ''}</td>" for a in family.asked)

@@ -21,7 +21,7 @@ from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.device import StoredUnit
 from bagel_compress.codecs.df11.embedding import DF11Embedding
-from bagel_compress.codecs.df11.runtime import Decoder, DF11Linear
+from bagel_compress.codecs.df11.runtime import DF11Linear, UnitDecoder
 from bagel_compress.codecs.df11.units import ring_weights
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import TensorSpec
@@ -74,14 +74,14 @@ def test_linears_equal_bf16_bit_for_bit() -> None:
 def test_any_order_of_units_gives_their_weights() -> None:
     units = layer_units()
     for keep in (0, 5000, 1 << 30):
-        decoder = Decoder(CPU, keep_bytes=keep)
+        decoder = UnitDecoder(CPU, keep_bytes=keep)
         rng = np.random.default_rng(2)
         for name in rng.choice(list(units), 300):
             stored, flat = units[name]
             assert same(decoder.flat(stored), flat), name
 
 
-def a_pass(units: dict[str, tuple[StoredUnit, torch.Tensor]], decoder: Decoder) -> int:
+def a_pass(units: dict[str, tuple[StoredUnit, torch.Tensor]], decoder: UnitDecoder) -> int:
     """Units as one denoising step asks for them; the weights that were decoded."""
     before = decoder.decoded
     for i in range(3):
@@ -91,7 +91,7 @@ def a_pass(units: dict[str, tuple[StoredUnit, torch.Tensor]], decoder: Decoder) 
 
 
 def test_a_step_decodes_every_unit_once() -> None:
-    units, decoder = layer_units(), Decoder(CPU, keep_bytes=0)
+    units, decoder = layer_units(), UnitDecoder(CPU, keep_bytes=0)
     for stored, _ in units.values():
         decoder.expect(stored)
     total = sum(stored.numel for stored, _ in units.values())
@@ -102,14 +102,14 @@ def test_units_of_the_understanding_expert_stay_where_memory_allows() -> None:
     units = layer_units()
     others = sum(stored.numel for name, (stored, _) in units.items() if not name.endswith("mlp"))
     total = sum(stored.numel for stored, _ in units.values())
-    decoder = Decoder(CPU, keep_bytes=1 << 30)
+    decoder = UnitDecoder(CPU, keep_bytes=1 << 30)
     assert [a_pass(units, decoder) for _ in range(3)] == [total, others, others]
-    one = Decoder(CPU, keep_bytes=2 * units["0.mlp"][0].numel)
+    one = UnitDecoder(CPU, keep_bytes=2 * units["0.mlp"][0].numel)
     assert [a_pass(units, one) for _ in range(2)] == [total, total - units["0.mlp"][0].numel]
 
 
 def test_the_next_unit_is_known_from_the_pass_before() -> None:
-    units, decoder = layer_units(), Decoder(CPU, keep_bytes=0)
+    units, decoder = layer_units(), UnitDecoder(CPU, keep_bytes=0)
     for _ in range(2):
         a_pass(units, decoder)
     decoder.flat(units["0.self_attn"][0])
@@ -120,7 +120,7 @@ def test_the_next_unit_is_known_from_the_pass_before() -> None:
 
 
 def test_units_of_a_dropped_model_are_freed() -> None:
-    units, decoder = layer_units(1), Decoder(CPU, keep_bytes=4000)
+    units, decoder = layer_units(1), UnitDecoder(CPU, keep_bytes=4000)
     a = [weakref.ref(stored) for stored, _ in units.values()]
     for stored, _ in units.values():
         decoder.flat(stored)

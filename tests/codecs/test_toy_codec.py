@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bagel_compress import codecs
-from bagel_compress.budgets.fake_model import Build
+from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.budgets.planned_build import checkpoint_sizes
 from bagel_compress.budgets.predict import predict
 from bagel_compress.build.compress import compress
@@ -25,7 +25,7 @@ from bagel_compress.publishing.model_card import Origin, model_card
 from bagel_compress.publishing.requirements import load_evidence
 from bagel_compress.run.case import Case, Flow
 from bagel_compress.run.load import census, load
-from bagel_compress.run.target import Device, Sizes, Target
+from bagel_compress.run.target import Device, Target, Workload
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.validation.artifact import record_source, validate_artifact
 
@@ -38,7 +38,7 @@ rules:
   - match: {}
     codec: raw
 """
-SMALL = Sizes(image=(64, 64), input_image=(64, 64), prompt_tokens=8, think_tokens=8, answer_tokens=8)
+SMALL = Workload(image=(64, 64), input_image=(64, 64), prompt_tokens=8, think_tokens=8, answer_tokens=8)
 TARGET = Target(name="toy", device=Device(name="x", memory_mib=1000), sizes=SMALL, tasks=("t2i",))
 
 
@@ -94,7 +94,7 @@ def test_a_toy_codec_goes_through_the_whole_program(recipe: Recipe, tiny: Path, 
     assert len(rows) == 42  # 7 matrices, 2 experts, 3 layers
     assert {row.compute for row in rows} == {"decoded to bfloat16"}
 
-    planned, built = Build.of_plan(plan, *checkpoint_sizes(source)), Build.of_artifact(artifact)
+    planned, built = BuildOutline.of_plan(plan, *checkpoint_sizes(source)), BuildOutline.of_artifact(artifact)
     assert predict(planned, TARGET).phases == predict(built, TARGET).phases
 
     case = Case(name="t2i", kind="t2i", turns=("a red cat",), size=(64, 64), flow=Flow(num_timesteps=4))

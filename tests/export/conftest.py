@@ -19,7 +19,7 @@ from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.exporting.build import export
 from bagel_compress.exporting.manifest import ExportFolder
-from bagel_compress.exporting.source import Source
+from bagel_compress.exporting.source import WeightSource
 from bagel_compress.source.checkpoint import Checkpoint
 
 RECIPE = """
@@ -40,7 +40,7 @@ def templates() -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory, templates: dict[str, bytes]) -> ExportFolder:
     """The whole tiny model in fp32."""
-    return export(Source.open(tiny), target(), tmp_path_factory.mktemp("export") / "fp32", templates=templates)
+    return export(WeightSource.open(tiny), target(), tmp_path_factory.mktemp("export") / "fp32", templates=templates)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def artifact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 def make(tmp_path: Path, templates: dict[str, bytes]) -> Callable[..., ExportFolder]:
     """Exports a source with settings given as keywords."""
 
-    def make(source: Source, name: str = "out", **settings: object) -> ExportFolder:
+    def make(source: WeightSource, name: str = "out", **settings: object) -> ExportFolder:
         return export(source, target(**settings), tmp_path / name, templates=templates)
 
     return make

@@ -14,7 +14,7 @@ from bagel_compress.errors import ArtifactError, ExportError
 from bagel_compress.exporting import build
 from bagel_compress.exporting.manifest import MANIFEST, ExportFolder
 from bagel_compress.exporting.ort_sampler import open_onnx
-from bagel_compress.exporting.source import Source
+from bagel_compress.exporting.source import WeightSource
 from bagel_compress.io.packaged import resource
 from bagel_compress.run.case import load_cases
 
@@ -80,12 +80,12 @@ def test_an_interrupted_export_goes_on(
     monkeypatch.setattr(build, "write_group", stops)
     wanted = target(blocks=("und_layer", "gen_layer"))
     with pytest.raises(KeyboardInterrupt):
-        build.export(Source.open(tiny), wanted, tmp_path / "o", templates=templates)
+        build.export(WeightSource.open(tiny), wanted, tmp_path / "o", templates=templates)
     with pytest.raises(ArtifactError, match="did not finish"):
         ExportFolder.open(tmp_path / "o")
     with pytest.raises(ExportError, match="unfinished export of something else"):
-        build.export(Source.open(tiny), target(blocks=("embed",)), tmp_path / "o", templates=templates)
-    folder = build.export(Source.open(tiny), wanted, tmp_path / "o", templates=templates)
+        build.export(WeightSource.open(tiny), target(blocks=("embed",)), tmp_path / "o", templates=templates)
+    folder = build.export(WeightSource.open(tiny), wanted, tmp_path / "o", templates=templates)
     assert written == ["layer_00", "layer_01", "layer_01", "layer_02"]
     for name in ("layer_00.data", "gen_layer_02.onnx"):
         assert folder.manifest.files[name] == exported.manifest.files[name]
@@ -93,7 +93,7 @@ def test_an_interrupted_export_goes_on(
 
 
 def test_damage_is_found(tiny: Path, make: Callable[..., ExportFolder]) -> None:
-    folder = make(Source.open(tiny), blocks=ENDS)
+    folder = make(WeightSource.open(tiny), blocks=ENDS)
     assert folder.verify() == []
     data = folder.path / "lm_head.data"
     content = bytearray(data.read_bytes())
@@ -128,7 +128,7 @@ def test_inspect_says_what_an_export_is(
     assert "gen_layer_02 14 dense" in out
     assert exported.digest[:12] in out
 
-    folder = make(Source.open(tiny), blocks=ENDS)
+    folder = make(WeightSource.open(tiny), blocks=ENDS)
     (folder.path / "latent_out.data").unlink()
     (folder.path / "notes.txt").write_text("x")
     code, _, err = cli("inspect", folder.path, "--verify")
@@ -141,13 +141,13 @@ def test_inspect_says_what_an_export_is(
 def test_more_than_the_target_allows(tiny: Path, tmp_path: Path, templates: dict[str, bytes]) -> None:
     wanted = target(blocks=("latent_out",))
     tight = wanted.model_copy(update={"budget": wanted.budget.model_copy(update={"disk_gb": 1e-6})})
-    folder = build.export(Source.open(tiny), tight, tmp_path / "o", templates=templates)
+    folder = build.export(WeightSource.open(tiny), tight, tmp_path / "o", templates=templates)
     assert len(folder.over_disk) == 1
     assert "target test allows 0.00 GB" in folder.over_disk[0]
 
 
 def test_some_blocks_are_no_model(tiny: Path, make: Callable[..., ExportFolder]) -> None:
-    folder = make(Source.open(tiny), blocks=ENDS)
+    folder = make(WeightSource.open(tiny), blocks=ENDS)
     with pytest.raises(ExportError, match="is no whole model: it has no gen_layer"):
         open_onnx(folder.path)
 
@@ -155,24 +155,24 @@ def test_some_blocks_are_no_model(tiny: Path, make: Callable[..., ExportFolder])
 def test_other_peoples_folders_are_left_alone(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ExportError, match="not empty and holds no export"):
-        build.export(Source.open(tiny), target(), tmp_path)
+        build.export(WeightSource.open(tiny), target(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
 
 
 def test_a_target_without_export_is_an_error(tiny: Path, tmp_path: Path) -> None:
     plain = target().model_copy(update={"export": None})
     with pytest.raises(ExportError, match="target test has no `export` section"):
-        build.export(Source.open(tiny), plain, tmp_path / "o")
+        build.export(WeightSource.open(tiny), plain, tmp_path / "o")
 
 
 def test_bf16_is_refused_on_the_cpu(tiny: Path, make: Callable[..., ExportFolder]) -> None:
-    folder = make(Source.open(tiny), blocks=("embed",), precision="bf16")
+    folder = make(WeightSource.open(tiny), blocks=("embed",), precision="bf16")
     with pytest.raises(ExportError, match="bf16, which onnxruntime cannot compute on CPU"):
         open_onnx(folder.path)
 
 
 def test_weights_beyond_fp16_stop_the_export(tiny: Path, make: Callable[..., ExportFolder]) -> None:
-    source = Source.open(tiny)
+    source = WeightSource.open(tiny)
     real = source.tensor
     source.tensor = lambda path: real(path).clone().fill_(1e6)  # type: ignore[method-assign]
     with pytest.raises(ExportError, match=r"norm_moe_gen\.weight: 9.994e\+05 is beyond fp16"):

@@ -17,7 +17,7 @@ from bagel_compress.errors import ExportError
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.exporting.onnx_weights import pack_int4
 from bagel_compress.exporting.ort_session import HARMFUL, Sessions
-from bagel_compress.exporting.source import Source
+from bagel_compress.exporting.source import WeightSource
 from bagel_compress.run.load import open_model
 
 LAYERS = ("und_layer", "gen_layer")
@@ -56,7 +56,7 @@ def run_gen_layer(folder: ExportFolder, inputs: dict[str, np.ndarray]) -> np.nda
 
 def torch_error(path: Path, inputs: dict[str, np.ndarray], dynamic: bool) -> float:
     """Error of the layer with the codec's weights, in fp32 arithmetic; `dynamic`: and rows of 8 bits, per tensor."""
-    source = Source.open(path)
+    source = WeightSource.open(path)
     layer = Sampler.from_dir(Path(__file__).parents[1] / "data/golden/checkpoint", dtype=torch.float32).bagel.layers[1]
     for name, parameter in layer.named_parameters():
         parameter.data = unrounded(source, f"layers.1.{name}")
@@ -76,7 +76,7 @@ def torch_error(path: Path, inputs: dict[str, np.ndarray], dynamic: bool) -> flo
         return relative(layer(rows, 2, rope, attend, True)[2:].numpy(), inputs["wanted"])
 
 
-def unrounded(source: Source, path: str) -> torch.Tensor:
+def unrounded(source: WeightSource, path: str) -> torch.Tensor:
     """The codec's value before `decode` rounds it to bf16, which int8 codes of bf16 weights profit from by a fifth."""
     if source.codec(path).format != "int8":
         return source.tensor(path).float()
@@ -118,7 +118,7 @@ def test_a_form_errs_no_more_than_its_codec(
     fp32: Sampler,
 ) -> None:
     path = artifact(codec)
-    folder = make(Source.open(path), blocks=LAYERS, **settings)
+    folder = make(WeightSource.open(path), blocks=LAYERS, **settings)
     assert folder.manifest.blocks["gen_layer_01"].forms == {form: 14}
     inputs = layer_inputs(fp32)
     mine, codecs = (
@@ -130,7 +130,7 @@ def test_a_form_errs_no_more_than_its_codec(
 
 
 def test_graphs_use_the_standard_operators(artifact: Callable[[str], Path], make: Callable[..., ExportFolder]) -> None:
-    folder = make(Source.open(artifact("fp8")), blocks=LAYERS)
+    folder = make(WeightSource.open(artifact("fp8")), blocks=LAYERS)
     model = onnx.load(folder.path / "gen_layer_01.onnx", load_external_data=False)
     kinds = {i.name: i.data_type for i in model.graph.initializer}
     assert kinds["gen.up_proj.weight.codes"] == onnx.TensorProto.FLOAT8E4M3FN
@@ -144,7 +144,7 @@ def test_no_matrix_is_unpacked_in_every_pass(
     codec: str, artifact: Callable[[str], Path], make: Callable[..., ExportFolder], tmp_path: Path
 ) -> None:
     """The runtime reads codes inside its products; a DequantizeLinear that is left unpacks a matrix each time."""
-    folder = make(Source.open(artifact(codec)), blocks=LAYERS)
+    folder = make(WeightSource.open(artifact(codec)), blocks=LAYERS)
     sessions = Sessions(folder, threads=1)
     options = sessions._options()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -159,7 +159,7 @@ def test_nf4_bytes_are_those_of_the_artifact(
     artifact: Callable[[str], Path], make: Callable[..., ExportFolder]
 ) -> None:
     path = artifact("nf4")
-    folder = make(Source.open(path), blocks=LAYERS)
+    folder = make(WeightSource.open(path), blocks=LAYERS)
     entry = folder.manifest.blocks["und_layer_02"].weights["und.down_proj.weight.codes"]
     with (folder.path / "layer_02.data").open("rb") as file:
         file.seek(entry.offset)
@@ -177,7 +177,7 @@ def test_nf4_is_refused_for_tensorrt_before_anything_is_written(
     artifact: Callable[[str], Path], make: Callable[..., ExportFolder], tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=r"layers\.0.*TensorRT has no NF4"):
-        make(Source.open(artifact("nf4")), runtime="tensorrt-rtx", precision="bf16", blocks=LAYERS)
+        make(WeightSource.open(artifact("nf4")), runtime="tensorrt-rtx", precision="bf16", blocks=LAYERS)
     assert not (tmp_path / "out").exists()
 
 
@@ -187,7 +187,7 @@ def test_the_whole_sampler_runs_on_int8(
     from bagel_compress.exporting.ort_sampler import open_onnx
 
     path = artifact("int8")
-    mine = open_onnx(make(Source.open(path)).path, threads=1)
+    mine = open_onnx(make(WeightSource.open(path)).path, threads=1)
     theirs = open_model(path, dtype=torch.float32)
     turn = fp32.text.turn("a red cat")
     rows = []

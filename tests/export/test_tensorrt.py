@@ -12,7 +12,7 @@ from bagel_compress.errors import ExportError, MissingExtraError
 from bagel_compress.exporting import tensorrt
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.exporting.profiles import axes_of, check_shapes, profile
-from bagel_compress.exporting.source import Source
+from bagel_compress.exporting.source import WeightSource
 from bagel_compress.run.export_settings import ExportSettings, Range
 
 pytest.importorskip("tensorrt_rtx")
@@ -37,7 +37,7 @@ def test_layers_build(
     artifact: Callable[[str], Path],
     make: Callable[..., ExportFolder],
 ) -> None:
-    folder = make(Source.open(artifact(codec)), **RTX, precision=precision, blocks=kinds)
+    folder = make(WeightSource.open(artifact(codec)), **RTX, precision=precision, blocks=kinds)
     for name in (f"{kind}_01" for kind in kinds):
         entry = folder.manifest.blocks[name]
         assert (folder.path / entry.engine).stat().st_size > 10_000
@@ -48,7 +48,7 @@ def test_layers_build(
 @pytest.mark.slow
 def test_the_ends_and_the_autoencoder_build(tiny: Path, make: Callable[..., ExportFolder]) -> None:
     kinds = ("embed", "vit", "latent_in", "latent_out", "lm_head", "vae_encoder", "vae_decoder")
-    folder = make(Source.open(tiny), **RTX, precision="bf16", blocks=kinds)
+    folder = make(WeightSource.open(tiny), **RTX, precision="bf16", blocks=kinds)
     assert {e.kind for e in folder.manifest.blocks.values() if (folder.path / e.engine).is_file()} == set(kinds)
 
 
@@ -70,14 +70,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ExportError, match=message):
-        make(Source.open(artifact(codec)), runtime="tensorrt-rtx", blocks=LAYERS, **settings)
+        make(WeightSource.open(artifact(codec)), runtime="tensorrt-rtx", blocks=LAYERS, **settings)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_rejected_operator_names_block_node_and_advice(
     artifact: Callable[[str], Path], make: Callable[..., ExportFolder]
 ) -> None:
-    folder = make(Source.open(artifact("nf4")), blocks=LAYERS)
+    folder = make(WeightSource.open(artifact("nf4")), blocks=LAYERS)
     entry = folder.manifest.blocks["gen_layer_00"]
     settings = ExportSettings(runtime="tensorrt-rtx", precision="bf16")
     with pytest.raises(ExportError, match=r"block gen_layer_00: .*MatMulBnb4.*int4 in place of nf4"):
@@ -116,6 +116,6 @@ def test_engines_without_a_card_are_an_error(tiny: Path, make: Callable[..., Exp
 
     if torch.cuda.is_available():
         pytest.skip("has a card")
-    folder = make(Source.open(tiny), **RTX, precision="bf16", blocks=("latent_out",))
-    with pytest.raises(ExportError, match="need an NVIDIA card"):
+    folder = make(WeightSource.open(tiny), **RTX, precision="bf16", blocks=("latent_out",))
+    with pytest.raises(ExportError, match="need an NVIDIA GPU"):
         open_onnx(folder.path)

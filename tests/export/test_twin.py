@@ -10,9 +10,9 @@ import pytest
 from test_forms import LAYERS, layer_inputs, relative, run_gen_layer
 
 from bagel.sampler import Sampler
-from bagel_compress.exporting.fp32_copy import BFLOAT16, fp32_twin
+from bagel_compress.exporting.fp32_copy import BFLOAT16, fp32_copy
 from bagel_compress.exporting.manifest import ExportFolder
-from bagel_compress.exporting.source import Source
+from bagel_compress.exporting.source import WeightSource
 
 
 @pytest.mark.parametrize("codec", ["raw", "int4", "fp8"])
@@ -23,10 +23,10 @@ def test_the_twin_computes_what_the_folder_says(
     fp32: Sampler,
     tmp_path: Path,
 ) -> None:
-    source = Source.open(artifact(codec))
+    source = WeightSource.open(artifact(codec))
     folder = make(source, "bf16", blocks=LAYERS, precision="bf16")
     (tmp_path / "twin").mkdir()
-    twin = fp32_twin(folder, tmp_path / "twin")
+    twin = fp32_copy(folder, tmp_path / "twin")
     assert twin.digest == folder.digest
     for entry in folder.manifest.blocks.values():
         onnx.checker.check_model(str(twin.path / entry.model), full_check=True)
@@ -44,5 +44,5 @@ def test_the_twin_computes_what_the_folder_says(
     content[codes.offset : codes.offset + codes.bytes // 2] = bytes(codes.bytes // 2)
     data.write_bytes(content)
     (tmp_path / "damaged").mkdir()
-    damaged = run_gen_layer(fp32_twin(folder, tmp_path / "damaged"), inputs)
+    damaged = run_gen_layer(fp32_copy(folder, tmp_path / "damaged"), inputs)
     assert relative(damaged, exact) > 0.05  # it is the folder's own bytes that are run

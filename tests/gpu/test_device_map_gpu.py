@@ -9,7 +9,7 @@ import torch
 
 from bagel.flow import FlowSettings
 from bagel.sampler import Sampler, TextSettings
-from bagel_compress.budgets.device_option import where
+from bagel_compress.budgets.device_option import choose_device
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
@@ -65,4 +65,4 @@ def test_what_waits_gives_the_same_bits_and_leaves_the_card(recipe: str, tmp_pat
 def test_auto_takes_the_first_card_for_a_small_model(tmp_path: Path) -> None:
     if torch.cuda.mem_get_info("cuda:0")[0] < 10e9:
         pytest.skip("needs 10 GB free")
-    assert where("auto", artifact_of("raw", tmp_path).path) == "cuda"
+    assert choose_device("auto", artifact_of("raw", tmp_path).path) == "cuda"

@@ -16,7 +16,7 @@ from bagel_compress.build.limits import resolve
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.io.packaged import find_recipe, resource
-from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.compare import Candidate, compare
 from bagel_compress.parity.record import record_cases
 from bagel_compress.parity.trace import TraceFile
 from bagel_compress.run.case import load_cases
@@ -99,10 +99,10 @@ def test_df11_touches_nothing(tmp_path: Path, reference: Scores) -> None:
 def test_default_limits_catch_int3_and_pass_int8(tmp_path: Path, sampler: Sampler) -> None:
     trace = _trace(sampler, tmp_path)
     with changed(sampler, ".gen."):
-        report = compare(Subject(sampler, "int3", "", "4-bit", resolve("4-bit", {})), [trace]).report
+        report = compare(Candidate(sampler, "int3", "", "4-bit", resolve("4-bit", {})), [trace]).report
     assert [row.metric for row in report.rows if not row.ok and row.metric == "latent.path"]
     int8 = open_model(_built("int8-24gb", tmp_path), dtype=torch.float32)
-    report = compare(Subject(int8, "int8", "", "8-bit", resolve("8-bit", {})), [trace]).report
+    report = compare(Candidate(int8, "int8", "", "8-bit", resolve("8-bit", {})), [trace]).report
     assert [row for row in report.rows if not row.ok] == []
 
 

@@ -9,8 +9,8 @@ import torch
 
 from bagel.nano.batches import Mix
 from bagel.nano.reproduce import NAME, NanoRecipe, reproduce
-from bagel.nano.train import ModelRecipe, Phase, Progress
-from bagel.nano.vae_train import Recipe
+from bagel.nano.train import ModelRecipe, TrainingPhase, TrainingProgress
+from bagel.nano.vae_train import VAERecipe
 from bagel.sampler import Sampler
 from bagel.settings import FlowSettings
 
@@ -27,12 +27,12 @@ def recipe(vae: int, vit: int, und: int, draw: int, mix: int, share: int) -> Nan
     """A short run with batches that are 1/share of the real ones."""
     small = Mix(draw=24 // share, ask=8 // share, edit=10 // share, think=max(1, 3 // share))
     model = ModelRecipe(
-        vit=Phase(vit, 2e-3, 2, 0.5, 0.05, vit_rate=1.0),
-        und=Phase(und, 2e-3, 2, 0.0, 1.0),
-        draw=Phase(draw, 2e-3, 2, 0.0, 1.0, ce_weight=0.3),
-        mix=Phase(mix, 2e-3, 2, 0.0, 1.0),
-        polish=Phase(mix, 2e-3, 2, 0.85, 0.02),
-        bind=Phase(mix, 2e-3, 2, 0.85, 0.02),
+        vit=TrainingPhase(vit, 2e-3, 2, 0.5, 0.05, vit_rate=1.0),
+        und=TrainingPhase(und, 2e-3, 2, 0.0, 1.0),
+        draw=TrainingPhase(draw, 2e-3, 2, 0.0, 1.0, ce_weight=0.3),
+        mix=TrainingPhase(mix, 2e-3, 2, 0.0, 1.0),
+        polish=TrainingPhase(mix, 2e-3, 2, 0.85, 0.02),
+        bind=TrainingPhase(mix, 2e-3, 2, 0.85, 0.02),
         vit_batch=32 // share,
         und_batch=Mix(ask=24 // share),
         draw_batch=small,
@@ -41,7 +41,7 @@ def recipe(vae: int, vit: int, und: int, draw: int, mix: int, share: int) -> Nan
         bind_batch=small,
     )
     return NanoRecipe(
-        Recipe(steps=vae, batch=max(2, 8 // share)),
+        VAERecipe(steps=vae, batch=max(2, 8 // share)),
         model,
         scenes=240 // share,
         edits=120 // share,
@@ -78,5 +78,5 @@ def test_three_minutes_lower_both_losses_and_repeat(tmp_path: Path) -> None:
         assert (tmp_path / "first" / NAME / file).read_bytes() == (tmp_path / "second" / NAME / file).read_bytes()
 
 
-def _values(run: list[Progress], phase: str, metric: str) -> list[float]:
+def _values(run: list[TrainingProgress], phase: str, metric: str) -> list[float]:
     return [p.metrics[metric] for p in run if p.phase == phase]

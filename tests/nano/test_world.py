@@ -8,7 +8,7 @@ import pytest
 from bagel.inputs import THINK_IMAGE, TextCodec
 from bagel.nano import language, tokens
 from bagel.nano.batches import EDIT_TURNS
-from bagel.nano.detector import Reading, read
+from bagel.nano.detector import DetectedScene, read
 from bagel.nano.scenes import SIDE, Scene, render, sample_scene
 
 
@@ -16,7 +16,7 @@ def shown(scene: Scene) -> tuple:
     return scene.background, sorted((t.shape, t.color, t.place) for t in scene.things)
 
 
-def seen(reading: Reading) -> tuple:
+def seen(reading: DetectedScene) -> tuple:
     return reading.background, sorted((t.shape, t.color, t.place) for t in reading.things)
 
 

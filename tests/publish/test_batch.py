@@ -15,7 +15,7 @@ import yaml
 from bagel_compress.build import resume_state
 from bagel_compress.errors import MissingExtraError, RecipeError
 from bagel_compress.io.digests import sha256_file
-from bagel_compress.publishing.batch import Batch, run_batch, summary
+from bagel_compress.publishing.batch import BatchFile, run_batch, summary
 
 RECIPES = ["nf4", "raw"]
 
@@ -62,7 +62,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, variants: Path) -> dict[s
     root = tmp_path_factory.mktemp("expected")
     sources = [{"name": name, "path": str(variants / name)} for name in "abc"]
     (root / "builds.yaml").write_text(yaml.safe_dump({"out": "out", "sources": sources, "recipes": RECIPES}))
-    results = run_batch(Batch.load(root / "builds.yaml"))
+    results = run_batch(BatchFile.load(root / "builds.yaml"))
     assert [r.error for r in results] == [None] * 6
     return digests(root / "out")
 
@@ -126,7 +126,7 @@ def test_one_failure_does_not_stop_the_others(file: Path, cli: Callable[..., tup
 def test_ray_gives_the_same_bytes(file: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    results = run_batch(Batch.load(file), processes=2, executor="ray")
+    results = run_batch(BatchFile.load(file), processes=2, executor="ray")
     assert [r.error for r in results] == [None] * 6
     assert digests(file.parent / "out") == expected
 
@@ -134,7 +134,7 @@ def test_ray_gives_the_same_bytes(file: Path, expected: dict[str, str], monkeypa
 def test_without_ray(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"bagel-compress\[ray\]"):
-        run_batch(Batch.load(file), executor="ray")
+        run_batch(BatchFile.load(file), executor="ray")
 
 
 @pytest.mark.parametrize(
@@ -151,10 +151,10 @@ def test_without_ray(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_files(file: Path, change: dict[str, object], message: str) -> None:
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
     with pytest.raises(RecipeError, match=message):
-        Batch.load(file).jobs()
+        BatchFile.load(file).jobs()
 
 
 def test_summary_of_failures() -> None:
-    from bagel_compress.publishing.batch import Result
+    from bagel_compress.publishing.batch import BatchResult
 
-    assert summary([Result("a--nf4", "out", error="no.")]).splitlines()[-1] == "0 of 1 done"
+    assert summary([BatchResult("a--nf4", "out", error="no.")]).splitlines()[-1] == "0 of 1 done"

@@ -22,9 +22,9 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError, GateError, PublishError
 from bagel_compress.exporting.build import export
 from bagel_compress.exporting.manifest import ExportFolder
-from bagel_compress.exporting.source import Source
+from bagel_compress.exporting.source import WeightSource
 from bagel_compress.io.digests import sha256_file
-from bagel_compress.publishing.collection_table import Build
+from bagel_compress.publishing.collection_table import CollectionRow
 from bagel_compress.publishing.model_card import Origin
 from bagel_compress.publishing.pipeline import Published
 from bagel_compress.publishing.release import Release, make_release
@@ -49,7 +49,7 @@ def target(name: str, **settings: object) -> Target:
 def graphs(built: Callable[[str], Artifact], tmp_path_factory: pytest.TempPathFactory) -> ExportFolder:
     """An INT8 build for ONNX Runtime on the CPU, without reports. Do not change it."""
     out = tmp_path_factory.mktemp("graphs") / "int8-onnx"
-    return export(Source.open(built("int8-24gb").path), target("ort-test"), out)
+    return export(WeightSource.open(built("int8-24gb").path), target("ort-test"), out)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def engines(built: Callable[[str], Artifact], tmp_path: Path) -> ExportFolder:
     pytest.importorskip("tensorrt_rtx")
     settings = {"runtime": "tensorrt-rtx", "precision": "bf16", "capabilities": ("sm89",)}
     wanted = target("rtx-test", blocks=("embed", "latent_out"), **settings)
-    folder = export(Source.open(built("fp8-24gb").path), wanted, tmp_path / "rtx")
+    folder = export(WeightSource.open(built("fp8-24gb").path), wanted, tmp_path / "rtx")
     parity(folder, environment=ON_CPU).save(folder.path)
     return folder
 
@@ -124,7 +124,7 @@ def test_the_folder_holds_what_was_verified(own: ExportFolder, tmp_path: Path) -
     assert {s["name"] for s in statement["subject"]} == {"export.json", *own.manifest.files}
     asked = statement["predicate"]["buildDefinition"]["externalParameters"]
     assert (asked["recipe"]["name"], asked["target"]) == ("int8-24gb", "ort-test")
-    build = Build.model_validate_json((made.folder / "reports" / "build.json").read_text())
+    build = CollectionRow.model_validate_json((made.folder / "reports" / "build.json").read_text())
     assert build.formats == ("onnxruntime", "fp32", "dense", "qdq")
     assert verify_folder(made.folder).faults == ()
 

@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
-from bagel.layout import Sizes as HeaderSizes
+from bagel.layout import ModelSizes as HeaderSizes
 from bagel.layout import expected_tensors
 from bagel.loading import put
 from bagel.model import Bagel
 from bagel.sampler import Sampler
 from bagel.vae import AutoEncoder, VAEConfig
-from bagel_compress.budgets.fake_model import Build, FakeSampler, FakeText
-from bagel_compress.budgets.measure_gpu import require_card
+from bagel_compress.budgets.fake_model import BuildOutline, FakeSampler, FakeText
+from bagel_compress.budgets.measure_gpu import require_gpu
 from bagel_compress.budgets.planned_build import checkpoint_sizes, planned_build
 from bagel_compress.budgets.predict import predict, run_passes, run_task, weight_bytes
 from bagel_compress.build.plan import make_plan
@@ -28,10 +28,10 @@ from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
 from bagel_compress.errors import TargetError
 from bagel_compress.io.tensor_spec import TensorSpec
-from bagel_compress.run.target import Device, Sizes, Target
+from bagel_compress.run.target import Device, Target, Workload
 from bagel_compress.source.checkpoint import Checkpoint
 
-SMALL = Sizes(image=(64, 128), input_image=(128, 96), prompt_tokens=12, think_tokens=300, answer_tokens=20)
+SMALL = Workload(image=(64, 128), input_image=(128, 96), prompt_tokens=12, think_tokens=300, answer_tokens=20)
 CARD = Device(name="a card", memory_mib=1000, context_mib=0)
 TINY_TARGET = Target(name="tiny", device=CARD, sizes=SMALL)
 DECODER_PHASES = {"text", "vit", "latent", "decode", "denoise"}
@@ -116,7 +116,7 @@ def test_layers_that_are_alike_are_made_once_and_counted_all(library):
     sizes = HeaderSizes(64, 160, 8, 4, 2, 608, 48, 112, 5, latent_rows=64, vit_rows=64)
     specs = tuple(TensorSpec("BF16", shape, name) for name, shape in expected_tensors(sizes).items())
     plan = make_plan(SimpleNamespace(name="deep", revision="", digest="0", specs=specs), recipe)
-    build = Build.of_plan(plan, *checkpoint_sizes(Checkpoint.open(TINY)))
+    build = BuildOutline.of_plan(plan, *checkpoint_sizes(Checkpoint.open(TINY)))
     build = replace(build, config=replace(build.config, llm=replace(build.config.llm, num_layers=8)))
     target = replace_tasks(TINY_TARGET, "edit")
     short, full = predict(build, target), predict(build, target, every_layer=True)
@@ -131,7 +131,7 @@ def replace_tasks(target, *tasks):
 
 def build_of(recipe):
     checkpoint = Checkpoint.open(TINY)
-    return Build.of_plan(make_plan(checkpoint, recipe), *checkpoint_sizes(checkpoint))
+    return BuildOutline.of_plan(make_plan(checkpoint, recipe), *checkpoint_sizes(checkpoint))
 
 
 def test_weights_are_counted_as_they_are_stored():
@@ -183,7 +183,7 @@ def test_a_bad_target_is_one_sentence(tmp_path, text, message):
 
 
 def test_a_size_that_the_model_cannot_make_is_named():
-    target = Target(name="a", device=CARD, sizes=Sizes(image=(1024, 1024)))
+    target = Target(name="a", device=CARD, sizes=Workload(image=(1024, 1024)))
     with pytest.raises(TargetError, match="up to 128"):
         predict(build_of(Recipe.parse(RAW, "raw")), target)
 
@@ -212,7 +212,7 @@ def test_a_card_that_is_too_small_closes_the_gate_and_says_what_would_help(tmp_p
 
 def test_a_missing_card_is_predicted_and_never_measured():
     with pytest.raises(TargetError, match="leave --device away for a prediction"):
-        require_card("cpu", TINY_TARGET)
+        require_gpu("cpu", TINY_TARGET)
     assert predict(build_of(Recipe.parse(RAW, "raw")), replace_tasks(TINY_TARGET, "t2i")).measured_on is None
 
 

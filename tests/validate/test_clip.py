@@ -10,7 +10,7 @@ from PIL import Image
 from bagel_compress.build.limits import resolve
 from bagel_compress.errors import RecipeError, TraceError
 from bagel_compress.parity.clip import Clip
-from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.compare import Candidate, compare
 from bagel_compress.parity.network_metrics import Networks
 
 transformers = pytest.importorskip("transformers")
@@ -80,7 +80,7 @@ def test_its_place_in_a_report(reference, trace_file, folder):
 
     def judged(limit, networks):
         limits = resolve("lossless", {"image.clip_drop": limit})
-        return compare(Subject(reference, "x", "0", "lossless", limits), [trace_file], networks=networks).report
+        return compare(Candidate(reference, "x", "0", "lossless", limits), [trace_file], networks=networks).report
 
     with pytest.raises(RecipeError, match="give them with --clip DIR"):
         judged(0.1, Networks())

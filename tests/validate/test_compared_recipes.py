@@ -9,7 +9,7 @@ import pytest
 
 from bagel_compress.io.packaged import find_recipe, resource
 from bagel_compress.run.case import load_cases
-from bagel_compress.validation.compare_recipes import Counts, Family, compare_recipes
+from bagel_compress.validation.compare_recipes import Counts, RecipeComparison, compare_recipes
 from bagel_compress.validation.recipes_page import render, table
 
 COUNTS = Counts(draw=6, ask=7, edit=4, think=2)
@@ -21,13 +21,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def family(folder: Path) -> Family:
+def family(folder: Path) -> RecipeComparison:
     cases = load_cases([resource("exports") / "cases" / "nano" / f"{n}.yaml" for n in ("draw_one", "ask_describe")])
     recipes = [find_recipe("nf4-official"), find_recipe("raw")]
     return compare_recipes(resource("BAGEL-nano"), recipes, cases, folder, COUNTS, lambda _: None)
 
 
-def test_an_untouched_build_equals_the_source_and_a_coded_one_does_not(family: Family) -> None:
+def test_an_untouched_build_equals_the_source_and_a_coded_one_does_not(family: RecipeComparison) -> None:
     coded, raw = family.builds
     assert (coded.name, raw.name) == ("nf4-official", "raw")
     assert raw.psnr == float("inf")
@@ -39,7 +39,7 @@ def test_an_untouched_build_equals_the_source_and_a_coded_one_does_not(family: F
     assert [t.png for t in coded.scored.tiles] != [t.png for t in family.source.tiles]
 
 
-def test_the_page_shows_every_picture_under_its_prompt(family: Family, folder: Path) -> None:
+def test_the_page_shows_every_picture_under_its_prompt(family: RecipeComparison, folder: Path) -> None:
     assert len(family.asked) == 12
     assert [bool(a.before) for a in family.asked] == [False] * 6 + [True] * 4 + [False] * 2
     page = render("title", family, folder)

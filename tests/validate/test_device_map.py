@@ -18,12 +18,12 @@ from bagel_compress.build.recipe import Recipe
 from bagel_compress.io.packaged import find_recipe
 from bagel_compress.run.device_map import DeviceMap, group_of
 from bagel_compress.run.load import load, load_checkpoint
-from bagel_compress.run.target import Device, Sizes, Target
+from bagel_compress.run.target import Device, Target, Workload
 from bagel_compress.source.checkpoint import Checkpoint
 
 # Two names of one device: they compare unequal, so rows cross and caches are split as on two cards.
 NAMES = ("cpu", "cpu:0")
-SMALL = Sizes(image=(64, 64), input_image=(64, 64), prompt_tokens=8, think_tokens=8, answer_tokens=8)
+SMALL = Workload(image=(64, 64), input_image=(64, 64), prompt_tokens=8, think_tokens=8, answer_tokens=8)
 
 
 def spread_map(layers: int, names=NAMES, waiting=frozenset()) -> DeviceMap:

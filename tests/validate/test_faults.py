@@ -9,7 +9,7 @@ import torch
 from bagel.sampler import Branches, Sampler
 from bagel_compress.build.limits import resolve
 from bagel_compress.codecs import by_name
-from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.compare import Candidate, compare
 from bagel_compress.parity.diagnose import diagnose_modules, probe_values
 from bagel_compress.parity.metrics import gain
 from bagel_compress.report.html import render
@@ -55,7 +55,7 @@ def quantised(plain):
 
 def judge(sampler, trace_file, level="lossless", form=None, reference=None):
     codecs = {path: by_name()[form]() for path in expert_linears(sampler.bagel)} if form else {}
-    subject = Subject(sampler, "planted", "0" * 64, level, resolve(level, {}), codecs)
+    subject = Candidate(sampler, "planted", "0" * 64, level, resolve(level, {}), codecs)
     return compare(subject, [trace_file], reference)
 
 

@@ -10,7 +10,7 @@ from tiny_suite import CASES, PICTURES, ROOT, TINY
 from bagel_compress.budgets import latency
 from bagel_compress.budgets.latency import PICTURES as PICTURE_REPEATS
 from bagel_compress.budgets.latency import PICTURES_WARM_UP, REPEATS, WARM_UP, timed, timings
-from bagel_compress.budgets.predict import judged_again
+from bagel_compress.budgets.predict import with_verdict
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
@@ -20,13 +20,13 @@ from bagel_compress.parity.record import record_cases
 from bagel_compress.parity.report_data import FIRST_TOKEN, IMAGE, STEP, TOKEN, BudgetReport, PhaseUse, Timing
 from bagel_compress.publishing.model_card import Origin, model_card
 from bagel_compress.publishing.requirements import Evidence
-from bagel_compress.run.target import Budget, Device, Sizes, Target
+from bagel_compress.run.target import Budget, Device, Target, Workload
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.validation.artifact import validate_artifact
 
 CPU = torch.device("cpu")
 CARD = Device(name="d", memory_mib=64, context_mib=0)
-TINY_TARGET = Target(name="t", device=CARD, sizes=Sizes(image=(32, 32), prompt_tokens=8))
+TINY_TARGET = Target(name="t", device=CARD, sizes=Workload(image=(32, 32), prompt_tokens=8))
 NF4 = "name: nf4\nrules:\n  - match: {kind: linear}\n    codec: nf4\n  - match: {}\n    codec: raw\n"
 # Limits that no processor holds: they are the card's, so nothing here may close the gate.
 IMPATIENT = """
@@ -141,7 +141,7 @@ def report(timed_on):
 @pytest.mark.parametrize("timed_on", ["d", None, "CPU (a fast one, 1 thread)", "another card"])
 def test_limits_on_times_count_only_on_the_card(timed_on):
     budget = Budget(tokens_per_second=10, step_ratio=1.5, seconds_per_image=60)
-    broken = judged_again(report(timed_on), Target(name="t", device=CARD, budget=budget)).broken
+    broken = with_verdict(report(timed_on), Target(name="t", device=CARD, budget=budget)).broken
     assert len(broken) == (3 if timed_on == "d" else 0)
     if timed_on == "d":
         assert "2.0 tokens per second, the limit is 10" in broken[0]
@@ -152,4 +152,4 @@ def test_limits_on_times_count_only_on_the_card(timed_on):
 def test_without_a_reference_no_ratio_is_limited():
     target = Target(name="t", device=CARD, budget=Budget(step_ratio=1.5))
     alone = report("d").model_copy(update={"timings": (Timing(what=STEP, median=2, p90=2),)})
-    assert judged_again(alone, target).broken == []
+    assert with_verdict(alone, target).broken == []

@@ -8,7 +8,7 @@ from torch import nn
 
 from bagel_compress.build.limits import resolve
 from bagel_compress.errors import RecipeError, TraceError
-from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.compare import Candidate, compare
 from bagel_compress.parity.lpips import Lpips
 from bagel_compress.parity.network_metrics import Networks
 
@@ -86,7 +86,7 @@ def test_a_limit_of_a_recipe_holds_breaks_and_needs_the_weights(reference, trace
     def judged(limit, lpips):
         limits = resolve("lossless", {"image.lpips": limit})
         return compare(
-            Subject(reference, "x", "0", "lossless", limits), [trace_file], networks=Networks(lpips=lpips)
+            Candidate(reference, "x", "0", "lossless", limits), [trace_file], networks=Networks(lpips=lpips)
         ).report
 
     with pytest.raises(RecipeError, match="give them with --lpips FILE"):

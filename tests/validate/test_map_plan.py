@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from bagel_compress.budgets import device_option
-from bagel_compress.budgets.plan_devices import ASIDE, Card, _needs, card_of, held_bytes, plan_map
+from bagel_compress.budgets.plan_devices import ASIDE, Gpu, _needs, gpu_of, held_bytes, plan_map
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import ACTIVATIONS, CACHES, CONTEXT, predict
 from bagel_compress.errors import TargetError
-from bagel_compress.run.target import GIB, MIB, Sizes, Target
+from bagel_compress.run.target import GIB, MIB, Target, Workload
 
 LAYERS = 28
 
 
-def cards(*targets: str) -> list[Card]:
-    return [card_of(Target.load(target), f"cuda:{index}") for index, target in enumerate(targets)]
+def gpus(*targets: str) -> list[Gpu]:
+    return [gpu_of(Target.load(target), f"cuda:{index}") for index, target in enumerate(targets)]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def test_groups_weigh_what_the_budget_counts(builds, recipe):
     ],
 )
 def test_what_fits_is_divided_in_order(builds, recipe, names, used):
-    plan = plan_map(builds[recipe], cards(*names))
+    plan = plan_map(builds[recipe], gpus(*names))
     assert not plan.places.waiting
     assert len(plan.loads) == used
     runs = [device for device, _ in itertools.groupby(plan.places.layers)]
     assert runs == [f"cuda:{i}" for i in range(used)]
-    assert all(load.total <= load.card.room for load in plan.loads)
+    assert all(load.total <= load.gpu.room for load in plan.loads)
     assert sum(load.weights for load in plan.loads) == sum(held_bytes(builds[recipe]).values())
     caches = sum(load.caches for load in plan.loads)
     assert 0.4 * GIB < caches < 0.7 * GIB
@@ -56,8 +56,8 @@ def test_what_fits_is_divided_in_order(builds, recipe, names, used):
 
 def test_no_other_division_leaves_more_room(builds):
     """Every border between two cards with every way to lay the parts aside."""
-    both = cards("24gb", "12gb")
-    needs = _needs(builds["raw"], Sizes())
+    both = gpus("24gb", "12gb")
+    needs = _needs(builds["raw"], Workload())
     spares = []
     for border, chosen in itertools.product(range(LAYERS + 1), itertools.product((0, 1), repeat=len(ASIDE))):
         parts = [[part for part, at in zip(ASIDE, chosen, strict=True) if at == index] for index in (0, 1)]
@@ -65,9 +65,9 @@ def test_no_other_division_leaves_more_room(builds):
             needs.load(both[0], range(border), ["embed_tokens", "home", *parts[0]], frozenset()),
             needs.load(both[1], range(border, LAYERS), parts[1], frozenset()),
         )
-        spares.append(min(load.card.room - load.total for load in loads))
+        spares.append(min(load.gpu.room - load.total for load in loads))
     plan = plan_map(builds["raw"], both)
-    assert min(load.card.room - load.total for load in plan.loads) >= max(spares) - MIB
+    assert min(load.gpu.room - load.total for load in plan.loads) >= max(spares) - MIB
 
 
 def test_what_is_planned_are_the_bytes_of_the_build(builds):
@@ -77,7 +77,7 @@ def test_what_is_planned_are_the_bytes_of_the_build(builds):
 
 
 def test_what_fits_nowhere_waits(builds):
-    plan = plan_map(builds["raw"], cards("12gb"))
+    plan = plan_map(builds["raw"], gpus("12gb"))
     waiting = plan.places.waiting
     assert {"embed_tokens", "vae", "vit", "lm_head", f"layers.{LAYERS - 1}"} <= waiting
     assert "layers.0" not in waiting
@@ -87,7 +87,7 @@ def test_what_fits_nowhere_waits(builds):
     held = held_bytes(builds["raw"])
     there = sum(size for group, size in held.items() if group not in waiting)
     assert load.weights == there + max(held["layers.27"], held["lm_head"])  # room for the largest that is brought
-    assert load.total <= load.card.room
+    assert load.total <= load.gpu.room
     assert plan.host == sum(held[group] for group in waiting)
     assert "host" in plan.table()
     assert "layers 6-27" in plan.table()
@@ -96,19 +96,19 @@ def test_what_fits_nowhere_waits(builds):
 @pytest.mark.parametrize(("recipe", "names"), [("df11", ("12gb", "12gb")), ("df11", ("12gb",))])
 def test_codes_that_cannot_wait_are_refused_in_one_sentence(builds, recipe, names):
     with pytest.raises(TargetError, match=r"^df11 does not fit on these devices .*cannot wait in host memory") as fault:
-        plan_map(builds[recipe], cards(*names))
+        plan_map(builds[recipe], gpus(*names))
     assert "\n" not in str(fault.value)
 
 
 def test_a_card_too_small_for_the_activations_is_refused(builds):
     with pytest.raises(TargetError, match="fewer bits or more devices"):
-        plan_map(builds["nf4"], [Card("cuda:0", "small", 2 * GIB)])
+        plan_map(builds["nf4"], [Gpu("cuda:0", "small", 2 * GIB)])
 
 
 def test_smaller_pictures_need_less(builds):
-    small = Sizes(image=(512, 512), input_image=(512, 512))
-    assert not plan_map(builds["nf4"], cards("12gb"), small).places.waiting
-    assert plan_map(builds["nf4"], cards("12gb")).places.waiting
+    small = Workload(image=(512, 512), input_image=(512, 512))
+    assert not plan_map(builds["nf4"], gpus("12gb"), small).places.waiting
+    assert plan_map(builds["nf4"], gpus("12gb")).places.waiting
 
 
 # --- the option -------------------------------------------------------------------------------------------------------
@@ -128,14 +128,14 @@ def two_cards(monkeypatch):
 def test_auto_takes_one_card_where_there_is_room_and_else_a_map(two_cards, builds, monkeypatch):
     monkeypatch.setattr(device_option, "build_of", lambda folder: builds["fp8-24gb"])
     told = []
-    places = device_option.where("auto", "model", told.append)
+    places = device_option.choose_device("auto", "model", told.append)
     assert set(places.layers) == {"cuda:0", "cuda:1"}
     assert not places.waiting
     assert "cuda:1" in told[0]
     two_cards["cuda:0"] = 40 * GIB
-    assert device_option.where("auto", "model") == "cuda"
+    assert device_option.choose_device("auto", "model") == "cuda"
     two_cards["cuda:0"] = 12 * GIB
-    assert device_option.where("cuda:1,cuda:0", "model").home == "cuda:1"
+    assert device_option.choose_device("cuda:1,cuda:0", "model").home == "cuda:1"
 
 
 @pytest.mark.parametrize(
@@ -143,21 +143,21 @@ def test_auto_takes_one_card_where_there_is_room_and_else_a_map(two_cards, build
     [
         ("cuda:2", "has 2 CUDA devices"),
         ("cuda:0,cuda:2", "has 2 CUDA devices"),
-        ("cuda:0,cuda:0", "no card of its own"),
-        ("cuda:0,cpu", "no card of its own"),
+        ("cuda:0,cuda:0", "no GPU of its own"),
+        ("cuda:0,cpu", "no GPU of its own"),
         ("card", "is no device"),
     ],
 )
 def test_devices_that_are_not_there(two_cards, device, sentence):
     with pytest.raises(TargetError, match=sentence):
-        device_option.where(device, "model")
+        device_option.choose_device(device, "model")
 
 
 def test_without_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_option.where("auto", "model") == "cpu"
+    assert device_option.choose_device("auto", "model") == "cpu"
     with pytest.raises(TargetError, match="no CUDA device"):
-        device_option.where("cuda:0,cuda:1", "model")
+        device_option.choose_device("cuda:0,cuda:1", "model")
 
 
 def test_the_command_line_plans_over_targets(cli):

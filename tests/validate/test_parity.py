@@ -15,7 +15,7 @@ from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
 from bagel_compress.errors import ArtifactError, RecipeError, TraceError
-from bagel_compress.parity.compare import Subject, compare
+from bagel_compress.parity.compare import Candidate, compare
 from bagel_compress.parity.distances import measure, spans
 from bagel_compress.parity.record import record_cases
 from bagel_compress.parity.report_data import ParityReport
@@ -104,10 +104,10 @@ def test_no_class_limits_a_single_step_but_a_recipe_may():
 
 
 def test_a_limit_below_the_floor_is_an_error(reference, trace_file):
-    subject = Subject(reference, "x", "0", "8-bit", resolve("8-bit", {"latent.path": 1e-5}))
+    subject = Candidate(reference, "x", "0", "8-bit", resolve("8-bit", {"latent.path": 1e-5}))
     with pytest.raises(RecipeError, match=r"latent\.path is limited to 1e-05, below the noise floor"):
         compare(subject, [trace_file])
-    subject = Subject(reference, "x", "0", "8-bit", resolve("8-bit", {"velocity.cosine": 1.0}))
+    subject = Candidate(reference, "x", "0", "8-bit", resolve("8-bit", {"velocity.cosine": 1.0}))
     with pytest.raises(RecipeError, match="above the noise floor"):
         compare(subject, [trace_file])
 

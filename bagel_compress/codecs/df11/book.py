@@ -27,7 +27,7 @@ class Code:
 
 
 @dataclass(frozen=True, slots=True)
-class Book:
+class HuffmanBook:
     """`codes` in the package's order, end-of-stream included; `luts` uint8 [tables + 1, 256]."""
 
     codes: tuple[Code, ...]
@@ -56,12 +56,12 @@ class Book:
         eof = next(code for code in self.codes if code.symbol == EOF)
         return eof.value >> (eof.bits - hole) if eof.bits >= hole else eof.value << (hole - eof.bits)
 
-    def without_pointers(self) -> Book:
+    def without_pointers(self) -> HuffmanBook:
         """The same book with every slot below the end-of-stream code holding an exponent (see `stalls`)."""
-        return Book(self.codes, _luts(self.codes, fill=_first_symbol(self.codes)))
+        return HuffmanBook(self.codes, _luts(self.codes, fill=_first_symbol(self.codes)))
 
 
-def make_book(counts: np.ndarray, at_least_two_bits: bool = False) -> Book:
+def make_book(counts: np.ndarray, at_least_two_bits: bool = False) -> HuffmanBook:
     """Book for int64 [256] counts of exponents, all below 240, at least one of them above zero.
 
     The rarest exponents are counted as 1, two of them, three, ..., until the kernel's limits hold; the package does
@@ -75,7 +75,7 @@ def make_book(counts: np.ndarray, at_least_two_bits: bool = False) -> Book:
         limited[order[:flat]] = 1
         codes = _huffman(limited)
         if _fits(codes, counts):
-            return Book(codes, _luts(codes))
+            return HuffmanBook(codes, _luts(codes))
     raise AssertionError("equal counts give codes of at most 8 bits, which fit")
 
 

@@ -23,7 +23,7 @@ from bagel_compress.codecs.df11.layout import (
     MAX_TABLES,
     MAX_UNIT_WEIGHTS,
     THREADS_PER_BLOCK,
-    Sizes,
+    UnitSizes,
 )
 from bagel_compress.codecs.df11.units import Grouping, group, pattern_dict, ring_weights
 from bagel_compress.codecs.raw import Raw
@@ -79,7 +79,7 @@ class DF11(Codec):
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         """An upper bound for any data: 8 bits per exponent and 16 child tables (`sampled` says more)."""
-        return Sizes(unit.numel, unit.numel + 1, MAX_TABLES, len(unit.specs)).parts(unit.name)
+        return UnitSizes(unit.numel, unit.numel + 1, MAX_TABLES, len(unit.specs)).parts(unit.name)
 
     def sampled(self, unit: Unit, source: Reader) -> int:
         """Bytes that the unit will hardly exceed, from a sample of its data (see `sample.py`)."""
@@ -98,7 +98,7 @@ class DF11(Codec):
             return kept
         book = choose_book(unit, source, found)
         bits = found.bits(book)
-        sizes = Sizes(unit.numel, -(-int(bits[-1]) // 8), len(book.luts) - 1, len(unit.specs))
+        sizes = UnitSizes(unit.numel, -(-int(bits[-1]) // 8), len(book.luts) - 1, len(unit.specs))
         return Df11Encoding(self, sizes.parts(unit.name), unit=unit, source=source, book=book, bits=bits, sizes=sizes)
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

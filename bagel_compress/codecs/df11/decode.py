@@ -31,7 +31,7 @@ GRAIN = 16  # blocks that are worth a thread: about 200,000 weights
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class CheckedParts:
     """The parts of one unit on their device, checked for everything but the stream itself; the small ones as numpy."""
 
     name: str
@@ -46,7 +46,7 @@ class Stored:
         return len(self.positions) - 1
 
 
-def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
+def decode_into(stored: CheckedParts, out: torch.Tensor) -> torch.Tensor:
     """Decodes into the front of a 1-D bf16 CPU buffer; returns that front. Raises CodecError on a damaged stream."""
     filling = Filling(stored, out)
     split(filling.blocks, filling.inner, GRAIN)
@@ -57,7 +57,7 @@ def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
 class Filling:
     """The front of a 1-D bf16 CPU buffer, `flat`, that is filled with a unit's weights block by block."""
 
-    def __init__(self, stored: Stored, out: torch.Tensor) -> None:
+    def __init__(self, stored: CheckedParts, out: torch.Tensor) -> None:
         self.flat = out[: stored.rest.numel()]
         # The kernel reads a few bytes past a block: the last two blocks are decoded from a padded copy.
         self.inner = max(0, stored.blocks - 2)
@@ -91,7 +91,7 @@ class Filling:
         return (stored.stream.numel(), table, stored.luts, gaps, stored.positions, rest, words)
 
 
-def check_parts(unit: Unit, parts: Mapping[str, torch.Tensor]) -> Stored:
+def check_parts(unit: Unit, parts: Mapping[str, torch.Tensor]) -> CheckedParts:
     """Names, dtypes and sizes of the six parts, block positions, tables. Raises CodecError."""
     tensors = {suffix: _part(unit.name, suffix, parts) for suffix in SUFFIXES}
     stream, rest, gaps = (tensors[s] for s in ("encoded_exponent", "sign_mantissa", "gaps"))
@@ -111,7 +111,7 @@ def check_parts(unit: Unit, parts: Mapping[str, torch.Tensor]) -> Stored:
         raise _damaged(unit.name, "output_positions do not rise from 0 to the number of weights")
     luts = tensors["luts"].cpu().numpy()
     _check_tables(unit.name, luts)
-    return Stored(unit.name, luts, positions, stream, rest, gaps)
+    return CheckedParts(unit.name, luts, positions, stream, rest, gaps)
 
 
 def _part(unit: str, suffix: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

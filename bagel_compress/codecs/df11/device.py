@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bagel_compress.codecs.base import Unit
-from bagel_compress.codecs.df11.decode import Stored, check_parts, decode_into
+from bagel_compress.codecs.df11.decode import CheckedParts, check_parts, decode_into
 from bagel_compress.errors import MissingExtraError
 
 
@@ -57,7 +57,7 @@ def decode_unit(unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torc
     return tensors
 
 
-def _gpu_decoder(stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
+def _gpu_decoder(stored: CheckedParts) -> Callable[[torch.Tensor], torch.Tensor]:
     """Decoding by the CUDA kernel where it compiles, else by Triton."""
     from bagel_compress.codecs.df11 import cuda_kernel, unpack
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.df11 import pack, unpack
-from bagel_compress.codecs.df11.book import Book, make_book, stalls
+from bagel_compress.codecs.df11.book import HuffmanBook, make_book, stalls
 from bagel_compress.codecs.df11.layout import (
     BLOCK_BITS,
     BYTES_PER_THREAD,
@@ -26,7 +26,7 @@ from bagel_compress.codecs.df11.layout import (
     MAX_CODE_BITS,
     THREADS_PER_BLOCK,
     WINDOW_BITS,
-    Sizes,
+    UnitSizes,
 )
 from bagel_compress.codecs.df11.pack import CHUNK
 from bagel_compress.codecs.kernels.threads import ordered
@@ -38,7 +38,7 @@ _TAIL = 4 * WINDOW_BITS // 8  # bytes of the stream's end that are kept for the 
 
 
 @dataclass(slots=True)
-class Workspace:
+class EncodingBuffers:
     """Planes and scratch of one batch; kept, since the first touch of fresh memory costs more than packing."""
 
     rest: np.ndarray = field(default_factory=lambda: np.empty(BATCH, np.uint8))
@@ -49,14 +49,14 @@ class Workspace:
     pairs: np.ndarray = field(default_factory=lambda: np.empty((2, 1 << 16), np.uint32))
 
 
-_idle: list[Workspace] = []
+_idle: list[EncodingBuffers] = []
 
 
-def _take_space() -> Workspace:
+def _take_space() -> EncodingBuffers:
     try:
         return _idle.pop()
     except IndexError:
-        return Workspace()
+        return EncodingBuffers()
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Survey:
     counts: np.ndarray
     batches: np.ndarray
 
-    def bits(self, book: Book) -> np.ndarray:
+    def bits(self, book: HuffmanBook) -> np.ndarray:
         """First bit of every batch and, last, the bits of the whole stream: int64 [batches + 1]."""
         return np.concatenate([[0], np.cumsum(self.batches @ book.lengths.astype(np.int64))])
 
@@ -94,7 +94,7 @@ def _histogram(batch: _Batch) -> np.ndarray:
     return counts
 
 
-def choose_book(unit: Unit, source: Reader, found: Survey) -> Book:
+def choose_book(unit: Unit, source: Reader, found: Survey) -> HuffmanBook:
     """The package's book; a fuller one if a block of it would hold more weights than the kernel's shared memory."""
     book = make_book(found.counts)
     if book.shortest == 1 and densest_block(unit, source, found, book) > MAX_BLOCK_WEIGHTS:
@@ -102,7 +102,7 @@ def choose_book(unit: Unit, source: Reader, found: Survey) -> Book:
     return book
 
 
-def densest_block(unit: Unit, source: Reader, found: Survey, book: Book) -> int:
+def densest_block(unit: Unit, source: Reader, found: Survey, book: HuffmanBook) -> int:
     """Most weights that start in one block of 4096 bytes. Reads the unit; only of interest where a code has one bit."""
     bits = found.bits(book)
     positions = np.zeros(int(bits[-1]) // BLOCK_BITS + 2, np.int64)
@@ -128,13 +128,13 @@ class Df11Encoding(Encoding):
 
     unit: Unit = None  # type: ignore[assignment]
     source: Reader = None  # type: ignore[assignment]
-    book: Book = None  # type: ignore[assignment]
+    book: HuffmanBook = None  # type: ignore[assignment]
     bits: np.ndarray = None  # type: ignore[assignment]
-    sizes: Sizes = None  # type: ignore[assignment]
+    sizes: UnitSizes = None  # type: ignore[assignment]
 
     def chunks(self) -> Iterator[Chunk]:
         name = self.unit.name
-        packer = _Packer(self)
+        packer = _StreamPacker(self)
         for batch, space, size in ordered(packer.code, _batches(self.unit, self.source)):
             start = int(self.bits[batch.number]) >> 3
             yield Chunk(f"{name}.sign_mantissa", batch.first, space.rest[: batch.words.size], direct=True)
@@ -147,7 +147,7 @@ class Df11Encoding(Encoding):
         yield Chunk(f"{name}.luts", 0, packer.luts().reshape(-1))
 
 
-class _Packer:
+class _StreamPacker:
     """The second pass: `code` for batches in any order and thread, `joined` for its results in order."""
 
     def __init__(self, encoding: Df11Encoding) -> None:
@@ -161,7 +161,7 @@ class _Packer:
         pairs = pack.pair_table(values, lengths)
         self._book = (values.astype(np.uint64), lengths, pairs, unpack.lookup_table(luts), luts)
 
-    def code(self, batch: _Batch) -> tuple[_Batch, Workspace, int]:
+    def code(self, batch: _Batch) -> tuple[_Batch, EncodingBuffers, int]:
         """Packs and verifies a batch, in a workspace that the caller gives back; and the bytes that it completes."""
         space, unit = _take_space(), self._encoding.unit
         bit, stop = map(int, self._encoding.bits[batch.number : batch.number + 2])

@@ -26,7 +26,7 @@ SUFFIXES = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "ga
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class UnitSizes:
     """Sizes of one unit's tensors: weights, bytes of the code stream, decode tables, tensors in the unit."""
 
     weights: int

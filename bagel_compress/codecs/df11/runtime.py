@@ -61,7 +61,7 @@ def linears(unit: Unit, parts: Mapping[str, torch.Tensor], biases: Mapping[str, 
     return {spec.name: DF11Linear(stored, spec.name, biases.get(spec.name)) for spec in unit.specs}
 
 
-class Decoder:
+class UnitDecoder:
     """Decoded units of one device: the kept ones, and a ring of scratch memory for the others."""
 
     def __init__(self, device: torch.device, keep_bytes: int | None = None) -> None:
@@ -172,6 +172,6 @@ class Decoder:
 
 
 @cache
-def decoder_of(device: torch.device) -> Decoder:
+def decoder_of(device: torch.device) -> UnitDecoder:
     """The decoder that all modules of a device share."""
-    return Decoder(device)
+    return UnitDecoder(device)

@@ -6,7 +6,7 @@ import numpy as np
 
 from bagel_compress.codecs.base import Reader, Unit
 from bagel_compress.codecs.df11.book import make_book
-from bagel_compress.codecs.df11.layout import FIRST_POINTER, MAX_TABLES, Sizes
+from bagel_compress.codecs.df11.layout import FIRST_POINTER, MAX_TABLES, UnitSizes
 from bagel_compress.io.bf16 import as_words
 
 RUNS = 48
@@ -27,7 +27,9 @@ def likely_bytes(unit: Unit, source: Reader) -> int:
     bits = runs @ make_book(counts).lengths.astype(np.int64) / runs.sum(axis=1)
     mean = bits.mean() + DEVIATIONS * bits.std() / np.sqrt(len(bits))
     stream = min(unit.numel + 1, int(unit.numel * mean * (1 + MARGIN) / 8) + 1)
-    return sum(part.nbytes for part in Sizes(unit.numel, stream, MAX_TABLES, len(unit.specs)).parts(unit.name).values())
+    return sum(
+        part.nbytes for part in UnitSizes(unit.numel, stream, MAX_TABLES, len(unit.specs)).parts(unit.name).values()
+    )
 
 
 def _starts(weights: int) -> list[int]:

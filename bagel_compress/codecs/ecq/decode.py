@@ -43,13 +43,13 @@ class Stored:
 
 def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
     """Decodes into the front of a 1-D bf16 CPU buffer; returns that front. Raises CodecError on a damaged stream."""
-    flat, decoder = out[: stored.weights], Decoder(stored)
+    flat, decoder = out[: stored.weights], EcqDecoder(stored)
     words = flat.view(torch.int16).numpy().view(np.uint16)
     split(lambda a, b: decoder.runs(a, b, words[a * RUN : b * RUN]), stored.runs, GRAIN)
     return flat
 
 
-class Decoder:
+class EcqDecoder:
     """Decodes any runs of a weight on the CPU."""
 
     def __init__(self, stored: Stored) -> None:

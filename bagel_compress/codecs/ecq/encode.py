@@ -17,7 +17,7 @@ import numpy as np
 from bagel_compress.codecs.base import Chunk, Codec, Encoding, Quality, Reader
 from bagel_compress.codecs.ecq import pack, unpack
 from bagel_compress.codecs.ecq.layout import ESCAPE, HEADER_BYTES, MAX_LOW_BITS, RUN, STATE_BITS, Sizes
-from bagel_compress.codecs.ecq.step import LARGEST, Grid, Search, Tables, tables_of
+from bagel_compress.codecs.ecq.step import LARGEST, Search, StepGrid, Tables, tables_of
 from bagel_compress.codecs.kernels.threads import ordered
 from bagel_compress.codecs.matrix import INFINITY_WORD, as_floats, not_finite, read_words
 from bagel_compress.errors import CodecError
@@ -89,7 +89,7 @@ def survey(spec: TensorSpec, source: Reader, codec: Codec) -> Search:
 class Coder:
     """The tables of a grid: codes batches in any thread."""
 
-    def __init__(self, grid: Grid, search: Search) -> None:
+    def __init__(self, grid: StepGrid, search: Search) -> None:
         self.grid, self.tables = grid, tables_of(grid, search)
         self._form = (grid.book.low_bits, grid.book.escaping)
         self._book = pack.coder(grid.book.frequencies)
@@ -190,7 +190,7 @@ def margin(weights: int) -> float:
     return 0.002 * weights + 0.3 * float(np.sqrt(weights))
 
 
-def _saturated(grid: Grid, target: float) -> bool:
+def _saturated(grid: StepGrid, target: float) -> bool:
     """Whether a finer step would not bring the bits nearer to the target: they jump over it."""
     return grid.bits < target - 100
 

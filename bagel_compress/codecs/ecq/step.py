@@ -22,7 +22,7 @@ LARGEST = 2.0**126  # weights from here on have no step whose every multiple is 
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class StepGrid:
     """A step, the book of the codes that it gives, and the bits that all parts will hardly differ from."""
 
     step: float  # exactly an fp32 number
@@ -60,7 +60,7 @@ class Search:
         self.largest = float(np.abs(self.values).max())
         self.deviation = float(np.sqrt((self.values**2) @ self.counts / self.weights))
 
-    def find(self, bits: float) -> Grid:
+    def find(self, bits: float) -> StepGrid:
         """The finest step whose parts take at most `bits` in all, or the one of codes that are all zero."""
         if self.largest == 0.0:
             return self._grid(1.0, 0)
@@ -78,8 +78,8 @@ class Search:
         finest = float(magnitudes[magnitudes > 0].min()) * 2.0**-9
         return index_of(max(finest, 2.0**-134)), index_of(self.largest * 4)  # bf16's smallest number is 2^-133
 
-    def _bisect(self, bits: float, low_bits: int, low: int, high: int, guess: int) -> Grid:
-        def at(index: int) -> Grid:
+    def _bisect(self, bits: float, low_bits: int, low: int, high: int, guess: int) -> StepGrid:
+        def at(index: int) -> StepGrid:
             return self._grid(step_at(index), low_bits)
 
         best = at(high)
@@ -107,12 +107,12 @@ class Search:
                 best, least = low_bits, bits
         return best
 
-    def _grid(self, step: float, low_bits: int) -> Grid:
+    def _grid(self, step: float, low_bits: int) -> StepGrid:
         symbols = symbols_of(np.rint(self.values / step), low_bits)  # ties to even; of any size, so float64
         counts = np.bincount(symbols, self.counts, ESCAPE + 1).astype(np.int64)
         book, cost = fit(counts, low_bits)
         sizes = Sizes(self.weights, 0, book.symbols)
-        return Grid(step, book, cost + 8 * low_bits * -(-self.weights // 8) + overhead(sizes))
+        return StepGrid(step, book, cost + 8 * low_bits * -(-self.weights // 8) + overhead(sizes))
 
 
 def symbols_of(codes: np.ndarray, low_bits: int) -> np.ndarray:
@@ -133,7 +133,7 @@ class Tables:
     decoded: np.ndarray
 
 
-def tables_of(grid: Grid, search: Search) -> Tables:
+def tables_of(grid: StepGrid, search: Search) -> Tables:
     """The codes of the words that were counted."""
     codes, words, low_bits = np.rint(search.values / grid.step), search.words, grid.book.low_bits
     symbols = symbols_of(codes, low_bits)
