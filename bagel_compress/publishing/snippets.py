@@ -62,11 +62,10 @@ print([engine.get_tensor_name(index) for index in range(engine.num_io_tensors)])
 
 def _graph_sampler(repo: str, extra: str, cuda: bool) -> Snippet:
     text = f"""
+import bagel_compress as bc
 from bagel.settings import TextSettings
-from bagel_compress.exporting.ort_sampler import open_onnx
-from bagel_compress.run.fetch import fetch
 
-sampler = open_onnx(fetch("{repo}"))
+sampler = bc.open_model("{repo}", device="auto")
 print(sampler.run(["why is the sky blue?"], output="text", text=TextSettings(max_tokens=64)).text)
 """
     note = f"The whole sampler: pictures, edits, answers. `pip install 'bagel-compress[{extra}]'`"
@@ -85,10 +84,10 @@ bagel-compress generate {repo} "a red teapot on a wooden table" --out teapot.png
 
 def _python(repo: str) -> Snippet:
     text = f"""
+import bagel_compress as bc
 from bagel.settings import TextSettings
-from bagel_compress.run.load import open_model
 
-sampler = open_model("{repo}")  # device="cuda" where there is one
+sampler = bc.open_model("{repo}")  # device="cuda" where there is one
 print(sampler.run(["why is the sky blue?"], output="text", text=TextSettings(max_tokens=64)).text)
 """
     return Snippet("Python", text, ("torch",), note="`pip install bagel-compress`")
