@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bagel_compress.run.device_map import DeviceChoice
     from bagel_compress.source.checkpoint import Checkpoint
 
-SMALL_SIDE = 256  # models that draw no larger pictures than this (in pixels) get BAGEL-nano's prompts
+PROMPTS_BY_SIDE = ((1024, "."), (128, "tiny"), (0, "nano"))  # largest picture side of the packaged prompts, in pixels
 
 
 def register(verbs: Any) -> None:
@@ -91,9 +91,9 @@ def record_set(
     given = None if pictures is None else pictures_in(pictures)
     sampler = _sampler(checkpoint, device, drawing=given is None)
     stride = sampler.bagel.config.image_stride
-    small = sampler.bagel.config.max_latent_size * stride <= SMALL_SIDE
-    folder = resource("exports") / "calibration"
-    jobs = load_jobs(prompts or [folder / "nano" if small else folder])
+    largest = sampler.bagel.config.max_latent_size * stride
+    packaged = next(folder for side, folder in PROMPTS_BY_SIDE if largest >= side)
+    jobs = load_jobs(prompts or [resource("exports") / "calibration" / packaged])
     if rows is not None:
         jobs = thinned(jobs, rows / latent_rows(jobs, stride))
     return make_set(sampler, (checkpoint.name, checkpoint.digest), jobs, out, given, say)
