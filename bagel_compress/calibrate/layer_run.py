@@ -82,14 +82,14 @@ class LayerRun:
 
     @torch.no_grad()
     def run(self, layer: int, weight: Weight, streams: Sequence[Stream], rounder: Rounder | None) -> None:
-        """Takes all streams through a layer, in place. `streams`: the full model's and, with refit, the rounded one's.
+        """Takes all streams through a layer, in place. `streams`: the full model's and, with refit, the rounded one's,
+        with those of its weights in `coded` that are coded already; they are forgotten after the layer.
 
         Raises CalibrationError if rows are not finite, or what `rounder.take` raises.
         """
         last = layer == self.config.llm.num_layers - 1
         step = _Step(self, f"layers.{layer}", weight, list(streams), rounder, last)
         for stream in streams:
-            stream.coded.clear()
             if not bool(torch.isfinite(stream.rows).all()):
                 raise CalibrationError(
                     f"the rows that enter layer {layer} hold NaN or Inf; the checkpoint is damaged, verify it."
