@@ -1,6 +1,6 @@
 """Paired comparison of builds of BAGEL-nano on prompts that nothing else asks: final latents and texts.
 
-    python benchmarks/paired_nano.py nf4-official nf4-nearest nf4 [--source DIR] [--calibration FILE] [--seed 91000]
+    python benchmarks/paired_nano.py nf4-official nf4-nearest nf4 [--source DIR] [--calibration FILE] [--seed 93000]
 
 Weights are decoded and computed in fp32, as in nano_table.py. The error of a picture is that of its final latent, as a
 share of the way from the noise (the gate's `latent.path`). Ratios are of the means over prompts, to the first recipe,
@@ -34,7 +34,7 @@ from bagel_compress.scores.benchmark import Benchmark, flow_of, request
 from bagel_compress.scores.nano import nano_benchmark
 from bagel_compress.source.checkpoint import Checkpoint
 
-SEED = 91_000  # used nowhere else
+SEED = 93_000  # used nowhere else; recipes were chosen with 91000
 COUNTS = (40, 56, 40, 24)  # drawings, questions, edits, plans
 ROUNDS = 4000
 TRIMMED = 2

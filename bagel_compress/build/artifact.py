@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -155,6 +156,21 @@ class Manifest(FrozenModel):
         return sorted({unit.shard for unit in self.units.values()})
 
 
+@dataclass(frozen=True, slots=True)
+class WeightedErrors:
+    """Relative errors of layers' outputs over the calibration set's rows; medians over matrices, and the worst one.
+
+    `nearest`: with each weight rounded alone. `predictor`: what the moments alone let expect of error over nearest.
+    """
+
+    group: str  # component, expert, codec
+    matrices: int
+    error: float
+    worst: float
+    nearest: float
+    predictor: float
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A complete artifact folder: what `compress` wrote, opened from its manifest; weights are mapped, not loaded.
@@ -241,6 +257,25 @@ class Artifact:
                 role = official_role(next(iter(entry.tensors)))
                 values[f"{role.component} {role.expert} {entry.codec.format}"].append(entry.snr_db)
         return {name: (min(found), max(found)) for name, found in sorted(values.items())}
+
+    def weighted_errors(self) -> list[WeightedErrors]:
+        """What calibrated rounding did, of each "component expert codec" that has it."""
+        found: dict[str, list[Rounded]] = defaultdict(list)
+        for entry in self.manifest.units.values():
+            if entry.rounded is not None:
+                role = official_role(next(iter(entry.tensors)))
+                found[f"{role.component} {role.expert} {entry.codec.format}"].append(entry.rounded)
+        return [
+            WeightedErrors(
+                group,
+                len(rounded),
+                median(r.error**0.5 for r in rounded),
+                max(r.error**0.5 for r in rounded),
+                median(r.nearest**0.5 for r in rounded),
+                median(r.predictor for r in rounded),
+            )
+            for group, rounded in sorted(found.items())
+        ]
 
     def verify(self, sums: dict[str, str] | None = None) -> list[str]:
         """Reads every byte. One sentence per fault: changed, missing or extra file; changed tensors by name.

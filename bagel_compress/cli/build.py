@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +200,7 @@ def _inspect_artifact(args: argparse.Namespace) -> int:
         "bytes": artifact.nbytes,
         "groups": [group.to_json() for group in artifact.groups()],
         "snr_db": {name: list(pair) for name, pair in snr.items()},
+        "weighted_errors": [asdict(errors) for errors in artifact.weighted_errors()],
         "verified": args.verify and not faults,
         "faults": faults,
     }
@@ -214,6 +216,11 @@ def _artifact_text(artifact: Artifact, tensors: bool, verified: bool) -> str:
     manifest = artifact.manifest
     lines = [sizes_table(artifact.groups(), artifact.nbytes)]
     lines += [f"SNR {name}: {low:.2f} to {high:.2f} dB" for name, (low, high) in artifact.snr().items()]
+    lines += [
+        f"error of layer outputs {w.group}: {w.error:.4f} (at worst {w.worst:.4f}), rounded alone {w.nearest:.4f};"
+        f" ratio {w.error / w.nearest:.2f}, predicted {w.predictor:.2f}"
+        for w in artifact.weighted_errors()
+    ]
     for name, unit in manifest.units.items():
         if unit.reason:
             lines.append(f"{name}: {unit.codec.format} instead of the recipe's codec ({unit.reason})")

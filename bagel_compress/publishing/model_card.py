@@ -291,6 +291,12 @@ def _losses(artifact: Artifact, parity: ParityReport | None) -> str:
                 f" {values[0]:.1f} dB at worst, {values[len(values) // 2]:.1f} dB in the middle."
             )
         lines.append(f"- The other {len(units) - len(lossy)} groups of weights are exact.")
+        lines += [
+            f"- {plain(w.group)}: {w.matrices} matrices were rounded for the inputs that their layers get. The relative"
+            f" error of such a layer's output is {number(w.error)} in the middle and {number(w.worst)} at worst, where"
+            f" rounding each weight alone gives {number(w.nearest)}; their signal-to-noise ratio is lower for it."
+            for w in artifact.weighted_errors()
+        ]
     fallen = [(name, u) for name, u in units.items() if u.reason]
     lines += [f"- {plain(name)} is in {code(u.codec.format)}: {plain(u.reason)}" for name, u in fallen]
     if parity is not None and parity.shares:
