@@ -11,7 +11,7 @@ from bagel.sampler import Sampler
 from bagel_compress.calibrate.calibration_set import CalibrationSet
 from bagel_compress.calibrate.make_set import make_set
 from bagel_compress.calibrate.prompts import latent_rows, load_jobs, thinned
-from bagel_compress.errors import CalibrationError, TargetError
+from bagel_compress.errors import CalibrationError
 from bagel_compress.io.packaged import resource
 from bagel_compress.run.case import load_cases
 from bagel_compress.scores.nano import nano_benchmark
@@ -65,7 +65,7 @@ def test_unknown_drawings_and_twice_used_names_are_refused(tmp_path: Path) -> No
     with pytest.raises(CalibrationError, match="two calibration prompts are called 'x'"):
         load_jobs([file])
     file.write_text("{kind: edit, prompts: [{prompt: make it red}]}")
-    with pytest.raises(TargetError, match="names no picture"):
+    with pytest.raises(CalibrationError, match="names no picture"):
         load_jobs([file])
     (tmp_path / "empty").mkdir()
     with pytest.raises(CalibrationError, match="holds no calibration prompts"):
