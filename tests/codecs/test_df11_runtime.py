@@ -21,8 +21,7 @@ from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.device import StoredUnit
 from bagel_compress.codecs.df11.embedding import DF11Embedding
-from bagel_compress.codecs.df11.runtime import DF11Linear, UnitDecoder
-from bagel_compress.codecs.df11.units import ring_weights
+from bagel_compress.codecs.ring import UnitDecoder, RingLinear, ring_weights
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.load import census, load, open_model
@@ -66,7 +65,7 @@ def test_linears_equal_bf16_bit_for_bit() -> None:
     expected = torch.nn.functional.linear(x, tensors["m.l0.weight"], bias)
     assert same(first(x), expected)
     assert same(second(expected), torch.nn.functional.linear(expected, tensors["m.l1.weight"]))
-    assert isinstance(first, DF11Linear)
+    assert isinstance(first, RingLinear)
     assert first.describe()["codec"] == "df11"
     assert first.stored_bytes + second.stored_bytes < 2 * unit.numel * 1.3
 

@@ -94,24 +94,24 @@ def reference(parts: dict[str, torch.Tensor], weights: int) -> np.ndarray:
     for run, size in enumerate(parts[f"{NAME}.run_bytes"].numpy().astype(int).tolist()):
         data = int.from_bytes(stream[start : start + size], "little")
         count = min(RUN, weights - run * RUN)
-        state, at, symbols = data & 4095, 16 + (data >> 12 & 15), []
+        plane = -(-count // 8)
+        state, at, symbols = data & 4095, 16 + 8 * low_bits * plane + (data >> 12 & 15), []
         for _ in range(count):
             symbol, bits, base = table[state]
             symbols.append(symbol)
             state = base + (data >> at & ((1 << bits) - 1))
             at += bits
         assert state == 0
-        assert at % 8 == 0
-        plane, rest = -(-count // 8), at + 8 * low_bits * -(-count // 8)
+        rest = 8 * size
         for i, symbol in enumerate(symbols):
             if symbol == 255:
+                rest -= 16
                 values.append(data >> rest & 0xFFFF)
-                rest += 16
                 continue
-            low = sum((data >> (at + 8 * plane * bit + i) & 1) << bit for bit in range(low_bits))
+            low = sum((data >> (16 + 8 * plane * bit + i) & 1) << bit for bit in range(low_bits))
             value = torch.tensor(float(((symbol - 127) << low_bits) + low)) * parts[f"{NAME}.step"]
             values.append(int(value.bfloat16().view(torch.int16)) & 0xFFFF)
-        assert rest == 8 * size
+        assert at == rest
         start += size
     assert start == len(stream)
     return np.array(values, np.uint16)

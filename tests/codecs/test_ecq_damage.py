@@ -71,8 +71,7 @@ def test_a_flipped_bit_among_the_symbols_is_noticed(which: int) -> None:
     parts, unnoticed = CODED[which], 0
     stream = parts[f"{NAME}.stream"].numpy()
     low_bits, size = int(parts[f"{NAME}.book"][0]), int(parts[f"{NAME}.run_bytes"][0])
-    symbols = 8 * (size - 256 * low_bits)  # of the first run, which has no escapes
-    tried = range(0, symbols, 7)
+    tried = [*range(12), *range(8 * (2 + 256 * low_bits), 8 * size, 7)]  # of the first run, which has no escapes
     for bit in tried:
         changed = stream.copy()
         changed[bit >> 3] ^= 1 << (bit & 7)

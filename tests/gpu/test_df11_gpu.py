@@ -13,7 +13,7 @@ from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11 import cuda_kernel, unpack
 from bagel_compress.codecs.df11.device import StoredUnit
-from bagel_compress.codecs.df11.runtime import UnitDecoder
+from bagel_compress.codecs.ring import UnitDecoder
 from bagel_compress.io.tensor_spec import TensorSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

@@ -25,8 +25,9 @@ from bagel_compress.codecs.df11.layout import (
     THREADS_PER_BLOCK,
     UnitSizes,
 )
-from bagel_compress.codecs.df11.units import Grouping, group, pattern_dict, ring_weights
+from bagel_compress.codecs.df11.units import Grouping, group, pattern_dict
 from bagel_compress.codecs.raw import Raw
+from bagel_compress.codecs.ring_size import ring_weights
 from bagel_compress.codecs.traits import Snippet
 from bagel_compress.errors import PlanError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
@@ -139,7 +140,7 @@ class DF11(Codec):
         scratch: torch.Tensor | None,
     ) -> dict[str, torch.nn.Module]:
         """Linears that multiply with a stretch of the ring: fake bits cannot be decoded."""
-        from bagel_compress.codecs.df11.fake import FakeLinear
+        from bagel_compress.codecs.ring_fake import FakeLinear
 
         assert scratch is not None
         return {spec.name: FakeLinear(spec, biases.get(spec.name), scratch) for spec in unit.specs}

@@ -11,6 +11,7 @@ import torch
 
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.decode import CheckedParts, check_parts, decode_into
+from bagel_compress.codecs.ring_size import serves_understanding
 from bagel_compress.errors import MissingExtraError
 
 
@@ -21,10 +22,7 @@ class StoredUnit:
         """Raises CodecError on parts that make no sense."""
         stored = check_parts(unit, parts)
         self.name, self.numel, self.device = unit.name, unit.numel, stored.stream.device
-        # Of the understanding expert alone, or the head.
-        self.for_understanding = unit.name.startswith("language_model.") and not any(
-            "_moe_gen" in spec.name for spec in unit.specs
-        )
+        self.for_understanding = serves_understanding(unit.name, (spec.name for spec in unit.specs))
         self._places: dict[str, tuple[int, tuple[int, int]]] = {}
         start = 0
         for spec in unit.specs:

@@ -15,7 +15,6 @@ from bagel_compress.codecs.base import Unit
 from bagel_compress.io.tensor_spec import TensorSpec
 
 Grouping = Literal["published", "expert", "tensor"]
-RING_ALIGNMENT = 64  # weights: units begin at multiples of 128 bytes
 
 _QKVO = tuple(f"self_attn.{p}_proj" for p in "qkvo")
 _MLP = tuple(f"{p}_proj" for p in ("gate", "up", "down"))
@@ -59,16 +58,6 @@ def unit_of(tensor: str, grouping: Grouping) -> str:
 def attribute(unit: str, tensor: str) -> str:
     """Path of a tensor's module below its unit's module; empty if it is that module."""
     return tensor.removesuffix(".weight")[len(unit) + 1 :]
-
-
-def ring_weights(units: Iterable[tuple[str, int]]) -> int:
-    """Weights of the scratch ring in which these units (name, weights) are decoded at run time.
-
-    Two of the largest decoder-layer unit, the one in use and the one to come, or the largest unit of all.
-    """
-    sizes = [(-(-weights // RING_ALIGNMENT) * RING_ALIGNMENT, ".layers." in name) for name, weights in units]
-    largest = max((size for size, _ in sizes), default=0)
-    return max(largest, 2 * max((size for size, in_layer in sizes if in_layer), default=0))
 
 
 def pattern_dict(units: Iterable[Unit]) -> dict[str, list[str]]:

@@ -12,16 +12,17 @@ What it does not do: other dtypes, vectors and convolutions; runtimes other than
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from bagel_compress.codecs.base import Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
-from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS, Sizes, bound
+from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS, SLICE, Sizes, bound
 from bagel_compress.codecs.grid import Grid
 from bagel_compress.codecs.matrix import MatrixCodec
+from bagel_compress.codecs.ring_size import ring_weights
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Ecq(CalibratedCodec, MatrixCodec):
     bits: float = Field(4.13, ge=MIN_BITS, le=MAX_BITS, description="stored bits per weight, everything included")
     columns: bool = Field(False, description="a step for every input column, from the moments of the layer's inputs")
     exact: ClassVar[bool] = False
+    movable: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _columns_need_moments(self) -> Ecq:
@@ -59,14 +61,41 @@ class Ecq(CalibratedCodec, MatrixCodec):
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code * step), the product in fp32. Checks every run on the way."""
-        import torch
+        from bagel_compress.codecs.ecq.device import decode_weight
 
-        from bagel_compress.codecs.ecq.decode import check_parts, decode_into
+        return {unit.specs[0].name: decode_weight(unit, parts)}
 
-        (spec,) = unit.specs
-        stored = check_parts(unit, parts)
-        flat = decode_into(stored, torch.empty(spec.numel, dtype=torch.bfloat16))
-        return {spec.name: flat.view(spec.shape)}
+    def linears(
+        self, unit: Unit, parts: Mapping[str, torch.Tensor], biases: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.nn.Module]:
+        """A module that decodes its weight when it is called (see `runtime.py`)."""
+        from bagel_compress.codecs.ecq.runtime import linear
+
+        return {unit.specs[0].name: linear(unit, parts, biases.get(unit.specs[0].name))}
+
+    @classmethod
+    def scratch_bytes(cls, units: Iterable[Unit]) -> int:
+        """The ring into which weights, or slices of large ones, are decoded, in bf16."""
+        return 2 * ring_weights((unit.name, min(unit.numel, SLICE)) for unit in units)
+
+    def fake_linears(
+        self,
+        unit: Unit,
+        parts: Mapping[str, torch.Tensor],
+        biases: Mapping[str, torch.Tensor],
+        scratch: torch.Tensor | None,
+    ) -> dict[str, torch.nn.Module]:
+        """Linears that multiply with a stretch of the ring: fake bits cannot be decoded."""
+        from bagel_compress.codecs.ring_fake import fake_linear
+
+        assert scratch is not None
+        return {spec.name: fake_linear(spec, biases.get(spec.name), scratch, SLICE) for spec in unit.specs}
+
+    def embedding(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+        """A table that decodes the rows that are looked up."""
+        from bagel_compress.codecs.ecq.runtime import EcqEmbedding
+
+        return EcqEmbedding(unit, parts)
 
     def _bound(self, unit: Unit) -> Sizes:
         (spec,) = unit.specs

@@ -41,14 +41,6 @@ class Stored:
         return len(self.offsets) - 1
 
 
-def decode_into(stored: Stored, out: torch.Tensor) -> torch.Tensor:
-    """Decodes into the front of a 1-D bf16 CPU buffer; returns that front. Raises CodecError on a damaged stream."""
-    flat, decoder = out[: stored.weights], EcqDecoder(stored)
-    words = flat.view(torch.int16).numpy().view(np.uint16)
-    split(lambda a, b: decoder.runs(a, b, words[a * RUN : b * RUN]), stored.runs, GRAIN)
-    return flat
-
-
 class EcqDecoder:
     """Decodes any runs of a weight on the CPU."""
 
@@ -63,8 +55,16 @@ class EcqDecoder:
         end = stored.stream.numpy()[self._from :]
         self._end = np.concatenate([end, np.zeros(unpack.READ_SLACK, np.uint8)])
 
+    def fill(self, first: int, last: int, words: np.ndarray) -> None:
+        """Runs [first, last) into uint16 `words`, on all threads. Raises CodecError on a damaged stream."""
+
+        def part(a: int, b: int) -> None:
+            self.runs(first + a, first + b, words[a * RUN : b * RUN])
+
+        split(part, last - first, GRAIN)
+
     def runs(self, first: int, last: int, words: np.ndarray) -> None:
-        """Runs [first, last) into uint16 `words`. Raises CodecError on a damaged stream."""
+        """Runs [first, last) into uint16 `words`, on this thread. Raises CodecError on a damaged stream."""
         border = min(max(first, self._inner), last)
         self._decode(first, border, self._stored.stream.data_ptr(), words)
         padded = self._end.ctypes.data - self._from

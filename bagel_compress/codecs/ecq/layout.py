@@ -4,10 +4,11 @@ The M weights of a matrix are one flat row of runs of RUN weights; the last may 
 8 bits: 127 + (code >> low_bits), or ESCAPE. A run stands alone, so that any run can be decoded without the others:
 
     2 bytes        12 bits of the coder's first state, 4 bits of padding (0 to 7)
-    symbol bits    after that padding, little-endian; the decoder ends in state 0 at a byte's end
     low bits       `low_bits` planes of one bit per weight, lowest first, each padded to a byte
-    escapes        2 bytes each: the decoded weight itself as a bf16 word
+    symbol bits    after that padding, little-endian; the decoder ends in state 0 at a byte's end
+    escapes        2 bytes each, last one first: the decoded weight itself as a bf16 word
 
+So a decoder that goes through a run once knows where everything is: low bits from the front, escapes from the end.
 The coder is table-based asymmetric numeral coding (tANS; J. Duda, arXiv 1311.2540) with 4096 states.
 """
 
@@ -26,6 +27,7 @@ MAX_LOW_BITS = 4
 HEADER_BYTES = 2  # of a run
 ESCAPE_BYTES = 2
 BOOK_HEADER = 3  # low bits, first symbol, frequency of ESCAPE; then the frequencies from the first symbol on
+SLICE = 1 << 27  # weights decoded at a time at run time: 268 MB; the model's layers are below it, its head is not
 MIN_BITS, MAX_BITS = 1.5, 8.5
 # What a run is taken to cost beyond its symbols: header, length, and half a byte of padding less half a bit.
 RUN_BITS = 8 * HEADER_BYTES + 16 + 3.5

@@ -304,11 +304,13 @@ def pack(
             start, before = (first + k) * RUN, at
             size = min(RUN, symbols.size - start)
             begin, end = begins[k], address_of(scratch) + (k + 1) * SCRATCH - 8
-            for i in range(0, end - begin, 8):
-                store64(address_of(out) + at + i, load64(begin + i))
-            at += end - begin
+            store16(address_of(out) + at, load16(begin))
+            at += 2
             for bit in range(low_bits):
                 at = _pack_plane(lows[start : start + size], bit, out, at)
+            for i in range(0, end - begin - 2, 8):
+                store64(address_of(out) + at + i, load64(begin + 2 + i))
+            at += end - begin - 2
             if escaping:
                 at = _pack_escapes(address + start, size, address_of(escaped) + 2 * start, address_of(out), at)
             sizes[first + k] = at - before
@@ -318,16 +320,21 @@ def pack(
 
 @_compiled
 def _pack_escapes(symbols, size, words, out, at):  # type: ignore[no-untyped-def]
-    """The words of the ESCAPEs among the symbols at an address, into `out` from byte `at` on; the byte after."""
+    """The words of the ESCAPEs among the symbols at an address, last one first, to `out` from byte `at` on.
+
+    Returns the byte after.
+    """
+    end = at + 2 * count_escapes(symbols, size)
+    place = end
     for i in range(0, size, 8):
         marks = escape_marks(load64(symbols + i))
         if size - i < 8:
             marks &= (_ONE << _U(8 * (size - i))) - _ONE
         while marks:
-            store16(out + at, load16(words + 2 * (i + np.int64(trailing_zeros(marks) >> _U(3)))))
-            at += 2
+            place -= 2
+            store16(out + place, load16(words + 2 * (i + np.int64(trailing_zeros(marks) >> _U(3)))))
             marks &= marks - _ONE
-    return at
+    return end
 
 
 @_compiled

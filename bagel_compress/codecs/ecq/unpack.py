@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from bagel_compress.codecs.ecq.layout import CENTRE, ESCAPE, RUN, STATE_BITS, STATES
+from bagel_compress.codecs.ecq.layout import CENTRE, ESCAPE, MAX_LOW_BITS, RUN, STATE_BITS, STATES
 from bagel_compress.codecs.ecq.pack import count_escapes, escape_marks, states_of
 from bagel_compress.codecs.kernels.addresses import (
     address_of,
@@ -31,8 +31,8 @@ from bagel_compress.codecs.kernels.addresses import (
     trailing_zeros,
 )
 
-# Bytes behind a run's first that a decoder may read whatever they hold: its steps, header and padding, a load of eight.
-READ_SLACK = RUN * STATE_BITS // 8 + 16
+# Bytes behind the first of a run that a decoder may read whatever they hold: low bits, steps, header, a load of eight.
+READ_SLACK = RUN * (STATE_BITS + MAX_LOW_BITS) // 8 + 16
 _U = np.uint64
 _ONE = _U(1)
 _BYTE = _U(255)
@@ -75,19 +75,19 @@ def _four_steps(stream, at, state, table, out):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _open(stream, run):  # type: ignore[no-untyped-def]
-    """First bit and state of the run at byte `run`."""
+def _open(stream, run, planes):  # type: ignore[no-untyped-def]
+    """First bit and state of the run at byte `run`, behind `planes` bytes of low bits."""
     header = load16(stream + run)
-    return 8 * run + 16 + np.int64(header >> _U(STATE_BITS)), header & _U(STATES - 1)
+    return 8 * (run + 2 + planes) + np.int64(header >> _U(STATE_BITS)), header & _U(STATES - 1)
 
 
 @_compiled
-def _four_runs(stream, a, b, c, d, table, out):  # type: ignore[no-untyped-def]
+def _four_runs(stream, a, b, c, d, planes, table, out):  # type: ignore[no-untyped-def]
     """Symbols of four whole runs, at four bytes of the stream: the bits after them, and all end states or-ed."""
-    at_a, state_a = _open(stream, a)
-    at_b, state_b = _open(stream, b)
-    at_c, state_c = _open(stream, c)
-    at_d, state_d = _open(stream, d)
+    at_a, state_a = _open(stream, a, planes)
+    at_b, state_b = _open(stream, b, planes)
+    at_c, state_c = _open(stream, c, planes)
+    at_d, state_d = _open(stream, d, planes)
     for i in range(out, out + RUN, 4):
         at_a, state_a = _four_steps(stream, at_a, state_a, table, i)
         at_b, state_b = _four_steps(stream, at_b, state_b, table, i + RUN)
@@ -97,9 +97,9 @@ def _four_runs(stream, a, b, c, d, table, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _one_run(stream, run, size, table, out):  # type: ignore[no-untyped-def]
+def _one_run(stream, run, planes, size, table, out):  # type: ignore[no-untyped-def]
     """The same for one run of any size."""
-    at, state = _open(stream, run)
+    at, state = _open(stream, run, planes)
     for i in range(size):
         entry = load32(table + np.int64(state << _U(2)))
         word = load64(stream + (at >> 3)) >> _U(at & 7)
@@ -111,23 +111,31 @@ def _one_run(stream, run, size, table, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _symbols(first, together, stream, offsets, weights, table, symbols, ends):  # type: ignore[no-untyped-def]
-    """Symbols of one run or of four together: whether all of them end in the coder's first state."""
+def _symbols(  # type: ignore[no-untyped-def]
+    first, together, stream, offsets, weights, table, low_bits, escaping, symbols, escapes
+):
+    """Symbols of one run or of four together, and the ESCAPEs of each: whether all end where and as they have to."""
+    ends = np.empty(4, np.int64)
     if together == 4:
         ends[0], ends[1], ends[2], ends[3], state = _four_runs(
-            stream, offsets[first], offsets[first + 1], offsets[first + 2], offsets[first + 3], table, symbols
+            stream,
+            offsets[first],
+            offsets[first + 1],
+            offsets[first + 2],
+            offsets[first + 3],
+            low_bits * (RUN // 8),
+            table,
+            symbols,
         )
     else:
-        ends[0], state = _one_run(stream, offsets[first], min(RUN, weights - first * RUN), table, symbols)
-    return state == _U(0)
-
-
-@_inlined
-def _planes(symbols, size, low_bits, escaping, begin, end, bits_end):  # type: ignore[no-untyped-def]
-    """Byte at which a run's low bits begin, and its ESCAPEs; -1 if its bits do not end there."""
-    escapes = count_escapes(symbols, size) if escaping else 0
-    planes = end - low_bits * ((size + 7) >> 3) - 2 * escapes
-    return (planes if bits_end == 8 * planes and planes >= begin else -1), escapes
+        size = min(RUN, weights - first * RUN)
+        ends[0], state = _one_run(stream, offsets[first], low_bits * ((size + 7) >> 3), size, table, symbols)
+    whole = state == _U(0)
+    for k in range(together):
+        size = min(RUN, weights - (first + k) * RUN)
+        escapes[k] = count_escapes(symbols + k * RUN, size) if escaping else 0
+        whole &= ends[k] == 8 * (offsets[first + k + 1] - 2 * escapes[k])
+    return whole
 
 
 @_compiled
@@ -150,28 +158,23 @@ def unpack_runs(
     unless it is empty. Returns whether every run ended where and as it has to.
     """
     symbols, lows = np.empty(4 * RUN + 8, np.uint8), np.zeros(RUN + 8, np.uint8)
-    target, lookup, first, ends = address_of(symbols), address_of(table), runs[0], np.zeros(4, np.int64)
+    target, lookup, first, escapes = address_of(symbols), address_of(table), runs[0], np.zeros(4, np.int64)
     while first < runs[1]:
         together = 4 if first + 4 <= min(runs[1], weights // RUN) else 1
-        if not _symbols(first, together, stream, offsets, weights, lookup, target, ends):
+        if not _symbols(first, together, stream, offsets, weights, lookup, low_bits, escaping, target, escapes):
             return False
         for k in range(together):
             run = first + k
             size, start = min(RUN, weights - run * RUN), (run - runs[0]) * RUN
             part, words = symbols[k * RUN : k * RUN + size], out[start : start + size]
-            planes, escapes = _planes(
-                target + k * RUN, size, low_bits, escaping, offsets[run], offsets[run + 1], ends[k]
-            )
-            if planes < 0:
-                return False
             if low_bits:
-                _low_bits(stream + planes, low_bits, size, address_of(lows))
+                _low_bits(stream + offsets[run] + 2, low_bits, size, address_of(lows))
             if column_steps.size:
                 _values_by_column(part, lows, low_bits, column_steps, run * RUN, words)
             else:
                 values(part, lows, low_bits, step, words)
-            if escapes:
-                _put_escapes(target + k * RUN, size, stream + offsets[run + 1] - 2 * escapes, address_of(words))
+            if escapes[k]:
+                _put_escapes(target + k * RUN, size, stream + offsets[run + 1], address_of(words))
         first += together
     return True
 
@@ -192,26 +195,23 @@ def verify_runs(
     `stream` and `offsets` as in `unpack_runs`, from the first of the runs on. Up to seven bytes behind are read.
     """
     found, low, words = np.empty(4 * RUN + 8, np.uint8), np.zeros(RUN + 8, np.uint8), np.zeros(RUN, np.uint16)
-    target, lookup, first, ends = address_of(found), address_of(table), 0, np.zeros(4, np.int64)
+    target, lookup, first, escapes = address_of(found), address_of(table), 0, np.zeros(4, np.int64)
     runs, weights = offsets.size - 1, symbols.size
     while first < runs:
         together = 4 if first + 4 <= weights // RUN else 1
-        if not _symbols(first, together, stream, offsets, weights, lookup, target, ends):
+        if not _symbols(first, together, stream, offsets, weights, lookup, low_bits, escaping, target, escapes):
             return False
         for k in range(together):
             run = first + k
             start, size = run * RUN, min(RUN, weights - run * RUN)
-            planes, escapes = _planes(
-                target + k * RUN, size, low_bits, escaping, offsets[run], offsets[run + 1], ends[k]
-            )
-            if planes < 0 or _differ(target + k * RUN, address_of(symbols) + start, size):
+            if _differ(target + k * RUN, address_of(symbols) + start, size):
                 return False
             if low_bits:
-                _low_bits(stream + planes, low_bits, size, address_of(low))
+                _low_bits(stream + offsets[run] + 2, low_bits, size, address_of(low))
                 if _differ(address_of(low), address_of(lows) + start, size):
                     return False
-            if escapes:
-                _put_escapes(target + k * RUN, size, stream + offsets[run + 1] - 2 * escapes, address_of(words))
+            if escapes[k]:
+                _put_escapes(target + k * RUN, size, stream + offsets[run + 1], address_of(words))
                 for i in range(size):
                     if found[k * RUN + i] == ESCAPE and words[i] != escaped[start + i]:
                         return False
@@ -292,12 +292,12 @@ def _values_by_column(
 
 @_compiled
 def _put_escapes(symbols, size, escaped, words):  # type: ignore[no-untyped-def]
-    """Weights stored as they are to the places of ESCAPE; all but `size` are addresses."""
+    """Weights stored as they are, the first in front of `escaped`, to the places of ESCAPE; addresses but `size`."""
     for i in range(0, size, 8):
         marks = escape_marks(load64(symbols + i))
         if size - i < 8:
             marks &= (_ONE << _U(8 * (size - i))) - _ONE
         while marks:
+            escaped -= 2
             store16(words + 2 * (i + np.int64(trailing_zeros(marks) >> _U(3))), load16(escaped))
-            escaped += 2
             marks &= marks - _ONE
