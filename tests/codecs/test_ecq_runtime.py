@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from codec_weights import NAME, encoded, unit_of, weight
 
+from bagel.flow import FlowSettings
+from bagel.sampler import TextSettings
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.ecq import Ecq, runtime
 from bagel_compress.codecs.ecq.device import StoredWeight
@@ -13,7 +20,10 @@ from bagel_compress.codecs.ecq.layout import RUN
 from bagel_compress.codecs.ring import UnitDecoder, RingLinear
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import TensorSpec
+from bagel_compress.run.load import census, load
+from bagel_compress.source.checkpoint import Checkpoint
 
+CHECKPOINT = Path(__file__).parents[2] / "tests" / "data" / "golden" / "checkpoint"
 CODEC = Ecq(bits=4.13)
 
 
@@ -85,3 +95,21 @@ def test_weights_take_turns_in_one_ring() -> None:
         for k in (0, 1, 2, 1, 3):
             assert same(decoder.flat(stored[k]), expected[k])
     assert decoder._ring.numel() == 2 * 32 * 256
+
+
+def test_an_artifact_samples_what_its_decoded_weights_sample(tmp_path: Path) -> None:
+    """Linears, head and token table run from what is stored; bit for bit what the decoded weights give."""
+    rules = [
+        {"match": {"component": "llm", "kind": ["linear", "head", "embedding"]}, "codec": {"format": "ecq", "bits": 5}},
+        {"match": {}, "codec": "raw"},
+    ]
+    checkpoint = Checkpoint.open(CHECKPOINT)
+    artifact = compress(make_plan(checkpoint, Recipe(name="ecq", rules=rules)), checkpoint, tmp_path / "a")
+    stored, decoded = load(artifact), load(artifact, dtype=torch.bfloat16)
+    assert {row.codec for row in census(stored.bagel, artifact)} == {"ecq", "raw"}
+    settings = {"flow": FlowSettings(num_timesteps=2), "size": (64, 48), "seed": 1}
+    images = [sampler.run(["a red cat"], **settings).image.tobytes() for sampler in (stored, decoded)]
+    assert images[0] == images[1]
+    text = TextSettings(max_tokens=3)
+    answers = [sampler.run(["what is this?"], output="text", text=text).text for sampler in (stored, decoded)]
+    assert answers[0] == answers[1]
