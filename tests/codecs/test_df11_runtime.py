@@ -21,7 +21,7 @@ from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11.device import StoredUnit
 from bagel_compress.codecs.df11.embedding import DF11Embedding
-from bagel_compress.codecs.ring import UnitDecoder, RingLinear, ring_weights
+from bagel_compress.codecs.ring import RingLinear, UnitDecoder, ring_weights
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.load import census, load, open_model

@@ -17,7 +17,7 @@ from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.ecq import Ecq, runtime
 from bagel_compress.codecs.ecq.device import StoredWeight
 from bagel_compress.codecs.ecq.layout import RUN
-from bagel_compress.codecs.ring import UnitDecoder, RingLinear
+from bagel_compress.codecs.ring import RingLinear, UnitDecoder
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.load import census, load
