@@ -53,6 +53,9 @@ def register(verbs: Any) -> None:
     )  # fmt: skip
     inspect.add_argument("path", metavar="PATH", help="artifact folder, export folder or checkpoint")
     inspect.add_argument("--verify", action="store_true", help="read every byte; exit 1 if anything was changed")
+    inspect.add_argument(
+        "--loaders", action="store_true", help="which other loaders open the artifact, and how we know"
+    )
     inspect.add_argument("--tensors", action="store_true", help="one line per unit, or per block of an export, too")
     add_json(inspect)
     inspect.set_defaults(verb=_inspect)
@@ -190,6 +193,8 @@ def _inspect_artifact(args: argparse.Namespace) -> int:
 
     artifact = Artifact.open(args.path, check=not args.verify)
     faults = artifact.verify() if args.verify else []
+    if args.loaders:
+        return _loaders(args, artifact)
     manifest, snr = artifact.manifest, artifact.snr()
     data = {
         "kind": "artifact",
@@ -207,6 +212,18 @@ def _inspect_artifact(args: argparse.Namespace) -> int:
     emit(args, data, _artifact_text(artifact, args.tensors, args.verify and not faults))
     if faults:
         raise GateError(f"{args.path} is damaged: {'; '.join(faults)}. Copy it again or rebuild it.")
+    return 0
+
+
+def _loaders(args: argparse.Namespace, artifact: Artifact) -> int:
+    from bagel_compress.build.loader_table import HEAD, loader_rows
+
+    rows = loader_rows(artifact)
+    lines = [
+        "\n  ".join((row[0], *(f"{head}: {cell}" for head, cell in zip(HEAD[1:], row[1:], strict=True))))
+        for row in rows
+    ]
+    emit(args, {"loaders": [dict(zip(HEAD, row, strict=True)) for row in rows]}, "\n".join(lines))
     return 0
 
 

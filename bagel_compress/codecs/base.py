@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from bagel_compress.codecs.loaders import Loader
 from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet
 from bagel_compress.errors import ExportError
 from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec, TensorSpec
@@ -133,6 +134,7 @@ class Codec(FrozenModel, ABC):
     scratch_bytes          budget                        0
     fake_linears           budget                        `linears` over fake tensors
     snippets               model card                    nothing
+    loaders                inspect, model card           nothing
     comfyui_format         ComfyUI file                  "": a full-precision tensor there
     comfyui_values         ComfyUI file                  ExportError
     onnx_form, onnx_codes  export                        decoded where lossless, else ExportError
@@ -251,9 +253,16 @@ class Codec(FrozenModel, ABC):
         """
         return []
 
+    def loaders(self) -> list[Loader]:
+        """Which other loaders open an artifact whose one format this is, and how that is known; default: none does."""
+        return []
+
     def comfyui_values(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Stored parts -> tensors of a ComfyUI file by name. Raises ExportError where ComfyUI has no such format."""
-        raise ExportError(f"{unit.name} is {self.format}; a ComfyUI file holds fp8 and bf16: use recipe fp8-comfyui.")
+        raise ExportError(
+            f"{unit.name} is {self.format}; a ComfyUI file holds nvfp4, mxfp8, int8, fp8 and bf16: use recipe "
+            "comfyui-nvfp4, mxfp8-24gb, comfyui-int8 or fp8-comfyui."
+        )
 
     def onnx_form(self, tensor: str, runtime: str, activations: str) -> FormName:
         """How an export carries a weight on this runtime (`bagel_compress.run.export_settings` has their names).

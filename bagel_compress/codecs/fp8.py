@@ -27,6 +27,7 @@ from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.compressed_tensors import DYNAMIC_TOKENS, quantization_config
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, searched
+from bagel_compress.codecs.loaders import TWO_STAGES, Loader, comfyui, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import (
     MatrixCodec,
     absmax_words,
@@ -102,6 +103,14 @@ class Fp8(CalibratedCodec, MatrixCodec):
 
         check_shapes(self, Unit(spec.name, (spec,)), parts)
         return Fp8Linear(spec, parts[spec.name], parts[scale_name(spec)], bias, decode_codes)
+
+    def loaders(self) -> list[Loader]:
+        rows = [comfyui("RTX 40 and up", "test_dialects")]
+        if self.dialect == "vllm":
+            return [*rows, vllm_omni("opens", "one scale per weight, as its fused attention takes it"), TWO_STAGES]
+        own = compressed_tensors("RTX 40 and up", "test_dialects")
+        refused = vllm_omni("fails", "Unknown quantization method: 'compressed_tensors'")
+        return [own, *(rows if self.granularity == "tensor" else []), refused]
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
         if self.dialect == "vllm":

@@ -29,6 +29,7 @@ from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.compressed_tensors import quantization_config
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
+from bagel_compress.codecs.loaders import TWO_STAGES, Loader, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import (
     INFINITY_WORD,
     MatrixCodec,
@@ -119,6 +120,13 @@ class Int4(CalibratedCodec, MatrixCodec):
         weights = {"num_bits": 4, "type": "int", "symmetric": self.symmetric, "strategy": "group", "dynamic": False}
         return quantization_config("pack-quantized", weights | {"group_size": self.group}, None, others)
 
+    def loaders(self) -> list[Loader]:
+        return [
+            compressed_tensors("any", "test_dialects"),
+            vllm_omni("opens", "codes in the MLPs alone: its fused attention has no four-bit path"),
+            TWO_STAGES,
+        ]
+
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
         scheme = f'num_bits=4, type="int", strategy="group", group_size={self.group}, symmetric={self.symmetric}'
         return [compressed_tensors_snippet(repo, tensor, shard, self.format, "PackedQuantizationCompressor", scheme)]
@@ -147,10 +155,13 @@ def decode_codes(packed: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor 
     """(N, K/8) int32, (N, K/G) bf16 and zero points (N, K/G) int8 -> (N, K) bf16; the product in fp32."""
     import torch
 
+    from bagel_compress.codecs.linears import is_fake
+
     rows, columns = packed.shape[0], packed.shape[1] * 8
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=packed.device)
     step = max(1, CHUNK_ELEMENTS // columns)
-    for row in range(0, rows, step):
+    # The pieces of fake tensors are alike: one shows the memory that all take in turn.
+    for row in range(0, step if is_fake(packed) else rows, step):
         part = slice(row, row + step)
         blocks = unpack(packed[part]).unflatten(1, (scale.shape[1], -1)).float()
         if zeros is not None:

@@ -25,6 +25,7 @@ from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.compressed_tensors import DYNAMIC_TOKENS, quantization_config
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, searched
+from bagel_compress.codecs.loaders import Loader, bitsandbytes, comfyui, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import (
     MatrixCodec,
     absmax_words,
@@ -122,6 +123,17 @@ class Int8(CalibratedCodec, MatrixCodec):
                 "{format: int8, dialect: compressed-tensors}: use recipe comfyui-int8."
             )
         return dict(parts)
+
+    def loaders(self) -> list[Loader]:
+        if self.dialect == "bitsandbytes":
+            return [
+                bitsandbytes("any", "tests/pipeline/test_foreign.py::test_bitsandbytes_loads_int8"),
+                vllm_omni("fails", "its bitsandbytes method quantises at load and reads no stored codes"),
+            ]
+        return [
+            compressed_tensors("RTX 20 and up", "test_dialects"),
+            comfyui("RTX 20 and up", "test_dialects"),
+        ]
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
         if self.dialect == "compressed-tensors":

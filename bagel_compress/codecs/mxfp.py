@@ -20,6 +20,7 @@ from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.block_floats import BlockFloat, Scaling, decode_blocks, scale_name
 from bagel_compress.codecs.comfyui import check_padding, tiled
 from bagel_compress.codecs.compressed_tensors import quantization_config
+from bagel_compress.codecs.loaders import Loader, comfyui, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import check_shapes
 from bagel_compress.codecs.traits import Snippet, compressed_tensors_snippet
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 BIAS = 127  # of E8M0
+TESTS = "test_block_floats"
+PACKED = "its fused attention has no path for packed codes"
 LOW = 11  # 2^-116: every product with a level is a normal bf16 number, so no decoder rounds or flushes it
 
 
@@ -85,6 +88,9 @@ class Mxfp4(_Mx):
         scheme = 'num_bits=4, type="float", strategy="group", group_size=32'
         return [compressed_tensors_snippet(repo, tensor, shard, self.format, "MXFP4PackedCompressor", scheme)]
 
+    def loaders(self) -> list[Loader]:
+        return [compressed_tensors("RTX 50, B200", TESTS), vllm_omni("fails", PACKED)]
+
 
 class Mxfp8(_Mx):
     """MXFP8: e4m3fn codes."""
@@ -120,6 +126,9 @@ class Mxfp8(_Mx):
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
         scheme = 'num_bits=8, type="float", strategy="group", group_size=32'
         return [compressed_tensors_snippet(repo, tensor, shard, self.format, "MXFP8QuantizationCompressor", scheme)]
+
+    def loaders(self) -> list[Loader]:
+        return [compressed_tensors("RTX 50, B200", TESTS), comfyui("RTX 50, B200", TESTS)]
 
 
 def powers(scales: torch.Tensor) -> torch.Tensor:

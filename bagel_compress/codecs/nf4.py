@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
+from bagel_compress.codecs.loaders import Loader, bitsandbytes, vllm_omni
 from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, check_shapes, not_finite, read_words, self_check
 from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, part_note
 from bagel_compress.errors import CodecError, ExportError
@@ -108,6 +109,12 @@ class Nf4(CalibratedCodec, MatrixCodec):
             absmax, values = (parts[part_name(spec, key)] for key in ("nested_absmax", "nested_quant_map"))
             nested = Nested(absmax, values, number)
         return Nf4Linear(spec, codes, parts[part_name(spec, "absmax")], nested, bias, decode_codes, unnest)
+
+    def loaders(self) -> list[Loader]:
+        return [
+            bitsandbytes("any", "tests/pipeline/test_foreign.py::test_bitsandbytes_loads_nf4"),
+            vllm_omni("fails", "its bitsandbytes method quantises at load and reads no stored codes"),
+        ]
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
         text = f"""

@@ -25,6 +25,7 @@ from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.block_floats import BlockFloat, Scaling, decode_blocks, scale_name
 from bagel_compress.codecs.comfyui import check_padding, high_first, tiled
 from bagel_compress.codecs.compressed_tensors import quantization_config
+from bagel_compress.codecs.loaders import Loader, comfyui, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import as_floats, check_shapes
 from bagel_compress.codecs.traits import Snippet, compressed_tensors_snippet
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
@@ -99,6 +100,13 @@ class Nvfp4(BlockFloat):
             scale_name(spec): tiled(parts[scale_name(spec)]),
             f"{spec.name}_scale_2": (1 / parts[global_name(spec)]).reshape(()),
         }
+
+    def loaders(self) -> list[Loader]:
+        return [
+            compressed_tensors("RTX 50, B200", "test_block_floats"),
+            comfyui("RTX 50, B200", "test_block_floats"),
+            vllm_omni("fails", "its fused attention has no path for packed codes"),
+        ]
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
         scheme = 'num_bits=4, type="float", strategy="tensor_group", group_size=16'

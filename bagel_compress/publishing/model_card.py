@@ -17,6 +17,7 @@ import yaml
 
 from bagel_compress.build.artifact import Artifact, SourceEntry
 from bagel_compress.build.limits import METRICS
+from bagel_compress.build.loader_table import HEAD, loader_rows
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.build.sizes import SizeGroup
 from bagel_compress.io.byte_size import size_text
@@ -61,6 +62,7 @@ def model_card(
         _budgets(evidence.budgets),
         parity_section(evidence.parity),
         loading(snippets(artifact, origin.repo)),
+        _loaders(artifact),
         _losses(artifact, evidence.parity),
         recipe_section(m.recipe),
         provenance_section(
@@ -271,6 +273,11 @@ def loading(ways: Iterable[Snippet]) -> str:
         note = f"\n\n{snippet.note}" if snippet.note else ""
         lines.append(f"### {snippet.title}{note}\n\n```{snippet.language}\n{snippet.text.strip()}\n```")
     return "\n\n".join(lines)
+
+
+def _loaders(artifact: Artifact) -> str:
+    rows = loader_rows(artifact)
+    return "## Other loaders\n\n" + table(HEAD, rows) if rows else ""
 
 
 def _losses(artifact: Artifact, parity: ParityReport | None) -> str:

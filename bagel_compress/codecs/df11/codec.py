@@ -26,6 +26,7 @@ from bagel_compress.codecs.df11.layout import (
     UnitSizes,
 )
 from bagel_compress.codecs.df11.units import Grouping, group, pattern_dict
+from bagel_compress.codecs.loaders import Loader
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.codecs.ring_size import ring_weights
 from bagel_compress.codecs.traits import Snippet
@@ -144,6 +145,15 @@ class DF11(Codec):
 
         assert scratch is not None
         return {spec.name: FakeLinear(spec, biases.get(spec.name), scratch) for spec in unit.specs}
+
+    def loaders(self) -> list[Loader]:
+        return [
+            Loader(
+                "dfloat11", "0.5", "opens", "any NVIDIA card", "its from_pretrained",
+                "tests/codecs/test_df11_loader.py::test_the_official_loader_gives_the_same_outputs",
+            ),
+            Loader("ComfyUI-BAGEL, released nodes", "1.0", "opens", "any NVIDIA card", "by its folder's name"),
+        ]  # fmt: skip
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
         """The `dfloat11` package and the ComfyUI-BAGEL nodes; both read artifacts that hold no other format."""

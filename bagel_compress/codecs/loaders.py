@@ -1,0 +1,65 @@
+"""Which other loaders open a format, and how that is known: what `inspect --loaders` and the card show.
+
+A rule whose `proof` is empty was read in the loader's source and never run. `result` is what happens: "opens" (all of
+the artifact, or each weight of it), "fails" (with an error), or "wrong": it opens, without an error, to another model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """One loader and one format."""
+
+    name: str
+    version: str  # the oldest that was tried or read
+    result: Literal["opens", "fails", "wrong"]
+    cards: str  # where its kernels run
+    note: str
+    proof: str = ""  # the test that shows it, "tests/file.py::function"
+
+
+ACCELERATE = Loader(
+    "accelerate", "1.0", "wrong", "-",
+    "load_checkpoint_and_dispatch takes the codes for weights and only warns of unused scales",
+)  # fmt: skip
+MIXED = Loader(
+    "vLLM and others", "-", "fails", "-",
+    "several formats in one artifact have no common reader: config.json names a method that none of them knows",
+)  # fmt: skip
+TWO_STAGES = Loader(
+    "vLLM-Omni 0.30, two stages", "0.30", "wrong", "-",
+    "the thinker builds the generation expert without a quantisation config and skips its scales in silence",
+)  # fmt: skip
+SERVED = "of a recipe with `serve: vllm-omni`, which lists the VAE in the index"
+RAW = (
+    Loader("accelerate", "1.0", "opens", "any", "load_checkpoint_and_dispatch of the official code"),
+    Loader("vLLM-Omni, one stage", "0.30", "opens", "any", SERVED),
+    Loader(
+        "ComfyUI-BAGEL, 2026 rewrite", "1.0", "opens", "any", "the file of `bagel-compress comfyui`",
+        "tests/pipeline/test_comfy.py::test_a_file_without_codes_names_its_model",
+    ),
+)  # fmt: skip
+
+
+def compressed_tensors(cards: str, tests: str) -> Loader:
+    """Shown by the file `tests` of tests/codecs."""
+    proof = f"tests/codecs/{tests}.py::test_compressed_tensors_decodes_the_same_weights"
+    return Loader("compressed-tensors", "0.20", "opens", cards, "each weight, by its compressor", proof)
+
+
+def comfyui(cards: str, tests: str) -> Loader:
+    """Shown by the file `tests` of tests/codecs."""
+    proof = f"tests/codecs/{tests}.py::test_comfy_kitchen_decodes_the_same_weights"
+    return Loader("ComfyUI (comfy-kitchen)", "0.2.40", "opens", cards, "the file of `bagel-compress comfyui`", proof)
+
+
+def bitsandbytes(cards: str, proof: str) -> Loader:
+    return Loader("bitsandbytes", "0.50", "opens", cards, "each weight, into its own modules", proof)
+
+
+def vllm_omni(result: Literal["opens", "fails"], note: str) -> Loader:
+    return Loader("vLLM-Omni, one stage", "0.30", result, "any" if result == "opens" else "-", note)
