@@ -1,4 +1,4 @@
-"""Encoding speed of nf4, int8 and fp8 beside bitsandbytes and torch: same tensor, same process, same threads.
+"""Encoding speed of the lossy codecs beside bitsandbytes, comfy-kitchen and torch: same tensor, process and threads.
 
     python benchmarks/bench_encode.py [--rows 4096] [--columns 3584] [--repeats 5] [--threads 1 2] [--clock wall]
 
@@ -27,8 +27,11 @@ import torch
 
 from bagel_compress.codecs.base import Codec, InMemory, Unit
 from bagel_compress.codecs.fp8 import Fp8
+from bagel_compress.codecs.int4 import Int4
 from bagel_compress.codecs.int8 import Int8
+from bagel_compress.codecs.mxfp import Mxfp4, Mxfp8
 from bagel_compress.codecs.nf4 import Nf4
+from bagel_compress.codecs.nvfp4 import Nvfp4
 from bagel_compress.io.tensor_spec import TensorSpec
 
 NAME = "w.weight"
@@ -41,12 +44,20 @@ OURS: dict[str, Codec] = {
     "fp8": Fp8(),
     "fp8 tensor": Fp8(granularity="tensor"),
     "fp8 mse": Fp8(scale="mse"),
+    "int4 (W4A16)": Int4(),
+    "int4 asymmetric": Int4(symmetric=False),
+    "nvfp4": Nvfp4(),
+    "nvfp4 mse": Nvfp4(scale="mse"),
+    "mxfp8": Mxfp8(),
+    "mxfp4": Mxfp4(),
 }
 RATIOS = {
     "nf4": "bitsandbytes quantize_4bit",
     "nf4 double_quant": "bitsandbytes quantize_4bit nested",
     "int8": "bitsandbytes int8_vectorwise_quant",
     "fp8": "torch fp8 by row",
+    "nvfp4": "comfy-kitchen quantize_nvfp4, eager",
+    "mxfp8": "comfy-kitchen quantize_mxfp8, eager",
 }
 
 
@@ -91,6 +102,7 @@ def ours(weights: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
 def peers(weights: torch.Tensor) -> dict[str, Callable[[], Any]]:
     from bitsandbytes import functional
+    from comfy_kitchen.backends import eager
 
     def by_row() -> torch.Tensor:
         values = weights.float()
@@ -104,6 +116,8 @@ def peers(weights: torch.Tensor) -> dict[str, Callable[[], Any]]:
         ),
         "bitsandbytes int8_vectorwise_quant": lambda: functional.int8_vectorwise_quant(weights.half()),
         "torch fp8 by row": by_row,
+        "comfy-kitchen quantize_nvfp4, eager": lambda: eager.quantize_nvfp4(weights, weights.abs().amax() / 2688),
+        "comfy-kitchen quantize_mxfp8, eager": lambda: eager.quantize_mxfp8(weights),
         "torch fp8 cast, no scale": lambda: weights.to(torch.float8_e4m3fn),
         "torch copy": lambda: copy.copy_(weights),
     }

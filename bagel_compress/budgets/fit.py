@@ -24,7 +24,7 @@ from bagel_compress.build.recipe import Limits, Recipe, Rule
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import TargetError
 from bagel_compress.io.byte_size import size_text
-from bagel_compress.io.packaged import FULL_CONFIGS
+from bagel_compress.io.packaged import FULL_CONFIGS, resource
 from bagel_compress.parity.report_data import BudgetReport
 from bagel_compress.run.target import GIB, Target, Task
 
@@ -33,7 +33,8 @@ STEP = 0.01  # rates are multiples of it: what a reader can compare
 TRIES = 8  # predictions at most; three or four are usual
 LOWEST, HIGHEST = 1.5, 8.5  # rates, as the codec takes them
 # Relative error of normal weights on a uniform grid coded at its entropy, at rate R: sqrt(pi e / 6) 2^-R (Gish and
-# Pierce, IEEE Trans. Inf. Theory 14, 1968). FP8 E4M3 with a scale per row has 0.026: from that rate on a build is of its class.
+# Pierce, IEEE Trans. Inf. Theory 14, 1968). FP8 E4M3 with a scale per row has 0.026: from that rate on a build is of
+# its class.
 HIGH_RATE = math.sqrt(math.pi * math.e / 6)
 FP8_ERROR = 0.0265
 
@@ -191,9 +192,13 @@ class _Search:
 
 
 def with_rate(family: Recipe, bits: float, target: Target, name: str | None = None) -> Recipe:
-    """The family at a rate: the first rule with a rate gets `bits`, the others keep their distance from it."""
+    """The family at a rate: the first rule with a rate gets `bits`, the others keep their distance from it.
+
+    The recipe promises the target only if it comes with the package: others are not known where it is read.
+    """
     first = next(rate for rule in family.rules if (rate := _rate(rule)) is not None)
     rules = tuple(_moved(rule, bits - first) for rule in family.rules)
+    packaged = {path.stem for path in resource("exports").glob("*.yaml")}
     level = "8-bit" if expected_error(bits) <= FP8_ERROR else "4-bit"
     return family.model_copy(
         update={
@@ -201,7 +206,7 @@ def with_rate(family: Recipe, bits: float, target: Target, name: str | None = No
             "summary": f"experts entropy-coded at {bits:.2f} bits, the most that {target.device.name} holds",
             "rules": rules,
             "limits": Limits.model_validate({"class": level}),
-            "targets": (target.name,),
+            "targets": (target.name,) if target.name in packaged else (),
             "budget_gb": None,
         }
     )

@@ -107,9 +107,9 @@ class Fp8(CalibratedCodec, MatrixCodec):
     def loaders(self) -> list[Loader]:
         rows = [comfyui("RTX 40 and up", "test_dialects")]
         if self.dialect == "vllm":
-            return [*rows, vllm_omni("opens", "one scale per weight, as its fused attention takes it"), TWO_STAGES]
+            return [*rows, vllm_omni(), TWO_STAGES]
         own = compressed_tensors("RTX 40 and up", "test_dialects")
-        refused = vllm_omni("fails", "Unknown quantization method: 'compressed_tensors'")
+        refused = vllm_omni("Unknown quantization method: 'compressed_tensors'")
         return [own, *(rows if self.granularity == "tensor" else []), refused]
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:

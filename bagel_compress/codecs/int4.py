@@ -123,7 +123,7 @@ class Int4(CalibratedCodec, MatrixCodec):
     def loaders(self) -> list[Loader]:
         return [
             compressed_tensors("any", "test_dialects"),
-            vllm_omni("opens", "codes in the MLPs alone: its fused attention has no four-bit path"),
+            vllm_omni(),
             TWO_STAGES,
         ]
 

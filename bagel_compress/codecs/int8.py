@@ -128,7 +128,7 @@ class Int8(CalibratedCodec, MatrixCodec):
         if self.dialect == "bitsandbytes":
             return [
                 bitsandbytes("any", "tests/pipeline/test_foreign.py::test_bitsandbytes_loads_int8"),
-                vllm_omni("fails", "its bitsandbytes method quantises at load and reads no stored codes"),
+                vllm_omni("its bitsandbytes method quantises at load and reads no stored codes"),
             ]
         return [
             compressed_tensors("RTX 20 and up", "test_dialects"),

@@ -34,10 +34,10 @@ TWO_STAGES = Loader(
     "vLLM-Omni 0.30, two stages", "0.30", "wrong", "-",
     "the thinker builds the generation expert without a quantisation config and skips its scales in silence",
 )  # fmt: skip
-SERVED = "of a recipe with `serve: vllm-omni`, which lists the VAE in the index"
+UNSERVED = "it reads the VAE from the files of the index and wants a preprocessor_config.json; builds have neither yet"
 RAW = (
     Loader("accelerate", "1.0", "opens", "any", "load_checkpoint_and_dispatch of the official code"),
-    Loader("vLLM-Omni, one stage", "0.30", "opens", "any", SERVED),
+    Loader("vLLM-Omni", "0.30", "fails", "-", UNSERVED),
     Loader(
         "ComfyUI-BAGEL, 2026 rewrite", "1.0", "opens", "any", "the file of `bagel-compress comfyui`",
         "tests/pipeline/test_comfy.py::test_a_file_without_codes_names_its_model",
@@ -61,5 +61,5 @@ def bitsandbytes(cards: str, proof: str) -> Loader:
     return Loader("bitsandbytes", "0.50", "opens", cards, "each weight, into its own modules", proof)
 
 
-def vllm_omni(result: Literal["opens", "fails"], note: str) -> Loader:
-    return Loader("vLLM-Omni, one stage", "0.30", result, "any" if result == "opens" else "-", note)
+def vllm_omni(note: str = UNSERVED) -> Loader:
+    return Loader("vLLM-Omni, one stage", "0.30", "fails", "-", note)

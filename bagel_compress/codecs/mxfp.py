@@ -89,7 +89,7 @@ class Mxfp4(_Mx):
         return [compressed_tensors_snippet(repo, tensor, shard, self.format, "MXFP4PackedCompressor", scheme)]
 
     def loaders(self) -> list[Loader]:
-        return [compressed_tensors("RTX 50, B200", TESTS), vllm_omni("fails", PACKED)]
+        return [compressed_tensors("RTX 50, B200", TESTS), vllm_omni(PACKED)]
 
 
 class Mxfp8(_Mx):

@@ -113,7 +113,7 @@ class Nf4(CalibratedCodec, MatrixCodec):
     def loaders(self) -> list[Loader]:
         return [
             bitsandbytes("any", "tests/pipeline/test_foreign.py::test_bitsandbytes_loads_nf4"),
-            vllm_omni("fails", "its bitsandbytes method quantises at load and reads no stored codes"),
+            vllm_omni("its bitsandbytes method quantises at load and reads no stored codes"),
         ]
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:

@@ -105,7 +105,7 @@ class Nvfp4(BlockFloat):
         return [
             compressed_tensors("RTX 50, B200", "test_block_floats"),
             comfyui("RTX 50, B200", "test_block_floats"),
-            vllm_omni("fails", "its fused attention has no path for packed codes"),
+            vllm_omni("its fused attention has no path for packed codes"),
         ]
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:

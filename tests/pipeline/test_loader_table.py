@@ -51,7 +51,7 @@ def test_the_table_is_what_the_tests_show() -> None:
     [
         ("raw", "ComfyUI-BAGEL, 2026 rewrite", None),
         ("comfyui-nvfp4", "ComfyUI (comfy-kitchen)", "accelerate"),
-        ("w4a16-vllm", "vLLM-Omni, one stage", "vLLM-Omni 0.30, two stages"),
+        ("w4a16-vllm", "compressed-tensors", "vLLM-Omni 0.30, two stages"),
     ],
 )
 def test_rows_of_artifacts(tiny: Checkpoint, tmp_path: Path, recipe: str, opens: str, wrong: str | None) -> None:

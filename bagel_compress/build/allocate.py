@@ -1,0 +1,206 @@
+"""Allocation: which groups of weights get which of a recipe's formats, so that a build fits a size and loses least.
+
+The formats are those that the recipe names. Effects of groups are taken to add up; velocity and KL count alike, each in
+units of what all groups in the smallest format would cost: one alone would starve the other expert. The choice is the
+knapsack's by its multiplier: every group takes the format of least cost + price * bytes, for the lowest price at which
+all fit, and what is left is spent on the best of what still fits. The result is a recipe with plain rules.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import yaml
+
+from bagel.layout import official_role
+from bagel.loading import parameter_path
+from bagel_compress.build.plan import Plan
+from bagel_compress.build.recipe import Match, Recipe, Rule
+from bagel_compress.build.sensitivity import GROUPS, Effect, Group
+from bagel_compress.build.sizes import size_text
+from bagel_compress.codecs.base import Codec
+from bagel_compress.errors import PlanError
+
+HALVINGS = 200  # of the range of prices
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """A format for every group: indices into `codecs`."""
+
+    codecs: tuple[Codec, ...]
+    effects: Mapping[Group, Sequence[Effect]]
+    chosen: Mapping[Group, int]
+    nbytes: int  # of all shards
+    cost: float  # 2.0: what all groups in the smallest format would cost
+
+    def table(self) -> str:
+        """Groups from the dearest to the cheapest in the smallest format, with what was chosen."""
+        costs, smallest = _costs(self.effects), _smallest(self.effects)
+        lines = ["layer expert group      velocity        KL  chosen"]
+        for group in sorted(self.effects, key=lambda g: -costs[g][smallest]):
+            effect, codec = self.effects[group][smallest], self.codecs[self.chosen[group]]
+            label = f"{group.layer:5d} {group.expert:6s} {group.name:8s}"
+            lines.append(f"{label} {effect.velocity:11.3e} {effect.kl:9.2e}  {codec.format}")
+        lines.append(
+            f"all shards {size_text(self.nbytes)}; cost {self.cost:.3f} (2: all groups in the smallest format)"
+        )
+        return "\n".join(lines)
+
+
+def movable_codecs(plan: Plan) -> tuple[Codec, ...]:
+    """The lossy formats of a plan, each once, in the order of its rules. Raises PlanError if there is only one."""
+    found = [rule.codec for rule in plan.recipe.rules if not rule.codec.lossless]
+    codecs = tuple(codec for i, codec in enumerate(found) if codec not in found[:i])
+    if len(codecs) < 2:
+        raise PlanError(
+            f"recipe {plan.recipe.name} names {len(codecs)} lossy format, allocation chooses between two or more; name"
+            " another one in a rule, as nf4-lean does with int8."
+        )
+    return codecs
+
+
+def allocate(plan: Plan, codecs: Sequence[Codec], effects: Mapping[Group, Sequence[Effect]], budget: int) -> Allocation:
+    """The allocation of least cost whose shards have at most `budget` bytes. Raises PlanError if none has."""
+    costs, smallest = _costs(effects), _smallest(effects)
+    moved = (p for p in plan.placements if len(p.unit.specs) == 1 and _group_of(p.unit.specs[0].name) in effects)
+    fixed = plan.nbytes - sum(p.nbytes for p in moved)
+    room = budget - fixed
+    least = sum(effect[smallest].nbytes for effect in effects.values())
+    while room >= least:
+        chosen = _spend(_cheapest(effects, costs, room), effects, costs, room)
+        nbytes = _moved(plan, codecs, chosen).nbytes
+        if nbytes <= budget:
+            cost = sum(costs[group][i] for group, i in chosen.items())
+            return Allocation(tuple(codecs), effects, chosen, nbytes, cost)
+        room -= nbytes - budget  # what headers of shards grew by
+    raise PlanError(
+        f"recipe {plan.recipe.name} needs {size_text(fixed + least)} with all layers in {codecs[smallest].format},"
+        f" the budget is {size_text(budget)}; give a larger one, or fewer bits to what lies outside the layers."
+    )
+
+
+def _moved(plan: Plan, codecs: Sequence[Codec], chosen: Mapping[Group, int]) -> Plan:
+    """The plan with the chosen formats in place."""
+    placements = []
+    for p in plan.placements:
+        group = _group_of(p.unit.specs[0].name) if len(p.unit.specs) == 1 else None
+        placements.append(replace(p, codec=codecs[chosen[group]]) if group is not None and group in chosen else p)
+    return replace(plan, placements=tuple(placements))
+
+
+def _costs(effects: Mapping[Group, Sequence[Effect]]) -> dict[Group, list[float]]:
+    smallest = _smallest(effects)
+    velocity = sum(e[smallest].velocity for e in effects.values()) or 1.0
+    kl = sum(e[smallest].kl for e in effects.values()) or 1.0
+    return {group: [e.velocity / velocity + e.kl / kl for e in found] for group, found in effects.items()}
+
+
+def _smallest(effects: Mapping[Group, Sequence[Effect]]) -> int:
+    first = next(iter(effects.values()))
+    totals = [sum(e[i].nbytes for e in effects.values()) for i in range(len(first))]
+    return totals.index(min(totals))
+
+
+def _cheapest(
+    effects: Mapping[Group, Sequence[Effect]], costs: Mapping[Group, Sequence[float]], room: int
+) -> dict[Group, int]:
+    """The choice at the lowest price of a byte at which all fit."""
+
+    def at(price: float) -> dict[Group, int]:
+        return {
+            group: min(range(len(found)), key=lambda i: (costs[group][i] + price * found[i].nbytes, found[i].nbytes))
+            for group, found in effects.items()
+        }
+
+    def fits(chosen: Mapping[Group, int]) -> bool:
+        return sum(effects[group][i].nbytes for group, i in chosen.items()) <= room
+
+    if fits(found := at(0.0)):
+        return found
+    low, high = 0.0, 1e3  # at 1000 costs a byte every group is in its smallest format
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(at(middle)) else (middle, high)
+    return at(high)
+
+
+def _spend(
+    chosen: dict[Group, int],
+    effects: Mapping[Group, Sequence[Effect]],
+    costs: Mapping[Group, Sequence[float]],
+    room: int,
+) -> dict[Group, int]:
+    """Takes the change that lowers the cost most while it fits, as long as there is one."""
+    left = room - sum(effects[group][i].nbytes for group, i in chosen.items())
+    while True:
+        changes = [
+            (costs[group][now] - costs[group][i], group, i)
+            for group, now in chosen.items()
+            for i in range(len(costs[group]))
+            if costs[group][i] < costs[group][now] and effects[group][i].nbytes - effects[group][now].nbytes <= left
+        ]
+        if not changes:
+            return chosen
+        _, group, i = max(changes, key=lambda change: change[0])
+        left -= effects[group][i].nbytes - effects[group][chosen[group]].nbytes
+        chosen[group] = i
+
+
+def allocated_recipe(plan: Plan, allocation: Allocation, name: str) -> Recipe:
+    """The plan's recipe with rules of its own for the groups, ahead of what is left of the others."""
+    by_format: dict[tuple[int, str, str], list[int]] = defaultdict(list)
+    for group, index in sorted(allocation.chosen.items()):
+        by_format[index, group.expert, group.name].append(group.layer)
+    rules = [_rule(allocation.codecs[i], expert, group, layers) for (i, expert, group), layers in by_format.items()]
+    specs = [spec for p in plan.placements for spec in p.unit.specs]
+    taken = {spec.name for spec in specs if _group_of(spec.name) in allocation.chosen}
+    for rule in plan.recipe.rules:
+        own = [s.name for s in specs if s.name not in taken and rule.match.takes(s, official_role(s.name))]
+        taken |= set(own)
+        if own:
+            rules.append(rule)
+    summary = f"{plan.recipe.name} with formats allocated by measured sensitivity"
+    return plan.recipe.model_copy(update={"name": name, "summary": summary, "rules": tuple(rules), "budget_gb": None})
+
+
+def recipe_yaml(recipe: Recipe, comment: str) -> str:
+    """A recipe file: the comment, then every value that is not a default."""
+    head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
+    fields = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    fields["rules"] = [
+        {"match": rule.match.model_dump(mode="json", exclude_none=True), "codec": rule.codec.model_dump(mode="json")}
+        for rule in recipe.rules
+    ]
+    for rule in fields["rules"]:
+        if "layer" in rule["match"]:
+            rule["match"]["layer"] = [a if a == b else f"{a}-{b}" for a, b in rule["match"]["layer"]]
+    return head + yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=118)
+
+
+def _rule(codec: Codec, expert: str, group: str, layers: Sequence[int]) -> Rule:
+    names = tuple(f"*.{linear}*" for linear in GROUPS[group])
+    fields = {"component": "llm", "expert": expert, "kind": "linear", "layer": _ranges(layers), "name": names}
+    return Rule(match=Match.model_validate(fields), codec=codec)
+
+
+def _ranges(layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    found: list[tuple[int, int]] = []
+    for layer in layers:
+        if found and found[-1][1] == layer - 1:
+            found[-1] = (found[-1][0], layer)
+        else:
+            found.append((layer, layer))
+    return tuple(found)
+
+
+def _group_of(name: str) -> Group | None:
+    """The group of a tensor, by its official name."""
+    role = official_role(name)
+    if role.component != "llm" or role.kind != "linear" or role.layer is None:
+        return None
+    linear = parameter_path(name).split(".")[-2]
+    group = next(group for group, linears in GROUPS.items() if linear in linears)
+    return Group(role.layer, role.expert, group)
