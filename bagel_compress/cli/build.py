@@ -182,8 +182,14 @@ def _inspect(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(args.path)
     groups = group_sizes((Raw(), (spec,), spec.nbytes) for spec in checkpoint.specs)
     nbytes = sum(spec.nbytes for spec in checkpoint.specs)
-    data = {"kind": "checkpoint", "digest": checkpoint.digest, "bytes": nbytes, "groups": [g.to_json() for g in groups]}
-    emit(args, data, f"{sizes_table(groups, nbytes)}\ncheckpoint {checkpoint.digest[:12]}, read as bf16")
+    digest = checkpoint.digest if args.verify else None  # reads all of it
+    data = {"kind": "checkpoint", "fingerprint": checkpoint.fingerprint, "digest": digest, "bytes": nbytes}
+    known = (
+        f"checkpoint {digest[:12]}" if digest else f"fingerprint {checkpoint.fingerprint[:12]} (--verify reads it all)"
+    )
+    emit(
+        args, data | {"groups": [g.to_json() for g in groups]}, f"{sizes_table(groups, nbytes)}\n{known}, read as bf16"
+    )
     return 0
 
 
