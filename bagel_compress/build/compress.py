@@ -263,7 +263,7 @@ def _finish(
     manifest = Manifest(
         tool=f"bagel-compress {version('bagel-compress')}",
         plan=plan.digest,
-        source=SourceEntry(name=checkpoint.name, revision=checkpoint.revision, digest=source, data_blake3=data),
+        source=SourceEntry.of(checkpoint, source, data),
         recipe=plan.recipe,
         recipe_digest=plan.recipe.digest,
         calibration=_calibration_entry(plan),

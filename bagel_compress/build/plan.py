@@ -130,7 +130,8 @@ class Plan:
             likely = f"\nby a sample of the data {size_text(self.sampled)}"
         return sizes_table(self.groups, self.nbytes, "" if self.exact else "at most ") + (
             f"{likely}\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
-            f" source {self.source_name} {self.source_fingerprint[:12]}, identity not read yet; plan {self.digest[:12]}{self._calibration_text()}"
+            f" source {self.source_name}, fingerprint {self.source_fingerprint[:12]} (identity not read yet);"
+            f" plan {self.digest[:12]}{self._calibration_text()}"
         )
 
     def _calibration_text(self) -> str:
