@@ -136,7 +136,7 @@ def _expect_same_source(done: Artifact, checkpoint: Checkpoint) -> None:
         )
 
 
-def _expect_same_tensors(build: Build, checkpoint: Checkpoint, records: Mapping[str, ShardRecord]) -> None:
+def _expect_same_tensors(build: BuildFolder, checkpoint: Checkpoint, records: Mapping[str, ShardRecord]) -> None:
     """Raises ArtifactError if the finished shards were built from other values. Reads what they were built from."""
     recorded = {
         name: t.blake3 for r in records.values() for unit in r.units.values() for name, t in unit.tensors.items()
