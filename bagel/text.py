@@ -58,7 +58,7 @@ class TextCodec:
         config = _json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
         if "tokenizer.json" in files:
             _json(files["tokenizer.json"])  # the library's own error for a damaged file names no file
-            tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
+            tokenizer = _opened(files["tokenizer.json"])
         elif {"vocab.json", "merges.txt"} <= files.keys():
             tokenizer = _from_vocab(files["vocab.json"], files["merges.txt"], config)
         else:
@@ -94,6 +94,13 @@ class TextCodec:
         text = self.decode(ids).split(EOS)[0]
         parts = text.split(BOS)
         return parts[1] if len(parts) > 1 else text
+
+
+def _opened(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no class of its own
+        raise BagelError(f"{path} is no tokenizer ({error}); copy it again from the base model.") from None
 
 
 def _from_vocab(vocab: Path, merges: Path, config: Mapping[str, Any]) -> Tokenizer:

@@ -34,6 +34,9 @@ from bagel_compress.io.yaml_model import FrozenModel
 if TYPE_CHECKING:
     import torch
 
+    from bagel_compress.source.adapter import Adapter
+    from bagel_compress.source.checkpoint import Base, Checkpoint
+
 MANIFEST = "manifest.json"
 EXPORT_MANIFEST = "export.json"  # of a folder of graphs or engines; what it holds is export's matter
 MANIFESTS = (MANIFEST, EXPORT_MANIFEST)
@@ -101,13 +104,56 @@ class _Listing(FrozenModel, extra="ignore"):
     files: dict[str, FileEntry]
 
 
+class AdapterEntry(FrozenModel):
+    """An adapter that was merged into the weights; `blake3` is over its config and its weights, as files."""
+
+    name: str
+    blake3: str
+    scales: tuple[float, float]  # least and largest factor of what it adds
+
+
+class BaseEntry(FrozenModel):
+    """A second checkpoint that gave what the first one lacked: tensors, and files by their names."""
+
+    name: str
+    revision: str
+    files: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
 class SourceEntry(FrozenModel):
-    """The checkpoint that was compressed; `data_blake3` covers every value that was read."""
+    """The checkpoint that was compressed: its identity, and `data_blake3` over every value that was read.
+
+    `adapter` and `base` are what else decided the values; both are in the identity, which is of the merged values.
+    """
 
     name: str
     revision: str
     digest: str
     data_blake3: str
+    adapter: AdapterEntry | None = None
+    base: BaseEntry | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, digest: str, data_blake3: str) -> SourceEntry:
+        """What a manifest says of a checkpoint whose identity is `digest`."""
+        merged, base = checkpoint.adapter, checkpoint.base
+        return cls(
+            name=checkpoint.name,
+            revision=checkpoint.revision,
+            digest=digest,
+            data_blake3=data_blake3,
+            adapter=None if merged is None else _adapter_entry(merged),
+            base=None if base is None else _base_entry(base),
+        )
+
+
+def _adapter_entry(adapter: Adapter) -> AdapterEntry:
+    return AdapterEntry(name=adapter.name, blake3=adapter.digest, scales=adapter.scales)
+
+
+def _base_entry(base: Base) -> BaseEntry:
+    return BaseEntry(name=base.name, revision=base.revision, files=base.files, tensors=base.tensors)
 
 
 class CalibrationEntry(FrozenModel):

@@ -43,6 +43,7 @@ from bagel_compress.io.bf16 import as_words
 from bagel_compress.io.digests import blake3_file, tensors_digest
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 from bagel_compress.source.checkpoint import Checkpoint
+from bagel_compress.source.identity import identity, tensor_digests
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +76,8 @@ def compress(
     """
     out = Path(out)
     log.info("building %s of %s in %s", plan.recipe.name, plan.source_name, out)
-    if checkpoint.digest != plan.source_digest:
-        found, planned = checkpoint.digest[:12], plan.source_digest[:12]
+    if checkpoint.fingerprint != plan.source_fingerprint:
+        found, planned = checkpoint.fingerprint[:12], plan.source_fingerprint[:12]
         raise CheckpointError(f"this checkpoint ({found}) is not the one that was planned for ({planned}); plan again.")
     if plan.calibrated and plan.calibration is None:
         raise CalibrationError(
@@ -87,6 +88,7 @@ def compress(
     with _clean_disk_errors(out):
         done = finished(out, plan)
         if done is not None:
+            _expect_same_source(done, checkpoint)
             return done
         with BuildFolder(out, plan) as build:
             artifact = _build(build, checkpoint, progress or (lambda unit, nbytes: None), device)
@@ -100,6 +102,7 @@ def _build(build: BuildFolder, checkpoint: Checkpoint, progress: Progress, devic
     records = {shard: record for shard in plan.shards if (record := build.record(shard)) is not None}
     bound = plan.nbytes if plan.sampled is None else plan.sampled
     build.check_space(bound - sum(record.file.bytes for record in records.values()) + checkpoint.vae.stamp[0] + SPARE)
+    _expect_same_tensors(build, checkpoint, records)
     for record in records.values():
         for name, unit in record.units.items():
             progress(name, sum(TensorSpec(t.dtype, t.shape, n).nbytes for n, t in unit.tensors.items()))
@@ -122,6 +125,30 @@ def _build(build: BuildFolder, checkpoint: Checkpoint, progress: Progress, devic
         records |= {shard: future.result() for shard, future in waiting.items()}
         files = {name: future.result() for name, future in copies.items()}
     return _finish(build, checkpoint, {shard: records[shard] for shard in plan.shards}, files)
+
+
+def _expect_same_source(done: Artifact, checkpoint: Checkpoint) -> None:
+    """Raises ArtifactError if a finished artifact was built from other values. Reads the whole checkpoint."""
+    if checkpoint.digest != done.manifest.source.digest:
+        raise ArtifactError(
+            f"{done.path} holds the finished artifact of another checkpoint ({done.manifest.source.digest[:12]}, this"
+            f" one is {checkpoint.digest[:12]}): some of its values differ; choose another folder or delete this one."
+        )
+
+
+def _expect_same_tensors(build: BuildFolder, checkpoint: Checkpoint, records: Mapping[str, ShardRecord]) -> None:
+    """Raises ArtifactError if the finished shards were built from other values. Reads what they were built from."""
+    recorded = {
+        name: t.blake3 for r in records.values() for unit in r.units.values() for name, t in unit.tensors.items()
+    }
+    specs = [spec for spec in checkpoint.specs if spec.name in recorded]
+    found = tensor_digests(specs, checkpoint.words)
+    other = next((name for name, digest in found.items() if digest != recorded[name]), None)
+    if other is not None:
+        raise ArtifactError(
+            f"{build.out} holds shards of a build whose source has changed since ({other} differs);"
+            " choose another folder or delete this one."
+        )
 
 
 def _calibrated(
@@ -229,14 +256,14 @@ def _finish(
     ):
         write_atomic(out / name, content)
         files[name] = FileEntry(bytes=len(content), blake3=blake3(content).hexdigest())
-    digests = sorted((name, t.blake3) for unit in units.values() for name, t in unit.tensors.items())
-    data = blake3("".join(f"{name} {digest}\n" for name, digest in digests).encode()).hexdigest()
+    read = {name: t.blake3 for unit in units.values() for name, t in unit.tensors.items()}
+    data = blake3("".join(f"{name} {digest}\n" for name, digest in sorted(read.items())).encode()).hexdigest()
+    source = identity(checkpoint.specs, read, checkpoint.configs, {Path(n).name: f.blake3 for n, f in copies.items()})
+    checkpoint.expect_unchanged()
     manifest = Manifest(
         tool=f"bagel-compress {version('bagel-compress')}",
         plan=plan.digest,
-        source=SourceEntry(
-            name=checkpoint.name, revision=checkpoint.revision, digest=checkpoint.digest, data_blake3=data
-        ),
+        source=SourceEntry.of(checkpoint, source, data),
         recipe=plan.recipe,
         recipe_digest=plan.recipe.digest,
         calibration=_calibration_entry(plan),

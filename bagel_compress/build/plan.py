@@ -28,7 +28,7 @@ from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 if TYPE_CHECKING:
     from bagel_compress.calibrate.calibration_set import CalibrationSet
 
-LAYOUT = 2  # version of shard order and manifest; part of the digest
+LAYOUT = 3  # version of shard order and manifest; part of the digest
 
 
 class CheckpointHeader(Protocol):
@@ -39,7 +39,7 @@ class CheckpointHeader(Protocol):
     @property
     def revision(self) -> str: ...
     @property
-    def digest(self) -> str: ...
+    def fingerprint(self) -> str: ...
     @property
     def specs(self) -> tuple[TensorSpec, ...]: ...
 
@@ -69,7 +69,7 @@ class Plan:
     recipe: Recipe
     source_name: str
     source_revision: str
-    source_digest: str
+    source_fingerprint: str  # what was known of the source without reading it all
     shards: tuple[str, ...]
     placements: tuple[Placement, ...]
     sampled: int | None = (
@@ -82,7 +82,7 @@ class Plan:
         """sha256 over everything that decides the artifact's bytes: tool version, recipe, source, every placement."""
         total = hashlib.sha256(f"bagel-compress {version('bagel-compress')} layout {LAYOUT}\n".encode())
         total.update(
-            f"{self.recipe.digest}\n{self.source_name}\n{self.source_revision}\n{self.source_digest}\n".encode()
+            f"{self.recipe.digest}\n{self.source_name}\n{self.source_revision}\n{self.source_fingerprint}\n".encode()
         )
         for p in self.placements:
             tensors = [(s.name, s.dtype, s.shape) for s in p.unit.specs]
@@ -130,7 +130,8 @@ class Plan:
             likely = f"\nby a sample of the data {size_text(self.sampled)}"
         return sizes_table(self.groups, self.nbytes, "" if self.exact else "at most ") + (
             f"{likely}\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
-            f" source {self.source_name} {self.source_digest[:12]}; plan {self.digest[:12]}{self._calibration_text()}"
+            f" source {self.source_name}, fingerprint {self.source_fingerprint[:12]} (identity not read yet);"
+            f" plan {self.digest[:12]}{self._calibration_text()}"
         )
 
     def _calibration_text(self) -> str:
@@ -144,7 +145,11 @@ class Plan:
         return {
             "recipe": self.recipe.name,
             "digest": self.digest,
-            "source": {"name": self.source_name, "revision": self.source_revision, "digest": self.source_digest},
+            "source": {
+                "name": self.source_name,
+                "revision": self.source_revision,
+                "fingerprint": self.source_fingerprint,
+            },
             "calibrated": self.calibrated,
             "calibration": None if self.calibration is None else self.calibration.digest,
             "exact": self.exact,
@@ -185,7 +190,7 @@ def make_plan(checkpoint: CheckpointHeader, recipe: Recipe, calibration: Calibra
     shards = {place: f"model-{i + 1:05d}-of-{len(places):05d}.safetensors" for i, place in enumerate(places)}
     units.sort(key=lambda item: (_place(item[0]), min(order[s.name] for s in item[0].specs)))
     placements = tuple(Placement(unit, codec, shards[_place(unit)]) for unit, codec in units)
-    source = (checkpoint.name, checkpoint.revision, checkpoint.digest)
+    source = (checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
     plan = Plan(recipe, *source, tuple(shards.values()), placements, _sampled(placements, checkpoint))
     _check_budget(plan)
     return _with_calibration(plan, checkpoint, calibration) if plan.calibrated else plan

@@ -83,8 +83,13 @@ def register(verbs: Any) -> None:
 def _recipe(parser: argparse.ArgumentParser, without: str) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file, or the name of one that comes with the package")
     parser.add_argument("--source", metavar="SRC", help=f"{_SOURCE}; without it {without}")
+    add_base_and_lora(parser)
+
+
+def add_base_and_lora(parser: argparse.ArgumentParser) -> None:
+    """What completes or alters the checkpoint of --source."""
     parser.add_argument(
-        "--base", metavar="SRC", help="where configs, tokenizer and VAE are taken from if a fine-tune lacks them"
+        "--base", metavar="SRC", help="where configs, tokenizer, VAE and tensors come from that a fine-tune lacks"
     )
     parser.add_argument("--lora", metavar="DIR", help="peft adapter folder to merge while reading")
 
@@ -182,8 +187,11 @@ def _inspect(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(args.path)
     groups = group_sizes((Raw(), (spec,), spec.nbytes) for spec in checkpoint.specs)
     nbytes = sum(spec.nbytes for spec in checkpoint.specs)
-    data = {"kind": "checkpoint", "digest": checkpoint.digest, "bytes": nbytes, "groups": [g.to_json() for g in groups]}
-    emit(args, data, f"{sizes_table(groups, nbytes)}\ncheckpoint {checkpoint.digest[:12]}, read as bf16")
+    digest = checkpoint.digest if args.verify else None  # reads all of it
+    data = {"kind": "checkpoint", "fingerprint": checkpoint.fingerprint, "digest": digest, "bytes": nbytes}
+    known = f"checkpoint {digest[:12]}" if digest else f"fingerprint {checkpoint.fingerprint[:12]} (all: --verify)"
+    text = f"{sizes_table(groups, nbytes)}\n{known}, read as bf16"
+    emit(args, data | {"groups": [g.to_json() for g in groups]}, text)
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bagel_compress.cli import add_json, add_verb, emit, say
+from bagel_compress.cli.build import add_base_and_lora, open_checkpoint
 
 if TYPE_CHECKING:
     from bagel_compress.parity.report_data import BudgetReport, ParityReport
@@ -37,6 +38,7 @@ def _add_trace(verbs: Any) -> None:
     )  # fmt: skip
     trace.add_argument("cases", nargs="+", metavar="CASE", help="case file, or folder of them")
     trace.add_argument("--source", required=True, metavar="DIR", help="full-precision checkpoint folder")
+    add_base_and_lora(trace)
     trace.add_argument("--out", required=True, metavar="FILE")
     _device(trace)
     trace.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -56,6 +58,7 @@ def _add_validate_and_check(verbs: Any) -> None:
     )  # fmt: skip
     _artifact_and_traces(validate)
     validate.add_argument("--source", metavar="DIR", help="the checkpoint, to attribute errors to components")
+    add_base_and_lora(validate)
     validate.add_argument("--lpips", metavar="FILE", help="AlexNet and LPIPS weights (safetensors), to measure LPIPS")
     validate.add_argument("--clip", metavar="DIR", help="CLIP model in the layout of the Hub, to score by it")
     validate.set_defaults(verb=_validate)
@@ -122,7 +125,7 @@ def _trace(args: argparse.Namespace) -> int:
     floors = {"all": ("repeat", "kernel", "dtype"), "kernel": ("repeat", "kernel"), "none": ()}[args.floor]
     dtype = getattr(torch, args.dtype)
     device = choose_device(args.device, args.source, say) if dtype == torch.bfloat16 else one_device(args.device)
-    file = record_source(args.source, load_cases(args.cases), args.out, device, dtype, floors, say)
+    file = record_source(open_checkpoint(args), load_cases(args.cases), args.out, device, dtype, floors, say)
     size = file.path.stat().st_size
     data = {
         "trace": str(file.path),
@@ -145,8 +148,9 @@ def _validate(args: argparse.Namespace) -> int:
 
         report = validate_export(ExportFolder.open(args.artifact), args.trace, progress=say)
     else:
+        source = None if args.source is None else open_checkpoint(args)
         networks = Networks.open(args.lpips, args.clip)
-        report = validate_artifact(args.artifact, args.trace, args.source, args.device, say, networks)
+        report = validate_artifact(args.artifact, args.trace, source, args.device, say, networks)
     page = Path(args.artifact) / "report.html"
     emit(args, report.model_dump(mode="json") | {"passed": report.passed, "page": str(page)}, table(report, page))
     return 0 if report.passed else 1

@@ -122,7 +122,7 @@ class CheckpointSource(WeightSource):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         c = checkpoint
-        entry = SourceEntry(name=c.name, revision=c.revision, digest=c.digest, data_blake3="")
+        entry = SourceEntry.of(c, c.digest, "")
         self.identity = ExportSource(kind="checkpoint", name=c.name, digest=c.digest, checkpoint=entry)
         self.limits = Limits.model_validate({})
 

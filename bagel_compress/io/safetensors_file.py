@@ -37,15 +37,31 @@ class StoredTensor(PartSpec):
     stop: int
 
 
+Stamp = tuple[int, int, int, int, int]
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """What changes when a file is written to, cut or replaced; None if it is not there."""
+    try:
+        return _stamp(os.stat(path))
+    except OSError:
+        return None
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    """Size, times of data and inode in ns, inode, device. The time of the inode cannot be set back by a tool."""
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+
+
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file whose header was read and checked. `stamp` is (size, mtime in ns) at that time."""
+    """A safetensors file whose header was read and checked; `stamp` is `stamp_of` it at that time."""
 
     path: Path
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
     header: bytes
-    stamp: tuple[int, int]
+    stamp: Stamp
 
     @classmethod
     def open(cls, path: Path, error: type[BagelCompressError] = CheckpointError) -> TensorFile:
@@ -60,7 +76,7 @@ class TensorFile:
         base = 8 + len(header)
         tensors = {name: _stored(name, row, base, path, error) for name, row in table.items()}
         _check_cover(tensors, base, status.st_size, path, error)
-        return cls(path, tensors, metadata, header, (status.st_size, status.st_mtime_ns))
+        return cls(path, tensors, metadata, header, _stamp(status))
 
     @cached_property
     def bytes(self) -> np.ndarray:
@@ -72,11 +88,7 @@ class TensorFile:
 
     def changed(self) -> bool:
         """True if the file is no longer the one whose header was read."""
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return True
-        return (status.st_size, status.st_mtime_ns) != self.stamp
+        return stamp_of(self.path) != self.stamp
 
 
 def lay_out(parts: Mapping[str, PartSpec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:

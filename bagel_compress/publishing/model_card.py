@@ -41,11 +41,13 @@ class Origin:
     repo: str  # owner/name of the release
     base_model: str | None  # Hub id of the model that was compressed
     license: str = "apache-2.0"
+    relation: str = "quantized"  # of the build to the base, in the words of the Hub
 
     @classmethod
     def of(cls, source: SourceEntry, repo: str, base_model: str | None, license: str = "apache-2.0") -> Origin:
-        """Takes the base from the manifest where the source was a repository."""
-        return cls(repo, base_model or (source.name if parse_repo_id(source.name) else None), license)
+        """Takes the base from the manifest where the source was a repository; with an adapter it is a fine-tune."""
+        base = base_model or (source.name if parse_repo_id(source.name) else None)
+        return cls(repo, base, license, "quantized" if source.adapter is None else "finetune")
 
 
 def model_card(
@@ -119,7 +121,7 @@ def front_matter(tags: Sequence[str], evidence: Evidence, origin: Origin) -> str
         "tags": ["bagel", "BAGEL-7B-MoT", *tags, "bagel-compress"],
     }
     if origin.base_model is not None:
-        data |= {"base_model": origin.base_model, "base_model_relation": "quantized"}
+        data |= {"base_model": origin.base_model, "base_model_relation": origin.relation}
     if evidence.parity is not None and evidence.tried:  # figures of a stand-in are no results of the build
         data |= {"model_name": origin.repo.partition("/")[2], "eval_results": _results(evidence.parity)}
     return f"---\n{ModelCardData(**data).to_yaml().strip()}\n---"
@@ -167,9 +169,9 @@ def titled(origin: Origin, draft: bool) -> list[str]:
 
 def base_link(origin: Origin, source: SourceEntry) -> str:
     """What was compressed or exported, linked where it is on the Hub."""
-    if not origin.base_model:
-        return plain(source.name)
-    return f"[{plain(origin.base_model)}](https://huggingface.co/{origin.base_model})"
+    name = f"[{plain(origin.base_model)}](https://huggingface.co/{origin.base_model})"
+    base = name if origin.base_model else plain(source.name)
+    return base if source.adapter is None else f"{base} with the adapter {code(source.adapter.name)} merged into it,"
 
 
 def totals(artifact: Artifact) -> tuple[int, int]:
@@ -345,6 +347,7 @@ def provenance_section(source: SourceEntry, digests: Mapping[str, str], tool: st
         ("source", code(source.name)),
         ("revision", code(source.revision or "a local folder, no revision")),
         ("blake3 of all source values", code(source.data_blake3 or "not taken: read while it was exported")),
+        *_altering(source),
         *((what, code(digest)) for what, digest in digests.items()),
         ("built with", plain(tool)),
     ]
@@ -361,11 +364,27 @@ def provenance_section(source: SourceEntry, digests: Mapping[str, str], tool: st
     return "## Provenance\n\n" + table(("what", "value"), rows) + "\n\n" + text
 
 
+def _altering(source: SourceEntry) -> list[tuple[str, str]]:
+    """What else decided the weights: rows for an adapter and for a second checkpoint."""
+    rows = []
+    if (adapter := source.adapter) is not None:
+        low, high = (number(scale) for scale in adapter.scales)
+        strength = f"scale {low}" if low == high else f"scales {low} to {high}"
+        rows.append(("adapter merged", f"{code(adapter.name)}, {strength}, blake3 {code(adapter.blake3)}"))
+    if (base := source.base) is not None:
+        taken = [f"{len(base.tensors)} tensors from {code(base.tensors[0])} on"] if base.tensors else []
+        where = code(f"{base.name}@{base.revision}" if base.revision else base.name)
+        rows.append(("taken from a base", f"{where}: {', '.join([*taken, *map(code, base.files)]) or 'nothing'}"))
+    return rows
+
+
 def licence(origin: Origin) -> str:
     """Licence and attribution."""
+    only_stored = origin.relation == "quantized"
+    stored = "This build changes how the weights are stored and nothing else; the" if only_stored else "The"
     return (
         f"## Licence and attribution\n\n{plain(origin.license)}, as the weights it was made from."
         f" [BAGEL-7B-MoT]({UPSTREAM}) is by ByteDance Seed (Apache-2.0) and builds on Qwen2.5-7B-Instruct, SigLIP and"
-        " the FLUX.1-schnell autoencoder (all Apache-2.0). This build changes how the weights are stored and nothing"
-        " else; the authors of those models did not make or endorse it."
+        f" the FLUX.1-schnell autoencoder (all Apache-2.0). {stored} authors of those models did not make or endorse"
+        " it."
     )

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.artifact import Artifact, SourceEntry
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.io.safe_paths import stays_inside
@@ -99,7 +99,7 @@ def statement(content: Content, files: Mapping[str, ListedFile]) -> dict[str, An
                 "buildType": BUILD_TYPE,
                 "externalParameters": external,
                 "internalParameters": internal,
-                "resolvedDependencies": [origin],
+                "resolvedDependencies": [origin, *_altering(source)],
             },
             "runDetails": {
                 "builder": {
@@ -110,6 +110,18 @@ def statement(content: Content, files: Mapping[str, ListedFile]) -> dict[str, An
             },
         },
     }
+
+
+def _altering(source: SourceEntry) -> list[dict[str, Any]]:
+    """What else decided the weights: an adapter, and a base that gave what the source lacks."""
+    found: list[dict[str, Any]] = []
+    if (adapter := source.adapter) is not None:
+        scales = {"scale_least": adapter.scales[0], "scale_largest": adapter.scales[1]}
+        found.append({"name": adapter.name, "digest": {"blake3": adapter.blake3}, "annotations": scales})
+    if (base := source.base) is not None:
+        uri = f"hf://{base.name}" + (f"@{base.revision}" if base.revision else "")
+        found.append({"uri": uri, "annotations": {"files": list(base.files), "tensors": list(base.tensors)}})
+    return found
 
 
 def subjects(folder: Path) -> dict[str, dict[str, str]]:

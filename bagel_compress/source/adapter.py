@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Sources = Mapping[str, tuple[TensorFile, StoredTensor]]
 NormalName = Callable[[str], str | None]
 WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG, WEIGHTS)
 LARGEST = 1e38  # of the sums that a merge may add; bf16 ends at 3.4e38
 _PREFIX = "base_model.model."
 # What the model that was trained is of BAGEL: all of it, its language model with or without the head, or its ViT.
@@ -230,7 +231,7 @@ def _digest(folder: Path) -> str:
     from blake3 import blake3
 
     total = blake3()
-    for name in (CONFIG, WEIGHTS):
+    for name in ADAPTER_FILES:
         with (folder / name).open("rb") as file:
             while block := file.read(1 << 20):
                 total.update(block)

@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 from bagel.layout import ModelSizes, expected_tensors, role_of
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
+from bagel_compress.io.digests import blake3_file
 from bagel_compress.io.hub_client import parse_repo_id
 from bagel_compress.io.safe_paths import check_names
-from bagel_compress.io.safetensors_file import StoredTensor, TensorFile
+from bagel_compress.io.safetensors_file import Stamp, StoredTensor, TensorFile, stamp_of
 from bagel_compress.io.tensor_spec import TensorSpec
-from bagel_compress.source.adapter import Adapter
+from bagel_compress.source.adapter import ADAPTER_FILES, Adapter
 from bagel_compress.source.checkpoint_download import fetch
+from bagel_compress.source.identity import FILES, identity, tensor_digests
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +44,17 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 OTHER_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "LICENSE")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
-SAMPLE = 512  # elements at the start, the middle and the end of each tensor that enter the digest
+SAMPLE = 512  # elements at the start, the middle and the end of each tensor that enter the fingerprint
+
+
+@dataclass(frozen=True)
+class Base:
+    """What another checkpoint gave, because the first one lacks it."""
+
+    name: str
+    revision: str
+    files: tuple[str, ...]
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,26 +77,39 @@ class Checkpoint:
     sources: Mapping[str, tuple[TensorFile, StoredTensor]] = field(repr=False)
     vae: TensorFile = field(repr=False)
     adapter: Adapter | None = None
+    base: Base | None = None
+    stamps: Mapping[Path, Stamp | None] = field(default_factory=dict, repr=False)  # of all files, when it was opened
 
     @classmethod
     def open(cls, source: str | Path, base: str | Path | None = None, lora: str | Path | None = None) -> Checkpoint:
         """Opens a folder, a .safetensors file or a Hub id (`owner/name` or `owner/name@revision`).
 
-        `base` gives the configs, tokenizer and VAE that a fine-tune lacks; `lora` is a peft adapter folder to merge.
+        `base` gives the configs, tokenizer, VAE and tensors that a fine-tune lacks, such as the ViT of one that was
+        trained without; `lora` is a peft adapter folder to merge.
         Raises CheckpointError if anything is missing, damaged, or not the shape that the configs promise.
         """
         path, name, revision = locate(source, weights=True)
         folder = path if path.is_dir() else path.parent
-        folders = [folder] if base is None else [folder, locate(base, weights=False)[0]]
+        second = None if base is None else locate(base, weights=False)
+        folders = [folder] if second is None else [folder, second[0] if second[0].is_dir() else second[0].parent]
         sources = _normalised(_tensor_files(path), path)
         files = _aux_files(folders)
+        given: Base | None = None
+        if base is not None and second is not None:
+            taken = _missing_from(base, sources, files)
+            names = tuple(sorted(n for n, file in files.items() if folder not in file.parents))
+            sources, given = sources | taken, Base(second[1], second[2], names, tuple(sorted(taken)))
+        stamps = {file: stamp_of(file) for file in files.values()}
         adapter = None if lora is None else Adapter.open(Path(lora), normal_name, sources)
         if adapter is not None:
             sources |= adapter.replaced
         _check(sources, files, path)
         _check_tokenizer(sources, files, folder)
         specs = tuple(TensorSpec("BF16", t.shape, n) for n, (_, t) in sorted(sources.items()))
-        return cls(name, revision, specs, files, sources, _vae(files["ae.safetensors"]), adapter)
+        if lora is not None:
+            stamps |= {Path(lora) / name: stamp_of(Path(lora) / name) for name in ADAPTER_FILES}
+        stamps |= {file.path: file.stamp for file, _ in sources.values()}
+        return cls(name, revision, specs, files, sources, _vae(files["ae.safetensors"]), adapter, given, stamps)
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -113,14 +138,13 @@ class Checkpoint:
         return bf16.as_tensor(self.words(spec.name, start, stop))
 
     @cached_property
-    def digest(self) -> str:
-        """Identity of the normalised checkpoint, cheap: sha256 of names, shapes, configs and samples of every tensor.
+    def fingerprint(self) -> str:
+        """What is known without reading it all: sha256 of names, shapes, configs and samples of every tensor.
 
-        The samples are 512 elements at the start, middle and end of each tensor, as bf16, and 512 bytes of each VAE
-        tensor. Another packaging of the same weights has the same digest; a training step changes it. It is not proof
-        against somebody who changes single weights: the manifest has a full digest of every tensor that was read.
+        The samples are 512 elements at the start, middle and end of each tensor, as bf16. It tells most checkpoints
+        apart at once, and a plan is made for it; what a checkpoint is, its `digest` says.
         """
-        total = hashlib.sha256(b"bagel-compress checkpoint 1\n")
+        total = hashlib.sha256(b"bagel-compress fingerprint 2\n")
         for name in CONFIG_FILES:
             total.update(json.dumps(self.configs[name], sort_keys=True).encode() + b"\n")
         for spec in self.specs:
@@ -130,8 +154,24 @@ class Checkpoint:
                 total.update(self.words(spec.name, start, min(start + SAMPLE, spec.numel)).tobytes())
         for name, tensor in sorted(self.vae.tensors.items()):
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            total.update(self.vae.bytes[tensor.start : min(tensor.start + SAMPLE, tensor.stop)].tobytes())
         return total.hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity: every value of every tensor, configs, tokenizer and VAE (`identity`). Reads all of it once.
+
+        Another packaging of the same weights has the same digest. Raises CheckpointError if a file changes meanwhile.
+        """
+        files = {name: blake3_file(path) for name, path in self.files.items() if name in FILES}
+        found = identity(self.specs, tensor_digests(self.specs, self.words), self.configs, files)
+        self.expect_unchanged()
+        return found
+
+    def expect_unchanged(self) -> None:
+        """Raises CheckpointError if any file is no longer what it was when the checkpoint was opened."""
+        for path, stamp in self.stamps.items():
+            if stamp_of(path) != stamp:
+                raise CheckpointError(f"{path} was changed while it was read; start again with the finished file.")
 
 
 def normal_name(name: str) -> str | None:
@@ -228,6 +268,16 @@ def _normalised(files: list[TensorFile], path: Path) -> dict[str, tuple[TensorFi
                 )
             sources[name] = (file, tensor)
     return sources
+
+
+def _missing_from(base: str | Path, sources: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+    """The tensors of `base` that the configs ask for and the sources lack."""
+    expected = expected_tensors(_sizes(files, {name: tensor.shape for name, (_, tensor) in sources.items()}))
+    if not expected.keys() - sources.keys():
+        return {}  # the weights of the base are not even fetched
+    path = locate(base, weights=True)[0]
+    offered = _normalised(_tensor_files(path), path)
+    return {name: offered[name] for name in expected.keys() - sources.keys() if name in offered}
 
 
 def _check(sources: Mapping[str, tuple[TensorFile, StoredTensor]], files: Mapping[str, Path], path: Path) -> None:

@@ -31,8 +31,8 @@ class TrueHeader:
         return tuple(TensorSpec("BF16", shape, name) for name, shape in expected_tensors(full_sizes()).items())
 
     @cached_property
-    def digest(self) -> str:
-        """sha256 of names and shapes; no checkpoint has this digest."""
+    def fingerprint(self) -> str:
+        """sha256 of names and shapes; no checkpoint has this one."""
         rows = "".join(f"{spec.name} {list(spec.shape)}\n" for spec in self.specs)
         return hashlib.sha256(f"header only\n{rows}".encode()).hexdigest()
 

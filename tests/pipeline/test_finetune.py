@@ -24,9 +24,13 @@ Q = "language_model.model.layers.0.self_attn.q_proj.weight"
 DOWN = "language_model.model.layers.2.mlp_moe_gen.down_proj.weight"
 
 
-def artifact_bytes(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> dict[str, bytes]:
+def artifact_bytes(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> dict[str, object]:
+    """Every file of the build; the manifest without its words on where values came from."""
     compress(make_plan(checkpoint, recipe), checkpoint, out)
-    return folder_bytes(out)
+    files: dict[str, object] = dict(folder_bytes(out))
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    manifest["source"] |= {"adapter": None, "base": None}
+    return files | {"manifest.json": manifest}
 
 
 def _fp32(write: Write, tensors: Tensors) -> Path:
