@@ -33,7 +33,7 @@ SAMPLER_DEFAULTS: dict[str, Any] = {
 MAX_THINK_TOKENS = 1000
 
 
-class _Recorder(Listener):
+class _ContextRecorder(Listener):
     """Puts down every event under the recorded names, and feeds what the recording had: noise, ids, velocities in bf16.
 
     Ids are always the recorded ones, since an early flip would make all later logits incomparable.
@@ -200,7 +200,7 @@ def infer(golden: Golden, scenario: dict[str, Any], given: Tensors) -> Tensors:
     }
     if settings["output"] == "image":
         settings["flow"] = _flow(golden, scenario)
-    recorder = _Recorder(golden, given)
+    recorder = _ContextRecorder(golden, given)
     with golden.as_recorded():
         recorder.sampler.run(turns, **settings, noise=_replayed_noise(given), listener=recorder)
     out = recorder.out
@@ -260,7 +260,7 @@ def chat(golden: Golden, scenario: dict[str, Any], given: Tensors) -> Tensors:
     """A question of the official evaluation: pictures as ViT features, a prompt, text."""
     images = [golden.image(name) for name in scenario["images"]]
     settings = TextSettings(max_tokens=scenario["max_length"])
-    recorder = _Recorder(golden, given)
+    recorder = _ContextRecorder(golden, given)
     with golden.as_recorded():
         recorder.sampler.chat(images, scenario["text"], settings, listener=recorder)
     return recorder.out | _ids(golden, given, golden.sampler.chat(images, scenario["text"], settings).ids)
@@ -272,7 +272,7 @@ def batch_t2i(golden: Golden, scenario: dict[str, Any], given: Tensors) -> Tenso
     requests = [Request([t], tuple(s)) for t, s in zip(scenario["texts"], scenario["sizes"], strict=True)]
     flow, grids = _flow(golden, scenario), [golden.sampler.grid(tuple(size)) for size in scenario["sizes"]]
     lens = [rows * columns for rows, columns in grids]
-    recorder = _Recorder(golden, given)
+    recorder = _ContextRecorder(golden, given)
     recorder.sampler.share_branches = True  # the recording has two branches; a third one would be events of its own
     with golden.as_recorded():
         recorder.sampler.run_batch(requests, flow=flow, noise=_replayed_noise(given, *lens), listener=recorder)

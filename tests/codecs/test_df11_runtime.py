@@ -19,7 +19,7 @@ from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
-from bagel_compress.codecs.df11.device import StoredUnit
+from bagel_compress.codecs.df11.device import Df11Unit
 from bagel_compress.codecs.df11.embedding import DF11Embedding
 from bagel_compress.codecs.ring import RingLinear, UnitDecoder, ring_weights
 from bagel_compress.errors import CodecError
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 CODEC = DF11.model_validate({"units": "expert"})
 
 
-def layer_units(layers: int = 3, width: int = 32) -> dict[str, tuple[StoredUnit, torch.Tensor]]:
+def layer_units(layers: int = 3, width: int = 32) -> dict[str, tuple[Df11Unit, torch.Tensor]]:
     """Stored units of some layers by short name ("1.mlp"), each with its flat weights."""
     rng = np.random.default_rng(0)
     specs = [
@@ -44,7 +44,7 @@ def layer_units(layers: int = 3, width: int = 32) -> dict[str, tuple[StoredUnit,
     units = {}
     for unit in CODEC.units(specs):
         tensors = {s.name: torch.from_numpy(rng.normal(0, 0.02, s.shape)).bfloat16() for s in unit.specs}
-        stored = StoredUnit(unit, CODEC.encode(unit, tensors))
+        stored = Df11Unit(unit, CODEC.encode(unit, tensors))
         flat = torch.cat([tensors[s.name].flatten() for s in unit.specs])
         units[unit.name.removeprefix("language_model.model.layers.")] = (stored, flat)
     return units
@@ -80,7 +80,7 @@ def test_any_order_of_units_gives_their_weights() -> None:
             assert same(decoder.flat(stored), flat), name
 
 
-def a_pass(units: dict[str, tuple[StoredUnit, torch.Tensor]], decoder: UnitDecoder) -> int:
+def a_pass(units: dict[str, tuple[Df11Unit, torch.Tensor]], decoder: UnitDecoder) -> int:
     """Units as one denoising step asks for them; the weights that were decoded."""
     before = decoder.decoded
     for i in range(3):

@@ -12,7 +12,7 @@ import torch
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11 import cuda_kernel, unpack
-from bagel_compress.codecs.df11.device import StoredUnit
+from bagel_compress.codecs.df11.device import Df11Unit
 from bagel_compress.codecs.ring import UnitDecoder
 from bagel_compress.io.tensor_spec import TensorSpec
 
@@ -83,7 +83,7 @@ def test_the_official_kernel_reads_our_bytes(rows: int, columns: int, spread: fl
 
 def test_prefetched_units_give_their_weights() -> None:
     units = [unit_of(256 + 64 * k, 512, f"language_model.model.layers.{k}.mlp_moe_gen") for k in range(5)]
-    stored = [(StoredUnit(unit, on_gpu(unit, weights)), weights) for unit, weights in units]
+    stored = [(Df11Unit(unit, on_gpu(unit, weights)), weights) for unit, weights in units]
     decoder = UnitDecoder(torch.device("cuda", 0), keep_bytes=0)
     for one, _ in stored:
         decoder.expect(one)

@@ -15,7 +15,7 @@ from bagel_compress.codecs.ring_size import serves_understanding
 from bagel_compress.errors import MissingExtraError
 
 
-class StoredUnit:
+class Df11Unit:
     """Checked parts of a unit on their device, ready to decode."""
 
     def __init__(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> None:
@@ -46,7 +46,7 @@ class StoredUnit:
 
 def decode_unit(unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a unit by name: views of one new buffer on the device of the parts."""
-    stored = StoredUnit(unit, parts)
+    stored = Df11Unit(unit, parts)
     flat = stored.decode_into(torch.empty(unit.numel, dtype=torch.bfloat16, device=stored.device))
     tensors = {}
     for spec in unit.specs:
