@@ -140,14 +140,15 @@ class BagelConfig:
             ]
         else:
             patch = _latent_patch(shapes, latent_channels)
-            sides = _table_side(shapes, "latent_pos_embed.pos_embed"), _table_side(shapes, "vit_pos_embed.pos_embed")
+            latent_side = _table_side(shapes, "latent_pos_embed.pos_embed")
+            vit_side = _table_side(shapes, "vit_pos_embed.pos_embed")
         return cls(
             llm=_llm(llm, where[LLM_FILE]),
             vit=_vit(vit, where[VIT_FILE], shapes),
             latent_patch_size=patch,
             latent_channels=latent_channels,
-            max_latent_size=sides[0],
-            vit_max_patches=sides[1],
+            max_latent_size=latent_side,
+            vit_max_patches=vit_side,
             interpolate_pos=_bool(extra, "interpolate_pos", config, False),
             timestep_shift=number(extra, "timestep_shift", config, 1.0),
             vae_downsample=vae_downsample,
