@@ -22,6 +22,7 @@ from bagel.layout import ModelSizes
 Shapes = Mapping[str, tuple[int, ...]]
 
 LLM_FILE, VIT_FILE, EXTRA_FILE = "llm_config.json", "vit_config.json", "config.json"
+LATENT_INPUT, LATENT_TABLE, VIT_TABLE = "vae2llm.weight", "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
 _OFFICIAL_VAE_SIDES, _OFFICIAL_VIT_SIDES = (1024, 512, 16), (980, 224, 14)  # longest, shortest, stride
 
 
@@ -106,9 +107,12 @@ class BagelConfig:
     def from_dir(cls, folder: Path, shapes: Shapes, latent_channels: int, vae_downsample: int) -> BagelConfig:
         """Reads `llm_config.json`, `vit_config.json` and, if present, `config.json`; corrects them by tensor shapes.
 
-        Raises BagelError if a file is missing or no JSON object, or where `from_mappings` raises it.
+        Raises BagelError if a file or a tensor that decides a size is missing, if a file holds no JSON object, or where
+        `from_mappings` raises it.
         """
         files = config_files(folder)
+        for name in (LATENT_INPUT, LATENT_TABLE, VIT_TABLE):
+            _shape(shapes, name, 2)
         llm, vit = (read_json(files.get(name, folder / name)) for name in (LLM_FILE, VIT_FILE))
         extra = read_json(files[EXTRA_FILE]) if EXTRA_FILE in files else {}
         return cls.from_mappings(llm, vit, extra, shapes, latent_channels, vae_downsample, files)
@@ -119,29 +123,30 @@ class BagelConfig:
         llm: Mapping[str, Any],
         vit: Mapping[str, Any],
         extra: Mapping[str, Any],
-        shapes: Shapes | None,
+        shapes: Shapes,
         latent_channels: int = 16,
         vae_downsample: int = 8,
         files: Mapping[str, Path] | None = None,
     ) -> BagelConfig:
         """From the contents of `llm_config.json`, `vit_config.json` and `config.json` (empty if there is none).
 
-        `shapes` are those of all tensors, by official name; None for a model without weights, whose table sides and
-        latent patch are then `config.json`'s, or else the released model's. `latent_channels` and `vae_downsample`
+        `shapes` are those of the tensors there are, by official name, none for a model without weights. Where a
+        tensor that decides a size is missing, it is `config.json`'s, or else the released model's.
+        `latent_channels` and `vae_downsample`
         are the VAE's; their defaults are the released one's. `files` says where the three lie, for errors.
-        Raises BagelError if a value is missing, null or mistyped, or if a tensor that decides a size is missing.
+        Raises BagelError if a value is missing, null or mistyped, or if a tensor that decides a size is misshapen.
         """
         where = {name: (files or {}).get(name, Path(name)) for name in (LLM_FILE, VIT_FILE, EXTRA_FILE)}
         config = where[EXTRA_FILE]
-        if shapes is None:
-            patch = _int(extra, "latent_patch_size", config, 2)
-            sides = [
-                _int(extra, k, config, n) for k, n in (("max_latent_size", 64), ("vit_max_num_patch_per_side", 70))
-            ]
-        else:
+        patch = _int(extra, "latent_patch_size", config, 2)
+        latent_side = _int(extra, "max_latent_size", config, 64)
+        vit_side = _int(extra, "vit_max_num_patch_per_side", config, 70)
+        if LATENT_INPUT in shapes:
             patch = _latent_patch(shapes, latent_channels)
-            latent_side = _table_side(shapes, "latent_pos_embed.pos_embed")
-            vit_side = _table_side(shapes, "vit_pos_embed.pos_embed")
+        if LATENT_TABLE in shapes:
+            latent_side = _table_side(shapes, LATENT_TABLE)
+        if VIT_TABLE in shapes:
+            vit_side = _table_side(shapes, VIT_TABLE)
         return cls(
             llm=_llm(llm, where[LLM_FILE]),
             vit=_vit(vit, where[VIT_FILE], shapes),
@@ -176,10 +181,10 @@ def _llm(raw: Mapping[str, Any], file: Path) -> LLMConfig:
     )
 
 
-def _vit(raw: Mapping[str, Any], file: Path, shapes: Shapes | None) -> ViTConfig:
+def _vit(raw: Mapping[str, Any], file: Path, shapes: Shapes) -> ViTConfig:
     """`num_hidden_layers` counts a last SigLIP block that is not stored, unless the weights have all of them."""
     pattern = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
-    stored = {int(m[1]) for name in shapes or () if (m := pattern.match(name))}
+    stored = {int(m[1]) for name in shapes if (m := pattern.match(name))}
     configured = _int(raw, "num_hidden_layers", file)
     return ViTConfig(
         hidden_size=_int(raw, "hidden_size", file),
@@ -262,7 +267,7 @@ def _mistyped(file: Path, key: str, value: object, expected: str) -> BagelError:
 
 
 def _latent_patch(shapes: Shapes, channels: int) -> int:
-    width = _shape(shapes, "vae2llm.weight", 2)[1]
+    width = _shape(shapes, LATENT_INPUT, 2)[1]
     patch = math.isqrt(width // channels) if channels > 0 else 0
     if patch * patch * channels != width:
         raise BagelError(

@@ -42,4 +42,4 @@ def full_sizes(layers: int | None = None) -> ModelSizes:
     llm, vit = (read_json(FULL_CONFIGS / name) for name in (LLM_FILE, VIT_FILE))
     if layers is not None:
         llm["num_hidden_layers"] = layers
-    return BagelConfig.from_mappings(llm, vit, {}, None).sizes
+    return BagelConfig.from_mappings(llm, vit, {}, {}).sizes

@@ -89,7 +89,7 @@ def _small(shape: str, layers: int | None) -> tuple[ModelSizes, VAEConfig, dict[
         llm = llm | {"num_hidden_layers": layers}
     shapes = {name: tensor.shape for name, tensor in TensorFile.open(folder / "ae.safetensors").tensors.items()}
     vae = VAEConfig.from_shapes(shapes)
-    sizes = BagelConfig.from_mappings(llm, vit, config, None, vae.z_channels, vae.downsample).sizes
+    sizes = BagelConfig.from_mappings(llm, vit, config, {}, vae.z_channels, vae.downsample).sizes
     return sizes, vae, _configs(llm, vit, config, sizes)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ def raw(tiny: Path) -> dict[str, Any]:
     return {name: json.loads((tiny / name).read_text(encoding="utf-8")) for name in FILES}
 
 
-def read(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None = None) -> BagelConfig:
+def read(raw: dict[str, Any], shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})) -> BagelConfig:
     return BagelConfig.from_mappings(*(raw[name] for name in FILES), shapes)
 
 
