@@ -1,8 +1,9 @@
 """Configuration of a BAGEL model, as frozen dataclasses.
 
-`BagelConfig.from_dir` is the only place that corrects what the official files leave out or get wrong: the ViT layer
-count is one too high in `vit_config.json`, and latent sizes, table sizes and VAE widths are hard-coded upstream.
-Here they are read off the tensor shapes, so that any checkpoint of the architecture loads without patches.
+`BagelConfig.from_mappings` is the only reader of the official files, and the only place that corrects what they leave
+out or get wrong: the ViT layer count is one too high in `vit_config.json`, and latent sizes, table sizes and VAE widths
+are hard-coded upstream. Here they are read off the tensor shapes, so that any checkpoint of the architecture loads
+without patches.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from bagel.layout import ModelSizes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+LLM_FILE, VIT_FILE, EXTRA_FILE = "llm_config.json", "vit_config.json", "config.json"
+LATENT_INPUT, LATENT_TABLE, VIT_TABLE = "vae2llm.weight", "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
 _OFFICIAL_VAE_SIDES, _OFFICIAL_VIT_SIDES = (1024, 512, 16), (980, 224, 14)  # longest, shortest, stride
 
 
@@ -104,89 +107,174 @@ class BagelConfig:
     def from_dir(cls, folder: Path, shapes: Shapes, latent_channels: int, vae_downsample: int) -> BagelConfig:
         """Reads `llm_config.json`, `vit_config.json` and, if present, `config.json`; corrects them by tensor shapes.
 
-        Raises BagelError if a file or a key is missing, or if a tensor that decides a size is.
+        Raises BagelError if a file or a tensor that decides a size is missing, if a file holds no JSON object, or where
+        `from_mappings` raises it.
         """
-        llm = _read(folder, "llm_config.json")
-        vit = _read(folder, "vit_config.json")
-        extra = _read(folder, "config.json") if (folder / "config.json").exists() else {}
-        width = _shape(shapes, "vae2llm.weight", 2)[1]
-        patch = math.isqrt(width // latent_channels)
-        if patch * patch * latent_channels != width:
-            raise BagelError(
-                f"{folder}: vae2llm.weight takes {width} values per latent token, expected a square number of cells"
-                f" times the VAE's {latent_channels} channels; model and VAE do not belong together."
-            )
+        files = config_files(folder)
+        for name in (LATENT_INPUT, LATENT_TABLE, VIT_TABLE):
+            _shape(shapes, name, 2)
+        llm, vit = (read_json(files.get(name, folder / name)) for name in (LLM_FILE, VIT_FILE))
+        extra = read_json(files[EXTRA_FILE]) if EXTRA_FILE in files else {}
+        return cls.from_mappings(llm, vit, extra, shapes, latent_channels, vae_downsample, files)
+
+    @classmethod
+    def from_mappings(
+        cls,
+        llm: Mapping[str, Any],
+        vit: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        shapes: Shapes,
+        latent_channels: int = 16,
+        vae_downsample: int = 8,
+        files: Mapping[str, Path] | None = None,
+    ) -> BagelConfig:
+        """From the contents of `llm_config.json`, `vit_config.json` and `config.json` (empty if there is none).
+
+        `shapes` are those of the tensors there are, by official name, none for a model without weights. Where a
+        tensor that decides a size is missing, it is `config.json`'s, or else the released model's.
+        `latent_channels` and `vae_downsample`
+        are the VAE's; their defaults are the released one's. `files` says where the three lie, for errors.
+        Raises BagelError if a value is missing, null or mistyped, or if a tensor that decides a size is misshapen.
+        """
+        where = {name: (files or {}).get(name, Path(name)) for name in (LLM_FILE, VIT_FILE, EXTRA_FILE)}
+        config = where[EXTRA_FILE]
+        patch = _int(extra, "latent_patch_size", config, 2)
+        latent_side = _int(extra, "max_latent_size", config, 64)
+        vit_side = _int(extra, "vit_max_num_patch_per_side", config, 70)
+        if LATENT_INPUT in shapes:
+            patch = _latent_patch(shapes, latent_channels)
+        if LATENT_TABLE in shapes:
+            latent_side = _table_side(shapes, LATENT_TABLE)
+        if VIT_TABLE in shapes:
+            vit_side = _table_side(shapes, VIT_TABLE)
         return cls(
-            llm=_llm(llm, folder),
-            vit=_vit(vit, folder, shapes),
+            llm=_llm(llm, where[LLM_FILE]),
+            vit=_vit(vit, where[VIT_FILE], shapes),
             latent_patch_size=patch,
             latent_channels=latent_channels,
-            max_latent_size=_table_side(shapes, "latent_pos_embed.pos_embed"),
-            vit_max_patches=_table_side(shapes, "vit_pos_embed.pos_embed"),
-            interpolate_pos=bool(extra.get("interpolate_pos", False)),
-            timestep_shift=float(extra.get("timestep_shift", 1.0)),
+            max_latent_size=latent_side,
+            vit_max_patches=vit_side,
+            interpolate_pos=_bool(extra, "interpolate_pos", config, False),
+            timestep_shift=number(extra, "timestep_shift", config, 1.0),
             vae_downsample=vae_downsample,
-            vae_rule=_rule(extra.get("vae_transform"), ResizeRule(*_OFFICIAL_VAE_SIDES)),
-            vit_rule=_rule(extra.get("vit_transform"), ResizeRule(*_OFFICIAL_VIT_SIDES)),
+            vae_rule=_rule(extra, "vae_transform", config, ResizeRule(*_OFFICIAL_VAE_SIDES)),
+            vit_rule=_rule(extra, "vit_transform", config, ResizeRule(*_OFFICIAL_VIT_SIDES)),
         )
 
 
-def _llm(raw: Mapping[str, Any], folder: Path) -> LLMConfig:
-    heads = _int(raw, "num_attention_heads", folder, "llm_config.json")
+def config_files(folder: Path) -> dict[str, Path]:
+    """Those of the three JSON files that a folder has, by name."""
+    return {name: folder / name for name in (LLM_FILE, VIT_FILE, EXTRA_FILE) if (folder / name).exists()}
+
+
+def _llm(raw: Mapping[str, Any], file: Path) -> LLMConfig:
+    heads = _int(raw, "num_attention_heads", file)
     return LLMConfig(
-        hidden_size=_int(raw, "hidden_size", folder, "llm_config.json"),
-        intermediate_size=_int(raw, "intermediate_size", folder, "llm_config.json"),
-        num_layers=_int(raw, "num_hidden_layers", folder, "llm_config.json"),
+        hidden_size=_int(raw, "hidden_size", file),
+        intermediate_size=_int(raw, "intermediate_size", file),
+        num_layers=_int(raw, "num_hidden_layers", file),
         num_heads=heads,
-        num_kv_heads=int(raw.get("num_key_value_heads", heads)),
-        vocab_size=_int(raw, "vocab_size", folder, "llm_config.json"),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(raw.get("rope_theta", 1e6)),
+        num_kv_heads=_int(raw, "num_key_value_heads", file, heads),
+        vocab_size=_int(raw, "vocab_size", file),
+        rms_norm_eps=_positive(raw, "rms_norm_eps", file, 1e-6),
+        rope_theta=_positive(raw, "rope_theta", file, 1e6),
     )
 
 
-def _vit(raw: Mapping[str, Any], folder: Path, shapes: Shapes) -> ViTConfig:
+def _vit(raw: Mapping[str, Any], file: Path, shapes: Shapes) -> ViTConfig:
+    """`num_hidden_layers` counts a last SigLIP block that is not stored, unless the weights have all of them."""
     pattern = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
-    kept = {int(m[1]) for name in shapes if (m := pattern.match(name))}
+    stored = {int(m[1]) for name in shapes if (m := pattern.match(name))}
+    configured = _int(raw, "num_hidden_layers", file)
     return ViTConfig(
-        hidden_size=_int(raw, "hidden_size", folder, "vit_config.json"),
-        intermediate_size=_int(raw, "intermediate_size", folder, "vit_config.json"),
-        num_layers=max(kept) + 1 if kept else 0,
-        num_heads=_int(raw, "num_attention_heads", folder, "vit_config.json"),
-        patch_size=int(raw.get("patch_size", 14)),
-        num_channels=int(raw.get("num_channels", 3)),
-        layer_norm_eps=float(raw.get("layer_norm_eps", 1e-6)),
+        hidden_size=_int(raw, "hidden_size", file),
+        intermediate_size=_int(raw, "intermediate_size", file),
+        num_layers=configured if len(stored) == configured else configured - 1,
+        num_heads=_int(raw, "num_attention_heads", file),
+        patch_size=_int(raw, "patch_size", file, 14),
+        num_channels=_int(raw, "num_channels", file, 3),
+        layer_norm_eps=_positive(raw, "layer_norm_eps", file, 1e-6),
     )
 
 
-def _rule(raw: Mapping[str, int] | None, default: ResizeRule) -> ResizeRule:
+def _rule(extra: Mapping[str, Any], key: str, file: Path, default: ResizeRule) -> ResizeRule:
     """`vae_transform` and `vit_transform` of config.json: our convention for models with other sizes."""
-    if raw is None:
+    if key not in extra:
         return default
+    raw = {f"{key}.{name}": value for name, value in section(extra, key, file).items()}
     return ResizeRule(
-        raw["max_image_size"], raw["min_image_size"], raw["image_stride"], raw.get("max_pixels", default.max_pixels)
+        max_size=_int(raw, f"{key}.max_image_size", file),
+        min_size=_int(raw, f"{key}.min_image_size", file),
+        stride=_int(raw, f"{key}.image_stride", file),
+        max_pixels=_int(raw, f"{key}.max_pixels", file, default.max_pixels),
     )
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises BagelError if it is missing or something else."""
     try:
-        data = json.loads((folder / name).read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BagelError(
-            f"{folder} has no {name}; copy it from the base model's folder (or name one with --base)."
+            f"{file.parent} has no {file.name}; copy it from the base model's folder (or name one with --base)."
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BagelError(f"{folder / name} is not JSON ({error}); copy it again from the base model.") from None
+        raise BagelError(f"{file} is not JSON ({error}); copy it again from the base model.") from None
     if not isinstance(data, dict):
-        raise BagelError(f"{folder / name} holds a {type(data).__name__}, expected a JSON object.")
+        raise BagelError(f"{file} holds a {type(data).__name__}, expected a JSON object.")
     return data
 
 
-def _int(raw: Mapping[str, Any], key: str, folder: Path, file: str) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or value <= 0:
-        raise BagelError(f"{folder / file}: {key} is {value!r}, expected a positive integer.")
+def section(raw: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:
+    """A nested JSON object; empty if the key is missing. Raises BagelError if it is something else."""
+    value = raw.get(key, {})
+    if not isinstance(value, dict):
+        raise _mistyped(file, key, value, "a JSON object")
     return value
+
+
+def number(raw: Mapping[str, Any], key: str, file: Path, default: float) -> float:
+    """A finite number, `default` if the key is missing. Raises BagelError if it is something else."""
+    value = raw.get(key, default)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise _mistyped(file, key, value, "a number")
+    return float(value)
+
+
+def _positive(raw: Mapping[str, Any], key: str, file: Path, default: float) -> float:
+    value = number(raw, key, file, default)
+    if value <= 0:
+        raise _mistyped(file, key, value, "a positive number")
+    return value
+
+
+def _int(raw: Mapping[str, Any], key: str, file: Path, default: int | None = None) -> int:
+    value = raw.get(key, default)
+    if type(value) is not int or value <= 0:
+        raise _mistyped(file, key, value, "a positive integer")
+    return value
+
+
+def _bool(raw: Mapping[str, Any], key: str, file: Path, default: bool) -> bool:
+    value = raw.get(key, default)
+    if not isinstance(value, bool):
+        raise _mistyped(file, key, value, "true or false")
+    return value
+
+
+def _mistyped(file: Path, key: str, value: object, expected: str) -> BagelError:
+    return BagelError(f"{file}: {key} is {value!r}, expected {expected}; copy the file again from the base model.")
+
+
+def _latent_patch(shapes: Shapes, channels: int) -> int:
+    width = _shape(shapes, LATENT_INPUT, 2)[1]
+    patch = math.isqrt(width // channels) if channels > 0 else 0
+    if patch * patch * channels != width:
+        raise BagelError(
+            f"vae2llm.weight takes {width} values per latent token, expected a square number of cells"
+            f" times the VAE's {channels} channels; model and VAE do not belong together."
+        )
+    return patch
 
 
 def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bagel.config import BagelConfig
+from bagel.config import EXTRA_FILE, LLM_FILE, VIT_FILE, BagelConfig, number, read_json, section
 from bagel.errors import BagelError
 from bagel.layout import expected_tensors
 from bagel.model import Bagel
@@ -65,12 +65,14 @@ def load_bagel(folder: Path, device: torch.device, dtype: torch.dtype) -> Bagel:
     return model.eval()
 
 
-def load_vae(folder: Path, device: torch.device, file: Path | None = None) -> AutoEncoder:
-    """The autoencoder, in fp32 whatever it is stored in; `file` says where it is if not in the folder."""
+def load_vae(
+    folder: Path, device: torch.device, file: Path | None = None, config: VAEConfig | None = None
+) -> AutoEncoder:
+    """The autoencoder, in fp32 whatever it is stored in; `file` and `config` if they are not the folder's."""
     file = file or vae_file(folder)
     files = dict.fromkeys(tensor_names(file), file)
     with unfilled():
-        vae = AutoEncoder(vae_config(folder, shapes_of(files)))
+        vae = AutoEncoder(config or vae_config(folder, shapes_of(files)))
     fill(vae, files, {name: name for name, _ in vae.named_parameters()}, device, torch.float32)
     return vae.eval()
 
@@ -99,16 +101,30 @@ def read_config(
     return BagelConfig.from_dir(folder, shapes, vae.z_channels, vae.downsample)
 
 
+def read_config_files(
+    files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], vae_shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[BagelConfig, VAEConfig]:
+    """`read_config` of JSON files that may lie in several folders, by name; and the VAE's configuration."""
+    llm, vit = read_json(files[LLM_FILE]), read_json(files[VIT_FILE])
+    extra = read_json(files[EXTRA_FILE]) if EXTRA_FILE in files else {}
+    vae = _vae_config(extra, files.get(EXTRA_FILE, files[LLM_FILE]), vae_shapes)
+    return BagelConfig.from_mappings(llm, vit, extra, shapes, vae.z_channels, vae.downsample, files), vae
+
+
 def vae_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
     """Sizes from shapes; scale and shift from `vae_config` of config.json if it has one, else FLUX's."""
-    config = folder / "config.json"
-    stored = json.loads(config.read_text(encoding="utf-8")).get("vae_config", {}) if config.exists() else {}
+    file = folder / EXTRA_FILE
+    return _vae_config(read_json(file) if file.exists() else {}, file, shapes)
+
+
+def _vae_config(extra: Mapping[str, Any], file: Path, shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
+    stored = section(extra, "vae_config", file)
+    scale = number(stored, "scale_factor", file, SCALE_FACTOR)
+    shift = number(stored, "shift_factor", file, SHIFT_FACTOR)
     try:
-        return VAEConfig.from_shapes(
-            shapes, stored.get("scale_factor", SCALE_FACTOR), stored.get("shift_factor", SHIFT_FACTOR)
-        )
+        return VAEConfig.from_shapes(shapes, scale, shift)
     except ValueError as error:
-        raise BagelError(f"{folder}: {error} Copy ae.safetensors from the base model.") from None
+        raise BagelError(f"{file.parent}: {error} Copy ae.safetensors from the base model.") from None
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from bagel.config import ResizeRule
-from bagel.layout import ModelSizes, expected_tensors
+from bagel.layout import expected_tensors
 from bagel.loading import parameter_path
 from bagel.model import Bagel
 from bagel.nano import tokens
@@ -28,9 +28,8 @@ def save(folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Tokenizer) -> 
     """Writes the whole folder; files that are there are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     values = model.state_dict()
-    weights = {
-        name: values[parameter_path(name)].to(torch.bfloat16).contiguous() for name in expected_tensors(_sizes())
-    }
+    names = expected_tensors(CONFIG.sizes)
+    weights = {name: values[parameter_path(name)].to(torch.bfloat16).contiguous() for name in names}
     save_file(weights, folder / "ema.safetensors", metadata={"format": "pt"})
     save_vae(folder, vae)
     tokens.save(tokenizer, folder)
@@ -49,17 +48,6 @@ def save_vae(folder: Path, vae: AutoEncoder) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().float().contiguous() for name, t in vae.state_dict().items()}
     save_file(weights, folder / "ae.safetensors", metadata={"format": "pt"})
-
-
-def _sizes() -> ModelSizes:
-    llm, vit = CONFIG.llm, CONFIG.vit
-    return ModelSizes(
-        hidden=llm.hidden_size, intermediate=llm.intermediate_size, layers=llm.num_layers, heads=llm.num_heads,
-        kv_heads=llm.num_kv_heads, vocab=llm.vocab_size, vit_hidden=vit.hidden_size,
-        vit_intermediate=vit.intermediate_size, vit_layers=vit.num_layers,
-        vit_patch=vit.num_channels * vit.patch_size**2, latent=CONFIG.latent_width,
-        latent_rows=CONFIG.max_latent_size**2, vit_rows=CONFIG.vit_max_patches**2,
-    )  # fmt: skip
 
 
 def _llm_config(tokenizer: Tokenizer) -> dict[str, Any]:

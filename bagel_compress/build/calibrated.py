@@ -7,17 +7,15 @@ rows are computed anew, not kept on the disk, so that a resumed build needs noth
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 
 from bagel.layout import official_role
-from bagel.loading import parameter_path, read_config
+from bagel.loading import parameter_path, read_config_files
 from bagel.text import TextCodec
 from bagel_compress.calibrate.calibration_set import CalibrationSet
 from bagel_compress.calibrate.first_rows import first_rows
@@ -199,8 +197,5 @@ def _refits(placement: Placement) -> bool:
 def model_config(checkpoint: Checkpoint) -> tuple[BagelConfig, TextCodec]:
     """Configuration and tokenizer of a checkpoint, wherever its files lie."""
     vae = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
-    with TemporaryDirectory() as gathered:
-        for name, file in checkpoint.files.items():
-            if name != "ae.safetensors":
-                shutil.copyfile(file, Path(gathered) / name)
-        return read_config(Path(gathered), checkpoint.shapes, vae), TextCodec.from_dir(Path(gathered))
+    config, _ = read_config_files(checkpoint.files, checkpoint.shapes, vae)
+    return config, TextCodec.from_files(checkpoint.files, checkpoint.files["llm_config.json"].parent)

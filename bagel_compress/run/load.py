@@ -7,11 +7,9 @@ A census says what each module really holds, and a compressed weight that is not
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from bagel.layout import official_role
@@ -64,26 +62,24 @@ def load_checkpoint(checkpoint: Checkpoint, device: DeviceChoice = "cpu", dtype:
     """The sampler of a checkpoint in any layout: prefixes, shards, dtypes, adapter and base as opened."""
     import torch
 
-    from bagel.loading import load_vae, parameter_path, put, read_config, unfilled
+    from bagel.loading import load_vae, parameter_path, put, read_config_files, unfilled
     from bagel.model import Bagel
     from bagel.sampler import Sampler
     from bagel.text import TextCodec
 
     lies_on, dtype = _lies_on(device), dtype or torch.bfloat16
-    with TemporaryDirectory() as gathered:
-        folder = Path(gathered)
-        for name, file in checkpoint.files.items():
-            if name != VAE:
-                shutil.copyfile(file, folder / name)
-        vae_shapes = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
-        with unfilled():
-            bagel = Bagel(read_config(folder, checkpoint.shapes, vae_shapes))
-        for spec in checkpoint.specs:
-            values = checkpoint.read(spec, 0, spec.numel).reshape(spec.shape)
-            path = parameter_path(spec.name)
-            put(bagel, path, _parameter(values.to(lies_on(path), dtype, copy=True)))
-        vae = load_vae(folder, lies_on("vae"), checkpoint.files[VAE])
-        return _spread(Sampler(bagel.eval(), vae, TextCodec.from_dir(folder)), device)
+    vae_shapes = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
+    config, vae_config = read_config_files(checkpoint.files, checkpoint.shapes, vae_shapes)
+    with unfilled():
+        bagel = Bagel(config)
+    for spec in checkpoint.specs:
+        values = checkpoint.read(spec, 0, spec.numel).reshape(spec.shape)
+        path = parameter_path(spec.name)
+        put(bagel, path, _parameter(values.to(lies_on(path), dtype, copy=True)))
+    vae_file = checkpoint.files[VAE]
+    vae = load_vae(vae_file.parent, lies_on("vae"), vae_file, vae_config)
+    text = TextCodec.from_files(checkpoint.files, checkpoint.files["llm_config.json"].parent)
+    return _spread(Sampler(bagel.eval(), vae, text), device)
 
 
 def load(artifact: Artifact, device: DeviceChoice = "cpu", dtype: torch.dtype | None = None) -> Sampler:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bagel.config import BagelConfig
+from bagel.errors import BagelError
 from bagel.layout import ModelSizes, expected_tensors, role_of
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
@@ -94,22 +95,23 @@ class Checkpoint:
         folders = [folder] if second is None else [folder, second[0] if second[0].is_dir() else second[0].parent]
         sources = _normalised(_tensor_files(path), path)
         files = _aux_files(folders)
+        vae = _vae(files["ae.safetensors"])
         given: Base | None = None
         if base is not None and second is not None:
-            taken = _missing_from(base, sources, files)
+            taken = _missing_from(base, sources, files, vae)
             names = tuple(sorted(n for n, file in files.items() if folder not in file.parents))
             sources, given = sources | taken, Base(second[1], second[2], names, tuple(sorted(taken)))
         stamps = {file: stamp_of(file) for file in files.values()}
         adapter = None if lora is None else Adapter.open(Path(lora), normal_name, sources)
         if adapter is not None:
             sources |= adapter.replaced
-        _check(sources, files, path)
+        _check(sources, files, path, vae)
         _check_tokenizer(sources, files, folder)
         specs = tuple(TensorSpec("BF16", t.shape, n) for n, (_, t) in sorted(sources.items()))
         if lora is not None:
             stamps |= {Path(lora) / name: stamp_of(Path(lora) / name) for name in ADAPTER_FILES}
         stamps |= {file.path: file.stamp for file, _ in sources.values()}
-        return cls(name, revision, specs, files, sources, _vae(files["ae.safetensors"]), adapter, given, stamps)
+        return cls(name, revision, specs, files, sources, vae, adapter, given, stamps)
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -270,9 +272,11 @@ def _normalised(files: list[TensorFile], path: Path) -> dict[str, tuple[TensorFi
     return sources
 
 
-def _missing_from(base: str | Path, sources: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+def _missing_from(
+    base: str | Path, sources: Mapping[str, Any], files: Mapping[str, Path], vae: TensorFile
+) -> dict[str, Any]:
     """The tensors of `base` that the configs ask for and the sources lack."""
-    expected = expected_tensors(_sizes(files, {name: tensor.shape for name, (_, tensor) in sources.items()}))
+    expected = expected_tensors(_sizes(files, {name: tensor.shape for name, (_, tensor) in sources.items()}, vae))
     if not expected.keys() - sources.keys():
         return {}  # the weights of the base are not even fetched
     path = locate(base, weights=True)[0]
@@ -280,10 +284,12 @@ def _missing_from(base: str | Path, sources: Mapping[str, Any], files: Mapping[s
     return {name: offered[name] for name in expected.keys() - sources.keys() if name in offered}
 
 
-def _check(sources: Mapping[str, tuple[TensorFile, StoredTensor]], files: Mapping[str, Path], path: Path) -> None:
+def _check(
+    sources: Mapping[str, tuple[TensorFile, StoredTensor]], files: Mapping[str, Path], path: Path, vae: TensorFile
+) -> None:
     """Every tensor that the configs promise, no other, each in its shape."""
     shapes = {name: tensor.shape for name, (_, tensor) in sources.items()}
-    expected = expected_tensors(_sizes(files, shapes))
+    expected = expected_tensors(_sizes(files, shapes, vae))
     if missing := sorted(expected.keys() - shapes.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -303,7 +309,6 @@ def _check_tokenizer(
     sources: Mapping[str, tuple[TensorFile, StoredTensor]], files: Mapping[str, Path], folder: Path
 ) -> None:
     """All readers of the tokenizer give the wrapper tokens the same ids, and the embedding has a row for each."""
-    from bagel.errors import BagelError
     from bagel.text import WRAPPERS, TextCodec
 
     try:
@@ -319,35 +324,15 @@ def _check_tokenizer(
             )
 
 
-def _sizes(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> ModelSizes:
-    """Configured sizes; those that upstream hard-codes (table rows, latent width, kept ViT layers) from the shapes."""
+def _sizes(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], vae: TensorFile) -> ModelSizes:
+    """The sizes that fix all shapes; `shapes` may lack tensors."""
+    channels = vae.tensors["decoder.conv_in.weight"].shape[1]
     llm, vit = (_json(files[name]) for name in CONFIG_FILES)
-    heads = _count(llm, "num_attention_heads", files["llm_config.json"])
-    kept = {int(m[1]) for name in shapes if (m := re.match(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.", name))}
-    configured = _count(vit, "num_hidden_layers", files["vit_config.json"])
-    rows = {name: shapes.get(name, (0,))[0] for name in ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")}
-    return ModelSizes(
-        hidden=_count(llm, "hidden_size", files["llm_config.json"]),
-        intermediate=_count(llm, "intermediate_size", files["llm_config.json"]),
-        layers=_count(llm, "num_hidden_layers", files["llm_config.json"]),
-        heads=heads,
-        kv_heads=int(llm.get("num_key_value_heads", heads)),
-        vocab=_count(llm, "vocab_size", files["llm_config.json"]),
-        vit_hidden=_count(vit, "hidden_size", files["vit_config.json"]),
-        vit_intermediate=_count(vit, "intermediate_size", files["vit_config.json"]),
-        vit_layers=configured if len(kept) == configured else configured - 1,
-        vit_patch=int(vit.get("patch_size", 14)) ** 2 * int(vit.get("num_channels", 3)),
-        latent=shapes.get("vae2llm.weight", (0, 64))[-1],
-        latent_rows=rows["latent_pos_embed.pos_embed"] or 4096,
-        vit_rows=rows["vit_pos_embed.pos_embed"] or 4900,
-    )
-
-
-def _count(config: Mapping[str, Any], key: str, path: Path) -> int:
-    value = config.get(key)
-    if type(value) is not int or value <= 0:
-        raise CheckpointError(f"{path}: {key} is {value!r}, expected a positive integer.")
-    return value
+    extra = _json(files["config.json"]) if "config.json" in files else {}
+    try:
+        return BagelConfig.from_mappings(llm, vit, extra, shapes, channels, files=files).sizes
+    except BagelError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -363,7 +348,8 @@ def _json(path: Path) -> dict[str, Any]:
 def _vae(path: Path) -> TensorFile:
     file = TensorFile.open(path)
     unknown = next((n for n in file.tensors if (role := role_of(n)) is None or role.component != "vae"), None)
-    if unknown is not None or not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= file.tensors.keys():
+    latent = file.tensors.get("decoder.conv_in.weight")
+    if unknown is not None or latent is None or len(latent.shape) != 4 or "encoder.conv_in.weight" not in file.tensors:
         raise CheckpointError(
             f"{path} is not BAGEL's VAE ({unknown or 'no encoder or decoder'}); take ae.safetensors of the base model."
         )

@@ -7,10 +7,10 @@ Generated from its configs by `bagel.layout`, so that `plan` works without any d
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 
+from bagel.config import LLM_FILE, VIT_FILE, BagelConfig, read_json
 from bagel.layout import ModelSizes, expected_tensors
 from bagel_compress.io.packaged import FULL_CONFIGS
 from bagel_compress.io.tensor_spec import TensorSpec
@@ -39,16 +39,7 @@ class TrueHeader:
 
 def full_sizes(layers: int | None = None) -> ModelSizes:
     """Sizes of BAGEL-7B-MoT, or of the same model with fewer decoder layers."""
-    llm = json.loads((FULL_CONFIGS / "llm_config.json").read_text(encoding="utf-8"))
-    vit = json.loads((FULL_CONFIGS / "vit_config.json").read_text(encoding="utf-8"))
-    return ModelSizes(
-        hidden=llm["hidden_size"],
-        intermediate=llm["intermediate_size"],
-        layers=llm["num_hidden_layers"] if layers is None else layers,
-        heads=llm["num_attention_heads"],
-        kv_heads=llm["num_key_value_heads"],
-        vocab=llm["vocab_size"],
-        vit_hidden=vit["hidden_size"],
-        vit_intermediate=vit["intermediate_size"],
-        vit_layers=vit["num_hidden_layers"] - 1,  # the last SigLIP block is not stored
-    )
+    llm, vit = (read_json(FULL_CONFIGS / name) for name in (LLM_FILE, VIT_FILE))
+    if layers is not None:
+        llm["num_hidden_layers"] = layers
+    return BagelConfig.from_mappings(llm, vit, {}, {}).sizes

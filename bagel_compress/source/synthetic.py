@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from bagel.config import BagelConfig
 from bagel.layout import ModelSizes, expected_tensors, official_role
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io.atomic import PARTIAL, atomic_file, write_atomic
@@ -84,21 +85,12 @@ def _small(shape: str, layers: int | None) -> tuple[ModelSizes, VAEConfig, dict[
     llm, vit = config["llm_config"], config["vit_config"]
     if shape == "medium":
         llm, config = llm | MEDIUM, config | {"max_latent_size": MEDIUM_SIDE}
-    sizes = ModelSizes(
-        hidden=llm["hidden_size"],
-        intermediate=llm["intermediate_size"],
-        layers=llm["num_hidden_layers"] if layers is None else layers,
-        heads=llm["num_attention_heads"],
-        kv_heads=llm["num_key_value_heads"],
-        vocab=llm["vocab_size"],
-        vit_hidden=vit["hidden_size"],
-        vit_intermediate=vit["intermediate_size"],
-        vit_layers=vit["num_hidden_layers"] - 1,
-        latent_rows=config["max_latent_size"] ** 2,
-        vit_rows=config["vit_max_num_patch_per_side"] ** 2,
-    )
+    if layers is not None:
+        llm = llm | {"num_hidden_layers": layers}
     shapes = {name: tensor.shape for name, tensor in TensorFile.open(folder / "ae.safetensors").tensors.items()}
-    return sizes, VAEConfig.from_shapes(shapes), _configs(llm, vit, config, sizes)
+    vae = VAEConfig.from_shapes(shapes)
+    sizes = BagelConfig.from_mappings(llm, vit, config, {}, vae.z_channels, vae.downsample).sizes
+    return sizes, vae, _configs(llm, vit, config, sizes)
 
 
 def _configs(
