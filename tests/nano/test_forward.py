@@ -59,17 +59,17 @@ def test_equals_the_packed_forward(model, text: TextCodec) -> None:
         return patchify(x, 2)
 
     def asks(q: str, a: str) -> nano.Branch:
-        return nano.Branch((nano.Text(text.turn(q)), nano.Text(text.turn(a), 1.0)))
+        return nano.Branch((nano.TextTurn(text.turn(q)), nano.TextTurn(text.turn(a), 1.0)))
 
     patches = patchify(image, 14)
     ours = [
         *(
-            [nano.Text(text.turn(p)), *(nano.Latent(packed(x), t) for x, t in pictures)]
+            [nano.TextTurn(text.turn(p)), *(nano.Latent(packed(x), t) for x, t in pictures)]
             for p, pictures in zip(prompts, noised, strict=True)
         ),
-        [nano.Seen(patches), *(asks(q, a) for q, a in asked)],
+        [nano.ViTPatches(patches), *(asks(q, a) for q, a in asked)],
         [
-            nano.Latent(packed(clean)), nano.Seen(patches), nano.Text(text.turn("redder")),
+            nano.Latent(packed(clean)), nano.ViTPatches(patches), nano.TextTurn(text.turn("redder")),
             nano.Latent(packed(target), 0.3),
         ],
     ]  # fmt: skip
