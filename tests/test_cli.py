@@ -79,7 +79,7 @@ def test_run_ends_with_a_report_and_repeats(cli: Cli, tiny: Path, tmp_path: Path
     builds = [tmp_path / "one", tmp_path / "two"]
     for out in builds:
         code, printed, err = cli("run", loose, "--source", tiny, "--out", out, "--cases", case)
-        assert code == 0, err
+        assert code == 0, printed + err
         assert "passed" in printed
         assert (out / "report.html").exists()
     files = {p.relative_to(builds[0]) for p in builds[0].rglob("*") if p.is_file()}
@@ -92,8 +92,8 @@ def test_run_ends_with_a_report_and_repeats(cli: Cli, tiny: Path, tmp_path: Path
 
 
 def _nf4_with(override: str, path: Path) -> Path:
-    """recipes/nf4.yaml with one limit of its own."""
-    text = (Path(__file__).parents[1] / "recipes" / "nf4.yaml").read_text(encoding="utf-8")
+    """recipes/nf4-nearest.yaml with one limit of its own."""
+    text = (Path(__file__).parents[1] / "recipes" / "nf4-nearest.yaml").read_text(encoding="utf-8")
     assert "limits: {class: 4-bit}" in text
     path.write_text(text.replace("limits: {class: 4-bit}", f"limits: {{class: 4-bit, overrides: {{{override}}}}}"))
     return path
