@@ -115,7 +115,7 @@ def test_layers_that_are_alike_are_made_once_and_counted_all(library):
     )
     sizes = HeaderSizes(64, 160, 8, 4, 2, 608, 48, 112, 5, latent_rows=64, vit_rows=64)
     specs = tuple(TensorSpec("BF16", shape, name) for name, shape in expected_tensors(sizes).items())
-    plan = make_plan(SimpleNamespace(name="deep", revision="", digest="0", specs=specs), recipe)
+    plan = make_plan(SimpleNamespace(name="deep", revision="", fingerprint="0", specs=specs), recipe)
     build = BuildOutline.of_plan(plan, *checkpoint_sizes(Checkpoint.open(TINY)))
     build = replace(build, config=replace(build.config, llm=replace(build.config.llm, num_layers=8)))
     target = replace_tasks(TINY_TARGET, "edit")

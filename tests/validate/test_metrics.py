@@ -54,7 +54,6 @@ def test_vector_metrics_have_their_textbook_values():
     assert metrics.rel_l2(a, b) == pytest.approx(4 / 3)
     assert metrics.cosine(a, b) == pytest.approx(0.6)
     assert metrics.gain(1.02 * a, a) == pytest.approx(1.02)
-    assert metrics.snr_db(1.1 * a, a) == pytest.approx(20.0, abs=1e-5)
     assert metrics.max_abs(a, b) == 4.0
     zero = torch.zeros(2)
     assert (metrics.rel_l2(zero, zero), metrics.rel_l2(a, zero), metrics.cosine(a, zero)) == (0.0, math.inf, 0.0)
