@@ -117,7 +117,7 @@ def test_layers_that_are_alike_are_made_once_and_counted_all(library):
     specs = tuple(TensorSpec("BF16", shape, name) for name, shape in expected_tensors(sizes).items())
     plan = make_plan(SimpleNamespace(name="deep", revision="", fingerprint="0", specs=specs), recipe)
     build = BuildOutline.of_plan(plan, *checkpoint_sizes(Checkpoint.open(TINY)))
-    vit_layers = len({spec.name.split('.')[4] for spec in specs if 'vision_model.encoder.layers.' in spec.name})
+    vit_layers = len({spec.name.split(".")[4] for spec in specs if "vision_model.encoder.layers." in spec.name})
     llm, vit = replace(build.config.llm, num_layers=8), replace(build.config.vit, num_layers=vit_layers)
     build = replace(build, config=replace(build.config, llm=llm, vit=vit))
     target = replace_tasks(TINY_TARGET, "edit")
