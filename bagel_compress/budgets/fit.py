@@ -22,6 +22,7 @@ from bagel_compress.budgets.predict import predict
 from bagel_compress.build.plan import CheckpointHeader, Plan, make_plan
 from bagel_compress.build.recipe import Limits, Recipe, Rule
 from bagel_compress.codecs.base import Codec
+from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS
 from bagel_compress.errors import TargetError
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.packaged import FULL_CONFIGS, resource
@@ -31,7 +32,6 @@ from bagel_compress.run.target import GIB, Target, Task
 SLACK = 0.003  # of the usable memory: closer than this to the limit is close enough
 STEP = 0.01  # rates are multiples of it: what a reader can compare
 TRIES = 8  # predictions at most; three or four are usual
-LOWEST, HIGHEST = 1.5, 8.5  # rates, as the codec takes them
 # Relative error of normal weights on a uniform grid coded at its entropy, at rate R: sqrt(pi e / 6) 2^-R (Gish and
 # Pierce, IEEE Trans. Inf. Theory 14, 1968). FP8 E4M3 with a scale per row has 0.026: from that rate on a build is of
 # its class.
@@ -120,7 +120,7 @@ def fit(
     if start is None:
         raise TargetError(f"recipe {family.name} has no format with a rate (bits: ...); give one such as ecq-12gb.")
     search = _Search(family, header, target, name, disk_gb, (folder, vae), say)
-    return search.run(min(start, HIGHEST))
+    return search.run(min(start, MAX_BITS))
 
 
 @dataclass(slots=True)
@@ -168,10 +168,10 @@ class _Search:
         rooms = {bits: self._room(fitted) for bits, fitted in tried.items()}
         good = max((bits for bits, room in rooms.items() if room >= 0), default=None)
         bad = min((bits for bits, room in rooms.items() if room < 0), default=None)
-        if good is not None and (rooms[good] <= SLACK or good >= HIGHEST):
+        if good is not None and (rooms[good] <= SLACK or good >= MAX_BITS):
             return good
-        low = LOWEST if good is None else good + STEP
-        high = HIGHEST if bad is None else bad - STEP
+        low = MIN_BITS if good is None else good + STEP
+        high = MAX_BITS if bad is None else bad - STEP
         if high < low - STEP / 2:
             return good if good is not None else min(tried)
         if len(tried) == 1:
@@ -220,7 +220,7 @@ def _moved(rule: Rule, by: float) -> Rule:
     rate = _rate(rule)
     if rate is None:
         return rule
-    bits = _stepped(min(max(rate + by, LOWEST), HIGHEST))
+    bits = _stepped(min(max(rate + by, MIN_BITS), MAX_BITS))
     return rule.model_copy(update={"codec": rule.codec.model_copy(update={"bits": bits})})
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bagel_compress.budgets.fit import LOWEST, STEP, Fitted, expected_error, fit, with_rate
+from bagel_compress.budgets.fit import STEP, Fitted, expected_error, fit, with_rate
 from bagel_compress.budgets.planned_build import checkpoint_sizes
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
+from bagel_compress.codecs.ecq.layout import MIN_BITS
 from bagel_compress.errors import TargetError
 from bagel_compress.io.packaged import find_recipe
 from bagel_compress.run.target import Target
@@ -39,7 +40,7 @@ def test_the_rate_is_the_largest_that_fits(family: Recipe) -> None:
     ample = tiny_fit(family, 4096)
     assert ample.bits == 8.5
     lean = tiny_fit(family, 4096, disk_gb=ample.nbytes * 0.9 / 1e9)
-    assert LOWEST <= lean.bits < 8.5
+    assert MIN_BITS <= lean.bits < 8.5
     assert lean.nbytes <= ample.nbytes * 0.9
     more = with_rate(family, round(lean.bits + 0.1, 2), lean.target)
     again = tiny_fit(more, 4096, disk_gb=ample.nbytes * 0.9 / 1e9)
