@@ -2,12 +2,13 @@
 
     # in a clone of the official repository
     from bagel_compress.interop import official_inferencer
-    inferencer = official_inferencer("out/nf4", device="cuda")
+    inferencer = official_inferencer("out/nf4")
     inferencer(text="a red teapot on a wooden table")["image"].save("teapot.png")
 
 NF4 and INT8 weights lie in bitsandbytes' modules, which the official code's modes 2 and 3 make at every start; those of
 every other format in this package's run-time modules, plain `torch.nn.Module`s; what is no linear is decoded. Nothing
-is quantised again. The official code must be importable (its folder is the working directory or on the path).
+is quantised again. The official code must be importable (its folder is the working directory or on the path). Its VAE
+stays on the CPU, where the official sampler encodes and decodes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.codecs.int8 import Int8
-from bagel_compress.codecs.nf4 import Nf4
+from bagel_compress.codecs.nf4 import BLOCK, Nf4
 from bagel_compress.errors import MissingExtraError
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.load import downloaded, runs_coded
@@ -32,19 +33,21 @@ OUTLIER = 6.0  # of LLM.int8: columns with a larger value of x stay in 16 bits
 Biases = Mapping[str, "torch.Tensor"]
 
 
-def official_model(build: str | Path | Artifact, device: str | torch.device = "cuda") -> Any:
-    """The official `Bagel`, ready to sample on `device`. `build`: an artifact, its folder or a Hub id.
+def official_model(build: str | Path | Artifact, device: str | torch.device | None = None) -> Any:
+    """The official `Bagel`, ready to sample. `build`: an artifact, its folder or a Hub id; `device` None: CUDA or CPU.
 
     Raises MissingExtraError if the official code or bitsandbytes cannot be imported, ArtifactError if the folder is no
     build.
     """
+    import torch
+
     artifact = _opened(build)
     bagel = _skeleton(artifact)
-    _fill(bagel, artifact, device)
+    _fill(bagel, artifact, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     return bagel.eval()
 
 
-def official_inferencer(build: str | Path | Artifact, device: str | torch.device = "cuda") -> Any:
+def official_inferencer(build: str | Path | Artifact, device: str | torch.device | None = None) -> Any:
     """The official `InterleaveInferencer` over `official_model`, with its VAE, tokenizer and transforms."""
     artifact = _opened(build)
     bagel = official_model(artifact, device)
@@ -103,7 +106,7 @@ def _skeleton(artifact: Artifact) -> Any:
     return bagel
 
 
-def _fill(bagel: Any, artifact: Artifact, device: str | torch.device) -> None:
+def _fill(bagel: Any, artifact: Artifact, device: torch.device) -> None:
     """Biases first, so that a linear's module is made whole; then every unit in the order of the shards."""
     import torch
 
@@ -127,16 +130,18 @@ def _fill(bagel: Any, artifact: Artifact, device: str | torch.device) -> None:
 
 
 def _modules(
-    codec: Codec, unit: Unit, parts: Mapping[str, torch.Tensor], biases: Biases, device: str | torch.device
+    codec: Codec, unit: Unit, parts: Mapping[str, torch.Tensor], biases: Biases, device: torch.device
 ) -> dict[str, torch.nn.Module]:
     """Run-time modules of a unit, on the device."""
-    if isinstance(codec, Nf4) or (isinstance(codec, Int8) and codec.dialect == "bitsandbytes"):
-        make = _nf4 if isinstance(codec, Nf4) else _int8
+    make = _int8 if isinstance(codec, Int8) and codec.dialect == "bitsandbytes" else None
+    if isinstance(codec, Nf4) and (device.type != "cpu" or unit.specs[0].shape[1] % BLOCK == 0):
+        make = _nf4  # bitsandbytes' kernel for the CPU (0.50.2) takes only rows of whole blocks
+    if make is not None:
         return {spec.name: make(spec, parts, biases.get(spec.name), device) for spec in unit.specs}
     return codec.linears(unit, {part: value.to(device) for part, value in parts.items()}, biases)
 
 
-def _nf4(spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None, device: Any) -> Any:
+def _nf4(spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None, device: torch.device) -> Any:
     """bitsandbytes' Linear4bit over stored codes."""
     import torch
 
@@ -149,7 +154,7 @@ def _nf4(spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor
     return _with_bias(layer, bias)
 
 
-def _int8(spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None, device: Any) -> Any:
+def _int8(spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None, device: torch.device) -> Any:
     """bitsandbytes' Linear8bitLt (LLM.int8) over stored codes."""
     bnb, (rows, columns) = _bitsandbytes(), spec.shape
     codes = parts[spec.name].to(device)

@@ -120,6 +120,23 @@ def test_memory_is_given_back_when_comfyui_asks(comfy: Comfy) -> None:
     assert comfy.loaded == [patcher]  # the loader's output was kept, and its weights were read again
 
 
+def test_builds_of_several_formats_open(comfy: Comfy, cli: Callable[..., tuple[int, str, str]]) -> None:
+    """Put into models/bagel, they are listed; what each draws is what `open_model` draws, also placed by a target."""
+    from bagel_compress.run.load import open_model
+
+    prompt = "a red circle left of a blue square on a white background"
+    for recipe, target in (("fp8-24gb", "12gb-resident"), ("df11", "none")):
+        build = comfy.folder / "models" / "bagel" / recipe
+        assert cli("compress", recipe, "--source", NANO, "--out", build)[0] == 0
+        image = comfy.run(FLOWS / "text_to_image.json", model_path=recipe, target=target, num_timesteps=3)["SaveImage"][
+            0
+        ]
+        drawn = open_model(build).run([prompt], size=(32, 32), flow=FlowSettings(3), seed=7).image
+        assert np.array_equal(to_pixels(image), np.asarray(drawn))
+        comfy.models.clear()
+        comfy.unload_all()
+
+
 def test_old_workflows_find_their_nodes_and_another_package_keeps_its_own(comfy: Comfy) -> None:
     """Order and names of ComfyUI-BAGEL's settings, as its saved workflows list the values."""
     nodes = comfy.nodes
