@@ -9,10 +9,10 @@ Two questions, each with its own settings (bagel.settings.FlowSettings):
     what    cache_order 0..2    the polynomial in t through the last 1, 2 or 3 evaluations, as TaylorSeer forecasts
                                 features (arXiv 2503.06923); lower while there are fewer
 
-Kept are velocities (64 values a token), not states inside the network: the forecast of a linear map's outputs is the map
-of the forecast, so nothing is gained by keeping more. Guidance is never dropped: the branches are kept one by one, the
-guided ones as differences to the conditional velocity, and are combined at every step by its own rule. Where a branch
-begins to count it is evaluated. In a batch the decision is one for all samples.
+Kept are velocities, 64 values a token in fp32, not states inside the network: small, and the same on every runtime.
+Guidance is never dropped: the branches are kept one by one, the guided ones as differences to the conditional velocity,
+and are combined at every step by its own rule. Where a branch begins to count it is evaluated. In a batch the decision
+is one for all samples.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ class StepCache:
         """`widen`: an array as fp32 where x is."""
         self._flow, self._widen = flow, widen
         self._past: dict[str, list[tuple[float, Array]]] = {COND: [], TEXT: [], IMAGE: []}
-        self._steps = self._evaluations = (
-            0  # since the last evaluation, and since the last one of the guidance branches
-        )
+        self._steps = 0  # since the last evaluation
+        self._unguided = 0  # evaluations since the last one of the guidance branches
         self._x: Array = None
         self._moved = 0.0
 
@@ -50,10 +49,10 @@ class StepCache:
         begins = any(not self._past[name] for name in wanted)
         if not (due or begins):
             return self._forecast(self._at(COND, t), t, wanted)
-        refresh = bool(wanted) and (begins or self._evaluations + 1 >= self._flow.guidance_every)
+        refresh = bool(wanted) and (begins or self._unguided + 1 >= self._flow.guidance_every)
         found = network(use_text and refresh, use_image and refresh)
         self._keep(t, found)
-        self._evaluations = 0 if refresh else self._evaluations + 1
+        self._unguided = 0 if refresh else self._unguided + 1
         return found if refresh or not wanted else self._forecast(found[0], t, wanted)
 
     def _due(self, x: Array) -> bool:
