@@ -51,7 +51,7 @@ class SpeedPreset(SpeedSettings):
 
     def __str__(self) -> str:
         """What differs from the official sampler: `ab2, 26 points`."""
-        words = [] if self.solver == "euler" else [self.solver]
+        words: list[str] = [] if self.solver == "euler" else [self.solver]
         words += [] if self.num_timesteps is None else [f"{self.num_timesteps} points"]
         if self.cache_every > 1:
             words.append(f"cache_every {self.cache_every}")
