@@ -52,7 +52,7 @@ def rated_recipe(plan: Plan, effects: Mapping[Group, Effect], ends: tuple[float,
     by_codec: dict[Codec, dict[Group, int]] = defaultdict(lambda: defaultdict(int))
     for placement in plan.placements:
         group = group_of(placement.unit.specs[0].name)
-        if group in effects and hasattr(placement.codec, "bits"):
+        if group is not None and group in effects and hasattr(placement.codec, "bits"):
             by_codec[placement.codec][group] += placement.unit.numel
     rules: list[Rule] = []
     for codec, weights in by_codec.items():
