@@ -27,7 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "t2i": {"turns": ["a red cat"], "size": [64, 96], "flow": {"num_timesteps": 6}},
     "t2i_channel": {"turns": ["a cat"], "size": [48, 48], "flow": {"num_timesteps": 4, "cfg_renorm_type": "channel"}},
     "t2i_fast": {
-        "turns": ["a red cat"], "size": [64, 64],
+        "turns": ["a red cat"],
+        "size": [64, 64],
         "flow": {"num_timesteps": 9, "solver": "ab2", "cache_every": 2, "cache_order": 2},
     },
     "t2i_heun": {"turns": ["a red cat"], "size": [64, 64], "flow": {"num_timesteps": 5, "solver": "heun"}},
