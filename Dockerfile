@@ -20,10 +20,13 @@ RUN --mount=type=bind,source=.,target=/src,rw \
 
 ENV PATH=/opt/bagel/bin:$PATH \
     HF_HOME=/models/.hub \
+    NUMBA_CACHE_DIR=/tmp/numba \
+    TRITON_CACHE_DIR=/tmp/triton \
     PYTHONUNBUFFERED=1
 USER bagel
 WORKDIR /models
 VOLUME /models
 EXPOSE 7860
 ENTRYPOINT ["bagel-compress"]
-CMD ["app", "/models"]
+# Reachable from outside the container, so it asks for --password; see compose.yaml.
+CMD ["app", "/models", "--host", "0.0.0.0"]
