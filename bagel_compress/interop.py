@@ -122,9 +122,9 @@ def _fill(bagel: Any, artifact: Artifact, device: torch.device) -> None:
                 bagel.set_submodule(tensor.removesuffix(".weight"), module)
             continue
         for tensor, value in artifact.decode(name).items():
-            module, _, leaf = tensor.rpartition(".")
+            path, _, leaf = tensor.rpartition(".")
             value = value.to(device, torch.bfloat16)
-            setattr(bagel.get_submodule(module), leaf, torch.nn.Parameter(value, requires_grad=False))
+            setattr(bagel.get_submodule(path), leaf, torch.nn.Parameter(value, requires_grad=False))
     for module in bagel.modules():  # the rotary frequencies, which are computed and not stored
         module._buffers |= {key: value.to(device) for key, value in module._buffers.items() if value is not None}
 
