@@ -18,7 +18,19 @@ from typing import Any
 from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
-GROUPS = ("build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano")
+GROUPS = (
+    "build",
+    "calibrate",
+    "allocate",
+    "fit",
+    "sample",
+    "validate",
+    "publish",
+    "export",
+    "demo",
+    "nano",
+    "finetune",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
