@@ -36,6 +36,11 @@ PARTS: tuple[tuple[Part, str], ...] = (
     ("vit", r"(vit|connector|vit_pos_embed)\."),
     ("bridges", r""),
 )
+ALWAYS_PASSED: dict[Task, tuple[Phase, ...]] = {  # of the phases of each task, those with most weights
+    "t2i": ("text", "denoise"), "edit": ("vit", "denoise"), "understand": ("vit", "decode"),
+    "think": ("decode", "denoise"),
+}  # fmt: skip
+NAMES = tuple(part for part, _ in PARTS)
 # How parts are shown: the bars of a report have one colour for each.
 SHOWN: dict[str, tuple[Part, ...]] = {
     "understanding expert": ("und",),
@@ -115,6 +120,22 @@ def fixed_bytes(units: Sequence[UnitOutline]) -> dict[Part, int]:
             part = _part_of(parameter_path(spec.name))
             found[part] = found.get(part, 0) + -(-share // CUDA_ROUNDING) * CUDA_ROUNDING
     return found
+
+
+def least_bytes(units: Sequence[UnitOutline], target: Target, layers: int) -> int:
+    """Bytes that a build holds on the target's GPU at least: weights of the highest phase and the context. No torch."""
+    moving, fixed = dict.fromkeys(NAMES, 0), dict.fromkeys(NAMES, 0)
+    for stored in units:
+        numel = stored.unit.numel
+        nbytes = stored.nbytes if stored.runs_coded else 2 * numel
+        sums = moving if stored.codec.movable or not stored.runs_coded else fixed
+        for spec in stored.unit.specs:
+            sums[_part_of(parameter_path(spec.name))] += nbytes * spec.numel // numel
+    always = sum(fixed.values()) + target.device.context_mib * MIB
+    phases = {phase for task in target.tasks for phase in ALWAYS_PASSED[task]}
+    return always + max(
+        sum(_held(part, moving[part], phase, target.resident(phase), layers) for part in NAMES) for phase in phases
+    )
 
 
 def _part_of(path: str) -> Part:
@@ -269,7 +290,7 @@ def _advice(report: BudgetReport, target: Target) -> Iterator[str]:
     if idle >= over:
         yield (
             f"It would fit if {' and '.join(_idle(worst.name))} ({idle / GIB:.2f} GiB) waited in host memory during"
-            " this phase: give the target a residency plan."
+            " this phase."
         )
     largest = max(("understanding expert", "generation expert"), key=lambda name: worst.parts[name])
     yield (

@@ -19,18 +19,9 @@ from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
-    "build",
-    "calibrate",
-    "allocate",
-    "fit",
-    "sample",
-    "validate",
-    "publish",
-    "export",
-    "demo",
-    "nano",
+    "advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano",
     "finetune",
-)
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

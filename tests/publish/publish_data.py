@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.parity.report_data import BudgetReport, CaseParity, ParityReport, PhaseUse, Row, Timing
-from bagel_compress.publishing.release_source import Content, label, source_of
+from bagel_compress.publishing.publishable import Publishable, label, source_of
 
 TOKEN = "hf_plantedtokenXYZ0123456789abcdef"
 REPO = "ann/BAGEL-7B-MoT-NF4"
@@ -18,7 +18,7 @@ HERE = {"device": "cpu (x86_64)", "dtype": "bfloat16", "torch": "2.13"}
 
 
 def parity(
-    artifact: Content, digest: str | None = None, ok: bool = True, environment: dict[str, str] = HERE
+    artifact: Publishable, digest: str | None = None, ok: bool = True, environment: dict[str, str] = HERE
 ) -> ParityReport:
     """A report about this build (or, with `digest`, about another one)."""
     value = 0.11 if ok else 0.31

@@ -26,14 +26,14 @@ from bagel_compress.exporting.source import WeightSource
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.publishing.collection_table import CollectionRow
 from bagel_compress.publishing.model_card import Origin
-from bagel_compress.publishing.pipeline import Published
+from bagel_compress.publishing.pipeline import PublishResult
 from bagel_compress.publishing.release import Release, make_release
 from bagel_compress.publishing.snippets import export_snippets
 from bagel_compress.publishing.verify import verify_folder
 from bagel_compress.run.target import Target
 
 Cli = Callable[..., tuple[int, str, str]]
-Publish = Callable[..., Published]
+Publish = Callable[..., PublishResult]
 REPO = "ann/BAGEL-7B-MoT-INT8-ONNX"
 ORIGIN = Origin(REPO, BASE)
 ON_CPU = {"runtime": "onnxruntime", "version": "1.32", "provider": "cpu", "precision": "fp32", "device": "cpu"}
@@ -175,7 +175,7 @@ def test_engines_that_were_never_run_need_a_word_for_it(engines: ExportFolder, t
     assert "| **not run** |" in card
     assert "model-index" not in card  # figures of the graphs are no results of the engines
     assert "every engine was built by tensorrt-rtx, for sm89 | yes" in card
-    assert made.evidence.not_run != ()
+    assert made.reports.not_run != ()
 
     (engines.path / "reports" / "parity.json").unlink()
     with pytest.raises(GateError, match="no parity report"):

@@ -1,4 +1,4 @@
-"""Evidence: the reports of a build as a release needs them, and everything that keeps it from being one.
+"""The reports of a build as a release needs them, and everything that keeps it from being one.
 
 An export is judged like an artifact. What it cannot be held to where it is published, because there is no card to run
 its engines on, is never passed over in silence: `not_run` says it in words, for the card; and unless the very form that
@@ -15,13 +15,13 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.parity.report_data import PARITY, REPORTS, BudgetReport, ParityReport, load_budgets
-from bagel_compress.publishing.release_source import Content
+from bagel_compress.publishing.publishable import Publishable
 
 PAGE = "report.html"
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ReleaseReports:
     """Reports that carry the build's digest. `files` are their paths under its folder, `pictures` case -> path."""
 
     parity: ParityReport | None = None
@@ -37,22 +37,22 @@ class Evidence:
         return next((c.prompt for c in cases if c.name == case), "")
 
 
-def load_evidence(content: Content) -> tuple[Evidence, list[str]]:
+def load_reports(publishable: Publishable) -> tuple[ReleaseReports, list[str]]:
     """The reports, and one phrase for each that is missing, stale or not passed.
 
     A report of another build is named and left out, and with it everything that could be drawn from it.
     """
-    parity, faults = _parity(content)
-    budgets, more = _budgets(content) if isinstance(content, Artifact) else ((), content.over_disk)
-    tried, not_run = (True, ()) if isinstance(content, Artifact) else _ran(content, parity)
+    parity, faults = _parity(publishable)
+    budgets, more = _budgets(publishable) if isinstance(publishable, Artifact) else ((), publishable.over_disk)
+    tried, not_run = (True, ()) if isinstance(publishable, Artifact) else _ran(publishable, parity)
     if parity is None or (more and any("another build" in fault for fault in more)):
         own = _own_files(parity, budgets)
-        return Evidence(parity, budgets, own, tried=tried, not_run=not_run), faults + more
-    folder = content.path
+        return ReleaseReports(parity, budgets, own, tried=tried, not_run=not_run), faults + more
+    folder = publishable.path
     files = sorted(p.relative_to(folder).as_posix() for p in (folder / REPORTS).rglob("*") if p.is_file())
     files += [PAGE] if (folder / PAGE).is_file() else []
     pictures = {c.name: f"{REPORTS}/{c.name}.png" for c in parity.cases if f"{REPORTS}/{c.name}.png" in files}
-    return Evidence(parity, budgets, tuple(files), pictures, tried, not_run), faults + more
+    return ReleaseReports(parity, budgets, tuple(files), pictures, tried, not_run), faults + more
 
 
 def ran(parity: ParityReport) -> str:
@@ -77,11 +77,11 @@ def _ran(export: ExportFolder, parity: ParityReport | None) -> tuple[bool, tuple
     return True, ()
 
 
-def _parity(content: Content) -> tuple[ParityReport | None, list[str]]:
-    if not (content.path / REPORTS / PARITY).is_file():
+def _parity(publishable: Publishable) -> tuple[ParityReport | None, list[str]]:
+    if not (publishable.path / REPORTS / PARITY).is_file():
         return None, ["it has no parity report; run `bagel-compress validate`"]
     try:
-        report = ParityReport.load(content.path, content.digest)
+        report = ParityReport.load(publishable.path, publishable.digest)
     except ArtifactError as error:
         return None, [str(error).rstrip(".")]
     why = " ".join([*report.faults, *report.broken]).rstrip(".")
