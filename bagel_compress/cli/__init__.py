@@ -19,19 +19,9 @@ from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
-    "advise",
-    "build",
-    "calibrate",
-    "allocate",
-    "fit",
-    "sample",
-    "validate",
-    "speed",
-    "publish",
-    "export",
-    "demo",
+    "advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "speed", "publish", "export", "demo",
     "nano",
-)
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

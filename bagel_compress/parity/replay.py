@@ -94,9 +94,8 @@ class _Observer(Listener):
             self.found["logits"] = torch.stack(self._logits)
         if result.image is not None:
             self.found["image"] = image_tensor(result.image)
-        return Trace(
-            self.case, self.found, CaseFacts(text=self.answer(result), contexts=self._contexts, passes=self.passes)
-        )
+        facts = CaseFacts(text=self.answer(result), contexts=self._contexts, passes=self.passes)
+        return Trace(self.case, self.found, facts)
 
     def answer(self, result: Result) -> str | None:
         """The text of the trace: what the model came to by itself."""

@@ -19,7 +19,7 @@ and for the linear modules (linear_probes.py): `probe/MODULE`, the answers to fi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -90,8 +90,10 @@ def validate_artifact(
         reference = load_checkpoint(checkpoint, device, dtype)
     sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
     codecs, rounding = codecs_by_module(artifact), rounding_by_layer(artifact)
-    level = recipe.limits.level
-    subject = Candidate(sampler, recipe.name, artifact.digest, level, limits, codecs, rounding, recipe.fast)
+    subject = Candidate(
+        sampler, recipe.name, artifact.digest, recipe.limits.level, limits, codecs, rounding,
+        presets={str(name): preset for name, preset in recipe.fast.items()},
+    )  # fmt: skip
     found = compare(subject, files, reference, progress, networks)
     write(artifact, found)
     return found.report

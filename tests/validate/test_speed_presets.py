@@ -5,12 +5,15 @@ import json
 import pytest
 from tiny_suite import CASES, PICTURES, TINY
 
+from bagel_compress.build.compress import compress
 from bagel_compress.build.limits import resolve
+from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.cli import main
 from bagel_compress.errors import RecipeError
 from bagel_compress.parity.compare import Candidate, compare
+from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.validation.artifact import record_source
 from bagel_compress.validation.price_list import PriceList
 
@@ -55,3 +58,17 @@ def test_the_price_list_of_a_checkpoint(tmp_path, capsys):
     for preset in found.presets.values():
         assert prices[str(preset)].broken == ()
     assert (out / "speed.svg").read_text().startswith("<svg ")
+
+
+def test_a_picture_is_drawn_with_the_preset_of_a_build(tmp_path, capsys):
+    recipe = Recipe.parse(RECIPE + "fast: {balanced: {cache_every: 2}}", "r")
+    artifact = compress(make_plan(Checkpoint.open(TINY), recipe), Checkpoint.open(TINY), tmp_path / "a")
+
+    def drawn(*options):
+        out = tmp_path / "p.png"
+        argv = ["generate", str(artifact.path), "a cat", "--size", "32x32", "--steps", "9", "--out", str(out), *options]
+        return main(argv), out.read_bytes() if out.exists() else b""
+
+    assert drawn("--preset", "balanced") == drawn("--cache-every", "2") != drawn()
+    assert drawn("--preset", "fast")[0] == 2
+    assert "its presets: balanced" in capsys.readouterr().err
