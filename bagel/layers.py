@@ -43,7 +43,11 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 def linear_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype a linear wants its input in: of its weight; bf16 for modules that keep their weight in another form."""
+    """The dtype a linear wants its input in: of its weight; bf16 for modules that keep their weight in another form.
+
+    An adapter around a linear (`base_layer`) wants what the linear wants.
+    """
+    module = getattr(module, "base_layer", module)
     return module.weight.dtype if isinstance(module, nn.Linear) else torch.bfloat16
 
 

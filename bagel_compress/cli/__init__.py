@@ -20,7 +20,7 @@ from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
     "advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "speed", "publish", "export", "demo",
-    "nano",
+    "nano", "finetune",
 )  # fmt: skip
 
 
