@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bagel.config import EXTRA_FILE, LLM_FILE, VIT_FILE, BagelConfig, number, read_json, section
 from bagel.errors import BagelError
-from bagel.layout import expected_tensors
+from bagel.layout import expected_tensors, role_of
 from bagel.model import Bagel
 from bagel.vae import SCALE_FACTOR, SHIFT_FACTOR, AutoEncoder, VAEConfig
 
@@ -142,7 +142,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
         file = folder / name
         if folder.resolve() not in file.resolve().parents:
             raise BagelError(f"{index}: {tensor} lies in {name!r}, outside the folder; the index is not trusted.")
-        files[tensor] = file
+        if (role := role_of(tensor)) is None or role.component != "vae":  # a server's index lists the VAE too
+            files[tensor] = file
     return files
 
 

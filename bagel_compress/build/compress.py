@@ -32,7 +32,7 @@ from bagel_compress.build.artifact import (
     TensorEntry,
     UnitEntry,
 )
-from bagel_compress.build.loader_configs import config_json, index_json
+from bagel_compress.build.loader_configs import config_json, index_json, preprocessor_json
 from bagel_compress.build.plan import Placement, Plan
 from bagel_compress.build.resume_state import BuildFolder, ShardRecord, finished
 from bagel_compress.build.shard_writer import ShardWriter, WrittenShard
@@ -250,10 +250,14 @@ def _finish(
     files = {shard: record.file for shard, record in records.items()} | copies
     weight_map = {part: unit.shard for unit in units.values() for part in unit.parts}
     total = sum(part.spec.nbytes for unit in units.values() for part in unit.parts.values())
-    for name, content in (
-        ("config.json", config_json(checkpoint.configs, stored)),
-        ("model.safetensors.index.json", index_json(weight_map, total)),
-    ):
+    written = {"config.json": config_json(checkpoint.configs, stored)}
+    if plan.recipe.serve:  # its loader reads the files of the index alone
+        weight_map |= dict.fromkeys(checkpoint.vae.tensors, next(n for n in copies if n.endswith("ae.safetensors")))
+        total += sum(tensor.nbytes for tensor in checkpoint.vae.tensors.values())
+        if "preprocessor_config.json" not in copies:
+            written["preprocessor_config.json"] = preprocessor_json(checkpoint.configs["vit_config.json"])
+    written["model.safetensors.index.json"] = index_json(weight_map, total)
+    for name, content in written.items():
         write_atomic(out / name, content)
         files[name] = FileEntry(bytes=len(content), blake3=blake3(content).hexdigest())
     read = {name: t.blake3 for unit in units.values() for name, t in unit.tensors.items()}

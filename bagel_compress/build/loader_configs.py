@@ -1,4 +1,5 @@
-"""What other loaders look for beside the tensors: `config.json` and `model.safetensors.index.json`.
+"""What other loaders look for beside the tensors: `config.json`, `model.safetensors.index.json`, and for a server
+`preprocessor_config.json`.
 
 One lossy format: its own entry (bitsandbytes, compressed-tensors or dfloat11). Several formats in one artifact have no
 common reader; then `quantization_config` names a method that no library knows, so that every loader but ours stops
@@ -33,6 +34,17 @@ def config_json(configs: Mapping[str, Mapping[str, Any]], stored: Sequence[tuple
 def index_json(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """`model.safetensors.index.json`: stored tensor -> shard; `total_size` counts tensor bytes without headers."""
     return _json({"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def preprocessor_json(vit_config: Mapping[str, Any]) -> bytes:
+    """`preprocessor_config.json` of transformers' SigLIP image processor: the square that the ViT was made for."""
+    side = vit_config["image_size"]
+    half = [0.5, 0.5, 0.5]
+    return _json({
+        "image_processor_type": "SiglipImageProcessor", "do_resize": True, "size": {"height": side, "width": side},
+        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": half, "image_std": half,
+    })  # fmt: skip
 
 
 def _reader_entries(stored: Sequence[tuple[Unit, Codec]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.codecs.loaders import ACCELERATE, DECODED, MIXED, OURS, RAW, Loader
+from bagel_compress.codecs.loaders import ACCELERATE, DECODED, MIXED, OURS, RAW, SERVED, Loader
 
 HEAD = ("loader", "from version", "result", "GPUs", "note", "shown by")
 UNRUN = "reading its source"
@@ -11,6 +11,13 @@ UNRUN = "reading its source"
 
 def loaders_of(artifact: Artifact) -> list[Loader]:
     """The rules that hold for this artifact: those of every build, and of its one format, of none, or of a mixture."""
+    rules = _rules(artifact)
+    if artifact.manifest.recipe.serve is None:
+        return rules
+    return [SERVED if rule.name == SERVED.name else rule for rule in rules]
+
+
+def _rules(artifact: Artifact) -> list[Loader]:
     codecs = {unit.codec.format: unit.codec for unit in artifact.manifest.units.values() if not unit.codec.stored_as_is}
     if not codecs:
         return [*OURS, *RAW]

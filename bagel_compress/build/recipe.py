@@ -19,6 +19,7 @@ from pydantic import (
     SerializeAsAny,
     SerializerFunctionWrapHandler,
     model_serializer,
+    model_validator,
 )
 
 from bagel.layout import BLOCKS, COMPONENTS, EXPERTS, KINDS, Role
@@ -150,12 +151,25 @@ class Recipe(FrozenModel):
     targets: tuple[str, ...] = ()
     export: str | None = None
     card: str = ""
+    serve: Literal["vllm-omni"] | None = Field(
+        None, description="a server that loads the build: the index lists the VAE, preprocessor_config.json is there"
+    )
 
     @model_serializer(mode="wrap")
     def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `fast` where a recipe has none: the identity of such a recipe is what it was before presets."""
+        """Without `fast` and `serve` where a recipe has none: its identity is what it was before there were any."""
         fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name != "fast" or value}
+        return {name: value for name, value in fields.items() if name not in ("fast", "serve") or value}
+
+    @model_validator(mode="after")
+    def _served(self) -> Recipe:
+        other = next((rule.codec.format for rule in self.rules if not rule.codec.served), None)
+        if self.serve and other is not None:
+            raise ValueError(
+                f"serve is {self.serve}, whose loader takes raw and fp8 with dialect vllm, found codec {other};"
+                " remove serve or change the codec"
+            )
+        return self
 
     @property
     def digest(self) -> str:

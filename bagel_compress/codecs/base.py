@@ -140,6 +140,7 @@ class Codec(FrozenModel, ABC):
     onnx_form, onnx_codes  export                        decoded where lossless, else ExportError
     least_capability       TensorRT export               0: every GPU can multiply with its codes
     normal_error           advise                        0 where lossless, else unknown
+    served                 recipe                        True where it is stored as it is
     """
 
     format: str  # narrowed to a Literal by each subclass: the YAML name
@@ -186,6 +187,11 @@ class Codec(FrozenModel, ABC):
     def normal_error(self) -> float | None:
         """Relative error (root mean square) of normal weights in rows of 3584, each rounded alone; None: unknown."""
         return 0.0 if self.lossless else None
+
+    @property
+    def served(self) -> bool:
+        """Does vLLM-Omni load weights of this format?"""
+        return self.stored_as_is
 
     @abstractmethod
     def begin(self, unit: Unit, source: Reader) -> Encoding:

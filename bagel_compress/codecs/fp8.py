@@ -70,6 +70,10 @@ class Fp8(CalibratedCodec, MatrixCodec):
     def normal_error(self) -> float:
         return 0.0258 if self.scale == "mse" and self.granularity == "channel" else 0.0265
 
+    @property
+    def served(self) -> bool:
+        return self.dialect == "vllm"
+
     @model_validator(mode="after")
     def _one_scale_where_needed(self) -> Fp8:
         if self.dialect == "vllm" and self.granularity != "tensor":
@@ -95,9 +99,18 @@ class Fp8(CalibratedCodec, MatrixCodec):
         return {spec.name: decode_codes(parts[spec.name], parts[scale_name(spec)])}
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
-        """These weights, activations to e4m3fn as they come: by token, or in dialect vllm as vLLM does it."""
+        """These weights, activations to e4m3fn as they come: by token, or in dialect vllm as vLLM does it.
+
+        vLLM-Omni puts `bagel.` before the names of modules, and takes codes for full-precision weights unless
+        `is_checkpoint_fp8_serialized` is there; vLLM itself does not look for it.
+        """
         if self.dialect == "vllm":
-            entry = {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": list(others)}
+            entry = {
+                "quant_method": "fp8",
+                "activation_scheme": "dynamic",
+                "is_checkpoint_fp8_serialized": True,
+                "ignored_layers": [*others, *(f"bagel.{name}" for name in others)],
+            }
             return {"quantization_config": entry}
         numbers = {"num_bits": 8, "type": "float", "symmetric": True}
         weights = numbers | {"strategy": self.granularity, "dynamic": False}

@@ -48,10 +48,15 @@ DECODED = Loader(
     "ComfyUI-BAGEL, 2026 rewrite", "1.0", "opens", "any", "the file of `bagel-compress comfyui --bf16`: 16 bits again",
     "tests/pipeline/test_comfy.py::test_any_build_decodes_to_the_same_file",
 )  # fmt: skip
-UNSERVED = "it reads the VAE from the files of the index and wants a preprocessor_config.json; builds have neither yet"
+UNSERVED = "it reads the VAE from the files of the index and wants a preprocessor_config.json: `serve` in the recipe"
+SERVED = Loader(
+    "vLLM-Omni, one stage", "0.30", "opens", "see docs/serving.md",
+    "its config, quantisation config and weight iterator take the folder; it has not drawn from it, that needs a GPU",
+    "tests/pipeline/test_served.py::test_vllm_omni_takes_the_folder",
+)  # fmt: skip
 RAW = (
     Loader("accelerate", "1.0", "opens", "any", "load_checkpoint_and_dispatch of the official code"),
-    Loader("vLLM-Omni", "0.30", "fails", "-", UNSERVED),
+    Loader("vLLM-Omni, one stage", "0.30", "fails", "-", UNSERVED),
     Loader(
         "ComfyUI-BAGEL, 2026 rewrite", "1.0", "opens", "any", "the file of `bagel-compress comfyui`",
         "tests/pipeline/test_comfy.py::test_a_file_without_codes_names_its_model",

@@ -247,7 +247,8 @@ def _indexed(index: Path) -> list[TensorFile]:
     for name, file in weight_map.items():
         if name not in files[file].tensors:
             raise CheckpointError(f"{index} says that {file} holds {name}, but it does not; copy both again.")
-    return list(files.values())
+    vae = {file for name, file in weight_map.items() if (role := role_of(name)) and role.component == "vae"}
+    return [file for name, file in files.items() if name not in vae]  # a server's index lists the VAE too
 
 
 def _normalised(files: list[TensorFile], path: Path) -> dict[str, tuple[TensorFile, StoredTensor]]:

@@ -16,7 +16,7 @@ from bagel_compress.cli import main
 from bagel_compress.codecs import CODECS
 from bagel_compress.codecs.fp8 import Fp8
 from bagel_compress.codecs.int8 import Int8
-from bagel_compress.codecs.loaders import DECODED, OURS, RAW
+from bagel_compress.codecs.loaders import DECODED, OURS, RAW, SERVED
 from bagel_compress.io.packaged import find_recipe
 from bagel_compress.source.checkpoint import Checkpoint
 
@@ -34,13 +34,14 @@ LOADER_TESTS = {
     "tests/pipeline/test_comfy.py::test_a_file_without_codes_names_its_model",
     "tests/pipeline/test_foreign.py::test_bitsandbytes_loads_int8",
     "tests/pipeline/test_foreign.py::test_bitsandbytes_loads_nf4",
+    "tests/pipeline/test_served.py::test_vllm_omni_takes_the_folder",
 }
 
 
 def test_the_table_is_what_the_tests_show() -> None:
     codecs = [codec() for codec in CODECS if codec.name() not in ("raw", "ecq")]
     codecs += [Int8(dialect="compressed-tensors"), Fp8(granularity="tensor", dialect="vllm"), Fp8(granularity="tensor")]
-    rules = [*OURS, DECODED, *RAW, *(rule for codec in codecs for rule in codec.loaders())]
+    rules = [*OURS, DECODED, *RAW, SERVED, *(rule for codec in codecs for rule in codec.loaders())]
     assert {rule.proof for rule in rules if rule.proof} == LOADER_TESTS
     for proof in LOADER_TESTS:
         file, _, name = proof.partition("::")
@@ -53,6 +54,7 @@ def test_the_table_is_what_the_tests_show() -> None:
     ("recipe", "opens", "wrong"),
     [
         ("raw", "ComfyUI-BAGEL, 2026 rewrite", None),
+        ("fp8-vllm", "vLLM-Omni, one stage", "vLLM-Omni 0.30, two stages"),
         ("comfyui-nvfp4", "ComfyUI (comfy-kitchen)", "accelerate"),
         ("w4a16-vllm", "compressed-tensors", "vLLM-Omni 0.30, two stages"),
     ],
