@@ -18,7 +18,10 @@ from typing import Any
 from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
-GROUPS = ("advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano")
+GROUPS = (
+    "advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "evaluate", "publish", "export", "demo",
+    "nano",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Detector and colour classifier for GenEval from folders that the user has, opened by transformers; nothing is downloaded.
+"""Detector and colour classifier for GenEval from folders that the user has, by transformers; nothing is downloaded.
 
 The detector is a Mask2Former for instances (then colours are judged on the thing alone, as officially) or any object
 detection model. Its class names must be those of the prompts (COCO's, for GenEval).
@@ -33,7 +33,8 @@ def open_detector(folder: str | Path, device: str = "cpu") -> Detector:
         from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
     except ImportError:
         raise MissingExtraError(
-            "GenEval's detector needs the package transformers; install it with: pip install 'bagel-compress[evaluate]'."
+            "GenEval's detector needs the package transformers; install it with:"
+            " pip install 'bagel-compress[evaluate]'."
         ) from None
     local: dict[str, Any] = {"local_files_only": True}
     try:

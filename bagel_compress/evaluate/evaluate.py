@@ -297,4 +297,3 @@ def _machine(what: Run) -> str:
     if what.device.startswith("cuda"):
         name = torch.cuda.get_device_name(torch.device(what.device.split(",")[0]))
     return f"{name}, torch {torch.__version__}, {what.dtype}"
-

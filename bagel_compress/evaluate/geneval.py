@@ -1,7 +1,7 @@
-"""GenEval's rules (Ghosh et al. 2023, `evaluate_images.py`): is what the prompt names in the picture, as a detector sees it?
+"""GenEval's rules (Ghosh et al. 2023, `evaluate_images.py`): is in the picture what the prompt names?
 
-The official scorer uses Mask2Former (Swin-S, COCO) for things and CLIP ViT-L/14 for colours; here both are models that the
-user has, opened by transformers (`detectors.py`), so figures are comparable to published ones only with the same two.
+The official scorer uses Mask2Former (Swin-S, COCO) for things and CLIP ViT-L/14 for colours; here both are models that
+the user has, opened by transformers (`detectors.py`), so figures are comparable to published ones only with those.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A judge: any endpoint that speaks OpenAI's chat completions, asked about texts and pictures.
 
-The key comes from the caller (the command line reads it from the environment), is sent to that host alone and is neither
-stored nor shown; redirects are refused, because they would carry it elsewhere. Every answer is kept in OUT/judge/*.jsonl
-under a digest of all that was asked, so a run that is killed asks nothing twice, and another picture or judge is asked
-anew. Failures that may pass (429, 5xx, a broken connection) are tried again after 1, 2, 4 ... seconds.
+The key comes from the caller (the command line reads it from the environment), is sent to that host alone and is
+neither stored nor shown; redirects are refused, because they would carry it elsewhere. Every answer is kept in
+OUT/judge/*.jsonl under a digest of all that was asked, so a run that is killed asks nothing twice, and another picture
+or judge is asked anew.
+Failures that may pass (429, 5xx, a broken connection) are tried again after 1, 2, 4 ... seconds.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Judge:
         request = urllib.request.Request(
             self.url.rstrip("/") + "/chat/completions", json.dumps(self._body(question)).encode(), self._headers()
         )
-        why = ""
+        why, wait = "", 0.0
         for attempt in range(self.attempts):
             if attempt:
                 self.sleep(min(MAX_WAIT, wait))

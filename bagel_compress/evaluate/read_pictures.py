@@ -50,7 +50,7 @@ def read_wise(data: Path) -> Reading:
     reading = Reading(data)
     for file in files:
         for number, row in enumerate(_rows(file)):
-            with_row(reading, f"{file.name} entry {number + 1}", lambda row=row, file=file: _wise_item(row, file.name))
+            with_row(reading, f"{file.name} entry {number + 1}", _wise_item, row, file.name)
     return reading.checked()
 
 
@@ -87,7 +87,7 @@ def read_gedit(data: Path) -> Reading:
     reading = Reading(data)
     for name, row in parquet_rows(files):
         if row.get("instruction_language") == "en":
-            with_row(reading, name, lambda row=row: _gedit_item(row))
+            with_row(reading, name, _gedit_item, row)
     return reading.checked()
 
 
@@ -114,7 +114,7 @@ def read_imgedit(data: Path) -> Reading:
         return Item(key, text_of(row, "edit_type"), turns, wanted=row)
 
     for key, row in rows.items():
-        with_row(reading, f"entry {key}", lambda key=key, row=row: item(key, row))
+        with_row(reading, f"entry {key}", item, key, row)
     return reading.checked()
 
 
@@ -131,12 +131,12 @@ def read_kris(data: Path) -> Reading:
         wanted = dict(row)
         if isinstance(row.get("gt_img"), str):
             wanted["truth"] = existing_picture(folder, row["gt_img"])
-        turns = (*pictures, text_of(row, "ins_en"))
+        turns: tuple[str | Picture, ...] = (*pictures, text_of(row, "ins_en"))
         return Item(f"{folder.name}/{number}", folder.name, turns, wanted=wanted)
 
     for file in files:
         for number, row in read_json(file).items():
-            with_row(reading, f"{file.parent.name} {number}", lambda f=file, n=number, r=row: item(f.parent, n, r))
+            with_row(reading, f"{file.parent.name} {number}", item, file.parent, number, row)
     return reading.checked()
 
 
@@ -154,7 +154,7 @@ def read_rise(data: Path) -> Reading:
         return Item(f"{category}/{row.get('index')}", category, turns, wanted=wanted)
 
     for number, row in enumerate(_rows(file)):
-        with_row(reading, f"entry {number + 1}", lambda row=row: item(row))
+        with_row(reading, f"entry {number + 1}", item, row)
     return reading.checked()
 
 
@@ -170,14 +170,14 @@ def read_edit_list(data: Path) -> Reading:
         return Item(str(row.get("id")), "all", (*pictures, text_of(row, "prompt")), wanted=row)
 
     for number, line in enumerate(read_lines(file)):
-        with_row(reading, f"line {number + 1}", lambda line=line: item(line))
+        with_row(reading, f"line {number + 1}", item, line)
     return reading.checked()
 
 
-def with_row(reading: Reading, name: str, make: Callable[[], Item]) -> None:
+def with_row(reading: Reading, name: str, make: Callable[..., Item], *args: Any) -> None:
     """Adds what `make` reads, or counts the row as damaged."""
     try:
-        reading.add(make())
+        reading.add(make(*args))
     except (BenchmarkError, ValueError, AttributeError) as error:
         reading.skip(name, error)
 

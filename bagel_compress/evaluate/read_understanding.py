@@ -37,12 +37,9 @@ def read_mme(data: Path) -> Reading:
                 if len(fields) < 3 or fields[2].strip().lower() not in ("yes", "no"):
                     raise BenchmarkError(f"found {line[:60]!r}, expected picture, question and yes or no by tabs")
                 name, question, answer = fields[:3]
-                reading.add(
-                    Item(
-                        f"{file.stem}/{number}", file.stem, (_mme_picture(pictures / file.stem, name),
-                        f"{question} {SHORT}"), "text", f"{file.stem}/{number // 2}", {"answer": answer.strip().lower()},
-                    )
-                )  # fmt: skip
+                turns = (_mme_picture(pictures / file.stem, name), f"{question} {SHORT}")
+                pair, wanted = f"{file.stem}/{number // 2}", {"answer": answer.strip().lower()}
+                reading.add(Item(f"{file.stem}/{number}", file.stem, turns, "text", pair, wanted))
             except BenchmarkError as error:
                 reading.skip(f"{file.name} line {number + 1}", error)
     return reading.checked()

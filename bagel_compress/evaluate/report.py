@@ -111,9 +111,7 @@ def scored(values: Values, official: Mapping[str, float], against: Values | None
         if against is not None:
             delta = difference(values, against, name)
             row |= {"delta": delta.value, "delta_low": delta.low, "delta_high": delta.high}
-        rows.append(
-            Score(name=name, value=found.value, low=found.low, high=found.high, units=found.units, **row)
-        )
+        rows.append(Score(name=name, value=found.value, low=found.low, high=found.high, units=found.units, **row))
     return tuple(rows)
 
 

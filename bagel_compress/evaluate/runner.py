@@ -5,8 +5,8 @@
     OUT/answers/I-of-N.jsonl answers, one line each, per process
     OUT/skipped/I-of-N.jsonl items that could not be asked because their picture does not open
 
-Every item has noise of its own, from the seed and its place in the whole benchmark: the order, the batches, the processes
-and a restart change nothing. Process I of N does every N-th unit.
+Every item has noise of its own, from the seed and its place in the benchmark: the order, the batches, the processes and
+a restart change nothing. Process I of N does every N-th unit.
 """
 
 from __future__ import annotations

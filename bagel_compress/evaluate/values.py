@@ -1,8 +1,8 @@
 """Scores before they are averaged, and the statistics over them: averages, intervals, paired differences.
 
 A category has units (a prompt with its four pictures, a picture with its two questions), and a unit has values. The
-average of a category is that of all its values. Intervals resample whole units, within each category, so that what hangs
-together stays together; the difference of two models is taken over the same units, drawn together.
+average of a category is that of all its values. Intervals resample whole units, within each category, so that what
+hangs together stays together; the difference of two models is taken over the same units, drawn together.
 """
 
 from __future__ import annotations
