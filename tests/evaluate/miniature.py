@@ -129,7 +129,7 @@ def kris(folder: Path) -> Path:
 
 
 def rise(folder: Path) -> Path:
-    rows = [{"index": f"{c}_1", "category": c, "instruction": "what next", "image": f"{c}_images/0.png", "reference": "r",
+    rows = [{"index": f"{c}_1", "category": c, "instruction": "next", "image": f"{c}_images/0.png", "reference": "r",
              "reasoning_img": None, **({"reference_txt": "4"} if c == "logical_reasoning" else {})}
             for c in ("temporal_reasoning", "spatial_reasoning", "logical_reasoning")]  # fmt: skip
     put(folder / "datav2_total_w_subtask.json", rows)

@@ -9,6 +9,7 @@ from typing import Any
 
 import miniature
 import pytest
+
 from bagel.nano.scenes import SIDE
 from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate import evaluate as module
