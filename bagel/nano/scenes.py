@@ -9,7 +9,7 @@ Everything is deterministic in the generator that is passed in. Colours are sRGB
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,9 +70,7 @@ class Scene:
     things: tuple[Thing, ...]
 
 
-def sample_scene(
-    rng: np.random.Generator, count: int | None = None, colors: Mapping[str, tuple[int, int, int]] = COLORS
-) -> Scene:
+def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     """A random scene with one or two things (even odds), every attribute uniform."""
     count = count or int(rng.integers(1, 3))
     if count == 1:
@@ -80,7 +78,7 @@ def sample_scene(
     else:
         places = ("left", "right") if rng.random() < 0.5 else ("top", "bottom")
     shapes = rng.permutation(SHAPES)[:count]
-    colors = rng.permutation(tuple(colors))[:count]
+    colors = rng.permutation(tuple(COLORS))[:count]
     things = tuple(
         _placed(rng, str(s), str(c), p, float(rng.uniform(*RADIUS)))
         for s, c, p in zip(shapes, colors, places, strict=True)
@@ -105,13 +103,13 @@ def recoloured(thing: Thing, color: str) -> Thing:
     return replace(thing, color=color)
 
 
-def render(scene: Scene, colors: Mapping[str, tuple[int, int, int]] = COLORS) -> Image:
+def render(scene: Scene) -> Image:
     """The picture: uint8 [SIDE, SIDE, 3], edges anti-aliased over one pixel."""
     canvas = np.empty((SIDE, SIDE, 3), np.float32)
     canvas[:] = np.clip(np.add(BACKGROUNDS[scene.background], scene.tint), 0, 255)
     for thing in scene.things:
         alpha = coverage(thing.shape, thing.x, thing.y, thing.radius)[..., None]
-        canvas += alpha * (np.asarray(colors[thing.color], np.float32) - canvas)
+        canvas += alpha * (np.asarray(COLORS[thing.color], np.float32) - canvas)
     return np.rint(canvas).astype(np.uint8)
 
 

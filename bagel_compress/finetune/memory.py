@@ -2,8 +2,8 @@
 tensors of the true shapes, with every storage counted.
 
 Counted beside the step: the base as it is stored, adapters (fp32) with their AdamW moments and average, the VAE and the
-CUDA context. The batch is text-to-image samples of one size, as many as fit into `tokens`. Attention is the CPU's, which
-keeps no more than the CUDA kernels with a mask do. Not seen: what an operator allocates inside itself.
+CUDA context. The batch is text-to-image samples of one size, as many as fit into `tokens`. Attention is torch's on a
+CPU. Not seen: what an operator allocates inside itself.
 """
 
 from __future__ import annotations
