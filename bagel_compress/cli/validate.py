@@ -198,13 +198,13 @@ def _budget_of_training(args: argparse.Namespace) -> int:
     from bagel_compress.budgets.planned_build import planned_build
     from bagel_compress.build.artifact import MANIFEST
     from bagel_compress.errors import TargetError
-    from bagel_compress.finetune.config import FinetuneConfig, LoraConfig
+    from bagel_compress.finetune.config import FinetuneConfig
     from bagel_compress.finetune.memory import predict_finetune
     from bagel_compress.run.target import Target
 
     if args.device is not None:
         raise TargetError("--task finetune is predicted, not measured; leave --device away.")
-    usual = FinetuneConfig(model=args.build, steps=1, tokens=4096, lora=LoraConfig())
+    usual = FinetuneConfig.model_validate({"model": args.build, "steps": 1, "tokens": 4096, "lora": {}})
     config = FinetuneConfig.load(args.config) if args.config else usual
     is_folder = (Path(args.build) / MANIFEST).exists()
     build = build_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
