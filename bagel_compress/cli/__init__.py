@@ -20,8 +20,7 @@ from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
     "advise", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "speed", "profile", "publish",
-    "export",
-    "demo", "nano", "finetune",
+    "export", "demo", "nano", "finetune",
 )  # fmt: skip
 
 

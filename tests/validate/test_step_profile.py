@@ -10,8 +10,9 @@ from bagel_compress.cli import main
 
 
 def test_the_floor_is_every_product_and_attention_of_a_pass(reference):
+    run = _pass(reference, (32, 32), "a cat")
     with _Recorder() as recorder:
-        _pass(reference, (32, 32), "a cat")()
+        run()
     layers = reference.bagel.config.llm.num_layers
     names = [function.__name__ for function, _, _ in recorder.calls]
     assert names.count("scaled_dot_product_attention") == layers
