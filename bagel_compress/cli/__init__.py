@@ -19,8 +19,8 @@ from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
-    "advise", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "evaluate", "speed", "publish",
-    "export", "demo", "nano", "finetune",
+    "advise", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "evaluate", "speed", "profile",
+    "publish", "export", "demo", "nano", "finetune",
 )  # fmt: skip
 
 
