@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import math
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -37,19 +38,23 @@ from bagel_compress.build.plan import Placement, Plan
 from bagel_compress.build.resume_state import BuildFolder, ShardRecord, finished
 from bagel_compress.build.shard_writer import ShardWriter, WrittenShard
 from bagel_compress.codecs.base import Encoding, Reader
+from bagel_compress.codecs.matrix import finite
 from bagel_compress.errors import ArtifactError, CalibrationError, CheckpointError
 from bagel_compress.io.atomic import atomic_path, write_atomic
-from bagel_compress.io.bf16 import as_words
+from bagel_compress.io.bf16 import as_words, floats, stored
 from bagel_compress.io.digests import blake3_file, tensors_digest
+from bagel_compress.io.safetensors_file import TensorFile
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.source.identity import identity, tensor_digests
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 log = logging.getLogger(__name__)
 
+VAE = "ae.safetensors"
 HASH_ELEMENTS = 1 << 22  # elements per step where a tensor has to be hashed apart from its coding
 UNHASHED = 4  # blocks that may wait to be hashed: converted ones are anonymous memory
 UNFINISHED = 2  # shards that may still be hashed and synced while the next one is coded
@@ -179,9 +184,11 @@ def _write_shard(
 
     `rounded`: encodings that calibration has made already, by unit.
     """
-    reader = _HashingReader(checkpoint, hashing)
+    refused = build.plan.recipe.non_finite == "refused"
+    reader = _HashingReader(checkpoint, hashing, refused)
+    as_is = _FiniteReader(checkpoint) if refused else checkpoint  # its digest is taken of what was written
     begun = [
-        (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, checkpoint if p.codec.stored_as_is else reader))
+        (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, as_is if p.codec.stored_as_is else reader))
         for p in build.plan.in_shard(shard)
     ]
     parts: dict[str, PartSpec] = {}
@@ -194,7 +201,7 @@ def _write_shard(
         for chunk in encoding.chunks():
             writer.put(chunk)
         units[placement.unit.name] = _entry(placement, encoding, shard)
-        if not encoding.codec.stored_as_is:
+        if not placement.codec.stored_as_is:
             digests |= {spec.name: reader.digest(spec) for spec in placement.unit.specs}
         progress(placement.unit.name, sum(spec.nbytes for spec in placement.unit.specs))
     return units, digests, writer.end()
@@ -287,31 +294,61 @@ def _calibration_entry(plan: Plan) -> CalibrationEntry | None:
 
 def _start_copies(build: BuildFolder, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Future[FileEntry]]:
     """Begins to copy what goes with the weights: tokenizer, configs, VAE."""
+    refuses = build.plan.recipe.non_finite == "refused"
     apart = any(p.codec.scans_folder for p in build.plan.placements)
-    targets = {name: "vae/ae.safetensors" if apart and name == "ae.safetensors" else name for name in checkpoint.files}
+    targets = {name: f"vae/{VAE}" if apart and name == VAE else name for name in checkpoint.files}
     return {
-        target: pool.submit(_copied, checkpoint.files[name], build.out / target)
+        target: pool.submit(_copied, checkpoint.files[name], build.out / target, name == VAE and refuses)
         for name, target in targets.items()
         if name != "config.json"
     }
 
 
-def _copied(source: Path, target: Path) -> FileEntry:
-    """Copies a file; it appears in full, and on the disk."""
+def _copied(source: Path, target: Path, is_finite: bool) -> FileEntry:
+    """Copies a file; it appears in full, and on the disk. `is_finite`: tensors, none of which may hold NaN or Inf."""
     with atomic_path(target) as partial:
         shutil.copyfile(source, partial)
+        if is_finite:
+            _expect_finite(TensorFile.open(partial), source)
         return FileEntry(bytes=partial.stat().st_size, blake3=blake3_file(partial))
 
 
-class _HashingReader:
-    """The checkpoint as a Reader that also hashes, in the background, what is read in order."""
+def _expect_finite(file: TensorFile, source: Path) -> None:
+    for name, tensor in file.tensors.items():
+        for start in range(0, tensor.numel, HASH_ELEMENTS):
+            stop = min(start + HASH_ELEMENTS, tensor.numel)
+            values = floats(stored(file, tensor, start, stop), tensor.dtype)
+            if not (math.isfinite(values.max()) and math.isfinite(values.min())):  # NaN comes through either
+                raise CheckpointError(f"{source}: {name} holds NaN or infinity; copy it from the base model again.")
 
-    def __init__(self, checkpoint: Reader, pool: ThreadPoolExecutor) -> None:
+
+class _FiniteReader:
+    """The checkpoint as a Reader that refuses NaN and infinity."""
+
+    def __init__(self, checkpoint: Reader) -> None:
         self._checkpoint = checkpoint
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        values = self._checkpoint.read(spec, start, stop)
+        if not finite(as_words(values)):
+            raise _not_finite(spec)
+        return values
+
+
+class _HashingReader:
+    """The checkpoint as a Reader that also hashes, in the background, what is read in order.
+
+    `refuses`: NaN and infinity are looked for as well; `digest` of a tensor with some raises CheckpointError.
+    """
+
+    def __init__(self, checkpoint: Reader, pool: ThreadPoolExecutor, refuses: bool) -> None:
+        self._checkpoint = checkpoint
+        self._refuses = refuses
+        self._refused: set[str] = set()
         self._pool = pool  # of one thread, so that blocks are hashed in order
         self._totals: dict[str, blake3] = {}
         self._read: dict[str, int] = {}
-        self._pending: deque[Future[blake3]] = deque()
+        self._pending: deque[Future[None]] = deque()
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         values = self._checkpoint.read(spec, start, stop)
@@ -325,14 +362,30 @@ class _HashingReader:
             stop = min(start + HASH_ELEMENTS, spec.numel)
             self._take(spec, self._checkpoint.read(spec, start, stop), stop)
         del self._read[spec.name]
-        return self._pool.submit(self._totals.pop(spec.name).hexdigest)
+        return self._pool.submit(self._end, spec, self._totals.pop(spec.name))
 
     def _take(self, spec: TensorSpec, values: torch.Tensor, stop: int) -> None:
         total = self._totals.setdefault(spec.name, blake3())
         self._read[spec.name] = stop
         while len(self._pending) >= UNHASHED:
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(total.update, as_words(values).view("uint8").data))
+        self._pending.append(self._pool.submit(self._hash, spec, total, as_words(values)))
+
+    def _hash(self, spec: TensorSpec, total: blake3, words: np.ndarray) -> None:
+        if self._refuses and not finite(words):
+            self._refused.add(spec.name)
+        total.update(words.view("uint8").data)
+
+    def _end(self, spec: TensorSpec, total: blake3) -> str:
+        if spec.name in self._refused:
+            raise _not_finite(spec)
+        return total.hexdigest()
+
+
+def _not_finite(spec: TensorSpec) -> CheckpointError:
+    return CheckpointError(
+        f"{spec.name} holds NaN or infinity; mend the checkpoint, or say `non_finite: kept` in the recipe."
+    )
 
 
 @contextmanager

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from bagel.layout import BLOCKS, COMPONENTS, EXPERTS, KINDS, Role
 from bagel_compress.build.limits import METRICS, unknown_metric
@@ -139,6 +146,17 @@ class Recipe(FrozenModel):
     targets: tuple[str, ...] = ()
     export: str | None = None
     card: str = ""
+    non_finite: Literal["refused", "kept"] = Field(
+        "refused", description="NaN and infinity in weights that are stored without loss; no model needs them"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that refuses them has no such key: it means what it meant before there was one."""
+        fields: dict[str, Any] = handler(self)
+        if self.non_finite == "refused":
+            fields.pop("non_finite", None)
+        return fields
 
     @property
     def digest(self) -> str:

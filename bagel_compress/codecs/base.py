@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -51,8 +51,7 @@ class Reader(Protocol):
 class Chunk:
     """A run of bytes of one stored part. `data` is contiguous uint8, valid until the next chunk is asked for.
 
-    `lasting`: the array is never written to again (a view of the source, or an array of its own), so the caller may
-    keep it. `direct`: the codec goes on encoding in threads of its own, so the caller may write this chunk to disk
+    `lasting`: the array is never written to again, so the caller may keep it. `direct`: the codec goes on encoding in threads of its own, so the caller may write this chunk to disk
     before it asks for the next without delaying the encoding.
     """
 
@@ -61,6 +60,21 @@ class Chunk:
     data: np.ndarray
     lasting: bool = False
     direct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LaterChunk:
+    """A chunk whose bytes are read when they are written, so that it takes no memory while it waits."""
+
+    part: str
+    start: int
+    nbytes: int
+    read: Callable[[], np.ndarray]
+
+    @property
+    def data(self) -> np.ndarray:
+        """The bytes; reads them."""
+        return self.read()
 
 
 @dataclass(slots=True)
@@ -108,7 +122,7 @@ class Encoding(ABC):
     rounded: Rounded | None = None  # of calibrated rounding
 
     @abstractmethod
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[Chunk | LaterChunk]:
         """The bytes of all parts, each byte once, in any order. Verifies what it wrote, or raises CodecError."""
 
 
@@ -197,8 +211,8 @@ class Codec(FrozenModel, ABC):
         stored = {n: torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype]()) for n, part in encoding.parts.items()}
         raw = {n: t.view(-1).view(torch.uint8).numpy() for n, t in stored.items() if t.numel()}
         for chunk in encoding.chunks():
-            if chunk.data.size:
-                raw[chunk.part][chunk.start : chunk.start + chunk.data.nbytes] = chunk.data
+            if (data := chunk.data).size:
+                raw[chunk.part][chunk.start : chunk.start + data.nbytes] = data
         return stored
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ Fine-tunes are brought into the official form while they are read, never by load
 weights (rounded to nearest even bf16), wrapper prefixes, configs that lie elsewhere, LoRA adapters. So every variant of
 the same weights has the same specs, the same values and the same `digest`.
 
-Numbers are handled as bf16 words in numpy; torch is imported only by `read`, which the codecs call. Files are mapped,
-not loaded: a value costs no anonymous memory unless it has to be converted.
+Numbers are handled as bf16 words in numpy; torch is imported only by `read`, which the codecs call. Files are read and
+not mapped: a source that is cut meanwhile ends in one sentence, and what was hashed is what was coded.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Checkpoint:
     """A full-precision BAGEL checkpoint: specs of all tensors by official name, all bf16, and the files beside them.
 
     `open` takes a folder, a .safetensors file or a Hub id; shards, fp32 or fp16 weights, trainers' prefixes and LoRA
-    adapters are brought into the official form while they are read. Nothing is loaded: `read` maps elements of one
+    adapters are brought into the official form while they are read. Nothing is loaded: `read` gives elements of one
     tensor. `digest` identifies the weights, whatever their packaging. Raises CheckpointError or HubError.
 
         checkpoint = bc.Checkpoint.open("my-fine-tune", base="ByteDance-Seed/BAGEL-7B-MoT")
@@ -123,7 +123,7 @@ class Checkpoint:
         return {spec.name: spec.shape for spec in self.specs}
 
     def words(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flattened tensor as bf16 words (uint16); a view of the file where it is bf16.
+        """Elements [start, stop) of the flattened tensor as bf16 words (uint16).
 
         Raises CheckpointError if the file is not what it was when it was opened.
         """
@@ -136,7 +136,7 @@ class Checkpoint:
         return values if tensor.dtype == "BF16" else bf16.rounded(bf16.floats(values, tensor.dtype))
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
-        """`words` as a bf16 torch tensor: the codecs' Reader. Read only: it may be the mapped file itself."""
+        """`words` as a bf16 torch tensor: the codecs' Reader."""
         return bf16.as_tensor(self.words(spec.name, start, stop))
 
     @cached_property
