@@ -206,6 +206,18 @@ def _check_target(name: str, known: Sequence[str], where: str) -> None:
             f"{where}: {name!r} is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}, or a file"
             f" {own.name} beside the recipe."
         )
+    file = own if own.is_file() else Path(name)
+    if name not in known and (written := _name_in(file)) != file.stem:
+        raise RecipeError(
+            f"{where}: {file} calls itself {written!r}; name it {file.stem}, as the recipe and the file do."
+        )
+
+
+def _name_in(file: Path) -> str:
+    try:
+        return str(yaml.safe_load(file.read_text("utf-8"))["name"])
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return ""
 
 
 def _codec_class(model: type[BaseModel], data: Any) -> type[BaseModel]:

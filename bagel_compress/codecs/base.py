@@ -51,8 +51,9 @@ class Reader(Protocol):
 class Chunk:
     """A run of bytes of one stored part. `data` is contiguous uint8, valid until the next chunk is asked for.
 
-    `lasting`: the array is never written to again, so the caller may keep it. `direct`: the codec goes on encoding in threads of its own, so the caller may write this chunk to disk
-    before it asks for the next without delaying the encoding.
+    `lasting`: the array is never written to again, so the caller may keep it. `direct`: the codec goes on encoding in
+    threads of its own, so the caller may write this chunk to disk before it asks for the next without delaying the
+    encoding.
     """
 
     part: str

@@ -118,7 +118,7 @@ def _finish(job: ExportJob, target: Target) -> ExportFolder:
         limits=job.source.limits,
         target=target.name,
         device=target.device.name,
-        disk_limit=None if target.budget.disk_gb is None else target.budget.disk_gb * 1e9,
+        disk_limit=target.disk_limit,
         settings=job.settings,
         axes=dict(job.axes),
         opset=OPSET,

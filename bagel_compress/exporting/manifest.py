@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from bagel_compress.build.artifact import (
     FileEntry,
     SourceEntry,
     changed_files,
+    compared_file,
     extra_files,
     wrong_sizes,
 )
@@ -94,6 +96,14 @@ class ExportManifest(FrozenModel):
     blocks: dict[str, BlockEntry]
     files: dict[str, FileEntry]
 
+    @property
+    def level(self) -> str:
+        """The class of limits that its parity must hold.
+
+        The weights of a lossless build are the reference's; the arithmetic of another runtime never is, to the bit.
+        """
+        return "16-bit" if self.limits.level == "lossless" else self.limits.level
+
     def to_bytes(self) -> bytes:
         return (json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -155,6 +165,16 @@ class ExportFolder:
         faults = list(wrong_sizes(self.path, self.manifest.files))
         faults += [f"{name} was changed" for name in changed_files(self.path, self.manifest.files, sums)]
         return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the manifest. Raises ArtifactError if its bytes are others; reads it once."""
+        if name not in self._compared:
+            self._compared[name] = compared_file(self.path, name, self.manifest.files)
+        return self._compared[name]
+
+    @cached_property
+    def _compared(self) -> dict[str, Path]:
+        return {}
 
     def kinds(self) -> list[KindSize]:
         """Sizes by kind of block, in the order of a run."""

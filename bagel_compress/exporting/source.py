@@ -172,12 +172,11 @@ class ArtifactSource(WeightSource):
 
     @property
     def files(self) -> Mapping[str, Path]:
-        found = {name: self._artifact.path / name for name in FOLDER_FILES}
-        return {name: file for name, file in found.items() if file.is_file()}
+        return {name: self._artifact.file(name) for name in FOLDER_FILES if name in self._artifact.manifest.files}
 
     @cached_property
     def vae(self) -> TensorFile:
-        return TensorFile.open(self._artifact.vae_path, ArtifactError)
+        return TensorFile.open(self._artifact.model_files["ae.safetensors"], ArtifactError)
 
     def codec(self, path: str) -> Codec:
         return Raw() if path.startswith(VAE_PREFIX) else self._artifact.codec(self._unit(path))

@@ -18,6 +18,7 @@ from bagel_compress.io.yaml_model import FrozenModel
 
 REPORTS = "reports"
 PARITY = "parity.json"
+NAME = r"^[\w.-]+$"  # of what a file is called after: it never leaves its folder
 STEP, IMAGE, FIRST_TOKEN, TOKEN = "denoising step", "image", "time to first token", "decoded token"  # what is timed
 
 
@@ -59,7 +60,7 @@ class TextPair(FrozenModel):
 class CaseParity(FrozenModel):
     """Everything measured for one case."""
 
-    name: str
+    name: str = Field(pattern=NAME)
     kind: str
     prompt: str
     metrics: dict[str, Number]
@@ -116,12 +117,14 @@ class ParityReport(FrozenModel):
     shares: tuple[Share, ...] = ()
     modules: tuple[ModuleError, ...] = ()
     faults: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # one sentence per limit or task that was not measured
+    pictures: dict[str, str] = Field(default_factory=dict)  # case -> BLAKE3 of its picture's file, reports/CASE.png
     notes: tuple[str, ...] = ()
 
     @property
     def broken(self) -> list[str]:
-        """One sentence per limit that does not hold."""
-        return [sentence(row) for row in self.rows if not row.ok]
+        """One sentence per limit that does not hold, and per one that was not measured."""
+        return [*(sentence(row) for row in self.rows if not row.ok), *self.missing]
 
     @property
     def passed(self) -> bool:
@@ -181,7 +184,7 @@ class BudgetReport(FrozenModel):
 
     artifact: str  # sha256 of the manifest, or the plan's digest where nothing was built yet
     name: str
-    target: str
+    target: str = Field(pattern=NAME)
     device: str
     limit: Number | None  # usable device memory in bytes
     phases: tuple[PhaseUse, ...]
@@ -208,8 +211,11 @@ class BudgetReport(FrozenModel):
 
 def load_budgets(folder: Path, digest: str | None = None) -> list[BudgetReport]:
     """The budget reports of an artifact. Raises ArtifactError on one that belongs to another build."""
-    reports = [read_json(BudgetReport, path) for path in sorted((folder / REPORTS).glob("budget-*.json"))]
-    for report in reports:
+    paths = sorted((folder / REPORTS).glob("budget-*.json"))
+    reports = [read_json(BudgetReport, path) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
+        if path.name != f"budget-{report.target}.json":
+            raise ArtifactError(f"{path} is about target {report.target}; run `bagel-compress budget` again.")
         if digest is not None and report.artifact != digest:
             raise ArtifactError(
                 f"{folder / REPORTS}/budget-{report.target}.json belongs to another build ({report.artifact[:12]}, this"
@@ -221,6 +227,8 @@ def load_budgets(folder: Path, digest: str | None = None) -> list[BudgetReport]:
 def sentence(row: Row) -> str:
     """What a row says whose limit does not hold."""
     where = f"case {row.case}: " if row.case else ""
+    if math.isnan(row.value):
+        return f"{where}{row.metric} is not a number, the limit is {number(row.limit)}."
     side = "above" if row.value > row.limit else "below"
     return f"{where}{row.metric} is {number(row.value)}, {side} the limit of {number(row.limit)}."
 

@@ -27,6 +27,7 @@ from bagel_compress.publishing.model_card import CARD, Origin
 from bagel_compress.publishing.provenance import ListedFile
 from bagel_compress.publishing.release_source import Content, label, manifest_name, source_of
 from bagel_compress.publishing.requirements import Evidence, load_evidence, ran
+from bagel_compress.report.files import page_files
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 MARK = ".release"  # beside the folder: says that it was made here and may be made again
@@ -147,13 +148,19 @@ def _content_files(
 
 
 def _report_files(content: Content, evidence: Evidence, folder: Path) -> dict[str, ListedFile]:
-    """Reports, their pictures and the HTML page, copied so that a later validation does not change the release."""
+    """Reports and pictures, copied so that a later validation does not change the release, and the pages on them.
+
+    Pages are drawn here: they show what the reports say and nothing else.
+    """
     files = {}
     for name in evidence.files:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(content.path / name, target)
         files[name] = _entry(target)
+    if evidence.parity is not None:
+        pages = page_files(content.path, evidence.parity, evidence.budgets, evidence.pictures)
+        files |= {name: _written(folder, name, text.encode()) for name, text in pages.items()}
     return files
 
 

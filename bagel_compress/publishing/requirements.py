@@ -10,14 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from bagel_compress.budgets.overruns import overruns
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.errors import ArtifactError
+from bagel_compress.build.limits import resolve
+from bagel_compress.build.recipe import Limits
+from bagel_compress.errors import ArtifactError, RecipeError
 from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.io.digests import blake3_file
+from bagel_compress.io.packaged import target_files
+from bagel_compress.io.safe_paths import leads_away
 from bagel_compress.parity.report_data import PARITY, REPORTS, BudgetReport, ParityReport, load_budgets
-from bagel_compress.publishing.release_source import Content
-
-PAGE = "report.html"
+from bagel_compress.parity.verdict import judged_again
+from bagel_compress.publishing.release_source import Content, recipe_of, source_of
+from bagel_compress.report.files import picture_name
+from bagel_compress.run.target import Target
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,29 @@ def load_evidence(content: Content) -> tuple[Evidence, list[str]]:
     if parity is None or (more and any("another build" in fault for fault in more)):
         own = _own_files(parity, budgets)
         return Evidence(parity, budgets, own, tried=tried, not_run=not_run), faults + more
-    folder = content.path
-    files = sorted(p.relative_to(folder).as_posix() for p in (folder / REPORTS).rglob("*") if p.is_file())
-    files += [PAGE] if (folder / PAGE).is_file() else []
-    pictures = {c.name: f"{REPORTS}/{c.name}.png" for c in parity.cases if f"{REPORTS}/{c.name}.png" in files}
-    return Evidence(parity, budgets, tuple(files), pictures, tried, not_run), faults + more
+    pictures, strays = _pictures(content.path, parity)
+    files = (*_own_files(parity, budgets), *pictures.values())
+    linked = [f"{name} is a link; put the file itself there" for name in files if _linked(content.path / name, content)]
+    return Evidence(parity, budgets, files, pictures, tried, not_run), [*faults, *more, *strays, *linked]
+
+
+def _linked(path: Path, content: Content) -> bool:
+    return leads_away(path, content.path)
+
+
+def _pictures(folder: Path, parity: ParityReport) -> tuple[dict[str, str], list[str]]:
+    """Case -> path of its picture, and a phrase for each that is not the one that was compared."""
+    found: dict[str, str] = {}
+    faults = []
+    for case in parity.cases:
+        name = picture_name(case.name)
+        if not case.has_image:
+            continue
+        if (folder / name).is_file() and blake3_file(folder / name) == parity.pictures.get(case.name):
+            found[case.name] = name
+        else:
+            faults.append(f"{name} is not the picture that was compared; run `bagel-compress validate` again")
+    return found, faults
 
 
 def ran(parity: ParityReport) -> str:
@@ -84,8 +110,30 @@ def _parity(content: Content) -> tuple[ParityReport | None, list[str]]:
         report = ParityReport.load(content.path, content.digest)
     except ArtifactError as error:
         return None, [str(error).rstrip(".")]
-    why = " ".join([*report.faults, *report.broken]).rstrip(".")
-    return report, [] if report.passed else [f"parity did not pass: {why}"]
+    why = _verdict(content, report)
+    return report, [f"parity did not pass: {' '.join(why).rstrip('.')}"] if why else []
+
+
+def _verdict(content: Content, report: ParityReport) -> list[str]:
+    """What keeps the report from passing, computed again under the limits of the manifest's recipe."""
+    manifest = content.manifest
+    limits, level = (manifest.limits, manifest.level) if isinstance(content, ExportFolder) else _asked(content)
+    faults = []
+    recipe = recipe_of(content)
+    if recipe is not None and isinstance(content, Artifact) and recipe.digest != manifest.recipe_digest:
+        faults.append("Its manifest's recipe is not the one of its recipe_digest; build it again.")
+    if report.source_digest != source_of(content).digest:
+        faults.append("It was compared with another checkpoint than it was built from.")
+    try:
+        resolved = resolve(level, limits.overrides)
+    except RecipeError as error:
+        return [*faults, str(error)]
+    return faults + judged_again(report, resolved, level, has_modules=isinstance(content, Artifact))
+
+
+def _asked(artifact: Artifact) -> tuple[Limits, str]:
+    limits = artifact.manifest.recipe.limits
+    return limits, limits.level
 
 
 def _budgets(artifact: Artifact) -> tuple[tuple[BudgetReport, ...], list[str]]:
@@ -94,13 +142,28 @@ def _budgets(artifact: Artifact) -> tuple[tuple[BudgetReport, ...], list[str]]:
         reports = load_budgets(artifact.path, artifact.digest)
     except ArtifactError as error:
         return (), [str(error).rstrip(".")]
-    faults = [f"budget of {r.target}: {' '.join(r.broken).rstrip('.')}" for r in reports if r.broken]
-    promised = artifact.manifest.recipe.targets
+    faults = [
+        f"budget of {r.target}: {' '.join(broken).rstrip('.')}" for r in reports if (broken := _over(artifact, r))
+    ]
+    promised = [Path(target).name.removesuffix(".yaml") for target in artifact.manifest.recipe.targets]
     missing = [target for target in promised if target not in {r.target for r in reports}]
     faults += [f"it has no budget report for {t}; run `bagel-compress budget --target {t}`" for t in missing]
     if not reports and not promised:
         faults.append("it has no budget report; run `bagel-compress budget`")
     return tuple(reports), faults
+
+
+def _over(artifact: Artifact, report: BudgetReport) -> list[str]:
+    """What the report's numbers break, computed again. A target that comes with the package is asked itself."""
+    disk = float(sum(entry.bytes for entry in artifact.manifest.files.values()))
+    report = report.model_copy(update={"disk": disk})
+    if report.target not in target_files():
+        return list(overruns(report, None))
+    target = Target.load(target_files()[report.target])
+    tasks = {phase.name.partition(":")[0] for phase in report.phases}
+    unmeasured = [f"It says nothing of {task}." for task in target.tasks if task not in tasks]
+    limits = {"limit": target.limit, "disk_limit": target.disk_limit}
+    return [*unmeasured, *overruns(report.model_copy(update=limits), target)]
 
 
 def _own_files(parity: ParityReport | None, budgets: tuple[BudgetReport, ...]) -> tuple[str, ...]:

@@ -84,18 +84,21 @@ def load_checkpoint(checkpoint: Checkpoint, device: DeviceChoice = "cpu", dtype:
 
 def load(artifact: Artifact, device: DeviceChoice = "cpu", dtype: torch.dtype | None = None) -> Sampler:
     """The sampler of an artifact. See `open_model` for `device` and `dtype`."""
-    from bagel.loading import load_vae, read_config, shapes_of, tensor_names, unfilled
+    from bagel.loading import load_vae, read_config_files, shapes_of, tensor_names, unfilled
     from bagel.model import Bagel
     from bagel.sampler import Sampler
     from bagel.text import TextCodec
 
     lies_on = _lies_on(device)
     shapes = {spec.name: spec.shape for unit in artifact.units() for spec in unit.specs}
-    vae_files = dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path)
+    files = artifact.model_files
+    vae_shapes = shapes_of(dict.fromkeys(tensor_names(files[VAE]), files[VAE]))
+    config, vae_config = read_config_files(files, shapes, vae_shapes)
     with unfilled():
-        bagel = Bagel(read_config(artifact.path, shapes, shapes_of(vae_files)))
+        bagel = Bagel(config)
     _fill(bagel, artifact, lies_on, dtype)
-    sampler = Sampler(bagel.eval(), load_vae(artifact.path, lies_on("vae")), TextCodec.from_dir(artifact.path))
+    vae = load_vae(artifact.path, lies_on("vae"), files[VAE], vae_config)
+    sampler = Sampler(bagel.eval(), vae, TextCodec.from_files(files, artifact.path))
     if dtype is None:
         census(sampler.bagel, artifact)
     return _spread(sampler, device)

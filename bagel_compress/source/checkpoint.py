@@ -25,7 +25,7 @@ from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
 from bagel_compress.io.digests import blake3_file
 from bagel_compress.io.hub_client import parse_repo_id
-from bagel_compress.io.safe_paths import check_names
+from bagel_compress.io.safe_paths import check_names, leads_away
 from bagel_compress.io.safetensors_file import Stamp, StoredTensor, TensorFile, stamp_of
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.source.adapter import ADAPTER_FILES, Adapter
@@ -213,6 +213,11 @@ def _aux_files(folders: list[Path]) -> dict[str, Path]:
         found = [folder / option for folder in folders for option in options if (folder / option).is_file()]
         if found:
             files[name] = found[0]
+    for file in files.values():
+        if file.suffix != ".safetensors" and leads_away(file, file.parent):  # it would be copied into every build
+            raise CheckpointError(
+                f"{file} is a link to {file.resolve()}, outside its folder; put the file itself there."
+            )
     for name in (*CONFIG_FILES, "ae.safetensors"):
         if name not in files:
             raise CheckpointError(
