@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/bagel-compress demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

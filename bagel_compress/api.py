@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bagel_compress.exporting.manifest import ExportFolder
     from bagel_compress.parity.report_data import BudgetReport, ParityReport
     from bagel_compress.parity.trace import TraceFile
-    from bagel_compress.publishing.pipeline import Published
+    from bagel_compress.publishing.pipeline import PublishResult
     from bagel_compress.run.target import Target
     from bagel_compress.source.checkpoint import Checkpoint
 
@@ -191,7 +191,7 @@ def publish(
     signing_key: str | Path | None = None,
     receipts: str | Path = "exports/receipts",
     collection: str = "",
-) -> Published:
+) -> PublishResult:
     """Verifies a build, writes its model card, uploads it as one commit and checks what arrived.
 
     `build` is an artifact or export whose reports pass; `repo` is `owner/name`. `base_model` is the Hub id of the

@@ -28,7 +28,6 @@ from bagel.images import resized
 from bagel.inputs import to_tensor
 from bagel.model import Bagel
 from bagel.nano import language
-from bagel.nano.batches import images_to_tensor
 from bagel.nano.scenes import Scene, render, sample_scene
 from bagel.sampler import Sampler
 from bagel_compress.build.compress import compress
@@ -36,6 +35,7 @@ from bagel_compress.build.limits import Metric, resolve
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.io.packaged import resource
+from bagel_compress.nano_training.batches import images_to_tensor
 from bagel_compress.parity.compare import Candidate as ComparedModel
 from bagel_compress.parity.compare import compare as compare_traces
 from bagel_compress.parity.metrics import kl_divergence, rel_l2

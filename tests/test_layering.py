@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # docs/architecture.md is this list.
 PACKAGES = (
     "errors", "io", "codecs", "source", "calibrate", "build", "run", "parity", "budgets", "scores", "report",
-    "exporting", "validation", "publishing", "api", "app", "comfyui", "cli", "__main__",
+    "nano_training", "finetune", "exporting", "validation", "publishing", "api", "app", "comfyui", "cli", "__main__",
 )  # fmt: skip
 HEAVY = {"torch", "numba", "bitsandbytes", "onnx", "onnxruntime", "tensorrt_rtx", "triton", "huggingface_hub"}
 OPTIONAL = (HEAVY - {"torch", "numba"}) | {

@@ -1,4 +1,4 @@
-"""BAGEL-nano: a small world of coloured shapes, and the training of a small BAGEL on it.
+"""The small world of BAGEL-nano: coloured shapes, what is said about them, and a detector that reads pictures back.
 
-Nothing else in `bagel` imports this package: it is a recipe for a checkpoint, not a part of the model.
+Nothing else in `bagel` imports this package, and it needs no torch. The training is `bagel_compress.nano_training`.
 """

@@ -130,7 +130,7 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from bagel.nano.reproduce import NAME, NanoRecipe, reproduce
+    from bagel_compress.nano_training.reproduce import NAME, NanoRecipe, reproduce
 
     with _threads(args.threads):
         _report(reproduce(args.out, NanoRecipe()))

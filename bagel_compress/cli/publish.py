@@ -73,13 +73,13 @@ def _what(parser: argparse.ArgumentParser) -> None:
 def _card(args: argparse.Namespace) -> int:
     from bagel_compress.publishing.export_card import card_of
     from bagel_compress.publishing.model_card import Origin
-    from bagel_compress.publishing.release_source import open_content, source_of
-    from bagel_compress.publishing.requirements import load_evidence
+    from bagel_compress.publishing.publishable import open_publishable, source_of
+    from bagel_compress.publishing.release_reports import load_reports
 
-    content = open_content(args.build)
-    evidence, faults = load_evidence(content)
-    origin = Origin.of(source_of(content), args.repo, args.base_model, args.license)
-    print(card_of(content, evidence, origin, draft=args.draft or bool(faults)), end="")
+    publishable = open_publishable(args.build)
+    reports, faults = load_reports(publishable)
+    origin = Origin.of(source_of(publishable), args.repo, args.base_model, args.license)
+    print(card_of(publishable, reports, origin, draft=args.draft or bool(faults)), end="")
     return 0
 
 
@@ -105,7 +105,7 @@ def _publish(args: argparse.Namespace) -> int:
     data = {
         "repo": done.uploaded.repo, "commit": done.uploaded.commit, "url": done.uploaded.url,
         "pull_request": done.uploaded.pull_request, "private": done.uploaded.private,
-        "artifact": done.release.content.digest,
+        "artifact": done.release.publishable.digest,
         "receipts": [str(path) for path in done.receipts], "cards": list(done.cards),
     }  # fmt: skip
     emit(args, data, "\n".join(lines))

@@ -21,8 +21,8 @@ from bagel_compress.io.hub_client import failures, split_repo_id
 from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.parity.report_data import Number, number
 from bagel_compress.publishing.model_card import CARD, FAMILY_END, FAMILY_START, gib, plain, table
-from bagel_compress.publishing.release_source import Content, label, weights_bytes
-from bagel_compress.publishing.requirements import Evidence
+from bagel_compress.publishing.publishable import Publishable, label, weights_bytes
+from bagel_compress.publishing.release_reports import ReleaseReports
 from bagel_compress.report.text import worst_rows
 
 if TYPE_CHECKING:
@@ -45,27 +45,27 @@ class CollectionRow(FrozenModel, extra="ignore"):
     parity: dict[str, Number]
 
 
-def build_of(content: Content, evidence: Evidence, repo: str, base_model: str | None) -> CollectionRow:
+def build_of(publishable: Publishable, reports: ReleaseReports, repo: str, base_model: str | None) -> CollectionRow:
     """The row of a build."""
-    peaks = {b.target: b.peak for b in evidence.budgets}
-    values = {row.metric: row.value for row in worst_rows(evidence.parity)} if evidence.parity else {}
+    peaks = {b.target: b.peak for b in reports.budgets}
+    values = {row.metric: row.value for row in worst_rows(reports.parity)} if reports.parity else {}
     return CollectionRow(
         repo=repo,
         base_model=base_model or "",
-        recipe=label(content),
-        artifact=content.digest,
-        formats=_formats(content),
-        weights_bytes=weights_bytes(content),
+        recipe=label(publishable),
+        artifact=publishable.digest,
+        formats=_formats(publishable),
+        weights_bytes=weights_bytes(publishable),
         peaks=peaks,
         parity={m: values[m] for m in COMPARED if m in values},
     )
 
 
-def _formats(content: Content) -> tuple[str, ...]:
-    if isinstance(content, Artifact):
-        return tuple(sorted({g.codec for g in content.groups()}))
-    settings = content.manifest.settings
-    forms = {form for kind in content.kinds() for form in kind.forms}
+def _formats(publishable: Publishable) -> tuple[str, ...]:
+    if isinstance(publishable, Artifact):
+        return tuple(sorted({g.codec for g in publishable.groups()}))
+    settings = publishable.manifest.settings
+    forms = {form for kind in publishable.kinds() for form in kind.forms}
     return (settings.runtime, settings.precision, *sorted(forms))
 
 

@@ -29,30 +29,32 @@ from bagel_compress.publishing.model_card import (
     table,
     titled,
 )
-from bagel_compress.publishing.release_source import Content, recipe_digest_of, source_of
-from bagel_compress.publishing.requirements import Evidence, ran
+from bagel_compress.publishing.publishable import Publishable, recipe_digest_of, source_of
+from bagel_compress.publishing.release_reports import ReleaseReports, ran
 from bagel_compress.publishing.snippets import export_snippets
 
 
-def card_of(content: Content, evidence: Evidence, origin: Origin, draft: bool = False, signed: bool = False) -> str:
+def card_of(
+    publishable: Publishable, reports: ReleaseReports, origin: Origin, draft: bool = False, signed: bool = False
+) -> str:
     """The whole README.md of an artifact or an export."""
-    if isinstance(content, Artifact):
-        return model_card(content, evidence, origin, draft, signed)
-    m = content.manifest
-    digests = {f"{m.source.kind} that was exported": m.source.digest, "manifest": content.digest}
+    if isinstance(publishable, Artifact):
+        return model_card(publishable, reports, origin, draft, signed)
+    m = publishable.manifest
+    digests = {f"{m.source.kind} that was exported": m.source.digest, "manifest": publishable.digest}
     if m.source.recipe is not None:
-        digests = {"recipe": recipe_digest_of(content)} | digests
+        digests = {"recipe": recipe_digest_of(publishable)} | digests
     return joined(
-        front_matter(_tags(content), evidence, origin),
-        _head(content, evidence, origin, draft),
-        _checked(content, evidence),
-        pictures(evidence),
+        front_matter(_tags(publishable), reports, origin),
+        _head(publishable, reports, origin, draft),
+        _checked(publishable, reports),
+        pictures(reports),
         FAMILY_START + "\n" + FAMILY_END,
-        _blocks(content),
-        parity_section(evidence.parity),
-        loading(export_snippets(content, origin.repo)),
+        _blocks(publishable),
+        parity_section(reports.parity),
+        loading(export_snippets(publishable, origin.repo)),
         recipe_section(m.source.recipe) if m.source.recipe else "",
-        provenance_section(source_of(content), digests, m.tool, origin, signed),
+        provenance_section(source_of(publishable), digests, m.tool, origin, signed),
         licence(origin),
     )
 
@@ -66,11 +68,11 @@ def _tags(export: ExportFolder) -> list[str]:
     return ["onnx", *runtime, *formats, *sorted(bits)]
 
 
-def _head(export: ExportFolder, evidence: Evidence, origin: Origin, draft: bool) -> str:
+def _head(export: ExportFolder, reports: ReleaseReports, origin: Origin, draft: bool) -> str:
     manifest, settings = export.manifest, export.manifest.settings
     lines = titled(origin, draft)
-    if not evidence.tried:
-        lines.append(f"> **Built, not run.** {' '.join(evidence.not_run)} Expect to be the first who runs it.")
+    if not reports.tried:
+        lines.append(f"> **Built, not run.** {' '.join(reports.not_run)} Expect to be the first who runs it.")
     what = "ONNX graphs" if settings.runtime == "onnxruntime" else "TensorRT engines, and the graphs behind them"
     recipe = f", recipe {code(manifest.source.recipe.name)}" if manifest.source.recipe else ""
     lines.append(
@@ -84,8 +86,8 @@ def _head(export: ExportFolder, evidence: Evidence, origin: Origin, draft: bool)
     return "\n\n".join(lines)
 
 
-def _checked(export: ExportFolder, evidence: Evidence) -> str:
-    settings, parity = export.manifest.settings, evidence.parity
+def _checked(export: ExportFolder, reports: ReleaseReports) -> str:
+    settings, parity = export.manifest.settings, reports.parity
     rows = [("every graph passes onnx.checker with shape inference, by path", "yes")]
     if settings.runtime != "onnxruntime":
         capabilities = ", ".join(settings.capabilities) or "the GPU it was built on"
@@ -93,7 +95,7 @@ def _checked(export: ExportFolder, evidence: Evidence) -> str:
     verdict = "no" if parity is None else "passed" if parity.passed else "**did not pass**"
     how = f", by {plain(ran(parity))}" if parity else ""
     rows.append((f"the whole sampler was compared with the bf16 reference{how}", verdict))
-    rows += [(plain(sentence), "**not run**") for sentence in evidence.not_run]
+    rows += [(plain(sentence), "**not run**") for sentence in reports.not_run]
     rows.append((f"memory and speed on {plain(export.manifest.device)}", "not measured"))
     made = ", ".join(f"{plain(name)} {plain(version)}" for name, version in export.manifest.versions.items())
     text = f"## What was checked, and what was not\n\n{table(('what', 'state'), rows)}\n\nMade with {made}."

@@ -27,7 +27,7 @@ from bagel_compress.publishing.snippets import Snippet, snippets
 from bagel_compress.report.text import worst_rows
 
 if TYPE_CHECKING:
-    from bagel_compress.publishing.requirements import Evidence
+    from bagel_compress.publishing.release_reports import ReleaseReports
 
 CARD = "README.md"
 FAMILY_START, FAMILY_END = "<!-- builds of this base -->", "<!-- end of builds -->"
@@ -51,21 +51,21 @@ class Origin:
 
 
 def model_card(
-    artifact: Artifact, evidence: Evidence, origin: Origin, draft: bool = False, signed: bool = False
+    artifact: Artifact, reports: ReleaseReports, origin: Origin, draft: bool = False, signed: bool = False
 ) -> str:
     """The whole README.md."""
     m = artifact.manifest
     return joined(
-        front_matter(_tags(artifact), evidence, origin),
+        front_matter(_tags(artifact), reports, origin),
         _head(artifact, origin, draft),
-        pictures(evidence),
+        pictures(reports),
         FAMILY_START + "\n" + FAMILY_END,
         _sizes(artifact),
-        _budgets(evidence.budgets),
-        parity_section(evidence.parity),
+        _budgets(reports.budgets),
+        parity_section(reports.parity),
         loading(snippets(artifact, origin.repo)),
         _loaders(artifact),
-        _losses(artifact, evidence.parity),
+        _losses(artifact, reports.parity),
         recipe_section(m.recipe),
         provenance_section(
             m.source, {"recipe": m.recipe_digest, "plan": m.plan, "manifest": artifact.digest}, m.tool, origin, signed
@@ -109,7 +109,7 @@ def _tags(artifact: Artifact) -> list[str]:
     return [*formats, *bits, *last]
 
 
-def front_matter(tags: Sequence[str], evidence: Evidence, origin: Origin) -> str:
+def front_matter(tags: Sequence[str], reports: ReleaseReports, origin: Origin) -> str:
     """The YAML on top, as the Hub reads it."""
     from huggingface_hub import ModelCardData
 
@@ -122,8 +122,8 @@ def front_matter(tags: Sequence[str], evidence: Evidence, origin: Origin) -> str
     }
     if origin.base_model is not None:
         data |= {"base_model": origin.base_model, "base_model_relation": origin.relation}
-    if evidence.parity is not None and evidence.tried:  # figures of a stand-in are no results of the build
-        data |= {"model_name": origin.repo.partition("/")[2], "eval_results": _results(evidence.parity)}
+    if reports.parity is not None and reports.tried:  # figures of a stand-in are no results of the build
+        data |= {"model_name": origin.repo.partition("/")[2], "eval_results": _results(reports.parity)}
     return f"---\n{ModelCardData(**data).to_yaml().strip()}\n---"
 
 
@@ -180,17 +180,17 @@ def totals(artifact: Artifact) -> tuple[int, int]:
     return sum(g.nbytes for g in groups), sum(g.source_bytes for g in groups)
 
 
-def pictures(evidence: Evidence) -> str:
+def pictures(reports: ReleaseReports) -> str:
     """The pictures of the parity report."""
-    if not evidence.pictures:
+    if not reports.pictures:
         return ""
     lines = [
         "## Pictures",
-        f"From left to right: the bf16 reference, {'this build' if evidence.tried else 'what was run in its place'},"
+        f"From left to right: the bf16 reference, {'this build' if reports.tried else 'what was run in its place'},"
         " their difference (amplified); same prompt, same noise.",
     ]
-    for name, path in evidence.pictures.items():
-        lines.append(f"**{plain(name)}** {plain(evidence.prompt(name))}\n\n![{plain(name)}](./{path})")
+    for name, path in reports.pictures.items():
+        lines.append(f"**{plain(name)}** {plain(reports.prompt(name))}\n\n![{plain(name)}](./{path})")
     return "\n\n".join(lines)
 
 

@@ -13,9 +13,9 @@ from bagel_compress.io.hub_client import client, failures, split_repo_id
 from bagel_compress.publishing.collection_table import build_of, join, members, spliced, table_of
 from bagel_compress.publishing.model_card import CARD, Origin
 from bagel_compress.publishing.provenance import ListedFile
+from bagel_compress.publishing.publishable import Publishable, open_publishable, source_of
 from bagel_compress.publishing.receipt import write_receipts
 from bagel_compress.publishing.release import Release, make_release
-from bagel_compress.publishing.release_source import Content, open_content, source_of
 from bagel_compress.publishing.remote_files import differences, look
 from bagel_compress.publishing.upload import Progress, Uploaded, upload
 
@@ -41,7 +41,7 @@ class PublishRequest:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishResult:
     """What was done."""
 
     release: Release
@@ -50,7 +50,7 @@ class Published:
     cards: tuple[str, ...]  # members of the family whose cards were renewed
 
 
-def publish(request: PublishRequest, progress: Progress | None = None) -> Published:
+def publish(request: PublishRequest, progress: Progress | None = None) -> PublishResult:
     """Verifies, uploads and checks a build; nothing is visible on the Hub before the last commit.
 
     Raises GateError, PublishError, HubError or ArtifactError.
@@ -58,7 +58,7 @@ def publish(request: PublishRequest, progress: Progress | None = None) -> Publis
     if request.collection and (request.draft or request.create_pr or request.revision != "main"):
         raise PublishError("a collection shows what is on main; leave --collection out with a draft, PR or revision.")
     release = prepare_release(request)
-    own = build_of(release.content, release.evidence, request.repo, _origin(release.content, request).base_model)
+    own = build_of(release.publishable, release.reports, request.repo, _origin(release.publishable, request).base_model)
     if request.collection:
         members(client(), request.collection, own)  # refused before anything is sent
     release = with_table(release, request.repo, request.revision)
@@ -75,7 +75,7 @@ def publish(request: PublishRequest, progress: Progress | None = None) -> Publis
     cards: list[str] = []
     if request.collection:
         cards = join(client(), request.collection, own)
-    return Published(release, uploaded, tuple(receipts), tuple(cards))
+    return PublishResult(release, uploaded, tuple(receipts), tuple(cards))
 
 
 def prepare_release(request: PublishRequest) -> Release:
@@ -83,9 +83,11 @@ def prepare_release(request: PublishRequest) -> Release:
     split_repo_id(request.repo)
     if "@" in request.repo:
         raise PublishError(f"{request.repo}: give the branch with --revision.")
-    content = open_content(request.build)
-    folder = request.folder or content.path.with_name(content.path.name + ".release")
-    return make_release(content, folder, _origin(content, request), request.draft, request.signing_key, request.unrun)
+    publishable = open_publishable(request.build)
+    folder = request.folder or publishable.path.with_name(publishable.path.name + ".release")
+    return make_release(
+        publishable, folder, _origin(publishable, request), request.draft, request.signing_key, request.unrun
+    )
 
 
 def with_table(release: Release, repo: str, revision: str) -> Release:
@@ -122,5 +124,5 @@ def preview(release: Release, repo: str, revision: str) -> str:
     return "\n".join(lines)
 
 
-def _origin(content: Content, request: PublishRequest) -> Origin:
-    return Origin.of(source_of(content), request.repo, request.base_model, request.license)
+def _origin(publishable: Publishable, request: PublishRequest) -> Origin:
+    return Origin.of(source_of(publishable), request.repo, request.base_model, request.license)

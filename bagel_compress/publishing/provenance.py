@@ -27,7 +27,7 @@ from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.io.safe_paths import stays_inside
 from bagel_compress.parity.report_data import REPORTS
-from bagel_compress.publishing.release_source import Content, manifest_name, recipe_digest_of, recipe_of, source_of
+from bagel_compress.publishing.publishable import Publishable, manifest_name, recipe_digest_of, recipe_of, source_of
 
 SUMS = "SHA256SUMS"
 PROVENANCE = "reports/provenance.json"
@@ -46,7 +46,7 @@ class ListedFile:
 
 
 def sums(files: Mapping[str, ListedFile]) -> str:
-    """The content of SHA256SUMS."""
+    """The publishable of SHA256SUMS."""
     return "".join(f"{entry.sha256}  {path}\n" for path, entry in sorted(files.items()) if path not in NOT_SUMMED)
 
 
@@ -74,22 +74,22 @@ def check_sums(folder: Path) -> list[str]:
     return faults + [f"{p} is not in {SUMS}" for p in extra if p.partition("/")[0] not in (".cache", ".git")]
 
 
-def statement(content: Content, files: Mapping[str, ListedFile]) -> dict[str, Any]:
+def statement(publishable: Publishable, files: Mapping[str, ListedFile]) -> dict[str, Any]:
     """The in-toto statement about a build; `files` are those of the release so far: its own and the reports on it.
 
     A subject's two digests tie the manifest, which has a BLAKE3 of each file or of its tensors, to SHA256SUMS.
     """
-    subject: list[dict[str, Any]] = [{"name": manifest_name(content), "digest": {"sha256": content.digest}}]
-    for name, entry in sorted(content.manifest.files.items()):
+    subject: list[dict[str, Any]] = [{"name": manifest_name(publishable), "digest": {"sha256": publishable.digest}}]
+    for name, entry in sorted(publishable.manifest.files.items()):
         subject.append({"name": name, "digest": {"sha256": files[name].sha256, **entry.digests}})
     reports = {path: entry for path, entry in files.items() if path.startswith(f"{REPORTS}/")}
-    source = source_of(content)
+    source = source_of(publishable)
     origin = {
         "uri": f"hf://{source.name}" + (f"@{source.revision}" if source.revision else ""),
         "digest": {"blake3": source.data_blake3} if source.data_blake3 else {"sha256": source.digest},
         "annotations": {"checkpoint_digest": source.digest},
     }
-    external, internal = _parameters(content)
+    external, internal = _parameters(publishable)
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": subject,
@@ -104,7 +104,7 @@ def statement(content: Content, files: Mapping[str, ListedFile]) -> dict[str, An
             "runDetails": {
                 "builder": {
                     "id": "https://pypi.org/project/bagel-compress/",
-                    "version": {"built": content.manifest.tool, **versions()},
+                    "version": {"built": publishable.manifest.tool, **versions()},
                 },
                 "byproducts": [{"name": p, "digest": {"sha256": e.sha256}} for p, e in sorted(reports.items())],
             },
@@ -133,23 +133,26 @@ def subjects(folder: Path) -> dict[str, dict[str, str]]:
         return {}
 
 
-def _parameters(content: Content) -> tuple[dict[str, Any], dict[str, Any]]:
+def _parameters(publishable: Publishable) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was asked for, and what followed from it."""
-    recipe = recipe_of(content)
+    recipe = recipe_of(publishable)
     asked: dict[str, Any] = {}
     if recipe is not None:
-        asked = {"recipe": recipe.model_dump(mode="json", by_alias=True), "recipe_sha256": recipe_digest_of(content)}
-    if isinstance(content, Artifact):
-        return asked, {"plan_sha256": content.manifest.plan}
-    manifest = content.manifest
+        asked = {
+            "recipe": recipe.model_dump(mode="json", by_alias=True),
+            "recipe_sha256": recipe_digest_of(publishable),
+        }
+    if isinstance(publishable, Artifact):
+        return asked, {"plan_sha256": publishable.manifest.plan}
+    manifest = publishable.manifest
     asked |= {"target": manifest.target, "settings": manifest.settings.model_dump(mode="json")}
     return asked, {f"{manifest.source.kind}_sha256": manifest.source.digest, "opset": manifest.opset,
                    "versions": manifest.versions}  # fmt: skip
 
 
-def statement_bytes(content: Content, files: Mapping[str, ListedFile]) -> bytes:
-    """`statement` as a file's content."""
-    return (json.dumps(statement(content, files), indent=1, ensure_ascii=False) + "\n").encode()
+def statement_bytes(publishable: Publishable, files: Mapping[str, ListedFile]) -> bytes:
+    """`statement` as a file's publishable."""
+    return (json.dumps(statement(publishable, files), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def versions() -> dict[str, str]:

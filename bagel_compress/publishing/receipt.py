@@ -13,9 +13,9 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.parity.report_data import BudgetReport, Number, Timing, write_json
 from bagel_compress.publishing.provenance import versions
+from bagel_compress.publishing.publishable import label, recipe_digest_of, source_of, weights_bytes
 from bagel_compress.publishing.release import Release
-from bagel_compress.publishing.release_source import label, recipe_digest_of, source_of, weights_bytes
-from bagel_compress.publishing.requirements import ran
+from bagel_compress.publishing.release_reports import ran
 from bagel_compress.publishing.upload import Uploaded
 from bagel_compress.report.text import worst_rows
 
@@ -56,27 +56,27 @@ def write_receipts(release: Release, uploaded: Uploaded, folder: Path) -> list[P
     """One receipt per target of the budget reports, or of the export. A draft gets none."""
     if release.draft:
         return []
-    budgets = release.evidence.budgets if isinstance(release.content, Artifact) else (None,)
+    budgets = release.reports.budgets if isinstance(release.publishable, Artifact) else (None,)
     receipts = [_receipt(release, uploaded, budget) for budget in budgets]
     return [write_json(receipt, folder / receipt.name) for receipt in receipts]
 
 
 def _receipt(release: Release, uploaded: Uploaded, budget: BudgetReport | None) -> Receipt:
-    content, parity = release.content, release.evidence.parity
-    source = source_of(content)
-    on_export: dict[str, Any] = {} if isinstance(content, Artifact) else {
-        "parity_on": ran(parity) if parity else "", "not_run": release.evidence.not_run,
+    publishable, parity = release.publishable, release.reports.parity
+    source = source_of(publishable)
+    on_export: dict[str, Any] = {} if isinstance(publishable, Artifact) else {
+        "parity_on": ran(parity) if parity else "", "not_run": release.reports.not_run,
     }  # fmt: skip
     return Receipt(
-        recipe=label(content),
-        recipe_digest=recipe_digest_of(content),
+        recipe=label(publishable),
+        recipe_digest=recipe_digest_of(publishable),
         source=source.name,
         source_revision=source.revision,
         source_digest=source.digest,
-        artifact=content.digest,
+        artifact=publishable.digest,
         repo=uploaded.repo,
         commit=uploaded.commit,
-        weights_bytes=weights_bytes(content),
+        weights_bytes=weights_bytes(publishable),
         all_bytes=sum(entry.bytes for entry in release.files.values()),
         parity={row.metric: row.value for row in worst_rows(parity)} if parity else {},
         versions=versions(),
@@ -88,8 +88,8 @@ def _receipt(release: Release, uploaded: Uploaded, budget: BudgetReport | None) 
 def _on_target(release: Release, budget: BudgetReport | None) -> dict[str, Any]:
     """The fields that come from a budget; an export says only what it was made for."""
     if budget is None:
-        assert not isinstance(release.content, Artifact)
-        manifest = release.content.manifest
+        assert not isinstance(release.publishable, Artifact)
+        manifest = release.publishable.manifest
         nothing = dict.fromkeys(("peak_predicted", "peak_measured", "measured_on", "timed_on", "limit"))
         return {"target": manifest.target, "device": manifest.device, "timings": (), **nothing}
     return {

@@ -25,8 +25,8 @@ from bagel_compress.publishing.collection_table import BUILD, build_of
 from bagel_compress.publishing.export_card import card_of
 from bagel_compress.publishing.model_card import CARD, Origin
 from bagel_compress.publishing.provenance import ListedFile
-from bagel_compress.publishing.release_source import Content, label, manifest_name, source_of
-from bagel_compress.publishing.requirements import Evidence, load_evidence, ran
+from bagel_compress.publishing.publishable import Publishable, label, manifest_name, source_of
+from bagel_compress.publishing.release_reports import ReleaseReports, load_reports, ran
 from bagel_compress.report.files import page_files
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
@@ -37,8 +37,8 @@ MARK = ".release"  # beside the folder: says that it was made here and may be ma
 class Release:
     """A folder that is ready to be uploaded. `files` has the digest of each file as it was verified."""
 
-    content: Content
-    evidence: Evidence
+    publishable: Publishable
+    reports: ReleaseReports
     folder: Path
     files: Mapping[str, ListedFile]
     draft: bool
@@ -46,11 +46,11 @@ class Release:
     @property
     def title(self) -> str:
         """Summary line of the commit."""
-        return f"{'Draft of ' if self.draft else ''}{label(self.content)}, manifest {self.content.digest[:12]}"
+        return f"{'Draft of ' if self.draft else ''}{label(self.publishable)}, manifest {self.publishable.digest[:12]}"
 
 
 def make_release(
-    content: Content,
+    publishable: Publishable,
     folder: Path,
     origin: Origin,
     draft: bool = False,
@@ -62,44 +62,44 @@ def make_release(
     Raises GateError listing every fault of the build and of its reports, PublishError if `folder` is not ours.
     """
     sums: dict[str, str] = {}  # sha256 of each file, taken while it is verified: no byte is read for it again
-    stamps = _stamps(content)
-    evidence, missing = _judged(content, origin, draft, unrun, sums)
+    stamps = _stamps(publishable)
+    reports, missing = _judged(publishable, origin, draft, unrun, sums)
     if missing:
-        raise GateError(f"{content.path} is not ready to be published: " + "; ".join(missing) + ".")
+        raise GateError(f"{publishable.path} is not ready to be published: " + "; ".join(missing) + ".")
     _fresh(folder)
-    files = _content_files(content, folder, sums, stamps)
-    files |= _report_files(content, evidence, folder)
-    build = build_of(content, evidence, origin.repo, origin.base_model)
+    files = _build_files(publishable, folder, sums, stamps)
+    files |= _report_files(publishable, reports, folder)
+    build = build_of(publishable, reports, origin.repo, origin.base_model)
     files[BUILD] = _written(folder, BUILD, (build.model_dump_json(indent=1) + "\n").encode())
-    statement = provenance.statement_bytes(content, files)
+    statement = provenance.statement_bytes(publishable, files)
     files[provenance.PROVENANCE] = _written(folder, provenance.PROVENANCE, statement)
     files[provenance.SUMS] = _written(folder, provenance.SUMS, provenance.sums(files).encode())
     if signing_key is not None:
         files[provenance.SIGNATURE] = _entry(provenance.sign(folder, signing_key))
     signed = signing_key is not None
-    card = card_of(content, evidence, origin, draft, signed)
+    card = card_of(publishable, reports, origin, draft, signed)
     files[CARD] = _written(folder, CARD, card.encode())
-    return Release(content, evidence, folder, dict(sorted(files.items())), draft)
+    return Release(publishable, reports, folder, dict(sorted(files.items())), draft)
 
 
 def _judged(
-    content: Content, origin: Origin, draft: bool, unrun: bool, sums: dict[str, str]
-) -> tuple[Evidence, list[str]]:
-    """The evidence, and everything that keeps the build from being released; `sums` is filled as by `verify`."""
-    evidence, faults = load_evidence(content)
-    damage = content.verify(sums)
+    publishable: Publishable, origin: Origin, draft: bool, unrun: bool, sums: dict[str, str]
+) -> tuple[ReleaseReports, list[str]]:
+    """The reports, and everything that keeps the build from being released; `sums` is filled as by `verify`."""
+    reports, faults = load_reports(publishable)
+    damage = publishable.verify(sums)
     if draft:
-        return evidence, damage
+        return reports, damage
     missing = damage + faults
-    if not evidence.tried and not unrun and evidence.parity is not None:
+    if not reports.tried and not unrun and reports.parity is not None:
         missing.append(
-            f"what it holds was never run (parity is that of its graphs by {ran(evidence.parity)}); run `bagel-compress"
+            f"what it holds was never run (parity is that of its graphs by {ran(reports.parity)}); run `bagel-compress"
             " validate` where there is a card, or say --unrun, and the page will say so"
         )
     if origin.base_model is None:
-        name = source_of(content).name
+        name = source_of(publishable).name
         missing.append(f"its source {name!r} is no repository; name the one it came from with --base-model")
-    return evidence, missing
+    return reports, missing
 
 
 def _fresh(folder: Path) -> None:
@@ -113,9 +113,9 @@ def _fresh(folder: Path) -> None:
     folder.mkdir()
 
 
-def _stamps(content: Content) -> dict[str, Stamp]:
+def _stamps(publishable: Publishable) -> dict[str, Stamp]:
     """Size and time of the last change of each file of the manifest that is there."""
-    paths = {name: content.path / name for name in content.manifest.files}
+    paths = {name: publishable.path / name for name in publishable.manifest.files}
     return {name: _stamp(path) for name, path in paths.items() if path.is_file()}
 
 
@@ -124,43 +124,45 @@ def _stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
-def _content_files(
-    content: Content, folder: Path, sums: Mapping[str, str], stamps: Mapping[str, Stamp]
+def _build_files(
+    publishable: Publishable, folder: Path, sums: Mapping[str, str], stamps: Mapping[str, Stamp]
 ) -> dict[str, ListedFile]:
     """The files of the manifest, and the manifest itself. `sums` and `stamps` are those of the verified files.
 
     A linked file is the one that was verified if nobody wrote to it since. A copy is read: it was not verified itself.
     """
     files = {}
-    for name, entry in content.manifest.files.items():
-        linked = _linked(content.path / name, folder / name)
+    for name, entry in publishable.manifest.files.items():
+        linked = _linked(publishable.path / name, folder / name)
         files[name] = ListedFile(bytes=entry.bytes, sha256=sums[name])
         same = _stamp(folder / name) == stamps[name] if linked else intact_sha256(folder / name, entry) == sums[name]
         if not same:
-            raise GateError(f"{content.path / name} was changed while it was published; run the same command again.")
-    own = manifest_name(content)
-    data = (content.path / own).read_bytes()
-    manifest = ListedFile(bytes=len(data), sha256=content.digest)
-    if hashlib.sha256(data).hexdigest() != content.digest:
-        raise GateError(f"{content.path / own} was changed while it was published; run the same command again.")
+            raise GateError(
+                f"{publishable.path / name} was changed while it was published; run the same command again."
+            )
+    own = manifest_name(publishable)
+    data = (publishable.path / own).read_bytes()
+    manifest = ListedFile(bytes=len(data), sha256=publishable.digest)
+    if hashlib.sha256(data).hexdigest() != publishable.digest:
+        raise GateError(f"{publishable.path / own} was changed while it was published; run the same command again.")
     write_atomic(folder / own, data)
     return {**files, own: manifest}
 
 
-def _report_files(content: Content, evidence: Evidence, folder: Path) -> dict[str, ListedFile]:
+def _report_files(publishable: Publishable, reports: ReleaseReports, folder: Path) -> dict[str, ListedFile]:
     """Reports and pictures, copied so that a later validation does not change the release, and the pages on them.
 
     Pages are drawn here: they show what the reports say and nothing else.
     """
     files = {}
-    for name in evidence.files:
+    for name in reports.files:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(content.path / name, target)
+        shutil.copyfile(publishable.path / name, target)
         files[name] = _entry(target)
-    if evidence.parity is not None:
-        pages = page_files(content.path, evidence.parity, evidence.budgets, evidence.pictures)
-        files |= {name: _written(folder, name, text.encode()) for name, text in pages.items()}
+    if reports.parity is not None:
+        pages = page_files(publishable.path, reports.parity, reports.budgets, reports.pictures)
+        files |= {name: _written(folder, name, page.encode()) for name, page in pages.items()}
     return files
 
 

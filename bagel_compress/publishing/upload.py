@@ -127,12 +127,12 @@ def _create(api: HfApi, repo: str, revision: str, private: bool) -> Remote:
 
 
 def _refuse_other_build(release: Release, repo: str, remote: Remote, replace: bool) -> None:
-    if replace or remote.manifest == release.content.digest:
+    if replace or remote.manifest == release.publishable.digest:
         return
     if remote.manifest is not None:
         raise PublishError(
             f"{repo} already holds another build (manifest {remote.manifest[:12]}, this one is"
-            f" {release.content.digest[:12]}); choose another name or --revision, or say --replace."
+            f" {release.publishable.digest[:12]}); choose another name or --revision, or say --replace."
         )
     weights = [path for path in sorted(remote.files) if path not in (*OWN, "README.md", "LICENSE")]
     if weights:

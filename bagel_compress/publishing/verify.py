@@ -15,9 +15,9 @@ from bagel_compress.io.digests import sha256_file
 from bagel_compress.io.hub_client import client, failures, split_repo_id
 from bagel_compress.parity.report_data import REPORTS
 from bagel_compress.publishing import provenance
-from bagel_compress.publishing.release_source import Content, manifest_name, open_content
+from bagel_compress.publishing.publishable import Publishable, manifest_name, open_publishable
+from bagel_compress.publishing.release_reports import load_reports
 from bagel_compress.publishing.remote_files import Remote, look
-from bagel_compress.publishing.requirements import load_evidence
 from bagel_compress.run.fetch import Files, fetch, manifest_in
 
 
@@ -42,20 +42,20 @@ class Verdict:
 
 def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
     """Reads every byte. Raises ArtifactError if the folder is no artifact and no export at all."""
-    content = open_content(folder)
+    publishable = open_publishable(folder)
     published = (folder / provenance.SUMS).is_file()
     if published:
         files, faults = len(_sums(folder)), provenance.check_sums(folder)
-        faults += _against_manifest(folder, content.manifest.files, manifest_name(content), content.digest)
-        faults = faults or content.verify()  # the manifest's own digests, should all the others have been forged
+        faults += _against_manifest(folder, publishable.manifest.files, manifest_name(publishable), publishable.digest)
+        faults = faults or publishable.verify()  # the manifest's own digests, should all the others have been forged
     else:
-        files, faults = len(content.manifest.files) + 1, content.verify()
-    faults += _stale_reports(content)
+        files, faults = len(publishable.manifest.files) + 1, publishable.verify()
+    faults += _stale_reports(publishable)
     signature = "none"
     if (folder / provenance.SIGNATURE).is_file() or public_key is not None:
         signature, fault = _signature(folder, public_key)
         faults += fault
-    return Verdict(str(folder), content.digest, files, "every byte read", signature, tuple(faults))
+    return Verdict(str(folder), publishable.digest, files, "every byte read", signature, tuple(faults))
 
 
 def verify_repo(repo: str, revision: str | None = None, full: bool = False, public_key: Path | None = None) -> Verdict:
@@ -115,11 +115,11 @@ def _against_manifest(folder: Path, files: Files, own: str, digest: str) -> list
     return faults + ([f"{own} is not the one of {provenance.SUMS}"] if sums.get(own) != digest else [])
 
 
-def _stale_reports(content: Content) -> list[str]:
+def _stale_reports(publishable: Publishable) -> list[str]:
     """Reports of another build. A build without reports is no fault here: verify is about bytes."""
-    if not (content.path / REPORTS).is_dir():
+    if not (publishable.path / REPORTS).is_dir():
         return []
-    return [fault for fault in load_evidence(content)[1] if "another build" in fault]
+    return [fault for fault in load_reports(publishable)[1] if "another build" in fault]
 
 
 def _signature(folder: Path, public_key: Path | None) -> tuple[str, list[str]]:

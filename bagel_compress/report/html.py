@@ -107,12 +107,13 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
             for what, png in zip(("reference", "artifact", "difference &times;4"), pictures[case.name], strict=True)
         )
         metrics = case.metrics
-        caption = (
-            f"PSNR {_show(metrics[Metric.IMAGE_PSNR])} {Metric.IMAGE_PSNR.unit},"
-            f" SSIM {_show(metrics[Metric.IMAGE_SSIM])},"
-            f" mean difference {_show(metrics[Metric.IMAGE_MAE])} {Metric.IMAGE_MAE.unit}"
-            + (f", LPIPS {_show(metrics[Metric.IMAGE_LPIPS])}" if Metric.IMAGE_LPIPS in metrics else "")
-            + (f", CLIP score {_show(metrics[Metric.IMAGE_CLIP])}" if Metric.IMAGE_CLIP in metrics else "")
+        shown = {
+            "PSNR": (Metric.IMAGE_PSNR, " dB"), "SSIM": (Metric.IMAGE_SSIM, ""),
+            "mean difference": (Metric.IMAGE_MAE, " of 255"), "LPIPS": (Metric.IMAGE_LPIPS, ""),
+            "CLIP score": (Metric.IMAGE_CLIP, ""),
+        }  # fmt: skip
+        caption = ", ".join(
+            f"{words} {_show(metrics[metric])}{unit}" for words, (metric, unit) in shown.items() if metric in metrics
         ).replace("equal dB", "equal")
         blocks.append(
             f"<div class='case'><h3>{escape(case.name)} <small class='soft'>{escape(case.kind)}</small></h3>"

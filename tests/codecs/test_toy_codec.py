@@ -22,7 +22,7 @@ from bagel_compress.codecs.matrix import MatrixCodec
 from bagel_compress.errors import ExportError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 from bagel_compress.publishing.model_card import Origin, model_card
-from bagel_compress.publishing.requirements import load_evidence
+from bagel_compress.publishing.release_reports import load_reports
 from bagel_compress.run.case import Case, Flow
 from bagel_compress.run.load import census, load
 from bagel_compress.run.target import Device, Target, Workload
@@ -105,7 +105,7 @@ def test_a_toy_codec_goes_through_the_whole_program(recipe: Recipe, tiny: Path, 
     assert not report.faults
     assert "toy" in (artifact.path / "report.html").read_text(encoding="utf-8")
 
-    card = model_card(artifact, load_evidence(artifact)[0], Origin("me/toy", None))
+    card = model_card(artifact, load_reports(artifact)[0], Origin("me/toy", None))
     assert "15-bit" in card
     assert "matrices in `toy`" in card
 

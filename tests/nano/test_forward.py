@@ -9,8 +9,8 @@ import torch
 from bagel import training
 from bagel.inputs import TextCodec
 from bagel.loading import load_bagel
-from bagel.nano import forward as nano
 from bagel.vit import patchify
+from bagel_compress.nano_training import forward as nano
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "checkpoint"
 LIMIT = 1e-4

@@ -13,8 +13,8 @@ import torch
 from bagel.loading import load_vae
 from bagel.nano.detector import read
 from bagel.nano.scenes import render, sample_scene
-from bagel.nano.vae_train import reconstruct
 from bagel.vae import to_uint8
+from bagel_compress.nano_training.vae_train import reconstruct
 from bagel_compress.run.load import open_model
 from bagel_compress.scores.benchmark import Scores, run
 from bagel_compress.scores.nano import Shown, nano_benchmark

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagel.nano.batches import Mix
-from bagel.nano.reproduce import NAME, NanoRecipe, reproduce
-from bagel.nano.train import ModelRecipe, TrainingPhase, TrainingProgress
-from bagel.nano.vae_train import VAERecipe
 from bagel.sampler import Sampler
 from bagel.settings import FlowSettings
+from bagel_compress.nano_training.batches import Mix
+from bagel_compress.nano_training.reproduce import NAME, NanoRecipe, reproduce
+from bagel_compress.nano_training.train import ModelRecipe, TrainingPhase, TrainingProgress
+from bagel_compress.nano_training.vae_train import VAERecipe
 
 
 @pytest.fixture(autouse=True)

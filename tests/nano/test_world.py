@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from bagel.inputs import THINK_IMAGE, TextCodec
-from bagel.nano import language, tokens
-from bagel.nano.batches import EDIT_TURNS
+from bagel.nano import language
 from bagel.nano.detector import DetectedScene, read
 from bagel.nano.scenes import SIDE, Scene, render, sample_scene
+from bagel_compress.nano_training import tokens
+from bagel_compress.nano_training.batches import EDIT_TURNS
 
 
 def shown(scene: Scene) -> tuple:

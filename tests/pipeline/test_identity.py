@@ -183,20 +183,20 @@ def test_tensors_that_a_fine_tune_lacks_come_from_the_base_and_are_named(
 
 def test_the_card_names_the_adapter_and_the_base(tmp_path: Path, write: Write, tensors: Tensors, nf4: Recipe) -> None:
     from bagel_compress.publishing.model_card import Origin, model_card
-    from bagel_compress.publishing.requirements import Evidence
+    from bagel_compress.publishing.release_reports import ReleaseReports
 
     folder = write({name: value for name, value in tensors.items() if not name.startswith("vit_")})
     lora_folder = save(tmp_path / "my-lora", lora())
     artifact = build(folder, nf4, tmp_path / "a", base=TINY, lora=lora_folder)
     source = artifact.manifest.source
-    card = model_card(artifact, Evidence(), Origin.of(source, "me/build", "someone/base"), draft=True)
+    card = model_card(artifact, ReleaseReports(), Origin.of(source, "me/build", "someone/base"), draft=True)
     assert "base_model_relation: finetune" in card
     assert "with the adapter `my-lora` merged into it" in card
     assert f"| adapter merged | `my-lora`, scale 2, blake3 `{source.adapter.blake3}` |" in card  # type: ignore[union-attr]
     assert "| taken from a base | `local`: " in card
     assert "and nothing else" not in card
     plain = build(TINY, nf4, tmp_path / "b")
-    card = model_card(plain, Evidence(), Origin.of(plain.manifest.source, "me/build", "someone/base"), draft=True)
+    card = model_card(plain, ReleaseReports(), Origin.of(plain.manifest.source, "me/build", "someone/base"), draft=True)
     assert "base_model_relation: quantized" in card
     assert "and nothing else" in card
     assert "adapter" not in card

@@ -19,7 +19,7 @@ from hub import Hub, User
 from publish_data import BASE, CARD, REPO, TOKEN, write_reports
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.publishing.release_source import Content
+from bagel_compress.publishing.publishable import Publishable
 
 
 @pytest.fixture(autouse=True)
@@ -102,10 +102,10 @@ def artifact(built: Callable[[str], Artifact], tmp_path: Path) -> Artifact:
 @pytest.fixture
 def publish(tmp_path: Path) -> Callable[..., object]:
     """publish() with the options that tests seldom change."""
-    from bagel_compress.publishing.pipeline import Published, PublishRequest
+    from bagel_compress.publishing.pipeline import PublishRequest, PublishResult
     from bagel_compress.publishing.pipeline import publish as run
 
-    def go(artifact: Content, repo: str = REPO, **options: object) -> Published:
+    def go(artifact: Publishable, repo: str = REPO, **options: object) -> PublishResult:
         settings = {"base_model": BASE, "receipts": tmp_path / "receipts", **options}
         return run(PublishRequest(artifact.path, repo, **settings))
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from bagel_compress.budgets.overruns import overruns
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.parity.report_data import BudgetReport, CaseParity, ParityReport, PhaseUse, Timing
 from bagel_compress.parity.verdict import OF_MODULES, make_rows
-from bagel_compress.publishing.release_source import Content, label, recipe_of, source_of
+from bagel_compress.publishing.publishable import Publishable, label, recipe_of, source_of
 
 TOKEN = "hf_plantedtokenXYZ0123456789abcdef"
 REPO = "ann/BAGEL-7B-MoT-NF4"
@@ -27,7 +28,7 @@ VALUES = {"image.psnr": 24.5, "latent.path": 0.11}  # what the card's table show
 
 
 def parity(
-    artifact: Content, digest: str | None = None, ok: bool = True, environment: dict[str, str] = HERE
+    artifact: Publishable, digest: str | None = None, ok: bool = True, environment: dict[str, str] = HERE
 ) -> ParityReport:
     """A report about this build (or, with `digest`, about another one) that covers all that its class asks for."""
     is_export = isinstance(artifact, ExportFolder)
@@ -36,9 +37,11 @@ def parity(
     values = {m: limit.value for m, limit in limits.items()} | {m: v for m, v in VALUES.items() if limits[m].holds(v)}
     values |= {} if ok else {"latent.path": 0.31}
     probes = {} if is_export else {m: values.pop(m) for m in OF_MODULES if m in values}
+    has_image = (artifact.path / "reports" / "t2i_square.png").is_file()
     floor = {"latent.path": {"kernel": 0.004}, "image.psnr": {"kernel": 48.0}}
     cases = tuple(
-        CaseParity(name=name, kind=kind, prompt=prompt, metrics=values if image else {}, floor=floor, has_image=image)
+        CaseParity(name=name, kind=kind, prompt=prompt, metrics=values if image else {}, floor=floor,
+                   has_image=image and has_image)
         for name, kind, prompt, image in (
             ("t2i_square", "t2i", "a red | cat", True), ("edit", "edit", "", False),
             ("understand", "understand", "", False), ("think", "think + t2i", "", False),
@@ -54,7 +57,7 @@ def parity(
         environment=environment,
         rows=rows,
         cases=cases,
-        pictures={"t2i_square": blake3(picture()).hexdigest()},
+        pictures={"t2i_square": blake3(picture()).hexdigest()} if has_image else {},
         notes=("LPIPS was not measured.",),
     )
 
@@ -70,7 +73,7 @@ def picture() -> bytes:
 
 def budget(artifact: Artifact, digest: str | None = None, target: str = CARD, ok: bool = True) -> BudgetReport:
     """A budget report; not `ok`: over its limit."""
-    return BudgetReport(
+    report = BudgetReport(
         artifact=digest or artifact.digest,
         name=artifact.manifest.recipe.name,
         target=target,
@@ -84,13 +87,14 @@ def budget(artifact: Artifact, digest: str | None = None, target: str = CARD, ok
         measured_on="NVIDIA GeForce RTX 4070",
         timed_on="NVIDIA GeForce RTX 4070",
     )
+    return report.model_copy(update={"overruns": overruns(report, None)})
 
 
 def write_reports(artifact: Artifact) -> Artifact:
     """Reports that let the artifact be published, and the pictures that validation draws."""
-    parity(artifact).save(artifact.path)
     budget(artifact).save(artifact.path)
     (artifact.path / "reports" / "t2i_square.png").write_bytes(picture())
+    parity(artifact).save(artifact.path)
     (artifact.path / "report.html").write_text("<html></html>")
     return artifact
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hub import Fault, Hub
+from PIL import Image
 from publish_data import BASE, flip, parity
 
 pytest.importorskip("onnxscript")
@@ -26,14 +27,14 @@ from bagel_compress.exporting.source import WeightSource
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.publishing.collection_table import CollectionRow
 from bagel_compress.publishing.model_card import Origin
-from bagel_compress.publishing.pipeline import Published
+from bagel_compress.publishing.pipeline import PublishResult
 from bagel_compress.publishing.release import Release, make_release
 from bagel_compress.publishing.snippets import export_snippets
 from bagel_compress.publishing.verify import verify_folder
 from bagel_compress.run.target import Target
 
 Cli = Callable[..., tuple[int, str, str]]
-Publish = Callable[..., Published]
+Publish = Callable[..., PublishResult]
 REPO = "ann/BAGEL-7B-MoT-INT8-ONNX"
 ORIGIN = Origin(REPO, BASE)
 ON_CPU = {"runtime": "onnxruntime", "version": "1.32", "provider": "cpu", "precision": "fp32", "device": "cpu"}
@@ -88,9 +89,16 @@ def test_the_same_picture_after_the_journey(
     """Judged for real, published through faults, pulled by a stranger, verified, run."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(graphs.path, "onnx")
-    case = tmp_path / "case.yaml"
-    case.write_text("name: small\nkind: t2i\nturns: [a red cat]\nsize: [32, 32]\nflow: {num_timesteps: 3}\n")
-    assert cli("trace", case, "--source", tiny, "--out", "t.safetensors", "--floor", "none")[0] == 0
+    cases = tmp_path / "cases"
+    cases.mkdir()
+    Image.new("RGB", (56, 56), "red").save(cases / "red.png")
+    for name, text in {
+        "draw": "kind: t2i\nturns: [a red cat]\nsize: [32, 32]", "edit": "kind: edit\nturns: [{image: red.png}, blue]",
+        "ask": "kind: understand\nturns: [{image: red.png}, what?]\ntext: {max_tokens: 4}",
+        "think": "kind: t2i\nthink: true\nturns: [a car]\nsize: [32, 32]\ntext: {max_tokens: 4}",
+    }.items():  # fmt: skip
+        (cases / f"{name}.yaml").write_text(f"name: {name}\n{text}\nflow: {{num_timesteps: 3}}\n")
+    assert cli("trace", cases, "--source", tiny, "--out", "t.safetensors", "--floor", "none")[0] == 0
     code, out, err = cli("validate", "onnx", "--trace", "t.safetensors")
     assert code == 0, out + err
     assert cli("generate", "onnx", PROMPT, *FLAGS, "--out", "before.png")[0] == 0
@@ -175,7 +183,7 @@ def test_engines_that_were_never_run_need_a_word_for_it(engines: ExportFolder, t
     assert "| **not run** |" in card
     assert "model-index" not in card  # figures of the graphs are no results of the engines
     assert "every engine was built by tensorrt-rtx, for sm89 | yes" in card
-    assert made.evidence.not_run != ()
+    assert made.reports.not_run != ()
 
     (engines.path / "reports" / "parity.json").unlink()
     with pytest.raises(GateError, match="no parity report"):

@@ -177,7 +177,7 @@ def test_the_same_release_again_changes_nothing(hub: Hub, release: Release) -> N
 
 
 def test_a_file_changed_after_it_was_verified(hub: Hub, release: Release) -> None:
-    flip(release.folder / release.content.manifest.shards[0])
+    flip(release.folder / release.publishable.manifest.shards[0])
     with pytest.raises(GateError, match=r"model-00001-of-\d+\.safetensors was changed after it had been verified"):
         upload(release, REPO)
     assert not whole(hub)
@@ -190,7 +190,7 @@ def test_what_arrived_is_compared(hub: Hub, release: Release, monkeypatch: pytes
 
     def damaging(store: Store, repo: object, *rest: object) -> object:
         commit = real(store, repo, *rest)  # type: ignore[arg-type]
-        shard = release.content.manifest.shards[0]
+        shard = release.publishable.manifest.shards[0]
         commit.files[shard] = File("0" * 64, commit.files[shard].size, lfs=True)
         return commit
 

@@ -19,7 +19,7 @@ from bagel_compress.cli import main
 from bagel_compress.parity.record import record_cases
 from bagel_compress.parity.report_data import FIRST_TOKEN, IMAGE, STEP, TOKEN, BudgetReport, PhaseUse, Timing
 from bagel_compress.publishing.model_card import Origin, model_card
-from bagel_compress.publishing.requirements import Evidence
+from bagel_compress.publishing.release_reports import ReleaseReports
 from bagel_compress.run.target import Budget, Device, Target, Workload
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.validation.artifact import validate_artifact
@@ -105,7 +105,7 @@ def test_a_report_made_on_a_cpu_says_so_and_closes_no_gate(built, reference, qui
     assert all(timing["reference"] > 0 for timing in budget["timings"])
     assert "Times measured on CPU (" in (built / "report.html").read_text(encoding="utf-8")
     report = BudgetReport.model_validate_json((built / "reports/budget-impatient.json").read_text(encoding="utf-8"))
-    card = model_card(Artifact.open(built), Evidence(budgets=(report,)), Origin("ann/bagel", None))
+    card = model_card(Artifact.open(built), ReleaseReports(budgets=(report,)), Origin("ann/bagel", None))
     assert "CPU \\(" in card
     assert main(arguments) == 0
     out = capsys.readouterr().out

@@ -18,14 +18,14 @@ from torch import Tensor
 from bagel.images import resized
 from bagel.inputs import to_tensor
 from bagel.nano import language
-from bagel.nano.forward import Branch, Item, Latent, TextTurn, ViTPatches
 from bagel.nano.language import Edit, ThinkTask
-from bagel.nano.model import CONFIG
 from bagel.nano.scenes import Scene, render, sample_scene
-from bagel.nano.vae_train import to_tensor as images_to_tensor
 from bagel.text import THINK_IMAGE, TextCodec
 from bagel.vae import AutoEncoder
 from bagel.vit import patchify
+from bagel_compress.nano_training.forward import Branch, Item, Latent, TextTurn, ViTPatches
+from bagel_compress.nano_training.model import CONFIG
+from bagel_compress.nano_training.vae_train import to_tensor as images_to_tensor
 
 TIME_SCALE, TIME_SHIFT = 1.2, 0.3  # flow times are sigmoid(1.2 n + 0.3): more of the noisy half
 DROP_TEXT, DROP_IMAGE = 0.1, 0.1

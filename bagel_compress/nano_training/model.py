@@ -16,7 +16,7 @@ from torch import Tensor
 from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
 from bagel.model import Bagel
 from bagel.nano.scenes import SIDE
-from bagel.nano.vae_train import CONFIG as VAE
+from bagel_compress.nano_training.vae_train import CONFIG as VAE
 
 VOCAB = 512  # 503 tokens, padded to a multiple of 64
 VIT_SIDE = 84  # 6 x 6 patches

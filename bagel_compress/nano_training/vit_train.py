@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy
 
 from bagel.inputs import grid_ids
 from bagel.model import Bagel
-from bagel.nano.batches import patches_of
-from bagel.nano.model import CONFIG, VIT_SIDE
 from bagel.nano.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIDE, Scene, coverage, sample_scene
+from bagel_compress.nano_training.batches import patches_of
+from bagel_compress.nano_training.model import CONFIG, VIT_SIDE
 
 GRID = VIT_SIDE // CONFIG.vit.patch_size
 MIN_COVER = 0.15  # share of a patch that a thing must cover to be named there

@@ -14,11 +14,11 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bagel.nano import export, tokens, vae_train
-from bagel.nano.batches import BIND_TURNS, EDIT_TURNS, Pool, make_pool
-from bagel.nano.train import PHASES, UNDERSTANDING, ModelRecipe, ModelTrainer, TrainingProgress
-from bagel.nano.vae_train import VAETrainer
 from bagel.text import TextCodec
+from bagel_compress.nano_training import export, tokens, vae_train
+from bagel_compress.nano_training.batches import BIND_TURNS, EDIT_TURNS, Pool, make_pool
+from bagel_compress.nano_training.train import PHASES, UNDERSTANDING, ModelRecipe, ModelTrainer, TrainingProgress
+from bagel_compress.nano_training.vae_train import VAETrainer
 
 NAME = "BAGEL-nano"
 SAVE_SECONDS = 180.0

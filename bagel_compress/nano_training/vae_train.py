@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bagel.nano.optim import Average, Optimizer, Schedule
 from bagel.nano.scenes import SIDE, Scene, coverage, render, sample_scene
 from bagel.vae import AutoEncoder, VAEConfig
+from bagel_compress.nano_training.optim import Average, Optimizer, Schedule
 
 CONFIG = VAEConfig(ch=64, ch_mult=(1, 1, 1), num_res_blocks=1)
 POSTERIOR_SIGMA = 0.03  # of the scaled latent: encoding is sampled upstream, so it is sampled here, a little

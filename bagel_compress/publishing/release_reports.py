@@ -1,4 +1,4 @@
-"""Evidence: the reports of a build as a release needs them, and everything that keeps it from being one.
+"""The reports of a build as a release needs them, and everything that keeps it from being one.
 
 An export is judged like an artifact. What it cannot be held to where it is published, because there is no card to run
 its engines on, is never passed over in silence: `not_run` says it in words, for the card; and unless the very form that
@@ -23,13 +23,13 @@ from bagel_compress.io.packaged import target_files
 from bagel_compress.io.safe_paths import leads_away
 from bagel_compress.parity.report_data import PARITY, REPORTS, BudgetReport, ParityReport, load_budgets
 from bagel_compress.parity.verdict import judged_again
-from bagel_compress.publishing.release_source import Content, recipe_of, source_of
+from bagel_compress.publishing.publishable import Publishable, recipe_of, source_of
 from bagel_compress.report.files import picture_name
 from bagel_compress.run.target import Target
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ReleaseReports:
     """Reports that carry the build's digest. `files` are their paths under its folder, `pictures` case -> path."""
 
     parity: ParityReport | None = None
@@ -45,25 +45,29 @@ class Evidence:
         return next((c.prompt for c in cases if c.name == case), "")
 
 
-def load_evidence(content: Content) -> tuple[Evidence, list[str]]:
+def load_reports(publishable: Publishable) -> tuple[ReleaseReports, list[str]]:
     """The reports, and one phrase for each that is missing, stale or not passed.
 
     A report of another build is named and left out, and with it everything that could be drawn from it.
     """
-    parity, faults = _parity(content)
-    budgets, more = _budgets(content) if isinstance(content, Artifact) else ((), content.over_disk)
-    tried, not_run = (True, ()) if isinstance(content, Artifact) else _ran(content, parity)
+    parity, faults = _parity(publishable)
+    budgets, more = _budgets(publishable) if isinstance(publishable, Artifact) else ((), publishable.over_disk)
+    tried, not_run = (True, ()) if isinstance(publishable, Artifact) else _ran(publishable, parity)
     if parity is None or (more and any("another build" in fault for fault in more)):
         own = _own_files(parity, budgets)
-        return Evidence(parity, budgets, own, tried=tried, not_run=not_run), faults + more
-    pictures, strays = _pictures(content.path, parity)
+        return ReleaseReports(parity, budgets, own, tried=tried, not_run=not_run), faults + more
+    pictures, strays = _pictures(publishable.path, parity)
     files = (*_own_files(parity, budgets), *pictures.values())
-    linked = [f"{name} is a link; put the file itself there" for name in files if _linked(content.path / name, content)]
-    return Evidence(parity, budgets, files, pictures, tried, not_run), [*faults, *more, *strays, *linked]
+    linked = [
+        f"{name} is a link; put the file itself there"
+        for name in files
+        if _linked(publishable.path / name, publishable)
+    ]
+    return ReleaseReports(parity, budgets, files, pictures, tried, not_run), [*faults, *more, *strays, *linked]
 
 
-def _linked(path: Path, content: Content) -> bool:
-    return leads_away(path, content.path)
+def _linked(path: Path, publishable: Publishable) -> bool:
+    return leads_away(path, publishable.path)
 
 
 def _pictures(folder: Path, parity: ParityReport) -> tuple[dict[str, str], list[str]]:
@@ -103,32 +107,32 @@ def _ran(export: ExportFolder, parity: ParityReport | None) -> tuple[bool, tuple
     return True, ()
 
 
-def _parity(content: Content) -> tuple[ParityReport | None, list[str]]:
-    if not (content.path / REPORTS / PARITY).is_file():
+def _parity(publishable: Publishable) -> tuple[ParityReport | None, list[str]]:
+    if not (publishable.path / REPORTS / PARITY).is_file():
         return None, ["it has no parity report; run `bagel-compress validate`"]
     try:
-        report = ParityReport.load(content.path, content.digest)
+        report = ParityReport.load(publishable.path, publishable.digest)
     except ArtifactError as error:
         return None, [str(error).rstrip(".")]
-    why = _verdict(content, report)
+    why = _verdict(publishable, report)
     return report, [f"parity did not pass: {' '.join(why).rstrip('.')}"] if why else []
 
 
-def _verdict(content: Content, report: ParityReport) -> list[str]:
+def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
     """What keeps the report from passing, computed again under the limits of the manifest's recipe."""
-    manifest = content.manifest
-    limits, level = (manifest.limits, manifest.level) if isinstance(content, ExportFolder) else _asked(content)
+    manifest = publishable.manifest
+    limits, level = (manifest.limits, manifest.level) if isinstance(publishable, ExportFolder) else _asked(publishable)
     faults = []
-    recipe = recipe_of(content)
-    if recipe is not None and isinstance(content, Artifact) and recipe.digest != manifest.recipe_digest:
+    recipe = recipe_of(publishable)
+    if recipe is not None and isinstance(publishable, Artifact) and recipe.digest != manifest.recipe_digest:
         faults.append("Its manifest's recipe is not the one of its recipe_digest; build it again.")
-    if report.source_digest != source_of(content).digest:
+    if report.source_digest != source_of(publishable).digest:
         faults.append("It was compared with another checkpoint than it was built from.")
     try:
         resolved = resolve(level, limits.overrides)
     except RecipeError as error:
         return [*faults, str(error)]
-    return faults + judged_again(report, resolved, level, has_modules=isinstance(content, Artifact))
+    return faults + judged_again(report, resolved, level, has_modules=isinstance(publishable, Artifact))
 
 
 def _asked(artifact: Artifact) -> tuple[Limits, str]:

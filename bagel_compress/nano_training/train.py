@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from bagel.model import Bagel
-from bagel.nano import vit_train
-from bagel.nano.batches import Mix, Pool, Tasks
-from bagel.nano.forward import WeightedLosses, forward, grouped
-from bagel.nano.model import CONFIG, LATENT_TOKENS, build, inner_matrices, trained
-from bagel.nano.optim import Average, Optimizer, Schedule
 from bagel.text import TextCodec
+from bagel_compress.nano_training import vit_train
+from bagel_compress.nano_training.batches import Mix, Pool, Tasks
+from bagel_compress.nano_training.forward import WeightedLosses, forward, grouped
+from bagel_compress.nano_training.model import CONFIG, LATENT_TOKENS, build, inner_matrices, trained
+from bagel_compress.nano_training.optim import Average, Optimizer, Schedule
 
 PHASES = ("vit", "und", "draw", "mix", "polish", "bind")
 UNDERSTANDING = PHASES[:2]  # phases that need no latents

@@ -19,9 +19,9 @@ from bagel.config import ResizeRule
 from bagel.layout import expected_tensors
 from bagel.loading import parameter_path
 from bagel.model import Bagel
-from bagel.nano import tokens
-from bagel.nano.model import CONFIG
 from bagel.vae import AutoEncoder, VAEConfig
+from bagel_compress.nano_training import tokens
+from bagel_compress.nano_training.model import CONFIG
 
 
 def save(folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Tokenizer) -> None:

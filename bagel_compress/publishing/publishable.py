@@ -1,0 +1,56 @@
+"""What a release is of, an artifact or an export, and what the two have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bagel_compress.build.artifact import EXPORT_MANIFEST, MANIFEST, Artifact, SourceEntry
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.exporting.manifest import NOTES, ExportFolder
+
+Publishable = Artifact | ExportFolder
+
+
+def open_publishable(path: str | Path) -> Publishable:
+    """Raises ArtifactError if the folder is neither a complete artifact nor a complete export."""
+    folder = Path(path)
+    is_export = (folder / EXPORT_MANIFEST).exists() or (folder / NOTES).exists()
+    return ExportFolder.open(folder) if is_export else Artifact.open(folder)
+
+
+def manifest_name(publishable: Publishable) -> str:
+    """File name of its manifest."""
+    return MANIFEST if isinstance(publishable, Artifact) else EXPORT_MANIFEST
+
+
+def source_of(publishable: Publishable) -> SourceEntry:
+    """The full-precision checkpoint that it comes from."""
+    return publishable.manifest.source if isinstance(publishable, Artifact) else publishable.manifest.source.checkpoint
+
+
+def recipe_of(publishable: Publishable) -> Recipe | None:
+    """The recipe of its weights; None for an export of a checkpoint as it is."""
+    return publishable.manifest.recipe if isinstance(publishable, Artifact) else publishable.manifest.source.recipe
+
+
+def recipe_digest_of(publishable: Publishable) -> str:
+    """Digest of the recipe; empty where there is none."""
+    if isinstance(publishable, Artifact):
+        return publishable.manifest.recipe_digest
+    return publishable.manifest.source.recipe.digest if publishable.manifest.source.recipe else ""
+
+
+def label(publishable: Publishable) -> str:
+    """The name that receipts, tables and commits give it."""
+    recipe = recipe_of(publishable)
+    if isinstance(publishable, Artifact) or recipe is None or recipe.export == publishable.manifest.target:
+        return recipe.name if recipe else publishable.manifest.target  # type: ignore[union-attr]
+    return f"{recipe.name}-{publishable.manifest.target}"
+
+
+def weights_bytes(publishable: Publishable) -> int:
+    """Bytes of all weights as stored; of engines where there are any, since they hold their own."""
+    if isinstance(publishable, Artifact):
+        return sum(group.nbytes for group in publishable.groups())
+    blocks, files = publishable.manifest.blocks.values(), publishable.manifest.files
+    return sum(files[name].bytes for name in {b.engine or b.data for b in blocks})
