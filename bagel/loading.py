@@ -6,7 +6,6 @@ meta device and filled tensor by tensor, so that memory never holds more than th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from bagel.config import EXTRA_FILE, LLM_FILE, VIT_FILE, BagelConfig, number, read_json, section
 from bagel.errors import BagelError
+from bagel.json_file import read_object
 from bagel.layout import expected_tensors
 from bagel.model import Bagel
 from bagel.vae import SCALE_FACTOR, SHIFT_FACTOR, AutoEncoder, VAEConfig
@@ -138,7 +138,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
             f"{folder} has no weights: expected {', '.join(WEIGHT_FILES)} or {INDEX_FILE} with its shards."
         )
     files: dict[str, Path] = {}
-    for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+    table = read_object(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise BagelError(f"{index} has no weight_map from tensor names to files; copy it again.")
+    for tensor, name in table.items():
         file = folder / name
         if folder.resolve() not in file.resolve().parents:
             raise BagelError(f"{index}: {tensor} lies in {name!r}, outside the folder; the index is not trusted.")

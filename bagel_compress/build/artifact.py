@@ -458,7 +458,7 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
     """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
     try:
         data = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):
         raise ArtifactError(f"{folder / MANIFEST} is not JSON; copy the artifact again.") from None
     if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
         raise ArtifactError(

@@ -49,7 +49,6 @@ from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.source.identity import identity, tensor_digests
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 log = logging.getLogger(__name__)
@@ -185,8 +184,8 @@ def _write_shard(
     `rounded`: encodings that calibration has made already, by unit.
     """
     refused = build.plan.recipe.non_finite == "refused"
-    reader = _HashingReader(checkpoint, hashing, refused)
-    as_is = _FiniteReader(checkpoint) if refused else checkpoint  # its digest is taken of what was written
+    reader = _HashingReader(checkpoint, hashing)
+    as_is = _FiniteReader(checkpoint, refused)  # its digest is taken of what was written
     begun = [
         (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, as_is if p.codec.stored_as_is else reader))
         for p in build.plan.in_shard(shard)
@@ -201,6 +200,8 @@ def _write_shard(
         for chunk in encoding.chunks():
             writer.put(chunk)
         units[placement.unit.name] = _entry(placement, encoding, shard)
+        if refused and encoding.codec.stored_as_is and not placement.codec.stored_as_is:
+            _expect_finite_unit(placement, as_is)  # the codec gave up, perhaps because of such values
         if not placement.codec.stored_as_is:
             digests |= {spec.name: reader.digest(spec) for spec in placement.unit.specs}
         progress(placement.unit.name, sum(spec.nbytes for spec in placement.unit.specs))
@@ -323,32 +324,28 @@ def _expect_finite(file: TensorFile, source: Path) -> None:
 
 
 class _FiniteReader:
-    """The checkpoint as a Reader that refuses NaN and infinity."""
+    """The checkpoint as a Reader that refuses NaN and infinity, if it `refuses`."""
 
-    def __init__(self, checkpoint: Reader) -> None:
+    def __init__(self, checkpoint: Reader, refuses: bool) -> None:
         self._checkpoint = checkpoint
+        self._refuses = refuses
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         values = self._checkpoint.read(spec, start, stop)
-        if not finite(as_words(values)):
+        if self._refuses and not finite(as_words(values)):
             raise _not_finite(spec)
         return values
 
 
 class _HashingReader:
-    """The checkpoint as a Reader that also hashes, in the background, what is read in order.
+    """The checkpoint as a Reader that also hashes, in the background, what is read in order."""
 
-    `refuses`: NaN and infinity are looked for as well; `digest` of a tensor with some raises CheckpointError.
-    """
-
-    def __init__(self, checkpoint: Reader, pool: ThreadPoolExecutor, refuses: bool) -> None:
+    def __init__(self, checkpoint: Reader, pool: ThreadPoolExecutor) -> None:
         self._checkpoint = checkpoint
-        self._refuses = refuses
-        self._refused: set[str] = set()
         self._pool = pool  # of one thread, so that blocks are hashed in order
         self._totals: dict[str, blake3] = {}
         self._read: dict[str, int] = {}
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[Future[blake3]] = deque()
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         values = self._checkpoint.read(spec, start, stop)
@@ -362,24 +359,20 @@ class _HashingReader:
             stop = min(start + HASH_ELEMENTS, spec.numel)
             self._take(spec, self._checkpoint.read(spec, start, stop), stop)
         del self._read[spec.name]
-        return self._pool.submit(self._end, spec, self._totals.pop(spec.name))
+        return self._pool.submit(self._totals.pop(spec.name).hexdigest)
 
     def _take(self, spec: TensorSpec, values: torch.Tensor, stop: int) -> None:
         total = self._totals.setdefault(spec.name, blake3())
         self._read[spec.name] = stop
         while len(self._pending) >= UNHASHED:
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._hash, spec, total, as_words(values)))
+        self._pending.append(self._pool.submit(total.update, as_words(values).view("uint8").data))
 
-    def _hash(self, spec: TensorSpec, total: blake3, words: np.ndarray) -> None:
-        if self._refuses and not finite(words):
-            self._refused.add(spec.name)
-        total.update(words.view("uint8").data)
 
-    def _end(self, spec: TensorSpec, total: blake3) -> str:
-        if spec.name in self._refused:
-            raise _not_finite(spec)
-        return total.hexdigest()
+def _expect_finite_unit(placement: Placement, reader: _FiniteReader) -> None:
+    for spec in placement.unit.specs:
+        for start in range(0, spec.numel, HASH_ELEMENTS):
+            reader.read(spec, start, min(start + HASH_ELEMENTS, spec.numel))
 
 
 def _not_finite(spec: TensorSpec) -> CheckpointError:

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 from bagel_compress.cli import add_json, add_verb, emit, say
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from bagel.events import Listener
     from bagel.loops import Loops, Result
     from bagel.settings import FlowSettings, TextSettings
@@ -125,15 +123,17 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _edit(args: argparse.Namespace) -> int:
+    from bagel_compress.io.pictures import read_picture
+
     flow, text = _flow(args), _text(args)
-    turns = [*(_read_image(path) for path in [args.image, *args.also]), args.prompt]
+    turns = [*(read_picture(path) for path in [args.image, *args.also]), args.prompt]
     return _picture(args, _opened(args), turns, flow, text, None)
 
 
 def _picture(
     args: argparse.Namespace,
     sampler: Loops,
-    turns: Sequence[str | Image],
+    turns: Sequence[Any],
     flow: FlowSettings,
     text: TextSettings,
     size: tuple[int, int] | None,
@@ -156,9 +156,11 @@ def _picture(
 
 
 def _ask(args: argparse.Namespace) -> int:
+    from bagel_compress.io.pictures import read_picture
+
     text = _text(args)
     *paths, question = args.inputs
-    turns = [*(_read_image(Path(p)) for p in paths), question]
+    turns = [*(read_picture(Path(p)) for p in paths), question]
     result: Result = _opened(args).run(turns, output="text", think=args.think, text=text, seed=args.seed)
     emit(args, {"answer": result.text, "tokens": len(result.ids)}, result.text or "")
     return 0
@@ -177,21 +179,6 @@ def _text(args: argparse.Namespace) -> TextSettings:
 
     check_seed(args.seed)
     return TextSettings(args.max_tokens, args.sample, args.temperature)
-
-
-def _read_image(path: Path) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
-    from bagel_compress.errors import InputError
-
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; expected a picture (PNG, JPEG, WebP, ...).") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{path} is not a readable picture ({error}); expected PNG, JPEG, WebP, ...") from None
-    return image
 
 
 def _opened(args: argparse.Namespace) -> Loops:

@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
+from bagel.config import BagelConfig
 from bagel_compress.build.artifact import (
     EXPORT_MANIFEST,
     FileEntry,
@@ -110,9 +110,7 @@ class ExportManifest(FrozenModel):
     @property
     def model(self) -> BagelConfig:
         """The model's configuration."""
-        data = dict(self.config)
-        parts = {"llm": LLMConfig, "vit": ViTConfig, "vae_rule": ResizeRule, "vit_rule": ResizeRule}
-        return BagelConfig(**data | {name: part(**data[name]) for name, part in parts.items()})
+        return TypeAdapter(BagelConfig).validate_python(self.config)
 
 
 def config_dict(config: BagelConfig) -> dict[str, Any]:
@@ -212,6 +210,7 @@ def parse_export(content: bytes, folder: Path) -> ExportManifest:
     """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
     try:
         manifest = ExportManifest.model_validate_json(content)
+        _ = manifest.model
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in fault["loc"])

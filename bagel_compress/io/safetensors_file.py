@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from bagel.errors import shown
 from bagel_compress.errors import BagelCompressError, CheckpointError
 from bagel_compress.io.buffers import Buffers
 from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec
@@ -29,6 +30,7 @@ from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_AXES = 8  # of a tensor; the model has four at most
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library (0.8, `MAX_HEADER_SIZE`)
 # The order in which `safetensors.serialize_file` 0.8 places tensors: by dtype in this order, then by name.
 DTYPE_ORDER = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
@@ -73,6 +75,8 @@ class TensorFile:
     @classmethod
     def open(cls, path: Path, error: type[BagelCompressError] = CheckpointError) -> TensorFile:
         """Reads and checks the header. Raises `error`, in one sentence, on anything that is not as the format says."""
+        if path.exists() and not path.is_file():
+            raise error(f"{path} is no file; give a safetensors file.")
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -178,7 +182,7 @@ def _parse(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     try:
         table = json.loads(header)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: no UTF-8, no JSON, integers of 5,000 digits
         raise error(f"{path} is not a safetensors file: its header is not JSON.") from None
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         raise error(f"{path} is not a safetensors file: its header is not a table of tensors.")
@@ -188,10 +192,11 @@ def _parse(
 
 def _stored(name: str, row: Mapping[str, Any], base: int, path: Path, error: type[BagelCompressError]) -> StoredTensor:
     dtype, shape, offsets = row.get("dtype"), row.get("shape"), row.get("data_offsets")
-    if dtype not in DTYPE_BYTES:
-        raise error(f"{path}: tensor {name} has dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}.")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise error(f"{path}: tensor {name} has shape {shape!r} and offsets {offsets!r}; the header is damaged.")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise error(f"{path}: tensor {name} has dtype {shown(dtype)}, expected one of {', '.join(DTYPE_BYTES)}.")
+    if not _naturals(shape) or len(shape) > MAX_AXES or not _naturals(offsets) or len(offsets) != 2:
+        found = f"shape {shown(shape)} and offsets {shown(offsets)}"
+        raise error(f"{path}: tensor {name} has {found}; the header is damaged.")
     needed = prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != needed:
         found = offsets[1] - offsets[0]

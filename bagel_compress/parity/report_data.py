@@ -26,7 +26,16 @@ def _to_json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)  # JSON has no infinity
 
 
-Number = Annotated[float, BeforeValidator(float), PlainSerializer(_to_json, when_used="json")]
+def _from_json(value: Any) -> float:
+    if not isinstance(value, (int, float, str)):
+        raise ValueError(f"expected a number, found a {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("the number is too large") from None
+
+
+Number = Annotated[float, BeforeValidator(_from_json), PlainSerializer(_to_json, when_used="json")]
 
 
 class StepError(FrozenModel):
@@ -247,6 +256,8 @@ def write_json(model: BaseModel, path: Path) -> Path:
 def read_json(model: type[Any], path: Path) -> Any:
     """Reads a report. Raises ArtifactError on a missing or foreign file."""
     try:
+        if not path.is_file():
+            raise FileNotFoundError
         return model.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise ArtifactError(f"{path} does not exist; run `bagel-compress validate` first.") from None

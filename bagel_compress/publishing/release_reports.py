@@ -58,16 +58,9 @@ def load_reports(publishable: Publishable) -> tuple[ReleaseReports, list[str]]:
         return ReleaseReports(parity, budgets, own, tried=tried, not_run=not_run), faults + more
     pictures, strays = _pictures(publishable.path, parity)
     files = (*_own_files(parity, budgets), *pictures.values())
-    linked = [
-        f"{name} is a link; put the file itself there"
-        for name in files
-        if _linked(publishable.path / name, publishable)
-    ]
+    folder = publishable.path
+    linked = [f"{name} is a link; put the file itself there" for name in files if leads_away(folder / name, folder)]
     return ReleaseReports(parity, budgets, files, pictures, tried, not_run), [*faults, *more, *strays, *linked]
-
-
-def _linked(path: Path, publishable: Publishable) -> bool:
-    return leads_away(path, publishable.path)
 
 
 def _pictures(folder: Path, parity: ParityReport) -> tuple[dict[str, str], list[str]]:

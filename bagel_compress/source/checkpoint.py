@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from bagel.config import BagelConfig
 from bagel.errors import BagelError
+from bagel.json_file import read_object
 from bagel.layout import ModelSizes, expected_tensors, role_of
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
@@ -342,12 +343,9 @@ def _sizes(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], vae
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); copy it again from the base model.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object.")
-    return data
+        return read_object(path)
+    except BagelError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _vae(path: Path) -> TensorFile:
