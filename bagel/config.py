@@ -25,6 +25,7 @@ LLM_FILE, VIT_FILE, EXTRA_FILE = "llm_config.json", "vit_config.json", "config.j
 LATENT_INPUT, LATENT_TABLE, VIT_TABLE = "vae2llm.weight", "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
 # Sizes are compared with the tensors that there are only after names were made of them, so they have ends.
 MOST, MOST_LAYERS, LARGEST = 1 << 24, 1000, 1e30
+VAE_SCALE, VAE_SHIFT = 0.3611, 0.1159  # of FLUX's autoencoder
 _OFFICIAL_VAE_SIDES, _OFFICIAL_VIT_SIDES = (1024, 512, 16), (980, 224, 14)  # longest, shortest, stride
 
 
@@ -84,6 +85,7 @@ class BagelConfig:
     vae_downsample: int = 8
     vae_rule: ResizeRule = ResizeRule(*_OFFICIAL_VAE_SIDES)
     vit_rule: ResizeRule = ResizeRule(*_OFFICIAL_VIT_SIDES)
+    default_size: int | None = None  # side of a square picture; `default_image_size` of config.json, our convention
 
     @property
     def latent_width(self) -> int:
@@ -94,6 +96,24 @@ class BagelConfig:
     def image_stride(self) -> int:
         """Pixels of an image side per latent token."""
         return self.vae_downsample * self.latent_patch_size
+
+    def check_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size (height, width in pixels). Raises BagelError on one that the model cannot draw."""
+        stride, side = self.image_stride, self.max_latent_size
+        for name, pixels in zip(("height", "width"), size, strict=True):
+            if pixels <= 0 or pixels % stride:
+                raise BagelError(f"image {name} is {pixels}, expected a positive multiple of {stride}.")
+            if pixels > side * stride:
+                raise BagelError(
+                    f"image {name} is {pixels}, expected at most {side * stride} (the latent table's size)."
+                )
+        return size
+
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        """The size (height, width) of a picture where none is asked for: the model's own, else the largest square."""
+        side = min(1024, self.max_latent_size * self.image_stride)
+        return (side, side) if self.default_size is None else (self.default_size, self.default_size)
 
     @property
     def sizes(self) -> ModelSizes:
@@ -149,7 +169,10 @@ class BagelConfig:
             latent_side = _table_side(shapes, LATENT_TABLE)
         if VIT_TABLE in shapes:
             vit_side = _table_side(shapes, VIT_TABLE)
-        return cls(
+        default = _int(extra, "default_image_size", config, 1) if "default_image_size" in extra else None
+        vae_factors(extra, config)
+        made = cls(
+            default_size=default,
             llm=_llm(llm, where[LLM_FILE]),
             vit=_vit(vit, where[VIT_FILE], shapes),
             latent_patch_size=patch,
@@ -162,6 +185,16 @@ class BagelConfig:
             vae_rule=_rule(extra, "vae_transform", config, ResizeRule(*_OFFICIAL_VAE_SIDES)),
             vit_rule=_rule(extra, "vit_transform", config, ResizeRule(*_OFFICIAL_VIT_SIDES)),
         )
+        if default is not None:
+            made.check_size((default, default))
+        return made
+
+
+def vae_factors(extra: Mapping[str, Any], file: Path) -> tuple[float, float]:
+    """Scale and shift of latents, from `vae_config` of config.json if it has one, else FLUX's."""
+    stored = section(extra, "vae_config", file)
+    scale = number(stored, "scale_factor", file, VAE_SCALE)
+    return scale, number(stored, "shift_factor", file, VAE_SHIFT)
 
 
 def config_files(folder: Path) -> dict[str, Path]:

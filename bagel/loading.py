@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bagel.config import EXTRA_FILE, LLM_FILE, VIT_FILE, BagelConfig, number, read_json, section
+from bagel.config import EXTRA_FILE, LLM_FILE, VIT_FILE, BagelConfig, read_json, vae_factors
 from bagel.errors import BagelError
 from bagel.json_file import read_object
 from bagel.layout import expected_tensors
 from bagel.model import Bagel
-from bagel.vae import SCALE_FACTOR, SHIFT_FACTOR, AutoEncoder, VAEConfig
+from bagel.vae import AutoEncoder, VAEConfig
 
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors")
 INDEX_FILE = "model.safetensors.index.json"
@@ -118,9 +118,7 @@ def vae_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
 
 
 def _vae_config(extra: Mapping[str, Any], file: Path, shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
-    stored = section(extra, "vae_config", file)
-    scale = number(stored, "scale_factor", file, SCALE_FACTOR)
-    shift = number(stored, "shift_factor", file, SHIFT_FACTOR)
+    scale, shift = vae_factors(extra, file)
     try:
         return VAEConfig.from_shapes(shapes, scale, shift)
     except ValueError as error:

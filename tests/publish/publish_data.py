@@ -34,7 +34,9 @@ def parity(
     is_export = isinstance(artifact, ExportFolder)
     level = artifact.manifest.level if is_export else artifact.manifest.recipe.limits.level
     limits = resolve(level, (recipe_of(artifact) or artifact.manifest).limits.overrides)
-    values = {m: limit.value for m, limit in limits.items()} | {m: v for m, v in VALUES.items() if limits[m].holds(v)}
+    values = {m: limit.value for m, limit in limits.items()} | {
+        m: v for m, v in VALUES.items() if m in limits and limits[m].holds(v)
+    }
     values |= {} if ok else {"latent.path": 0.31}
     probes = {} if is_export else {m: values.pop(m) for m in OF_MODULES if m in values}
     has_image = (artifact.path / "reports" / "t2i_square.png").is_file()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from hub import Fault, Hub
-from PIL import Image
 from publish_data import BASE, flip, parity
 
 pytest.importorskip("onnxscript")
@@ -84,21 +83,12 @@ def card_of(made: Release) -> str:
 
 def test_the_same_picture_after_the_journey(
     hub: Hub, graphs: ExportFolder, tiny: Path, tmp_path: Path, cli: Cli, fresh_cache: Callable[[], Path],
-    monkeypatch: pytest.MonkeyPatch,
+    small_cases: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Judged for real, published through faults, pulled by a stranger, verified, run."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(graphs.path, "onnx")
-    cases = tmp_path / "cases"
-    cases.mkdir()
-    Image.new("RGB", (56, 56), "red").save(cases / "red.png")
-    for name, text in {
-        "draw": "kind: t2i\nturns: [a red cat]\nsize: [32, 32]", "edit": "kind: edit\nturns: [{image: red.png}, blue]",
-        "ask": "kind: understand\nturns: [{image: red.png}, what?]\ntext: {max_tokens: 4}",
-        "think": "kind: t2i\nthink: true\nturns: [a car]\nsize: [32, 32]\ntext: {max_tokens: 4}",
-    }.items():  # fmt: skip
-        (cases / f"{name}.yaml").write_text(f"name: {name}\n{text}\nflow: {{num_timesteps: 3}}\n")
-    assert cli("trace", cases, "--source", tiny, "--out", "t.safetensors", "--floor", "none")[0] == 0
+    assert cli("trace", small_cases, "--source", tiny, "--out", "t.safetensors", "--floor", "none")[0] == 0
     code, out, err = cli("validate", "onnx", "--trace", "t.safetensors")
     assert code == 0, out + err
     assert cli("generate", "onnx", PROMPT, *FLAGS, "--out", "before.png")[0] == 0
