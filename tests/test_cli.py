@@ -80,7 +80,7 @@ def test_run_ends_with_a_report_and_repeats(cli: Cli, tiny: Path, tmp_path: Path
         code, printed, err = cli("run", loose, "--source", tiny, "--out", out, "--cases", small_cases)
         assert code == 0, printed + err
         assert "passed" in printed
-        assert (out / "report.html").exists()
+        assert "Calibrated rounding" in (out / "report.html").read_text(encoding="utf-8")
     files = {p.relative_to(builds[0]) for p in builds[0].rglob("*") if p.is_file()}
     for file in files - {f for f in files if f.parts[0] in ("reports", "report.html")}:
         assert (builds[0] / file).read_bytes() == (builds[1] / file).read_bytes(), file
@@ -91,8 +91,8 @@ def test_run_ends_with_a_report_and_repeats(cli: Cli, tiny: Path, tmp_path: Path
 
 
 def _nf4_with(override: str, path: Path) -> Path:
-    """recipes/nf4-nearest.yaml with one limit of its own."""
-    text = (Path(__file__).parents[1] / "recipes" / "nf4-nearest.yaml").read_text(encoding="utf-8")
+    """recipes/nf4.yaml, whose rounding is calibrated, with one limit of its own."""
+    text = (Path(__file__).parents[1] / "recipes" / "nf4.yaml").read_text(encoding="utf-8")
     assert "limits: {class: 4-bit}" in text
     path.write_text(text.replace("limits: {class: 4-bit}", f"limits: {{class: 4-bit, overrides: {{{override}}}}}"))
     return path

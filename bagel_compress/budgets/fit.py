@@ -9,9 +9,11 @@ steps end within SLACK of the GPU's usable memory, and the last prediction, not 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -19,10 +21,15 @@ import yaml
 from bagel.vae import VAEConfig
 from bagel_compress.budgets.fake_model import OFFICIAL_VAE, BuildOutline
 from bagel_compress.budgets.predict import predict
+from bagel_compress.budgets.promises import ways
 from bagel_compress.build.plan import CheckpointHeader, Plan, make_plan
+from bagel_compress.build.rates import rated_recipe
 from bagel_compress.build.recipe import Limits, Recipe, Rule
+from bagel_compress.build.sensitivity import Effect, Group
 from bagel_compress.codecs.base import Codec
+from bagel_compress.codecs.ecq import Ecq
 from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS
+from bagel_compress.codecs.fp8 import Fp8
 from bagel_compress.errors import TargetError
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.packaged import FULL_CONFIGS, resource
@@ -32,11 +39,7 @@ from bagel_compress.run.target import GIB, Target, Task
 SLACK = 0.003  # of the usable memory: closer than this to the limit is close enough
 STEP = 0.01  # rates are multiples of it: what a reader can compare
 TRIES = 8  # predictions at most; three or four are usual
-# Relative error of normal weights on a uniform grid coded at its entropy, at rate R: sqrt(pi e / 6) 2^-R (Gish and
-# Pierce, IEEE Trans. Inf. Theory 14, 1968). FP8 E4M3 with a scale per row has 0.026: from that rate on a build is of
-# its class.
-HIGH_RATE = math.sqrt(math.pi * math.e / 6)
-FP8_ERROR = 0.0265
+FP8_ERROR = Fp8().normal_error  # from a rate on that has no more, a build is of the class of 8 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class Fitted:
     report: BudgetReport
     target: Target
     nbytes: int
+    measured: str = ""  # what rates of groups follow; empty: all have the same
 
     @property
     def peak(self) -> float:
@@ -86,14 +90,31 @@ class Fitted:
             f"On disk {size_text(self.nbytes)}. Relative error of normal weights at this rate without calibration:"
             f" {expected_error(self.bits):.3f}",
             "(NF4 0.092, FP8 0.026).",
+            *self._rates(),
             "",
             *(f"{phase.name:<24}{phase.total / GIB:7.2f} GiB" for phase in self.report.phases),
         ]
 
+    def _rates(self) -> list[str]:
+        """Least, mean and most bits of each kind of group over the layers, where groups have rates of their own."""
+        if not self.measured:
+            return []
+        found: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for rule in self.recipe.rules:
+            rate, match = _rate(rule), rule.match
+            if rate is not None and match.layer and match.expert and match.name:
+                layers = sum(b - a + 1 for a, b in match.layer)
+                found[match.expert[0], " ".join(name.strip("*._") for name in match.name)] += [rate] * layers
+        lines = [
+            f"{expert} {names:<26}{min(bits):6.2f} {fmean(bits):6.2f} {max(bits):6.2f}"
+            for (expert, names), bits in sorted(found.items())
+        ]
+        return ["", f"Rates by sensitivity, {self.measured}: least, mean and most bits over the layers.", "", *lines]
+
 
 def expected_error(bits: float) -> float:
-    """Relative error of normal weights at `bits` per weight, from the entropy alone (see HIGH_RATE)."""
-    return float(HIGH_RATE * 2.0**-bits)
+    """Relative error of normal weights at `bits` per weight, rounded alone."""
+    return Ecq.model_validate({"bits": bits}).normal_error
 
 
 def fit(
@@ -104,6 +125,8 @@ def fit(
     name: str | None = None,
     tasks: tuple[Task, ...] | None = None,
     disk_gb: float | None = None,
+    effects: Mapping[Group, Effect] | None = None,
+    measured: str = "",
     folder: Path = FULL_CONFIGS,
     vae: VAEConfig = OFFICIAL_VAE,
     say: Callable[[str], None] = lambda text: None,
@@ -111,7 +134,9 @@ def fit(
     """The recipe of `family` with the largest rate whose predicted peak is within the target's limit.
 
     `tasks` replaces the target's; `disk_gb` also limits the bytes of all weight shards, in 1e9. `folder` and `vae` are
-    the configs and VAE of the checkpoint that `header` describes. Raises TargetError if no rate from 1.5 bits on fits,
+    the configs and VAE of the checkpoint that `header` describes. With `effects`, what groups of weights cost in the
+    family's format as `sensitivities` found it, each group gets a rate of its own (build/rates.py) and the rate that is
+    found is their mean; `measured` says on what, for the file. Raises TargetError if no rate from 1.5 bits on fits,
     or if the recipe has no format with a rate.
     """
     if tasks is not None:
@@ -119,7 +144,7 @@ def fit(
     start = next((_rate(rule) for rule in family.rules if _rate(rule) is not None), None)
     if start is None:
         raise TargetError(f"recipe {family.name} has no format with a rate (bits: ...); give one such as ecq-12gb.")
-    search = _Search(family, header, target, name, disk_gb, (folder, vae), say)
+    search = _Search(family, header, target, name, disk_gb, (folder, vae), effects, measured, say)
     return search.run(min(start, MAX_BITS))
 
 
@@ -133,6 +158,8 @@ class _Search:
     name: str | None
     disk_gb: float | None
     model: tuple[Path, VAEConfig]
+    effects: Mapping[Group, Effect] | None
+    measured: str
     say: Callable[[str], None]
 
     def run(self, start: float) -> Fitted:
@@ -153,8 +180,11 @@ class _Search:
     def _at(self, bits: float) -> Fitted:
         recipe = with_rate(self.family, bits, self.target, self.name)
         plan: Plan = make_plan(self.header, recipe)
+        if self.effects:
+            recipe = rated_recipe(plan, self.effects, (MIN_BITS, MAX_BITS))
+            plan = make_plan(self.header, recipe)
         report = predict(BuildOutline.of_plan(plan, *self.model), self.target)
-        return Fitted(recipe, bits, report, self.target, plan.nbytes)
+        return Fitted(recipe, bits, report, self.target, plan.nbytes, self.measured)
 
     def _room(self, fitted: Fitted) -> float:
         """Share of the tightest limit that is left; negative: broken."""
@@ -185,9 +215,11 @@ class _Search:
 
     def _too_small(self, smallest: Fitted) -> str:
         limit = self.target.limit / GIB
+        others = [way.name for way in ways(self.target) if way.residency is not None and way.name != self.target.name]
+        named = f" ({', '.join(others)})" if others else ""
         return (
             f"target {self.target.name}: even {smallest.bits:.2f} bits need {smallest.peak / GIB:.2f} GiB of "
-            f"{limit:.2f}; give a target with residency, fewer tasks, smaller pictures or a larger disk."
+            f"{limit:.2f}; give a target with residency{named}, fewer tasks, smaller pictures or a larger disk."
         )
 
 

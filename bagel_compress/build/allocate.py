@@ -9,7 +9,7 @@ all fit, and what is left is spent on the best of what still fits. The result is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import yaml
@@ -38,7 +38,7 @@ class Allocation:
 
     def table(self) -> str:
         """Groups from the dearest to the cheapest in the smallest format, with what was chosen."""
-        costs, smallest = _costs(self.effects), _smallest(self.effects)
+        costs, smallest = shares_of_cost(self.effects), _smallest(self.effects)
         lines = ["layer expert group      velocity        KL  chosen"]
         for group in sorted(self.effects, key=lambda g: -costs[g][smallest]):
             effect, codec = self.effects[group][smallest], self.codecs[self.chosen[group]]
@@ -64,8 +64,8 @@ def movable_codecs(plan: Plan) -> tuple[Codec, ...]:
 
 def allocate(plan: Plan, codecs: Sequence[Codec], effects: Mapping[Group, Sequence[Effect]], budget: int) -> Allocation:
     """The allocation of least cost whose shards have at most `budget` bytes. Raises PlanError if none has."""
-    costs, smallest = _costs(effects), _smallest(effects)
-    moved = (p for p in plan.placements if len(p.unit.specs) == 1 and _group_of(p.unit.specs[0].name) in effects)
+    costs, smallest = shares_of_cost(effects), _smallest(effects)
+    moved = (p for p in plan.placements if len(p.unit.specs) == 1 and group_of(p.unit.specs[0].name) in effects)
     fixed = plan.nbytes - sum(p.nbytes for p in moved)
     room = budget - fixed
     least = sum(effect[smallest].nbytes for effect in effects.values())
@@ -86,12 +86,13 @@ def _moved(plan: Plan, codecs: Sequence[Codec], chosen: Mapping[Group, int]) -> 
     """The plan with the chosen formats in place."""
     placements = []
     for p in plan.placements:
-        group = _group_of(p.unit.specs[0].name) if len(p.unit.specs) == 1 else None
+        group = group_of(p.unit.specs[0].name) if len(p.unit.specs) == 1 else None
         placements.append(replace(p, codec=codecs[chosen[group]]) if group is not None and group in chosen else p)
     return replace(plan, placements=tuple(placements))
 
 
-def _costs(effects: Mapping[Group, Sequence[Effect]]) -> dict[Group, list[float]]:
+def shares_of_cost(effects: Mapping[Group, Sequence[Effect]]) -> dict[Group, list[float]]:
+    """What each format of each group costs: its shares of all velocity errors and of all KL in the smallest format."""
     smallest = _smallest(effects)
     velocity = sum(e[smallest].velocity for e in effects.values()) or 1.0
     kl = sum(e[smallest].kl for e in effects.values()) or 1.0
@@ -154,16 +155,25 @@ def allocated_recipe(plan: Plan, allocation: Allocation, name: str) -> Recipe:
     by_format: dict[tuple[int, str, str], list[int]] = defaultdict(list)
     for group, index in sorted(allocation.chosen.items()):
         by_format[index, group.expert, group.name].append(group.layer)
-    rules = [_rule(allocation.codecs[i], expert, group, layers) for (i, expert, group), layers in by_format.items()]
+    rules = [
+        group_rule(allocation.codecs[i], expert, group, layers) for (i, expert, group), layers in by_format.items()
+    ]
+    summary = f"{plan.recipe.name} with formats allocated by measured sensitivity"
+    rules += rules_of_the_rest(plan, allocation.chosen)
+    return plan.recipe.model_copy(update={"name": name, "summary": summary, "rules": tuple(rules), "budget_gb": None})
+
+
+def rules_of_the_rest(plan: Plan, groups: Container[Group]) -> list[Rule]:
+    """The plan's rules that still take something when the groups have rules of their own."""
     specs = [spec for p in plan.placements for spec in p.unit.specs]
-    taken = {spec.name for spec in specs if _group_of(spec.name) in allocation.chosen}
+    taken = {spec.name for spec in specs if group_of(spec.name) in groups}
+    rules = []
     for rule in plan.recipe.rules:
         own = [s.name for s in specs if s.name not in taken and rule.match.takes(s, official_role(s.name))]
         taken |= set(own)
         if own:
             rules.append(rule)
-    summary = f"{plan.recipe.name} with formats allocated by measured sensitivity"
-    return plan.recipe.model_copy(update={"name": name, "summary": summary, "rules": tuple(rules), "budget_gb": None})
+    return rules
 
 
 def recipe_yaml(recipe: Recipe, comment: str) -> str:
@@ -180,7 +190,8 @@ def recipe_yaml(recipe: Recipe, comment: str) -> str:
     return head + yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=118)
 
 
-def _rule(codec: Codec, expert: str, group: str, layers: Sequence[int]) -> Rule:
+def group_rule(codec: Codec, expert: str, group: str, layers: Sequence[int]) -> Rule:
+    """The rule that gives a codec to one kind of group in some layers, ascending."""
     names = tuple(f"*.{linear}*" for linear in GROUPS[group])
     fields = {"component": "llm", "expert": expert, "kind": "linear", "layer": _ranges(layers), "name": names}
     return Rule(match=Match.model_validate(fields), codec=codec)
@@ -196,7 +207,7 @@ def _ranges(layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _group_of(name: str) -> Group | None:
+def group_of(name: str) -> Group | None:
     """The group of a tensor, by its official name."""
     role = official_role(name)
     if role.component != "llm" or role.kind != "linear" or role.layer is None:

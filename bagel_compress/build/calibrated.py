@@ -117,7 +117,7 @@ class _Rounder:
         self.encodings: dict[str, Encoding] = {}
         self._checkpoint = checkpoint
         self._placements = {parameter_path(p.unit.specs[0].name): p for p in placements if p.calibrated}
-        self._others = [p for p in placements if not p.calibrated and not p.codec.stored_as_is]
+        self._others = [p for p in placements if not p.calibrated and not p.codec.lossless]
 
     def wants(self, path: str) -> bool:
         return path in self._placements
@@ -174,7 +174,7 @@ def _decoded(shard: Path, entries: Mapping[str, UnitEntry]) -> dict[str, torch.T
     found: dict[str, torch.Tensor] = {}
     with safe_open(str(shard), framework="pt") as handle:
         for name, entry in entries.items():
-            if entry.codec.stored_as_is:
+            if entry.codec.lossless:
                 continue
             unit = Unit(name, tuple(TensorSpec(t.dtype, t.shape, n) for n, t in entry.tensors.items()))
             tensors = entry.codec.decode(unit, {part: handle.get_tensor(part) for part in entry.parts})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bagel.layout import official_role
 from bagel_compress.calibrate.calibration_set import CalibrationSet, Inputs, tokenizer_fingerprint
-from bagel_compress.calibrate.moments import LEAST_ROWS
+from bagel_compress.calibrate.moments import block_width, least_rows
 from bagel_compress.errors import CalibrationError
 from bagel_compress.io.packaged import resource
 from bagel_compress.io.tensor_spec import TensorSpec
@@ -45,11 +45,12 @@ def expect_fit(
     calibration.expect_model(sizes, fingerprint, "this checkpoint")
     last = max(role.layer or 0 for s in specs if (role := official_role(s.name)).component == "llm")
     for spec in weights:
-        found, least = _rows(calibration, spec, last), -(-spec.shape[1] // LEAST_ROWS)
+        width = block_width(spec.shape[1])
+        found, least = _rows(calibration, spec, last), least_rows(width)
         if found < least:
             raise CalibrationError(
                 f"calibration set {calibration.path} gives {spec.name} {found} rows of inputs, {least - found} fewer"
-                f" than the {least} that a width of {spec.shape[1]} needs; make one of more prompts or times."
+                f" than the {least} that moments of a width of {width} need; make one of more prompts or times."
             )
 
 

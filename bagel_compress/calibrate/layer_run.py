@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bagel.layers import attention, rope_table
 from bagel.loading import put, unfilled
 from bagel.mot import Expert
-from bagel_compress.calibrate.moments import Moments
+from bagel_compress.calibrate.moments import Moments, block_width
 from bagel_compress.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from bagel_compress.calibrate.layout import Layout
 
 CHUNK = 1024  # rows through a linear at a time: at 7B the MLP's products of a chunk take 0.23 GB in fp32
-WIDEST = 8192  # widest inputs whose moments are kept whole: 268 MB in fp32
-BLOCK = 1024  # width of the blocks along the diagonal for wider ones
 QKV, ATTENDED, GATED = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
 
 Weight = Callable[[str], Tensor]  # path of a parameter, such as layers.3.gen.q_proj.weight -> its value, bf16
@@ -217,8 +215,7 @@ class _Step:
         linear = self.owner.module(expert, False).get_submodule(name)
         assert isinstance(linear, nn.Linear)
         width = linear.in_features
-        block = None if width <= WIDEST else BLOCK
-        moments = Moments(width, block=block, cross=self.rounder.refit, device=self.owner.device)
+        moments = Moments(width, block=block_width(width), cross=self.rounder.refit, device=self.owner.device)
         with ExitStack() as stack:
             modules = [stack.enter_context(self.loaded(expert, stream, needs)) for stream in self.streams]
             for rows in self.owner.chunks(expert):

@@ -17,8 +17,20 @@ from bagel_compress.errors import CalibrationError
 if TYPE_CHECKING:
     import torch
 
-LEAST_ROWS = 4  # rows must be at least the width over this
+WIDEST = 8192  # widest inputs whose moments are kept whole: 268 MB in fp32
+BLOCK = 1024  # width of the blocks along the diagonal for wider ones
+LEAST_ROWS = 4  # rows must be at least the width of a block of moments over this
 PANEL = 512  # columns of H that one product gives; narrower ones waste less on the mirrored half and run slower
+
+
+def block_width(width: int) -> int:
+    """Width of the blocks of moments that a build keeps for inputs of `width`."""
+    return width if width <= WIDEST else BLOCK
+
+
+def least_rows(width: int) -> int:
+    """Rows of inputs that moments in blocks of `width` need at least."""
+    return -(-width // LEAST_ROWS)
 
 
 class MomentBlock(NamedTuple):
@@ -104,11 +116,12 @@ class Moments:
         """Raises CalibrationError if these moments, of the inputs of `name`, cannot steer a rounding."""
         import torch
 
-        least = -(-self.width // LEAST_ROWS)
+        width = max(b - a for a, b in self._ranges)
+        least = least_rows(width)
         if self.rows < least:
             raise CalibrationError(
-                f"{name}: the calibration set gave {self.rows} rows of inputs for a width of {self.width}, at least"
-                f" {least} are needed; add turns or pictures worth {least - self.rows} more rows."
+                f"{name}: the calibration set gave {self.rows} rows of inputs for moments of a width of {width}, at"
+                f" least {least} are needed; add turns or pictures worth {least - self.rows} more rows."
             )
         if not all(bool(torch.isfinite(h).all()) for h in self._h):
             raise CalibrationError(

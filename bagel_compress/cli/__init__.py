@@ -19,7 +19,7 @@ from typing import Any
 from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
-GROUPS = ("build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano")
+GROUPS = ("advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano")
 GOES_ON = ("compress", "run", "export", "calibrate", "batch", "train-nano", "allocate")  # verbs that can be resumed
 WORD = 300  # characters of a word in a message; names in files have no end
 

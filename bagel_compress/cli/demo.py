@@ -78,6 +78,7 @@ def _demo(args: argparse.Namespace) -> int:
     from bagel_compress.build.recipe import Recipe
     from bagel_compress.io.atomic import write_atomic
     from bagel_compress.io.packaged import find_recipe, resource
+    from bagel_compress.report import format_chart
     from bagel_compress.run.case import load_cases
     from bagel_compress.source.checkpoint import Checkpoint
     from bagel_compress.validation.compare_recipes import Counts, compare_recipes
@@ -91,7 +92,8 @@ def _demo(args: argparse.Namespace) -> int:
         print(make_plan(Checkpoint.open(source), Recipe.load(recipes[0])).table(), end="\n\n", flush=True)
     family = compare_recipes(source, recipes, cases, out, Counts(), say)
     page = out / "report.html"
-    write_atomic(page, render(f"{DEMO_MODEL}, {len(recipes)} ways smaller", family, out))
+    chart = format_chart.section(format_chart.Figures.load())
+    write_atomic(page, render(f"{DEMO_MODEL}, {len(recipes)} ways smaller", family, out, chart))
     passed = all(build.report.passed for build in family.builds)
     first = family.builds[0]
     text = f"{table(first.report, first.page)}\n\n{family_table(family)}\n\n{page}"

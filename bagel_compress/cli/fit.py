@@ -10,7 +10,9 @@ from bagel_compress.cli import add_json, add_verb, emit, say
 
 if TYPE_CHECKING:
     from bagel_compress.budgets.fit import Fitted
+    from bagel_compress.build.recipe import Recipe
     from bagel_compress.run.target import Target
+    from bagel_compress.source.checkpoint import Checkpoint
 
 TASKS = ("t2i", "edit", "understand", "think")
 
@@ -21,7 +23,9 @@ def register(verbs: Any) -> None:
         verbs, "fit", "write the recipe with the most bits per weight that a GPU holds; needs no GPU and no weights",
         "bagel-compress fit --target 12gb --out my-12gb.yaml\n"
         "  bagel-compress fit --target 8gb --tasks t2i --out draw-8gb.yaml\n"
-        "  bagel-compress fit --target 16gb --gib 11.3 --disk-gb 9 --out small.yaml",
+        "  bagel-compress fit --target 16gb --gib 11.3 --disk-gb 9 --out small.yaml\n"
+        "  bagel-compress fit --target 12gb --source BAGEL-7B-MoT --calibration bagel.calibration.safetensors"
+        " --device cuda --out best-12gb.yaml",
     )  # fmt: skip
     parser.add_argument("--target", required=True, metavar="TARGET", help="target file, or the name of a packaged one")
     parser.add_argument("--gib", type=float, metavar="G", help="memory that may be used, in GiB, instead of all of it")
@@ -29,6 +33,11 @@ def register(verbs: Any) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="t2i edit understand think (all)")
     parser.add_argument("--recipe", default="ecq-12gb", metavar="RECIPE", help="whose rules are moved (%(default)s)")
     parser.add_argument("--source", metavar="SRC", help="checkpoint to plan for (default: the released one's header)")
+    parser.add_argument(
+        "--calibration", metavar="FILE",
+        help="calibration set: measures every group of --source's weights on it, spreads the bits by what each costs",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where that is measured: cpu, cuda, cuda:1 (default cpu)")
     parser.add_argument("--name", metavar="NAME", help="name of the recipe (default: made from the target's)")
     parser.add_argument("--out", metavar="FILE", help="where the recipe is written (default: it is printed)")
     add_json(parser)
@@ -66,6 +75,7 @@ def _fitted(args: argparse.Namespace) -> Fitted:
     from bagel_compress.budgets.fit import fit
     from bagel_compress.budgets.planned_build import checkpoint_sizes
     from bagel_compress.build.recipe import Recipe
+    from bagel_compress.errors import CalibrationError
     from bagel_compress.io.packaged import find_recipe
     from bagel_compress.run.target import Target
     from bagel_compress.source.checkpoint import Checkpoint
@@ -74,11 +84,34 @@ def _fitted(args: argparse.Namespace) -> Fitted:
     target = _with_limit(Target.load(args.target), args.gib)
     family = Recipe.load(find_recipe(args.recipe))
     asked = {"name": args.name, "disk_gb": args.disk_gb, "tasks": None if args.tasks is None else tuple(args.tasks)}
+    if args.source is None and args.calibration is not None:
+        raise CalibrationError("--calibration measures weights and there are none; give --source as well.")
     if args.source is None:
         return fit(family, TrueHeader(), target, say=say, **asked)
     checkpoint = Checkpoint.open(args.source)
     folder, vae = checkpoint_sizes(checkpoint)
+    if args.calibration is not None:
+        asked |= _measured(checkpoint, family, args)
     return fit(family, checkpoint, target, folder=folder, vae=vae, say=say, **asked)
+
+
+def _measured(checkpoint: Checkpoint, family: Recipe, args: argparse.Namespace) -> dict[str, Any]:
+    """What groups of weights cost in the family's first format with a rate, and the words for it."""
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.sensitivity import sensitivities
+    from bagel_compress.cli.build import open_calibration
+    from bagel_compress.errors import CalibrationError
+
+    plan = make_plan(checkpoint, family, open_calibration(args.calibration))
+    codec = next((p.codec for p in plan.placements if p.calibrated and hasattr(p.codec, "bits")), None)
+    if codec is None or plan.calibration is None:
+        raise CalibrationError(
+            f"recipe {family.name} has no calibrated format with a rate (bits: ...), so nothing can be spread by a"
+            " calibration set; give a recipe such as ecq-12gb."
+        )
+    found = sensitivities(checkpoint, plan.calibration, [codec], args.device, say)
+    words = f"measured on {checkpoint.name} {checkpoint.digest[:12]}, calibration set {plan.calibration.digest[:12]}"
+    return {"effects": {group: effect for group, (effect,) in found.items()}, "measured": words}
 
 
 def _with_limit(target: Target, gib: float | None) -> Target:

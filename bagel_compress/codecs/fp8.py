@@ -38,6 +38,7 @@ from bagel_compress.codecs.matrix import (
 )
 from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, compressed_tensors_snippet
 from bagel_compress.errors import ExportError
+from bagel_compress.io import bf16
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class Fp8(CalibratedCodec, MatrixCodec):
     tag: ClassVar[str] = "8-bit"
     comfyui_format: ClassVar[str] = "float8_e4m3fn"
     least_capability: ClassVar[int] = 89  # Ada
+
+    @property
+    def normal_error(self) -> float:
+        return 0.0258 if self.scale == "mse" and self.granularity == "channel" else 0.0265
 
     @model_validator(mode="after")
     def _one_scale_where_needed(self) -> Fp8:
@@ -221,10 +226,10 @@ class _Fp8Encoding(Encoding):
             self.quality.add(*energy.sum(0).tolist())
             yield Chunk(spec.name, first * columns, codes.reshape(-1))
             if whole is None:
-                yield Chunk(scale_name(spec), first * 2, _bf16_words(scales).view(np.uint8))
+                yield Chunk(scale_name(spec), first * 2, bf16.rounded(scales).view(np.uint8))
         if whole is not None:
             value = np.array([whole], np.float32)
-            stored = value if self.codec.dialect == "vllm" else _bf16_words(value)
+            stored = value if self.codec.dialect == "vllm" else bf16.rounded(value)
             yield Chunk(scale_name(spec), 0, stored.view(np.uint8))
 
     def _channel_scales(self, words: np.ndarray) -> np.ndarray:
@@ -256,7 +261,7 @@ def _absmax_scales(tops: np.ndarray) -> np.ndarray:
     """absmax words -> absmax/448 as bf16 can hold it, 1 for zero."""
     import numpy as np
 
-    words = _bf16_words(as_floats(tops) / np.float32(FP8_MAX)).clip(*SCALE_WORDS)
+    words = bf16.rounded(as_floats(tops) / np.float32(FP8_MAX)).clip(*SCALE_WORDS)
     return np.where(tops == 0, np.float32(1), as_floats(words))
 
 
@@ -264,7 +269,7 @@ def _candidates(scales: np.ndarray) -> np.ndarray:
     """(R, len(SEARCH)) scales around those given."""
     import numpy as np
 
-    tried = _bf16_words(scales).astype(np.int32)[:, None] + np.array(SEARCH)
+    tried = bf16.rounded(scales).astype(np.int32)[:, None] + np.array(SEARCH)
     return as_floats(tried.clip(*SCALE_WORDS).astype(np.uint16))
 
 
@@ -277,11 +282,3 @@ def _noise(words: np.ndarray, tried: np.ndarray) -> np.ndarray:
     noise = np.empty(tried.shape, np.float64)
     split(lambda a, b: fp8_search(words[a:b], tried[a:b], noise[a:b]), len(words), 1)
     return noise
-
-
-def _bf16_words(values: np.ndarray) -> np.ndarray:
-    """Finite fp32 -> bf16 words, to nearest even."""
-    import numpy as np
-
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-BLOCK = 64  # weights per absmax
-NESTED_BLOCK = 256  # absmax values per nested absmax
+BLOCK = 64  # weights per absmax, the bitsandbytes default
+NESTED_BLOCK = 256  # absmax values per nested absmax (`quantize_4bit` passes blocksize=256)
 STATE = "quant_state.bitsandbytes__nf4"
 OFFSET_TEXT = 22  # characters of the longest Python text of a non-negative fp32 number, as in 1.1754943508222875e-38
 DECODE_BLOCKS = 1 << 16  # blocks decoded at a time: bounds the temporaries to a few times 16 MB
@@ -53,6 +53,10 @@ class Nf4(CalibratedCodec, MatrixCodec):
     double_quant: bool = False
     scale: Literal["absmax", "mse"] = "absmax"
     tag: ClassVar[str] = "4-bit"
+
+    @property
+    def normal_error(self) -> float:
+        return 0.086 if self.scale == "mse" else 0.092
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bagel_compress.codecs.nf4 import BLOCK
 from bagel_compress.codecs.traits import FormName
 from bagel_compress.errors import ExportError
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from bagel_compress.exporting.source import Coded
 
-BNB4_BLOCK = 64
 BNB4_NF4 = 1  # quant_type of MatMulBnb4: 0 is FP4, 1 is NF4 (onnxruntime, contrib operators)
 INT4_BLOCK = 32
 # MatMulInteger gets int8 codes as uint8 around 128: with signed codes, CPUs without VNNI add pairs of products in 16
@@ -108,7 +108,7 @@ def _bnb4(x: str, y: str, weight: str, shape: tuple[int, int]) -> list[onnx.Node
 
     node = helper.make_node(
         "MatMulBnb4", [x, f"{weight}.codes", f"{weight}.absmax"], [y], f"{weight}.product", domain="com.microsoft",
-        K=shape[0], N=shape[1], block_size=BNB4_BLOCK, quant_type=BNB4_NF4,
+        K=shape[0], N=shape[1], block_size=BLOCK, quant_type=BNB4_NF4,
     )  # fmt: skip
     return [node]
 

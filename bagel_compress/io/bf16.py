@@ -37,12 +37,12 @@ def floats(words: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """fp32 -> bf16 words, to nearest, ties to even; NaN stays NaN. Equal to torch's `.to(torch.bfloat16)`."""
+    """fp32 of any shape -> bf16 words, to nearest, ties to even; NaN stays NaN. Equal to torch's `.to(bfloat16)`."""
     import numpy as np
 
-    out = np.empty(values.size, np.uint16)
+    flat, out = np.ascontiguousarray(values, np.float32).reshape(-1), np.empty(values.size, np.uint16)
     for start in range(0, values.size, BLOCK):
-        block = values[start : start + BLOCK]
+        block = flat[start : start + BLOCK]
         bits = block.view(np.uint32)
         words = (bits >> 16) & 1
         words += bits
@@ -52,7 +52,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
         if nan.any():
             words[nan] = 0x7FC0
         out[start : start + block.size] = words
-    return out
+    return out.reshape(values.shape)
 
 
 def as_tensor(words: np.ndarray) -> torch.Tensor:

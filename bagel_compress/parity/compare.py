@@ -20,11 +20,11 @@ from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import RecipeError
 from bagel_compress.parity import replay
 from bagel_compress.parity.attribution import attribute
-from bagel_compress.parity.diagnose import diagnose_case, diagnose_modules, modules, probe_values
+from bagel_compress.parity.diagnose import Probes, diagnose_case, diagnose_modules, modules, probe_values
 from bagel_compress.parity.distances import measure
-from bagel_compress.parity.linear_probes import probe
+from bagel_compress.parity.linear_probes import answers_to, probe
 from bagel_compress.parity.network_metrics import Networks
-from bagel_compress.parity.report_data import ParityReport
+from bagel_compress.parity.report_data import LayerRounding, ParityReport
 from bagel_compress.parity.trace import Trace, TraceFile
 from bagel_compress.parity.verdict import floor_of, make_rows, not_measured, summary
 
@@ -42,6 +42,7 @@ class Candidate:
     level: str
     limits: Mapping[str, Limit]
     codecs: Mapping[str, Codec] = field(default_factory=dict)  # linear module path -> how it is stored
+    rounding: Sequence[LayerRounding] = ()  # what calibrated rounding did, by layer
     has_modules: bool = True  # False: graphs, whose linear modules cannot be asked one by one
 
 
@@ -83,12 +84,11 @@ def compare(
         if "image" in trace.tensors:
             pictures[trace.case.name] = (trace.tensors["image"], free.tensors["image"])
     progress("probing the linear modules")
-    wanted = {path: answers for file in files for path, answers in file.probes().items()} if subject.has_modules else {}
-    found = probe(subject.sampler.bagel) if wanted else {}
+    found, wanted = _probes(subject, files)
     faults += diagnose_modules(found, wanted, subject.codecs, subject.limits.get(Metric.LINEAR_GAIN))
     if reference is not None:
         progress("attributing the error to components")
-    probes = probe_values(found, wanted) if wanted else {}
+    probes = probe_values(found, wanted) if wanted.fixed else {}
     rows = make_rows(subject.limits, subject.level, cases, probes)
     report = ParityReport(
         artifact=subject.digest,
@@ -100,12 +100,25 @@ def compare(
         rows=rows,
         cases=tuple(cases),
         shares=attribute(reference, subject.sampler, traces) if reference is not None else (),
-        modules=modules(found, wanted, subject.codecs),
+        modules=modules(found.fixed, wanted.fixed, subject.codecs),
+        rounding=tuple(subject.rounding),
         faults=tuple(dict.fromkeys(faults)),
         missing=not_measured(subject.limits, rows, cases, subject.has_modules),
         notes=tuple(_notes(traces, networks)),
     )
     return Comparison(report, pictures)
+
+
+def _probes(subject: Candidate, files: Sequence[TraceFile]) -> tuple[Probes, Probes]:
+    """Answers of the subject's linear modules, and the reference's as they were recorded; none for graphs."""
+    if not subject.has_modules:
+        return Probes({}), Probes({})
+    recorded = [file.probes() for file in files]
+    fixed = {path: answers for probes in recorded for path, answers in probes.fixed.items()}
+    inputs = {path: rows for probes in recorded for path, rows in probes.inputs.items()}
+    own = {path: torch.cat([fixed[path][:1], answers]) for p in recorded for path, answers in p.answers.items()}
+    found = probe(subject.sampler.bagel) if fixed else {}
+    return Probes(found, answers_to(subject.sampler.bagel, inputs, found)), Probes(fixed, own)
 
 
 def _reachable(subject: Candidate, traces: Sequence[Trace]) -> None:

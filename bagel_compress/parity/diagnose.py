@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -42,26 +42,38 @@ def modules(
     )
 
 
-def probe_values(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Answers of modules by path, the first to zeros: to fixed inputs, and to their own where there are any."""
+
+    fixed: Mapping[str, Tensor]
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def for_gains(self) -> Mapping[str, Tensor]:
+        """What scales are judged by: answers to a module's own inputs, else to the fixed ones."""
+        return {**self.fixed, **self.own}
+
+
+def probe_values(found: Probes, reference: Probes) -> dict[str, float]:
     """The two gated values of the probes: worst certain deviation of a gain from 1, worst difference of a bias."""
-    gains = [gain.deviation for gain in _group_gains(found, reference).values()]
-    biases = [metrics.max_abs(found[path][0], reference[path][0]) for path in reference if path in found]
+    gains = [gain.deviation for gain in _group_gains(found.for_gains, reference.for_gains).values()]
+    both = found.fixed.keys() & reference.fixed.keys()
+    biases = [metrics.max_abs(found.fixed[path][0], reference.fixed[path][0]) for path in both]
     return {Metric.LINEAR_GAIN: largest([0.0, *gains]), Metric.LINEAR_BIAS: largest([0.0, *biases])}
 
 
 def diagnose_modules(
-    found: Mapping[str, Tensor],
-    reference: Mapping[str, Tensor],
-    codecs: Mapping[str, Codec],
-    gain_limit: Limit | None,
+    probes: Probes, wanted: Probes, codecs: Mapping[str, Codec], gain_limit: Limit | None
 ) -> list[str]:
     """Faults of single modules: bias, swap, saturation, a format that is not in effect, a wrong scale."""
+    found, reference = probes.fixed, wanted.fixed
     errors = {m.module: m for m in modules(found, reference, codecs)}
     faults = [*_biases(found, reference), *_swapped(found, reference), *_not_in_effect(errors, codecs)]
     saturated = list(_saturated(errors, codecs))
     faults += [s for _, s in saturated]
     named = {path for path, _ in saturated} | {p for p in errors if any(f"{_owner(p)} " in f for f in faults)}
-    faults += _scales(found, reference, gain_limit, named)
+    faults += _scales(probes.for_gains, wanted.for_gains, gain_limit, named)
     return faults
 
 

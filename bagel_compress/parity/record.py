@@ -24,8 +24,8 @@ from bagel.sampler import Sampler
 from bagel_compress.errors import TraceError
 from bagel_compress.parity import replay
 from bagel_compress.parity.distances import measure
-from bagel_compress.parity.linear_probes import probe
-from bagel_compress.parity.trace import Trace, TraceFile, TraceHeader, save
+from bagel_compress.parity.linear_probes import answers_to, own_inputs, probe
+from bagel_compress.parity.trace import RecordedProbes, Trace, TraceFile, TraceHeader, save
 from bagel_compress.run.case import Case
 
 FLOORS = ("repeat", "kernel", "dtype")
@@ -58,11 +58,18 @@ def record_cases(
             progress(f"recording {case.name}")
             trace = replay.record(sampler, case, folder)
             done = replace(trace, facts=trace.facts.model_copy(update={"floor": _floors(sampler, trace, floors)}))
-            save(part, header, [done], {})
+            save(part, header, [done])
         traces.append(done)
-    save(out, header, traces, probe(sampler.bagel))
+    progress("probing the linear modules")
+    save(out, header, traces, _probes(sampler, traces))
     shutil.rmtree(parts, ignore_errors=True)
     return TraceFile.open(out)
+
+
+def _probes(sampler: Sampler, traces: Sequence[Trace]) -> RecordedProbes:
+    fixed, inputs = probe(sampler.bagel), own_inputs(sampler, traces)
+    answers = answers_to(sampler.bagel, inputs, fixed)
+    return RecordedProbes(fixed, inputs, {path: rows[1:] for path, rows in answers.items()})
 
 
 def _header(sampler: Sampler, source: str, digest: str) -> TraceHeader:

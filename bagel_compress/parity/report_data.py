@@ -112,6 +112,24 @@ class ModuleError(FrozenModel):
     gain: Number
 
 
+class LayerRounding(FrozenModel):
+    """What calibrated rounding did to one layer's weights of one expert.
+
+    Relative errors of their outputs over the calibration set's rows, root mean squares over its matrices. `predictor`:
+    what the moments let expect of error over nearest.
+    """
+
+    layer: int
+    expert: str
+    error: Number
+    nearest: Number  # with each weight rounded alone
+    predictor: Number
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.nearest if self.nearest else 1.0
+
+
 class ParityReport(FrozenModel):
     """How far an artifact is from its reference. `faults` name causes, `broken` the limits that do not hold."""
 
@@ -125,6 +143,7 @@ class ParityReport(FrozenModel):
     cases: tuple[CaseParity, ...]
     shares: tuple[Share, ...] = ()
     modules: tuple[ModuleError, ...] = ()
+    rounding: tuple[LayerRounding, ...] = ()  # of the layers whose rounding was calibrated
     faults: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()  # one sentence per limit or task that was not measured
     pictures: dict[str, str] = Field(default_factory=dict)  # case -> BLAKE3 of its picture's file, reports/CASE.png

@@ -12,7 +12,8 @@ in the dtype they had. Names, under `case/NAME/`:
     tap/EVENT/layer0 ..              chosen rows of the state after each layer, at each event
     latent, image                    final packed latent, picture uint8 [H, W, 3]
 
-and under `probe/MODULE` the answers of every linear module to fixed inputs (linear_probes.py).
+and for the linear modules (linear_probes.py): `probe/MODULE`, the answers to fixed inputs; `own/MODULE` and
+`own_answer/MODULE`, some inputs that the module got and its answers to them.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from bagel_compress.run.case import Case
 
 SAMPLER_VERSION = "1"  # raised by any change of the sampler that moves a trace
 METADATA_KEY = "bagel_trace"
+PROBE_KINDS = ("probe", "own", "own_answer")
 
 
 class CaseFacts(FrozenModel):
@@ -87,6 +89,20 @@ class TraceHeader(FrozenModel):
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedProbes:
+    """By path of a linear module: answers to fixed inputs (the first to zeros), inputs of its own, answers to those."""
+
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    answers: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored."""
+        kinds = zip(PROBE_KINDS, (self.fixed, self.inputs, self.answers), strict=True)
+        return {f"{kind}/{path}": tensor.contiguous() for kind, held in kinds for path, tensor in held.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class TraceFile:
     """A trace file that was opened: its header; tensors are read case by case."""
 
@@ -125,10 +141,15 @@ class TraceFile:
             tensors = {name: handle.get_tensor(prefix + name) for name in self.header.tensors[case]}
         return Trace(self.header.cases[case], tensors, self.header.facts[case])
 
-    def probes(self) -> dict[str, Tensor]:
-        """Recorded answers of the linear modules, by module path."""
+    def probes(self) -> RecordedProbes:
+        """What the linear modules answered, by module path."""
+        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in PROBE_KINDS}
         with safe_open(str(self.path), framework="pt") as handle:
-            return {n.removeprefix("probe/"): handle.get_tensor(n) for n in handle.keys() if n.startswith("probe/")}  # noqa: SIM118
+            for name in handle.keys():  # noqa: SIM118
+                kind, _, module = name.partition("/")
+                if kind in found:
+                    found[kind][module] = handle.get_tensor(name)
+        return RecordedProbes(*found.values())
 
     def expect_source(self, digest: str, what: str) -> None:
         """Raises TraceError unless the trace was made from the checkpoint with this digest."""
@@ -149,10 +170,10 @@ class TraceFile:
                 )
 
 
-def save(path: Path, header: TraceHeader, traces: list[Trace], probes: Mapping[str, Tensor]) -> None:
+def save(path: Path, header: TraceHeader, traces: list[Trace], probes: RecordedProbes | None = None) -> None:
     """Writes a trace file; a temporary name is used until it is complete."""
     tensors = {f"case/{t.case.name}/{name}": tensor.clone() for t in traces for name, tensor in t.tensors.items()}
-    tensors |= {f"probe/{name}": tensor.contiguous() for name, tensor in probes.items()}
+    tensors |= {} if probes is None else probes.tensors()
     header = header.model_copy(
         update={
             "cases": {t.case.name: t.case for t in traces},

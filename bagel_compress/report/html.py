@@ -16,6 +16,7 @@ from string import Template
 from bagel_compress.build.limits import METRICS, Metric
 from bagel_compress.parity.report_data import BudgetReport, CaseParity, ParityReport, Row, number
 from bagel_compress.report.memory_page import budget_section
+from bagel_compress.report.rounding_page import rounding_section
 from bagel_compress.report.svg import bars, line_chart
 from bagel_compress.report.text import worst_rows
 
@@ -36,6 +37,7 @@ def render(report: ParityReport, pictures: Mapping[str, Sequence[bytes]], budget
         _steps(report),
         _layers(report),
         _shares(report),
+        rounding_section(report.rounding),
         _modules(report),
         _colophon(report),
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from bagel_compress.codecs.kernels.bf16_kernels import bf16_word
+
 OUTLIER = 0.002  # share of outliers in matrices
 OUTLIER_SIZE = np.float32(6.0)
 _U = np.uint64
@@ -24,8 +26,6 @@ def fill(out, start, key, table, rows, scales, columns, centre, matrix) -> None:
 
     Of a 64-bit hash per element 12 bits choose a slice of the normal distribution, 24 the place in it, 16 the outlier.
     """
-    bits = np.empty(1, np.float32)
-    word = bits.view(np.uint32)
     threshold = _U(round(OUTLIER * 65536))
     row, column = start // columns, start % columns
     for i in range(out.size):
@@ -43,6 +43,4 @@ def fill(out, start, key, table, rows, scales, columns, centre, matrix) -> None:
                 row += 1
         else:
             value = centre + value * scales[0]
-        bits[0] = value
-        w = word[0]
-        out[i] = np.uint16((w + np.uint32(0x7FFF) + ((w >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+        out[i] = bf16_word(value)

@@ -7,8 +7,10 @@ reports/summary.md       for the page of a CI run
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,14 +20,14 @@ from bagel.layout import official_role
 from bagel.loading import parameter_path
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
-from bagel_compress.codecs.base import Codec
+from bagel_compress.codecs.base import Codec, Rounded
 from bagel_compress.errors import TargetError, TraceError
 from bagel_compress.io.atomic import atomic_path, write_atomic
 from bagel_compress.io.digests import blake3_file
 from bagel_compress.parity.compare import NO_NETWORKS, Candidate, Comparison, Progress, compare
 from bagel_compress.parity.network_metrics import Networks
 from bagel_compress.parity.record import FLOORS, record_cases
-from bagel_compress.parity.report_data import REPORTS, ParityReport, load_budgets
+from bagel_compress.parity.report_data import REPORTS, LayerRounding, ParityReport, load_budgets
 from bagel_compress.parity.trace import TraceFile
 from bagel_compress.report.files import PAGE, page_files
 from bagel_compress.run.case import Case
@@ -86,7 +88,8 @@ def validate_artifact(
             file.expect_source(checkpoint.digest, checkpoint.name)
         reference = load_checkpoint(checkpoint, device, dtype)
     sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
-    subject = Candidate(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, codecs_by_module(artifact))
+    codecs, rounding = codecs_by_module(artifact), rounding_by_layer(artifact)
+    subject = Candidate(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, codecs, rounding)
     found = compare(subject, files, reference, progress, networks)
     return write(artifact, found)
 
@@ -132,6 +135,25 @@ def codecs_by_module(artifact: Artifact) -> dict[str, Codec]:
             if official_role(tensor).kind in ("linear", "head"):
                 known[parameter_path(tensor).removesuffix(".weight")] = entry.codec
     return known
+
+
+def rounding_by_layer(artifact: Artifact) -> list[LayerRounding]:
+    """What calibrated rounding did to each layer's experts, by layer; empty for a build without it."""
+    found: dict[tuple[int, str], list[Rounded]] = defaultdict(list)
+    for entry in artifact.manifest.units.values():
+        role = official_role(next(iter(entry.tensors)))
+        if entry.rounded is not None and role.layer is not None:
+            found[role.layer, role.expert].append(entry.rounded)
+    return [
+        LayerRounding(
+            layer=layer,
+            expert=expert,
+            error=mean(r.error for r in rounded) ** 0.5,
+            nearest=mean(r.nearest for r in rounded) ** 0.5,
+            predictor=mean(r.predictor**2 for r in rounded) ** 0.5,
+        )
+        for (layer, expert), rounded in sorted(found.items())
+    ]
 
 
 def strip(reference: Tensor, found: Tensor) -> Image.Image:

@@ -18,14 +18,18 @@ from bagel_compress.validation.compare_recipes import RecipeComparison, RecipeRe
 NAMES = {"one": "one thing", "two": "two things", "ask": "answers", "edit": "edits", "think": "plans"}
 
 
-def render(title: str, family: RecipeComparison, folder: Path) -> str:
-    """The page, to be written into `folder` (links to the builds' own reports are relative to it)."""
+def render(title: str, family: RecipeComparison, folder: Path, measured: str = "") -> str:
+    """The page, to be written into `folder` (links to the builds' own reports are relative to it).
+
+    `measured`: a section of its own about figures that were there before (HTML).
+    """
     sections = [
         f"<h1>{escape(title)}</h1><p class='soft'>{len(family.builds)} builds against the full-precision model,"
         f" {family.prompts} prompts with their own noise; the same prompts and noise for all</p>",
         _verdict(family.builds),
         _numbers(family, folder),
         _pareto(family),
+        measured,
         _scores(family),
         _pictures(family),
     ]

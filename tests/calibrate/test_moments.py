@@ -67,6 +67,9 @@ def test_too_few_rows_say_how_many_are_missing() -> None:
     moments.add(rows(73, 400))
     with pytest.raises(CalibrationError, match=r"^x\.weight: .*73 rows.*width of 400.*at least 100.*27 more rows\.$"):
         moments.check("x.weight")
+    blocks = Moments(400, block=200)  # each block of moments needs a quarter of its own width
+    blocks.add(rows(73, 400))
+    blocks.check("x.weight")
 
 
 def test_equal_rows_are_refused() -> None:

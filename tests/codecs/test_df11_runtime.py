@@ -163,7 +163,7 @@ def test_lossless_and_lossy_in_one_artifact(recipe: str, reference: Sampler, tmp
                 assert same(value, whole[path])
             elif entry.codec.format == "nf4":
                 assert entry.snr_db is not None
-                assert entry.snr_db > 15
+                assert entry.snr_db > 15 if entry.rounded is None else entry.rounded.error < 0.01
     formats = {entry.codec.format for entry in artifact.manifest.units.values()}
     assert formats == {"df11", "nf4", "raw"}
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from bagel_compress.io.packaged import find_recipe, resource
+from bagel_compress.report import format_chart
 from bagel_compress.run.case import load_cases
 from bagel_compress.validation.compare_recipes import Counts, RecipeComparison, compare_recipes
 from bagel_compress.validation.recipes_page import render, table
@@ -50,3 +52,20 @@ def test_the_page_shows_every_picture_under_its_prompt(family: RecipeComparison,
     assert page.count("<img class='wrong'") == wrong
     assert page.count("<small>+0..+0</small>") >= 5  # raw's five categories
     assert "nf4-official" in table(family)
+
+
+def test_the_chart_of_formats_joins_rates_of_one_format_only_and_is_the_file_of_the_docs() -> None:
+    figures = format_chart.Figures.load()
+    curve = [f for f in figures.formats if f.label == "ecq"]
+    assert min(f.bits for f in curve) <= 2.5
+    assert max(f.bits for f in curve) >= 8
+    roundings: dict[str, set[str]] = {}
+    for figure in figures.formats:
+        roundings.setdefault(figure.label, set()).add(figure.rounding)
+    assert sum(found == {"nearest", "gptq"} for found in roundings.values()) >= 8
+    [line] = re.findall(r'<polyline points="([^"]*)"', format_chart.section(figures))
+    assert len(line.split()) == len(curve)
+    assert format_chart.section(figures).count("<title>") == len(figures.formats)
+    drawn = Path(__file__).parents[2] / "docs" / "nano_formats.svg"
+    assert drawn.read_text(encoding="utf-8") == format_chart.chart_file(figures)
+    ElementTree.parse(drawn)

@@ -10,7 +10,7 @@ from bagel.sampler import Branches, Sampler
 from bagel_compress.build.limits import resolve
 from bagel_compress.codecs import by_name
 from bagel_compress.parity.compare import Candidate, compare
-from bagel_compress.parity.diagnose import diagnose_modules, probe_values
+from bagel_compress.parity.diagnose import Probes, diagnose_modules, probe_values
 from bagel_compress.parity.metrics import gain
 from bagel_compress.report.html import render
 
@@ -93,10 +93,11 @@ def test_a_gain_that_few_answers_cannot_tell_from_one_is_no_fault():
     found = torch.cat([torch.zeros(1, 64), wanted[1:] * scatter])
     limit = resolve("4-bit", {})["linear.gain"]
     assert abs(gain(found[1:], wanted[1:]) - 1) > 0.01
-    assert diagnose_modules({"lm_head": found}, {"lm_head": wanted}, {}, limit) == []
-    [fault] = diagnose_modules({"lm_head": 2 * found}, {"lm_head": wanted}, {}, limit)
+    reference = Probes({"lm_head": wanted})
+    assert diagnose_modules(Probes({"lm_head": found}), reference, {}, limit) == []
+    [fault] = diagnose_modules(Probes({"lm_head": 2 * found}), reference, {}, limit)
     assert "lm_head has a wrong scale" in fault
-    assert probe_values({"lm_head": wanted}, {"lm_head": wanted})["linear.gain"] == 0.0
+    assert probe_values(reference, reference)["linear.gain"] == 0.0
 
 
 def test_a_dropped_bias(quantised, trace_file):

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bagel_compress.budgets.fit import STEP, Fitted, expected_error, fit, with_rate
 from bagel_compress.budgets.planned_build import checkpoint_sizes
+from bagel_compress.build.allocate import shares_of_cost
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.rates import STEP as RATE_STEP
+from bagel_compress.build.rates import water_filled
 from bagel_compress.build.recipe import Recipe
+from bagel_compress.build.sensitivity import GROUPS, Effect, Group
 from bagel_compress.cli import main
+from bagel_compress.codecs.ecq import Ecq
 from bagel_compress.codecs.ecq.layout import MIN_BITS
 from bagel_compress.errors import TargetError
 from bagel_compress.io.packaged import find_recipe
@@ -85,3 +92,36 @@ def test_the_verb_writes_a_recipe_or_nothing(tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "mine.yaml"
     assert main(["fit", "--target", str(TINY_TARGET), "--source", str(TINY), "--out", str(out)]) == 0
     assert Recipe.load(out).rules[0].codec.format == "ecq"
+
+
+def test_bits_go_where_they_are_worth_most_and_their_mean_is_kept() -> None:
+    """Against small moves: no pair of groups gains by trading bits; ends of the rates hold."""
+    rng = np.random.default_rng(0)
+    groups = [Group(layer, expert, name) for layer in range(6) for expert in ("und", "gen") for name in GROUPS]
+    effects = {g: Effect(float(rng.lognormal(-8, 2)), float(rng.lognormal(-9, 2)), 0) for g in groups}
+    weights = {g: int(rng.integers(1, 9)) * 1000 for g in groups}
+    found = water_filled(effects, weights, 3.0, (1.5, 8.5))
+    total = sum(weights.values())
+    assert 3.0 - 0.06 < sum(found[g] * weights[g] for g in groups) / total <= 3.0 + 1e-6
+    assert all(1.5 <= bits <= 8.5 for bits in found.values())
+    costs = {group: cost for group, (cost,) in shares_of_cost({g: (e,) for g, e in effects.items()}).items()}
+    worth = {g: costs[g] * 4.0 ** -found[g] / weights[g] for g in groups}  # of a bit, apart from a constant
+    inside = [worth[g] for g in groups if 1.5 < found[g] < 8.4]
+    assert max(inside) / min(inside) < 4.0 ** (2 * RATE_STEP)
+    assert all(worth[g] <= max(inside) for g in groups if found[g] == 1.5)
+    assert len({round(bits, 2) for bits in found.values()}) > 10
+
+
+def test_measured_weights_get_rates_of_their_own(tmp_path: Path) -> None:
+    out, calibration = tmp_path / "mine.yaml", ROOT / "bagel_compress" / "data" / "calibration" / "tiny.safetensors"
+    asked = ["fit", "--target", str(TINY_TARGET), "--disk-gb", "0.00045", "--calibration", str(calibration)]
+    assert main([*asked, "--out", str(out)]) == 2  # nothing to measure
+    assert main([*asked, "--source", str(TINY), "--out", str(out)]) == 0
+    recipe, checkpoint = Recipe.load(out), Checkpoint.open(str(TINY))
+    plan = make_plan(checkpoint, recipe)
+    assert plan.nbytes <= 450_000
+    rates = {p.codec.bits for p in plan.placements if isinstance(p.codec, Ecq) and p.calibrated}
+    assert len(rates) > 4
+    text = out.read_text(encoding="utf-8")
+    assert "# Rates by sensitivity, measured on" in text
+    assert "und down_proj" in text

@@ -9,7 +9,7 @@ import torch
 from bagel_compress.build.limits import resolve
 from bagel_compress.errors import RecipeError
 from bagel_compress.parity import metrics
-from bagel_compress.parity.diagnose import probe_values
+from bagel_compress.parity.diagnose import Probes, probe_values
 from bagel_compress.parity.extremes import largest, middle, smallest
 from bagel_compress.parity.report_data import ParityReport, Row
 from bagel_compress.report.text import worst_rows
@@ -110,4 +110,4 @@ def test_a_probe_that_answers_nan_breaks_both_limits():
     reference = {"layers.0.und.q_proj": torch.randn(9, 4, generator=torch.Generator().manual_seed(1))}
     found = {"layers.0.und.q_proj": reference["layers.0.und.q_proj"].clone()}
     found["layers.0.und.q_proj"][0, 0] = math.nan
-    assert all(math.isnan(value) for value in probe_values(found, reference).values())
+    assert all(math.isnan(value) for value in probe_values(Probes(found), Probes(reference)).values())

@@ -13,6 +13,7 @@ import numpy as np
 from bagel_compress.codecs.ecq.book import Book, fit
 from bagel_compress.codecs.ecq.layout import CENTRE, ESCAPE, MAX_LOW_BITS, RUN_BITS, Sizes
 from bagel_compress.codecs.matrix import as_floats
+from bagel_compress.io import bf16
 
 STEPS_PER_OCTAVE = 2048  # steps that are tried have 12 bits: 0.0007 bits a weight from one to the next
 NARROW = 512  # of them, about a first guess on both sides
@@ -150,5 +151,4 @@ def tables_of(grid: StepGrid, search: Search) -> Tables:
 def decoded_words(codes: np.ndarray, step: float | np.ndarray) -> np.ndarray:
     """bf16 words of code * step, the product in fp32, to nearest even."""
     whole = codes.astype(np.float32) + np.float32(0)  # a code has no sign of zero
-    bits = (whole * np.float32(step)).astype(np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    return bf16.rounded((whole * np.float32(step)).astype(np.float32))

@@ -30,6 +30,7 @@ from bagel_compress.codecs.kernels.addresses import (
     store64,
     trailing_zeros,
 )
+from bagel_compress.codecs.kernels.bf16_kernels import bf16_word
 
 # Bytes behind the first of a run that a decoder may read whatever they hold: low bits, steps, header, a load of eight.
 READ_SLACK = RUN * (STATE_BITS + MAX_LOW_BITS) // 8 + 16
@@ -242,13 +243,6 @@ def _low_bits(planes, low_bits, size, lows):  # type: ignore[no-untyped-def]
         store64(lows + 8 * i, eight)
 
 
-@_inlined
-def _rounded(value):  # type: ignore[no-untyped-def]
-    """fp32 -> the bf16 word, to nearest even."""
-    bits = np.float32(value).view(np.uint32)
-    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
 @_compiled
 def values(symbols: np.ndarray, lows: np.ndarray, low_bits: int, step: np.float32, words: np.ndarray) -> None:
     """uint16 words of the weights that uint8 `symbols` and `lows` stand for; of no meaning at ESCAPE."""
@@ -261,7 +255,7 @@ def values(symbols: np.ndarray, lows: np.ndarray, low_bits: int, step: np.float3
 @_compiled
 def _values(symbols: np.ndarray, step: np.float32, words: np.ndarray) -> None:
     for i in range(words.size):
-        words[i] = _rounded(np.float32(np.int32(symbols[i]) - np.int32(CENTRE)) * step)
+        words[i] = bf16_word(np.float32(np.int32(symbols[i]) - np.int32(CENTRE)) * step)
 
 
 @_compiled
@@ -271,7 +265,7 @@ def _values_with_low_bits(
     factor = np.int32(1 << low_bits)
     for i in range(words.size):
         code = np.int32((np.int32(symbols[i]) - np.int32(CENTRE)) * factor + np.int32(lows[i]))
-        words[i] = _rounded(np.float32(code) * step)
+        words[i] = bf16_word(np.float32(code) * step)
 
 
 @_compiled
@@ -286,7 +280,7 @@ def _values_by_column(
         part, low, target = symbols[start : start + size], lows[start : start + size], words[start : start + size]
         for i in range(size):
             code = np.int32((np.int32(part[i]) - np.int32(CENTRE)) * factor + np.int32(low[i]))
-            target[i] = _rounded(np.float32(code) * of[i])
+            target[i] = bf16_word(np.float32(code) * of[i])
         start, column = start + size, 0
 
 

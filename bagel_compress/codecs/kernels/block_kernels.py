@@ -11,6 +11,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from bagel_compress.codecs.kernels.bf16_kernels import as_float, bf16_rounded
 from bagel_compress.codecs.kernels.rows_kernels import FP8_MAX_BITS, FP8_NORMAL_BITS, SUBNORMAL_BITS, SUBNORMAL_MAGIC
 
 FP4_MAX = np.float32(6)  # largest e2m1 number
@@ -123,7 +124,7 @@ def _sum(values, factor):  # type: ignore[no-untyped-def]
 def _fp4_codes(x, scale, codes):  # type: ignore[no-untyped-def]
     for i in range(x.shape[0]):
         word = x[i]
-        bits = np.float32(_as_float(word & np.uint16(0x7FFF)) / scale[i]).view(np.int32)
+        bits = np.float32(as_float(word & np.uint16(0x7FFF)) / scale[i]).view(np.int32)
         bits = np.int32(min(bits, FP4_MAX_BITS))
         large = np.int32(np.int32(np.int32(bits + np.int32(0x1FFFFF)) + ((bits >> 22) & 1)) >> 22) - FP4_BIAS
         small = np.float32(np.int32(bits).view(np.float32) + HALVES_MAGIC).view(np.int32) - HALVES_BITS
@@ -135,21 +136,21 @@ def _fp4_codes(x, scale, codes):  # type: ignore[no-untyped-def]
 def _fp4_decoded(code, scale):  # type: ignore[no-untyped-def]
     magnitude = np.int32(code & 7)
     large = np.int32(np.int32(magnitude << 22) + np.int32(FP4_BIAS << 22)).view(np.float32)
-    value = _rounded((np.float32(0.5) * np.float32(magnitude) if magnitude < 2 else large) * scale)
+    value = bf16_rounded((np.float32(0.5) * np.float32(magnitude) if magnitude < 2 else large) * scale)
     return -value if code & 8 else value
 
 
 @_strict
 def _fp4_errors(x, scale, codes, errors):  # type: ignore[no-untyped-def]
     for i in range(x.shape[0]):
-        errors[i] = _as_float(x[i]) - _fp4_decoded(codes[i], scale[i])
+        errors[i] = as_float(x[i]) - _fp4_decoded(codes[i], scale[i])
 
 
 @_sums
 def _fp4_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
     ww, ee, beyond = np.float64(0), np.float64(0), np.int32(0)
     for i in range(x.shape[0]):
-        w = _as_float(x[i])
+        w = as_float(x[i])
         e = w - _fp4_decoded(codes[i], scale[i])
         ww += np.float64(w) * np.float64(w)
         ee += np.float64(e) * np.float64(e)
@@ -167,7 +168,7 @@ def _fp4_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
 def _fp8_codes(x, scale, codes):  # type: ignore[no-untyped-def]
     for i in range(x.shape[0]):
         word = x[i]
-        bits = np.float32(_as_float(word & np.uint16(0x7FFF)) / scale[i]).view(np.int32)
+        bits = np.float32(as_float(word & np.uint16(0x7FFF)) / scale[i]).view(np.int32)
         bits = np.int32(min(bits, FP8_MAX_BITS))
         large = np.int32(np.int32(np.int32(bits + np.int32(0x7FFFF)) + ((bits >> 20) & 1)) >> 20) - FP8_BIAS
         small = np.float32(np.int32(bits).view(np.float32) + SUBNORMAL_MAGIC).view(np.int32) - SUBNORMAL_BITS
@@ -179,7 +180,7 @@ def _fp8_codes(x, scale, codes):  # type: ignore[no-untyped-def]
 def _fp8_decoded(code, scale):  # type: ignore[no-untyped-def]
     magnitude = np.int32(code & 0x7F)
     large = np.int32(np.int32(magnitude << 20) + np.int32(FP8_BIAS << 20)).view(np.float32)
-    value = _rounded((np.float32(2.0**-9) * np.float32(magnitude) if magnitude < 8 else large) * scale)
+    value = bf16_rounded((np.float32(2.0**-9) * np.float32(magnitude) if magnitude < 8 else large) * scale)
     return -value if code & 0x80 else value
 
 
@@ -187,7 +188,7 @@ def _fp8_decoded(code, scale):  # type: ignore[no-untyped-def]
 def _fp8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
     ww, ee, beyond = np.float64(0), np.float64(0), np.int32(0)
     for i in range(x.shape[0]):
-        w = _as_float(x[i])
+        w = as_float(x[i])
         e = w - _fp8_decoded(codes[i], scale[i])
         ww += np.float64(w) * np.float64(w)
         ee += np.float64(e) * np.float64(e)
@@ -199,16 +200,3 @@ def _fp8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
     sums[0] += ww
     sums[1] += ee
     sums[2] += beyond
-
-
-@_inlined
-def _as_float(word):  # type: ignore[no-untyped-def]
-    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
-
-
-@_inlined
-def _rounded(value):  # type: ignore[no-untyped-def]
-    """fp32 rounded to bf16, to nearest even."""
-    bits = np.float32(value).view(np.uint32)
-    bits = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    return np.uint32(bits & np.uint32(0xFFFF0000)).view(np.float32)

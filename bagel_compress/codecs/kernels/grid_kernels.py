@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numba
 import numpy as np
 
+from bagel_compress.codecs.kernels.bf16_kernels import bf16_rounded
+
 if TYPE_CHECKING:
     from bagel_compress.codecs.grid import Levels
 
@@ -88,9 +90,7 @@ def nearest(x, scale, kind, table, factor, levels, values):  # type: ignore[no-u
 def decoded(levels, scale, factor, n, values):  # type: ignore[no-untyped-def]
     """bf16(level * scale * factor) of the first n, in this order of products."""
     for i in range(n):
-        bits = np.float32(np.float32(levels[i] * scale[i]) * factor).view(np.uint32)
-        bits = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-        values[i] = np.uint32(bits & np.uint32(0xFFFF0000)).view(np.float32)
+        values[i] = bf16_rounded(np.float32(np.float32(levels[i] * scale[i]) * factor))
 
 
 @_inlined

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from bagel_compress.codecs.kernels.bf16_kernels import as_float, bf16_rounded
 from bagel_compress.codecs.kernels.rows_kernels import ROUND_BITS, ROUND_MAGIC
 
 RUN = 1024  # values of a row worked on at once, a multiple of every block: their arrays stay in L1
@@ -26,7 +27,7 @@ def ends_blocks(words, block, lows, highs):  # type: ignore[no-untyped-def]
         for b in range(lows.shape[1]):
             x, low, high = words[r, b * block : (b + 1) * block], np.float32(0), np.float32(0)
             for i in range(x.shape[0]):
-                value = _as_float(x[i])
+                value = as_float(x[i])
                 low = min(low, value)
                 high = max(high, value)
             lows[r, b], highs[r, b] = low, high
@@ -72,7 +73,7 @@ def _spread(values, block, out):  # type: ignore[no-untyped-def]
 @_strict
 def _codes(x, scale, zero, bottom, codes):  # type: ignore[no-untyped-def]
     for i in range(x.shape[0]):
-        value = _as_float(x[i]) / scale[i] + zero[i]
+        value = as_float(x[i]) / scale[i] + zero[i]
         value = min(max(value, bottom[i]), np.float32(7))
         codes[i] = np.float32(value + ROUND_MAGIC).view(np.int32) - ROUND_BITS
 
@@ -82,8 +83,8 @@ def _measure(x, scale, zero, unit, codes, sums):  # type: ignore[no-untyped-def]
     """Squares are added in fp32, in units of the largest scale, so that they do not overflow."""
     ww, ee, beyond, inverse = np.float32(0), np.float32(0), np.int32(0), np.float32(1) / unit
     for i in range(x.shape[0]):
-        w = _as_float(x[i])
-        e = w - _rounded((np.float32(codes[i]) - zero[i]) * scale[i])
+        w = as_float(x[i])
+        e = w - bf16_rounded((np.float32(codes[i]) - zero[i]) * scale[i])
         ww += (w * inverse) * (w * inverse)
         ee += (e * inverse) * (e * inverse)
         # half a step; 2^-8 for bf16; and what is clipped: half a step, or all beyond 15 steps
@@ -94,16 +95,3 @@ def _measure(x, scale, zero, unit, codes, sums):  # type: ignore[no-untyped-def]
     sums[0] += ww * square
     sums[1] += ee * square
     sums[2] += beyond
-
-
-@_inlined
-def _as_float(word):  # type: ignore[no-untyped-def]
-    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
-
-
-@_inlined
-def _rounded(value):  # type: ignore[no-untyped-def]
-    """fp32 rounded to bf16, to nearest even."""
-    bits = np.float32(value).view(np.uint32)
-    bits = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    return np.uint32(bits & np.uint32(0xFFFF0000)).view(np.float32)

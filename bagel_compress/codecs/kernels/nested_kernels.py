@@ -16,7 +16,8 @@ from functools import cache
 import numba
 import numpy as np
 
-NESTED_BLOCK = 256  # absmax values per nested absmax (`quantize_4bit` passes blocksize=256)
+from bagel_compress.codecs.nf4 import NESTED_BLOCK
+
 LANES, PARTIALS, LEVELS = 8, 4, 4  # torch SumKernel.cpp: Vectorized<float>::size() of AVX2, ilp_factor, num_levels
 STEPS = 65536  # kLUTSize in bitsandbytes csrc/cpu_ops.cpp
 

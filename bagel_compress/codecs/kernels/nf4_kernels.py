@@ -17,7 +17,9 @@ from functools import cache
 import numba
 import numpy as np
 
-BLOCK = 64  # weights per absmax, the bitsandbytes default
+from bagel_compress.codecs.kernels.bf16_kernels import as_float
+from bagel_compress.codecs.nf4 import BLOCK
+
 LANES = 16  # fp32 numbers of a 512-bit register
 TILE = 64  # blocks worked on at once: 8 KB of words, 8 KB of codes and 16 KB of decoded values stay in L1
 
@@ -152,15 +154,10 @@ def _absmaxes(words, tops):  # type: ignore[no-untyped-def]
         top = np.uint16(0)
         for i in range(BLOCK):
             top = np.uint16(max(top, np.uint16(words[j, i] & np.uint16(0x7FFF))))
-        tops[j] = _as_float(top)
+        tops[j] = as_float(top)
         if not EXPONENTS[0] <= top >> 7 <= EXPONENTS[1]:
             plain = False
     return plain
-
-
-@_strict
-def _as_float(word):  # type: ignore[no-untyped-def]
-    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
 
 
 @_strict
@@ -230,7 +227,7 @@ def _block_codes(words, j, scale, table, codes):  # type: ignore[no-untyped-def]
 def _exact_codes(words, j, absmax, midpoints, codes):  # type: ignore[no-untyped-def]
     inverse = np.float32(1) / max(absmax, TINY)
     for i in range(BLOCK):
-        scaled = _as_float(words[j, i]) * inverse
+        scaled = as_float(words[j, i]) * inverse
         code = 0
         for k in range(15):
             code += scaled > midpoints[k]
@@ -248,7 +245,7 @@ def _search(words, plain, tops, table, midpoints, pairs, codes, packed, values, 
     tried, most = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
     for step in range(MSE_STEPS):
         for j in range(count):
-            tried[j] = _as_float(_as_word(tops[j]) - step * MSE_STEP) if _searchable(tops[j]) else tops[j]
+            tried[j] = as_float(_as_word(tops[j]) - step * MSE_STEP) if _searchable(tops[j]) else tops[j]
         for _ in range(2):
             _tile_codes(words, plain, tried[:count], table, midpoints, codes)
             _pack(codes.reshape(-1).view(np.uint32), flat)
@@ -268,13 +265,13 @@ def _improve(words, values, tops, tried, most, scales):  # type: ignore[no-untyp
         wc, cc = np.float32(0), np.float32(0)
         for i in range(BLOCK):
             c = values[j, i]
-            wc += _as_float(words[j, i]) * c
+            wc += as_float(words[j, i]) * c
             cc += c * c
         if _searchable(tops[j]):
             saved = tried[j] * (np.float32(2) * wc - tried[j] * cc)
             if saved > most[j]:
                 most[j], scales[j] = saved, tried[j]
-            tried[j] = _as_float(_as_word(wc / cc))
+            tried[j] = as_float(_as_word(wc / cc))
 
 
 @_strict
@@ -304,8 +301,8 @@ def _measure(words, values, tops, absmax, energy):  # type: ignore[no-untyped-de
         inverse, weight = np.float32(1) / scale, np.float32(np.float32(scale / unit) * np.float32(scale / unit))
         limit = HALF_GAP + max(tops[j] * inverse - np.float32(1), np.float32(0))  # a searched scale clips
         for i in range(LANES):
-            u0, u1 = _as_float(words[j, i]) * inverse, _as_float(words[j, i + 16]) * inverse
-            u2, u3 = _as_float(words[j, i + 32]) * inverse, _as_float(words[j, i + 48]) * inverse
+            u0, u1 = as_float(words[j, i]) * inverse, as_float(words[j, i + 16]) * inverse
+            u2, u3 = as_float(words[j, i + 32]) * inverse, as_float(words[j, i + 48]) * inverse
             e0, e1, e2, e3 = u0 - values[j, i], u1 - values[j, i + 16], u2 - values[j, i + 32], u3 - values[j, i + 48]
             signal[i] += weight * (u0 * u0 + u1 * u1 + u2 * u2 + u3 * u3)
             noise[i] += weight * (e0 * e0 + e1 * e1 + e2 * e2 + e3 * e3)
@@ -321,7 +318,7 @@ def _measure_blocks(words, values, absmax, errors):  # type: ignore[no-untyped-d
         ee, ec, cc = np.float32(0), np.float32(0), np.float32(0)
         for i in range(BLOCK):
             c = values[j, i]
-            e = _as_float(words[j, i]) * inverse - c
+            e = as_float(words[j, i]) * inverse - c
             ee += e * e
             ec += e * c
             cc += c * c

@@ -11,6 +11,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from bagel_compress.codecs.kernels.bf16_kernels import as_float, bf16_rounded
+
 FP8_MAX = np.float32(448)  # largest e4m3fn number; the format has no infinity
 FP8_NORMAL = np.float32(2.0**-6)  # smallest normal e4m3fn number; subnormals are multiples of 2^-9
 SUBNORMAL_MAGIC = np.float32(2.0**14)  # one unit in its last place is 2^-9
@@ -84,7 +86,7 @@ def int8_search(words, scales, noise):  # type: ignore[no-untyped-def]
 @_strict
 def half_of(word):  # type: ignore[no-untyped-def]
     """The fp16 rounding of a bf16 word, as fp32; exact from 2^-14 up to fp16's range."""
-    value = _as_float(word)
+    value = as_float(word)
     magnitude = abs(value)
     small = (magnitude + HALF_MAGIC) - HALF_MAGIC
     return np.copysign(small if magnitude < HALF_NORMAL else magnitude, value)
@@ -93,7 +95,7 @@ def half_of(word):  # type: ignore[no-untyped-def]
 @_strict
 def _fp8_codes(x, scale, codes):  # type: ignore[no-untyped-def]
     for i in range(x.shape[0]):
-        bits = np.float32(_as_float(x[i] & np.uint16(0x7FFF)) / scale).view(np.int32)
+        bits = np.float32(as_float(x[i] & np.uint16(0x7FFF)) / scale).view(np.int32)
         bits = np.int32(min(bits, FP8_MAX_BITS))
         large = np.int32(np.int32(np.int32(bits + np.int32(0x7FFFF)) + ((bits >> 20) & 1)) >> 20) - np.int32(120 << 3)
         small = np.float32(np.int32(bits).view(np.float32) + SUBNORMAL_MAGIC).view(np.int32) - SUBNORMAL_BITS
@@ -107,8 +109,8 @@ def _fp8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
     smallest = np.float32(0.001) + np.float32(2.0**-134) * inverse  # half of e4m3fn's and of bf16's subnormal steps
     uu, ee, beyond = np.float32(0), np.float32(0), np.int32(0)
     for i in range(x.shape[0]):
-        u = _as_float(x[i]) * inverse
-        e = u - _rounded(_fp8_value(codes[i]) * scale) * inverse
+        u = as_float(x[i]) * inverse
+        e = u - bf16_rounded(_fp8_value(codes[i]) * scale) * inverse
         uu += u * u
         ee += e * e
         # e4m3fn has 3 bits after the leading one: half of the last is 2^-4 of the value, and 2^-8 for bf16
@@ -140,8 +142,8 @@ def _int8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
     ww, ee, beyond = np.float32(0), np.float32(0), np.int32(0)
     step = scale * PER_127
     for i in range(x.shape[0]):
-        w = _as_float(x[i])
-        e = w - _rounded(np.float32(codes[i]) * scale * PER_127)
+        w = as_float(x[i])
+        e = w - bf16_rounded(np.float32(codes[i]) * scale * PER_127)
         ww += w * w
         ee += e * e
         # half a step; 2^-8 for bf16; 2^-24 for fp16 subnormals; and what a smaller scale clips
@@ -149,16 +151,3 @@ def _int8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
         limit += max(abs(w) - scale, np.float32(0))
         beyond = np.int32(beyond + np.int32(abs(e) > limit))
     sums[0], sums[1], sums[2] = ww, ee, beyond
-
-
-@_strict
-def _as_float(word):  # type: ignore[no-untyped-def]
-    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
-
-
-@_strict
-def _rounded(value):  # type: ignore[no-untyped-def]
-    """fp32 rounded to bf16, to nearest even."""
-    bits = np.float32(value).view(np.uint32)
-    bits = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    return np.uint32(bits & np.uint32(0xFFFF0000)).view(np.float32)
