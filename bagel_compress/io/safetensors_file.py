@@ -96,7 +96,7 @@ class TensorFile:
         """
         data = _buffers.take(stop - start)
         with _disk_faults(self.path):
-            if _read_at(self._handle, memoryview(data), start) != stop - start:
+            if _read_at(self._handle, data.data, start) != stop - start:
                 raise CheckpointError(f"{self.path} was cut while it was read; start again with the finished file.")
         return data
 
@@ -195,8 +195,9 @@ def _stored(name: str, row: Mapping[str, Any], base: int, path: Path, error: typ
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise error(f"{path}: tensor {name} has dtype {shown(dtype)}, expected one of {', '.join(DTYPE_BYTES)}.")
     if not _naturals(shape) or len(shape) > MAX_AXES or not _naturals(offsets) or len(offsets) != 2:
-        found = f"shape {shown(shape)} and offsets {shown(offsets)}"
-        raise error(f"{path}: tensor {name} has {found}; the header is damaged.")
+        raise error(
+            f"{path}: tensor {name} has shape {shown(shape)} and offsets {shown(offsets)}; the header is damaged."
+        )
     needed = prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != needed:
         found = offsets[1] - offsets[0]

@@ -210,6 +210,23 @@ def test_too_little_space_is_found_before_the_first_byte(
     assert not list((tmp_path / "a").glob("*.safetensors*"))
 
 
+def test_a_resumed_build_asks_for_what_is_left(
+    tiny: Checkpoint, raw: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(resume_state.BuildFolder, "check_space", lambda build, nbytes: asked.append(nbytes))
+    plan = make_plan(tiny, raw)
+    with pytest.raises(StoppedError):
+        compress(plan, tiny, tmp_path / "a", stop_after(60))
+    kept = sum(
+        p.stat().st_size
+        for p in (tmp_path / "a").glob("model-*.safetensors")
+        if (tmp_path / "a" / ".build" / f"{p.name}.json").exists()
+    )
+    compress(plan, tiny, tmp_path / "a")
+    assert 0 < kept == asked[0] - asked[1]
+
+
 def test_a_disk_that_fills_up_is_one_sentence_and_resumable(
     tiny: Checkpoint, nf4: Recipe, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from publish_data import BASE, REPO, budget, parity, picture
 
-from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.artifact import Artifact, listed_files
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import ArtifactError, CheckpointError, GateError, RecipeError
 from bagel_compress.parity.report_data import ParityReport, load_budgets
@@ -19,6 +20,7 @@ from bagel_compress.publishing.model_card import Origin
 from bagel_compress.publishing.publishable import source_of
 from bagel_compress.publishing.release import make_release
 from bagel_compress.publishing.release_reports import load_reports
+from bagel_compress.publishing.verify import require, verify_folder
 from bagel_compress.source.checkpoint import Checkpoint
 
 PARITY = "reports/parity.json"
@@ -129,7 +131,7 @@ def test_a_report_that_is_a_link_is_not_released(artifact: Artifact, tmp_path: P
 def test_names_in_reports_never_become_paths(artifact: Artifact, name: str) -> None:
     data = json.loads((artifact.path / PARITY).read_bytes())
     data["cases"][0]["name"] = name
-    edit(artifact, **data)
+    (artifact.path / PARITY).write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match="no report of this version"):
         ParityReport.load(artifact.path)
     text = budget(artifact).model_copy(update={"target": name}).model_dump_json()
@@ -145,7 +147,7 @@ def test_a_licence_that_is_a_link_is_not_copied(tiny: Path, tmp_path: Path) -> N
         (folder / file.name).hardlink_to(file)
     (folder / "LICENSE").unlink(missing_ok=True)
     (folder / "LICENSE").symlink_to("/etc/hostname")
-    with pytest.raises(CheckpointError, match="LICENSE is a link that leaves its folder"):
+    with pytest.raises(CheckpointError, match="LICENSE is a link to /etc/hostname, outside its folder"):
         Checkpoint.open(folder)
     cache = tmp_path / "models--a--b"
     (cache / "blobs").mkdir(parents=True)
@@ -161,7 +163,28 @@ def test_an_own_target_is_called_as_its_file(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("name: mine\ntargets: [small]\nrules: [{match: {}, codec: raw}]")
     (tmp_path / "small.yaml").write_text("name: other\ndevice: {name: x, memory_mib: 100}")
-    with pytest.raises(RecipeError, match=r"small\.yaml has the name 'other'"):
+    with pytest.raises(RecipeError, match=r"small\.yaml calls itself 'other'"):
         Recipe.load(recipe)
     (tmp_path / "small.yaml").write_text("name: small\ndevice: {name: x, memory_mib: 100}")
     assert Recipe.load(recipe).targets == ("small",)
+
+
+def test_a_stale_report_is_a_fault_of_a_folder_and_a_missing_one_is_not(artifact: Artifact) -> None:
+    parity(artifact, "0" * 64).save(artifact.path)
+    assert any("another build" in fault for fault in verify_folder(artifact.path).faults)
+    parity(artifact).save(artifact.path)
+    (artifact.path / "reports" / "budget-rtx4070-12gb.json").unlink()
+    found = verify_folder(artifact.path)
+    assert found.faults == ()
+    require(found)
+    with pytest.raises(GateError, match="is not what was released: x was changed"):
+        require(replace(found, faults=("x was changed",)))
+
+
+def test_a_manifest_is_read_in_full_and_an_export_s_list_alone(artifact: Artifact) -> None:
+    manifest = (artifact.path / "manifest.json").read_bytes()
+    assert listed_files("manifest.json", manifest, artifact.path) == artifact.manifest.files
+    listing = b'{"files": {"a.data": {"bytes": 1, "blake3": "0"}}, "blocks": {}}'
+    assert listed_files("export.json", listing, artifact.path)["a.data"].bytes == 1
+    with pytest.raises(ArtifactError, match="is damaged at"):
+        listed_files("manifest.json", listing, artifact.path)

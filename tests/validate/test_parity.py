@@ -97,6 +97,12 @@ def test_errors_of_the_latent_and_of_the_path_are_shares_of_the_way(trace_file):
     assert (same["velocity.path"], same["latent.path"]) == (0.0, 0.0)
 
 
+def test_texts_are_compared_where_there_are_any(trace_file):
+    asked, drawn = trace_file.read("understand"), trace_file.read("t2i")
+    assert measure(asked, asked, asked).metrics["text.exact"] == 1.0
+    assert "text.exact" not in measure(drawn, drawn, drawn).metrics
+
+
 def test_no_class_limits_a_single_step_but_a_recipe_may():
     for level in ("8-bit", "4-bit"):
         assert not {"velocity.rel_l2", "velocity.cosine"} & resolve(level, {}).keys()
