@@ -15,6 +15,7 @@ from bagel_compress.codecs.base import InMemory, Unit
 from bagel_compress.codecs.df11 import encode, pack, unpack
 from bagel_compress.codecs.df11.book import _huffman, make_book, stalls
 from bagel_compress.codecs.df11.layout import SUFFIXES
+from bagel_compress.codecs.kernels.threads import Workspaces
 from bagel_compress.errors import CodecError, PlanError
 from bagel_compress.io.tensor_spec import TensorSpec
 
@@ -108,7 +109,7 @@ def test_batches_that_end_within_a_byte_equal_the_official_bytes(
     batch: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "BATCH", batch)
-    monkeypatch.setattr(encode, "_idle", [])  # workspaces of that size
+    monkeypatch.setattr(encode, "_buffers", Workspaces(encode.EncodingBuffers))  # of that size
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
