@@ -73,7 +73,7 @@ def small_cases(tmp_path: Path) -> Path:
     for name, text in {
         "draw": "kind: t2i\nturns: [a red cat]\nsize: [32, 32]",
         "edit": "kind: edit\nturns: [{image: grey.png}, blue]",
-        "ask": "kind: understand\nturns: [{image: grey.png}, what?]\ntext: {max_tokens: 4}",
+        "ask": "kind: understand\nturns: [{image: grey.png}, what is it]\ntext: {max_tokens: 4}",
         "think": "kind: t2i\nthink: true\nturns: [a car]\nsize: [32, 32]\ntext: {max_tokens: 4}",
     }.items():
         (folder / f"{name}.yaml").write_text(f"name: {name}\n{text}\nflow: {{num_timesteps: 3}}\n")

@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # what no verb expected of a file: a name too long, a disk that failed
+        print(printable(f"bagel-compress: {error.filename or 'a file'}: {error.strerror or error}."), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         hint = "; the same command goes on from there" if argv[0] in GOES_ON else ""
         print(f"bagel-compress: interrupted{hint}.", file=sys.stderr)

@@ -121,7 +121,11 @@ def _asked(benchmark: Benchmark, model: str, device: str, check: Callable[[Bagel
 
     sampler = open_model(model, device, torch.float32 if device == "cpu" else None, check)
     with tqdm(total=len(benchmark.prompts), unit="prompt", desc=model, leave=False) as bar:
-        return run(benchmark, sampler, on_batch=lambda done, total: bar.update(done - bar.n))
+
+        def show(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        return run(benchmark, sampler, on_batch=show)
 
 
 def _expect_nano(config: BagelConfig) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from bagel_compress.budgets.overruns import overruns
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
-from bagel_compress.build.recipe import Limits
 from bagel_compress.errors import ArtifactError, RecipeError
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.io.digests import blake3_file
@@ -23,7 +22,7 @@ from bagel_compress.io.packaged import target_files
 from bagel_compress.io.safe_paths import leads_away
 from bagel_compress.parity.report_data import PARITY, REPORTS, BudgetReport, ParityReport, load_budgets
 from bagel_compress.parity.verdict import judged_again
-from bagel_compress.publishing.publishable import Publishable, recipe_of, source_of
+from bagel_compress.publishing.publishable import Publishable, source_of
 from bagel_compress.report.files import picture_name
 from bagel_compress.run.target import Target
 
@@ -113,12 +112,14 @@ def _parity(publishable: Publishable) -> tuple[ParityReport | None, list[str]]:
 
 def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
     """What keeps the report from passing, computed again under the limits of the manifest's recipe."""
-    manifest = publishable.manifest
-    limits, level = (manifest.limits, manifest.level) if isinstance(publishable, ExportFolder) else _asked(publishable)
     faults = []
-    recipe = recipe_of(publishable)
-    if recipe is not None and isinstance(publishable, Artifact) and recipe.digest != manifest.recipe_digest:
-        faults.append("Its manifest's recipe is not the one of its recipe_digest; build it again.")
+    if isinstance(publishable, ExportFolder):
+        limits, level = publishable.manifest.limits, publishable.manifest.level
+    else:
+        recipe = publishable.manifest.recipe
+        limits, level = recipe.limits, recipe.limits.level
+        if recipe.digest != publishable.manifest.recipe_digest:
+            faults.append("Its manifest's recipe is not the one of its recipe_digest; build it again.")
     if report.source_digest != source_of(publishable).digest:
         faults.append("It was compared with another checkpoint than it was built from.")
     try:
@@ -126,11 +127,6 @@ def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
     except RecipeError as error:
         return [*faults, str(error)]
     return faults + judged_again(report, resolved, level, has_modules=isinstance(publishable, Artifact))
-
-
-def _asked(artifact: Artifact) -> tuple[Limits, str]:
-    limits = artifact.manifest.recipe.limits
-    return limits, limits.level
 
 
 def _budgets(artifact: Artifact) -> tuple[tuple[BudgetReport, ...], list[str]]:

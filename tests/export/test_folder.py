@@ -17,7 +17,6 @@ from bagel_compress.exporting import build
 from bagel_compress.exporting.manifest import MANIFEST, ExportFolder
 from bagel_compress.exporting.ort_sampler import open_onnx
 from bagel_compress.exporting.source import WeightSource
-from bagel_compress.io.packaged import resource
 from bagel_compress.run.case import load_cases
 
 ENDS = ("embed", "latent_out", "lm_head")
@@ -181,14 +180,15 @@ def test_weights_beyond_fp16_stop_the_export(tiny: Path, make: Callable[..., Exp
         make(source, blocks=("latent_out",), precision="fp16")
 
 
-def test_the_graphs_pass_the_validation_of_artifacts(exported: ExportFolder, tiny: Path, tmp_path: Path) -> None:
+def test_the_graphs_pass_the_validation_of_artifacts(
+    exported: ExportFolder, tiny: Path, tmp_path: Path, small_cases: Path
+) -> None:
     import torch
 
     from bagel_compress.validation.artifact import record_source
     from bagel_compress.validation.export import validate_export
 
-    cases = [c for c in load_cases([resource("exports") / "cases" / "tiny"]) if c[0].name in ("t2i_square", "edit")]
-    cases = cases or load_cases([resource("exports") / "cases" / "tiny"])[:2]
+    cases = load_cases([small_cases])
     file = record_source(tiny, cases, tmp_path / "t.safetensors", dtype=torch.float32, floors=("repeat", "kernel"))
     report = validate_export(exported, [file.path], threads=1)
     assert report.passed, [*report.faults, *report.broken]
