@@ -1,4 +1,4 @@
-"""What fewer evaluations cost: solvers and step caches on BAGEL-nano, against 50 official points and the exact solution.
+"""What fewer evaluations cost: solvers and step caches on BAGEL-nano, against 50 points and the exact solution.
 
     python benchmarks/bench_speed.py [--seed 95000] [--pictures 40] [--scores]
 

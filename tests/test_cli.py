@@ -74,7 +74,9 @@ def test_wrong_input(cli: Cli, tiny: Path, tmp_path: Path, argv: tuple[str, ...]
 
 def test_run_ends_with_a_report_and_repeats(cli: Cli, tiny: Path, tmp_path: Path, small_cases: Path) -> None:
     """plan, compress, trace, validate, report in one verb; twice gives the same artifact; a tight limit fails it."""
-    loose, strict = (_nf4_with(f"latent.path: {limit}", tmp_path / f"{limit}.yaml") for limit in (0.6, 0.06))
+    loose, strict = (
+        _nf4_with(f"logits.kl_mean: 0.2, latent.path: {limit}", tmp_path / f"{limit}.yaml") for limit in (0.6, 0.06)
+    )
     builds = [tmp_path / "one", tmp_path / "two"]
     for out in builds:
         code, printed, err = cli("run", loose, "--source", tiny, "--out", out, "--cases", small_cases)

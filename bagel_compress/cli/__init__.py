@@ -19,15 +19,19 @@ from typing import Any
 from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
-GROUPS = ("advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano")
-GOES_ON = ("compress", "run", "export", "calibrate", "batch", "train-nano", "allocate")  # verbs that can be resumed
+GROUPS = (
+    "advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano",
+    "finetune",
+)  # fmt: skip
+# Verbs that can be resumed.
+GOES_ON = ("compress", "run", "export", "calibrate", "batch", "train-nano", "allocate", "finetune")
 WORD = 300  # characters of a word in a message; names in files have no end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser = command_parser()
     if not argv:
         parser.print_help()
         return 0
@@ -91,7 +95,7 @@ def _verbs(parser: argparse.ArgumentParser) -> list[str]:
     return next(list(a.choices) for a in parser._actions if isinstance(a, argparse._SubParsersAction))
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bagel-compress",
         description="Compress, validate and publish BAGEL checkpoints.",

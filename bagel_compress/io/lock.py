@@ -58,7 +58,7 @@ def remove_if_stale(path: Path, what: str, error: type[BagelCompressError]) -> N
         raise error(
             f"{path.parent.parent} is locked and {path} does not say by whom; delete it if no process is at work there."
         ) from None
-    if host == socket.gethostname() and not _alive(pid, started):
+    if host == socket.gethostname() and not is_alive(pid, started):
         path.unlink(missing_ok=True)
         return
     raise error(
@@ -66,7 +66,7 @@ def remove_if_stale(path: Path, what: str, error: type[BagelCompressError]) -> N
     )
 
 
-def _alive(pid: int, started: str) -> bool:
+def is_alive(pid: int, started: str) -> bool:
     """Whether the process that took the lock still runs; a number that was given out again does not count."""
     if pid <= 0 or (started and _started(pid) != started):
         return False
