@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SIZE = 8 << 20  # bytes of a buffer: what a reader of weights asks for at once
+SMALL = SIZE // 8
 KEPT = 16  # buffers that are kept; more are given while they are asked for
 
 
@@ -29,7 +30,7 @@ class Buffers:
         """uint8 [nbytes], with any content. It is the caller's for as long as anything refers to it."""
         import numpy as np
 
-        if not SIZE // 2 < nbytes <= SIZE:  # small: no gain, and it would hold a large one
+        if not SMALL < nbytes <= SIZE:  # small: no gain, and it would hold a large one
             return np.empty(nbytes, np.uint8)
         with self._lock:
             for number in range(len(self._buffers)):
