@@ -23,6 +23,7 @@ from pydantic import (
 
 from bagel.layout import BLOCKS, COMPONENTS, EXPERTS, KINDS, Role
 from bagel_compress.build.limits import METRICS, unknown_metric
+from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.codecs import by_name
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import RecipeError
@@ -143,6 +144,9 @@ class Recipe(FrozenModel):
     rules: tuple[Rule, ...] = Field(min_length=1)
     budget_gb: float | None = Field(None, gt=0, description="largest size of all weight shards together, in 1e9 bytes")
     limits: Limits = Field(default_factory=lambda: Limits.model_validate({}))
+    fast: dict[Literal["exact", "balanced", "fast"], SpeedPreset] = Field(
+        default_factory=dict, description="presets of the sampler that `validate` holds to the limits (docs/speed.md)"
+    )
     targets: tuple[str, ...] = ()
     export: str | None = None
     card: str = ""
@@ -152,11 +156,10 @@ class Recipe(FrozenModel):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe that refuses them has no such key: it means what it meant before there was one."""
+        """Without `fast` and `non_finite` where a recipe says nothing of them: it means what it meant before them."""
         fields: dict[str, Any] = handler(self)
-        if self.non_finite == "refused":
-            fields.pop("non_finite", None)
-        return fields
+        unsaid = {"fast": {}, "non_finite": "refused"}
+        return {name: value for name, value in fields.items() if name not in unsaid or value != unsaid[name]}
 
     @property
     def digest(self) -> str:

@@ -7,14 +7,15 @@ hold, and the cases have to cover every task of the model, because a build may b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from bagel_compress.build.limits import Limit, Metric
+from bagel_compress.build.limits import Limit, Metric, resolve
 from bagel_compress.parity.extremes import largest, middle, smallest
 from bagel_compress.parity.report_data import CaseParity, ParityReport, Row
 
 FLOOR_OF = {"lossless": ("repeat",)}  # a lossless model is run exactly as the reference was
 FLOOR_KINDS = ("kernel", "dtype")
+PRESET = ", preset "  # in the case of a row: the case, and the preset that it was drawn with
 OF_MODULES = (Metric.LINEAR_GAIN, Metric.LINEAR_BIAS)  # of probes of single modules, which graphs do not have
 # A value that some texts do not have, where the reference is sure of no token; measured together with the other.
 ONLY_SOMETIMES = {Metric.LOGITS_TOP1_SURE: Metric.LOGITS_KL_MEAN}
@@ -61,6 +62,13 @@ def make_rows(
     return tuple(rows)
 
 
+def preset_limits(level: str, limits: Mapping[str, Limit]) -> dict[str, Limit]:
+    """The limits of what is drawn with a preset: of latent and picture. A lossless build's are those of 16 bits,
+    since no preset draws equal bits."""
+    chosen = resolve("16-bit", {}) if level == "lossless" else limits
+    return {metric: limit for metric, limit in chosen.items() if metric.startswith(("latent.", "image."))}
+
+
 def not_measured(
     limits: Mapping[str, Limit], rows: Sequence[Row], cases: Sequence[CaseParity], has_modules: bool
 ) -> tuple[str, ...]:
@@ -76,16 +84,35 @@ def not_measured(
     return tuple(found)
 
 
-def judged_again(report: ParityReport, limits: Mapping[str, Limit], level: str, has_modules: bool) -> list[str]:
-    """Everything that keeps a report from passing under these limits; its cases' values are all that is believed."""
+def judged_again(
+    report: ParityReport,
+    limits: Mapping[str, Limit],
+    level: str,
+    has_modules: bool,
+    presets: Collection[str] = (),
+) -> list[str]:
+    """Everything that keeps a report from passing under these limits; its values alone are believed.
+
+    `presets`: those of the recipe, which are held to limits of their own.
+    """
     if report.level != level:
         return [f"It was judged as class {report.level}, the recipe's is {level}; validate again."]
     probes = {row.metric: row.value for row in report.rows if row.metric in OF_MODULES and not row.case}
-    rows = make_rows(limits, level, report.cases, probes)
+    faster = [row for row in report.rows if PRESET in row.case]
+    rows = (*make_rows(limits, level, report.cases, probes), *_again(faster, preset_limits(level, limits)))
     if [row.model_dump_json() for row in rows] != [row.model_dump_json() for row in report.rows]:
         return ["Its rows are not those of its cases under the recipe's limits; validate again."]
-    again = report.model_copy(update={"missing": not_measured(limits, rows, report.cases, has_modules)})
+    missing = list(not_measured(limits, rows, report.cases, has_modules))
+    for preset in presets:
+        known = {row.metric for row in faster if row.case.endswith(f"{PRESET}{preset}")}
+        missing += [f"{m} of preset {preset} was not measured." for m in preset_limits(level, limits) if m not in known]
+    again = report.model_copy(update={"missing": tuple(missing)})
     return [*again.faults, *again.broken]
+
+
+def _again(rows: Sequence[Row], limits: Mapping[str, Limit]) -> list[Row]:
+    """Rows of presets under these limits; those of other metrics are left out."""
+    return [_row(row.case, row.metric, row.value, None, limits[row.metric]) for row in rows if row.metric in limits]
 
 
 def _row(case: str, metric: str, value: float, floor: float | None, limit: Limit) -> Row:

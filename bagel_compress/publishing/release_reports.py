@@ -126,7 +126,8 @@ def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
         resolved = resolve(level, limits.overrides)
     except RecipeError as error:
         return [*faults, str(error)]
-    return faults + judged_again(report, resolved, level, has_modules=isinstance(publishable, Artifact))
+    presets = publishable.manifest.recipe.fast if isinstance(publishable, Artifact) else ()
+    return faults + judged_again(report, resolved, level, isinstance(publishable, Artifact), presets)
 
 
 def _budgets(artifact: Artifact) -> tuple[tuple[BudgetReport, ...], list[str]]:
