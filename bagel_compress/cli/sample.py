@@ -35,7 +35,7 @@ def register(verbs: Any) -> None:
     generate.add_argument("prompt", metavar="PROMPT", help="may be empty")
     generate.add_argument(
         "--size",
-        type=_size,
+        type=picture_size,
         metavar="WxH",
         help="pixels, multiples of 16 (default: what the model names, else the largest square)",
     )
@@ -122,7 +122,7 @@ def _text_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     text.add_argument("--temperature", type=float, default=0.3, help="of sampling (%(default)s)")
 
 
-def _size(value: str) -> tuple[int, int]:
+def picture_size(value: str) -> tuple[int, int]:
     """WxH -> (height, width)."""
     width, cross, height = value.lower().partition("x")
     if not (cross and all(side.isascii() and side.isdecimal() and len(side) < 7 for side in (width, height))):
