@@ -18,12 +18,12 @@ from bagel.sampler import Sampler
 from bagel.training import Item, LatentItem, TextItem, forward, pack
 from bagel_compress.budgets.fake_model import BuildOutline, check_sizes, fake_model, scratch_bytes, text_of
 from bagel_compress.budgets.memory_tracker import Peak, Tracker
+from bagel_compress.budgets.overruns import overruns
 from bagel_compress.budgets.predict import (
     ACTIVATIONS,
     CONTEXT,
     SHOWN,
     fixed_bytes,
-    overruns,
     weight_bytes,
 )  # fmt: skip
 from bagel_compress.errors import FinetuneError
@@ -66,7 +66,7 @@ def predict_finetune(build: BuildOutline, target: Target, config: FinetuneConfig
         artifact=build.digest, name=build.name, target=target.name, device=target.device.name, limit=target.limit,
         phases=tuple(phases), disk=build.disk,
     )  # fmt: skip
-    return report.model_copy(update={"overruns": tuple(overruns(report))})
+    return report.model_copy(update={"overruns": overruns(report, None)})
 
 
 def _run(
