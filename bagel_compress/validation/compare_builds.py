@@ -91,7 +91,7 @@ def page(builds: Sequence[ComparedBuild], traces: Sequence[str | Path]) -> str:
         _table(builds),
         *(_case(builds, trace) for trace in cases),
     ]
-    template = files("bagel_compress").joinpath("report.html.in").read_text(encoding="utf-8")
+    template = files("bagel_compress.report").joinpath("page.html.in").read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(title), body="\n".join(sections))
 
 
