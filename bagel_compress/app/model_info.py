@@ -28,7 +28,7 @@ def _rows(model: OpenModel, t: Texts) -> Iterator[tuple[str, str]]:
         yield t("bytes"), size_text(nbytes)
     yield t("place"), model.place
     width, height = model.sizes["1:1"]
-    yield t("sides"), f"{width} × {height}"
+    yield t("sides"), f"{width} x {height}"
 
 
 def _of_artifact(model: OpenModel, t: Texts) -> Iterator[tuple[str, str]]:

@@ -35,9 +35,11 @@ from bagel_compress.errors import MissingExtraError
 from bagel_compress.run.picture_settings import picture_settings, png_info, read_settings
 
 CSS = """
-.picture img {width: 100%; max-height: 75vh; object-fit: contain}
+.picture .image-container, .picture .image-container > button, .picture .image-frame {width: 100%}
+.picture .image-container img {width: 100%; height: auto; max-height: 75vh; object-fit: contain}
 .small img {image-rendering: pixelated}
 .progress {min-height: 1.6em}
+@media (max-width: 640px) {.picture .grid-container {grid-template-columns: 1fr 1fr}}
 """
 MARK = re.compile(r"<([1-9])>")
 
@@ -56,6 +58,7 @@ def build_page(models: Sequence[OpenModel], folder: Path, language: str = "en") 
         _Page(gr, models, folder, visits, first, "public").build()
     for other in others:
         with page.route(LANGUAGES[other], other):
+            gr.Navbar(main_page_name=LANGUAGES[first])
             _Page(gr, models, folder, visits, other, "private").build()
     page.queue(default_concurrency_limit=1, max_size=64)
     return page
@@ -66,18 +69,6 @@ def theme() -> Any:
     import gradio as gr
 
     return gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-
-
-def picture_input(gr: Any) -> Any:
-    """gradio.Image whose uploads are checked by `uploads` before anything decodes them."""
-
-    class PictureInput(gr.Image):  # type: ignore[misc, name-defined]
-        is_template = True
-
-        def preprocess(self, payload: Any) -> Image.Image | None:
-            return None if payload is None else _checked(gr, lambda: read_picture(payload.path))
-
-    return PictureInput
 
 
 def _checked(gr: Any, call: Callable[[], Any]) -> Any:
@@ -128,49 +119,68 @@ class _Page:
         return self.gr.Checkbox(label=self.t("thinking"), info=self.t.info("thinking"))
 
     def _settings(self, tab: str) -> list[Any]:
-        with self.gr.Accordion(self.t("settings"), open=False):
+        with self.gr.Accordion(self.t("settings"), open=False), self.gr.Row():
             return [self._control(setting) for setting in SETTINGS[tab]]
 
     def _control(self, setting: Setting) -> Any:
         gr, label, info = self.gr, self.t(setting.name), self.t.info(setting.name)
         if setting.name == "ratio":
             sizes = self.models[0].sizes
-            shown = [(f"{ratio}  ({sizes[ratio][0]} × {sizes[ratio][1]})", ratio) for ratio in setting.choices]
-            return gr.Dropdown(shown, value=setting.default, label=label)
+            shown = [(f"{ratio}  ({sizes[ratio][0]} x {sizes[ratio][1]})", ratio) for ratio in setting.choices]
+            return gr.Dropdown(shown, value=setting.default, label=label, min_width=200)
         if setting.choices:
             return gr.Radio(
                 [(self.t.choice(c), c) for c in setting.choices], value=setting.default, label=label, info=info
             )
         if isinstance(setting.default, bool):
-            return gr.Checkbox(value=setting.default, label=label, info=info)
+            return gr.Checkbox(value=setting.default, label=label, info=info, min_width=200)
         if setting.name == "seed":
             return gr.Number(
-                value=setting.default, minimum=setting.low, maximum=setting.high, precision=0, label=label, info=info
-            )
-        return gr.Slider(setting.low, setting.high, value=setting.default, step=setting.step, label=label, info=info)
+                value=setting.default, minimum=setting.low, maximum=setting.high, precision=0, label=label, info=info,
+                min_width=200,
+            )  # fmt: skip
+        return gr.Slider(
+            setting.low, setting.high, value=setting.default, step=setting.step, label=label, info=info, min_width=200
+        )
 
     def _result(self) -> tuple[Any, Any, Any, Any]:
         """Picture, thoughts, progress, seed."""
         gr, t = self.gr, self.t
-        picture = gr.Image(
-            label=t("picture"), format="png", interactive=False, elem_classes=self.look, buttons=["download", "fullscreen"]
-        )
+        picture = self._shown()
         status = gr.Markdown(elem_classes=["progress"])
         thoughts = gr.Textbox(label=t("thoughts"), lines=2, max_lines=12, interactive=False, visible=False)
-        seed = gr.Number(label=t("seed_used"), interactive=False, precision=0)
+        seed = gr.Number(label=t("seed_used"), precision=0, visible=False)
         return picture, thoughts, status, seed
+
+    def _shown(self) -> Any:
+        """A picture that was drawn; its file holds its settings."""
+        return self.gr.Image(
+            label=self.t("result"), show_label=False, format="png", interactive=False, elem_classes=self.look,
+            buttons=["download", "fullscreen"], min_width=200,
+        )  # fmt: skip
+
+    def _gallery(self, key: str) -> Any:
+        return self.gr.Gallery(
+            label=self.t(key), columns=4, interactive=False, format="png", elem_classes=self.look,
+            buttons=["download_all"], show_label=False,
+        )  # fmt: skip
 
     def _buttons(self, key: str, *status: Any) -> tuple[Any, Any]:
         with self.gr.Row():
-            go = self.gr.Button(self.t(key), variant="primary")
-            stop = self.gr.Button(self.t("cancel"))
+            go = self.gr.Button(self.t(key), variant="primary", min_width=120)
+            stop = self.gr.Button(self.t("cancel"), min_width=80, scale=0)
         stop.click(self._stop, self.visit, None, queue=False, api_visibility="private")
         return go, stop
 
     def _starts(self, button: Any, call: Any, inputs: list[Any], outputs: list[Any], status: Any, name: str) -> None:
         """A button starts a run: first it says that the run waits, then the run tells the rest."""
         waiting = button.click(
-            self._arrive, self.visit, [self.visit, status], queue=False, show_progress="hidden", api_visibility="private"
+            self._arrive,
+            self.visit,
+            [self.visit, status],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
         )
         waiting.then(
             call, [self.visit, *inputs], outputs, concurrency_id="model", show_progress="hidden", api_name=name,
@@ -192,9 +202,7 @@ class _Page:
         thoughts = outputs[1]
         think.change(lambda on: gr.update(visible=on), think, thoughts, queue=False, api_visibility="private")
         again.click(lambda seed: seed or 0, outputs[3], controls[0], queue=False, api_visibility="private")
-        load.upload(
-            self._load, load, [prompt, think, outputs[2], *controls], queue=False, api_visibility="private"
-        )
+        load.upload(self._load, load, [prompt, think, outputs[2], *controls], queue=False, api_visibility="private")
         self._starts(go, self.draw, [prompt, think, *controls], list(outputs), outputs[2], "draw")
 
     def _edit_tab(self) -> None:
@@ -212,17 +220,21 @@ class _Page:
             with gr.Column(min_width=320):
                 outputs = self._result()
                 again = gr.Button(t("reuse"), size="sm")
-        more.upload(
-            lambda files: t("chosen", len(files or [])), more, chosen, queue=False, api_visibility="private"
-        )
+        more.upload(lambda files: t("chosen", len(files or [])), more, chosen, queue=False, api_visibility="private")
         think.change(lambda on: gr.update(visible=on), think, outputs[1], queue=False, api_visibility="private")
         again.click(lambda seed: seed or 0, outputs[3], controls[0], queue=False, api_visibility="private")
         self._starts(go, self.edit, [picture, more, prompt, think, *controls], list(outputs), outputs[2], "edit")
 
     def _upload(self) -> Any:
-        return picture_input(self.gr)(
+        upload = self.gr.Image(
             label=self.t("input"), sources=["upload"], type="pil", placeholder=self.t("drop"), elem_classes=self.look
         )
+        # Instead of gradio's own reader, which decodes before anything asks how large a picture is.
+        upload.preprocess = self._read
+        return upload
+
+    def _read(self, payload: Any) -> Image.Image | None:
+        return None if payload is None else _checked(self.gr, lambda: read_picture(payload.path))
 
     def _ask_tab(self) -> None:
         gr, t = self.gr, self.t
@@ -246,12 +258,12 @@ class _Page:
         go, _ = self._buttons("compare")
         controls = self._settings("draw")
         status = gr.Markdown(elem_classes=["progress"])
+        pictures = []
         with gr.Row():
-            labels = [model.name for model in self.models[:2]] + [t("difference_label")]
-            pictures = [
-                gr.Image(label=label, format="png", interactive=False, elem_classes=self.look, min_width=240, buttons=["download", "fullscreen"])
-                for label in labels
-            ]
+            for label in [*(model.name for model in self.models[:2]), t("difference_label")]:
+                with gr.Column(min_width=220):
+                    gr.Markdown(f"**{label}**")
+                    pictures.append(self._shown())
         verdict = gr.Markdown()
         self._starts(go, self.compare, [prompt, *controls], [*pictures, verdict, status], status, "compare")
 
@@ -262,18 +274,23 @@ class _Page:
         file = gr.UploadButton(t("prompts_file"), file_types=[".txt"], size="sm")
         go, _ = self._buttons("batch")
         status = gr.Markdown(elem_classes=["progress"])
-        gallery = gr.Gallery(
-            label=t("picture"), columns=4, interactive=False, format="png", elem_classes=self.look, buttons=["download_all"]
-        )
+        gallery = self._gallery("result")
         file.upload(self._prompts_of, file, prompts, queue=False, api_visibility="private")
         self._starts(go, self.batch, [prompts, *self.draw_controls], [gallery, status], status, "batch")
 
     def _history_tab(self, tab: Any) -> None:
         gr, t = self.gr, self.t
         gr.Markdown(t.info("history"))
-        gallery = gr.Gallery(label=t("history"), columns=5, interactive=False, format="png", elem_classes=self.look, buttons=["download_all"])
+        gallery = self._gallery("history")
         about = gr.JSON(label=t("settings_of"))
-        tab.select(lambda visit: self.visits[visit or ""].files[::-1], self.visit, gallery, queue=False, show_progress="hidden", api_visibility="private")
+        tab.select(
+            lambda visit: self.visits[visit or ""].files[::-1],
+            self.visit,
+            gallery,
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
 
         def show(visit: str | None, event: Any) -> Any:
             return read_settings(self.visits[visit or ""].files[::-1][event.index])
@@ -301,7 +318,9 @@ class _Page:
         known["cfg_interval_start"] = (flow.get("cfg_interval") or [None])[0]
         sizes = {size: ratio for ratio, size in self.models[0].sizes.items()}
         known["ratio"] = sizes.get((found.get("width"), found.get("height")))
-        values = [gr.update() if known.get(s.name) is None else gr.update(value=known[s.name]) for s in SETTINGS["draw"]]
+        values = [
+            gr.update() if known.get(s.name) is None else gr.update(value=known[s.name]) for s in SETTINGS["draw"]
+        ]
         return [str(found.get("prompt", "")), bool(thinking), "", *values]
 
     def _prompts_of(self, path: str) -> str:
@@ -312,7 +331,13 @@ class _Page:
         yield from self._drawn(visit, [prompt], prompt, think, _named("draw", values))
 
     def edit(
-        self, visit: str | None, picture: Image.Image | None, more: list[str] | None, prompt: str, think: bool, *values: Any
+        self,
+        visit: str | None,
+        picture: Image.Image | None,
+        more: list[str] | None,
+        prompt: str,
+        think: bool,
+        *values: Any,
     ) -> Iterator[tuple[Any, ...]]:
         others = [_checked(self.gr, lambda path=path: read_picture(path)) for path in more or []]
         pictures = [*([picture] if picture is not None else []), *others]
@@ -393,8 +418,8 @@ class _Page:
         except (BagelError, RuntimeError, MemoryError, OSError) as fault:
             raise self._error(str(fault)) from None
         apart, gain, largest = difference(*drawn)
-        shown[2] = gr.update(value=apart, label=t("difference", gain))
-        verdict = t("equal") if not largest else t("psnr", f"{psnr(*drawn):.2f}", largest)
+        shown[2] = apart
+        verdict = t("equal") if not largest else t("psnr", f"{psnr(*drawn):.2f}", largest, gain)
         yield *shown, verdict, t("done", f"{time.perf_counter() - begun:.1f}", seed)
 
     def batch(self, visit: str | None, prompts: str, *values: Any) -> Iterator[tuple[Any, ...]]:

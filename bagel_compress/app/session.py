@@ -1,8 +1,8 @@
 """The models of the page, and a run that tells how far it is while it goes on.
 
 `run` samples in a thread of its own and yields what happens: words of the thoughts, steps with previews, the result. A
-preview is the latent that a step expects at the end, averaged to a small grid and decoded, so that it costs a small part
-of a picture (`PREVIEW_TOKENS`) and draws nothing from the run's randomness: pictures are those of `generate`.
+preview is the latent that a step expects at the end, averaged to a small grid and decoded, so that it costs a small
+part of a picture (`PREVIEW_TOKENS`) and draws nothing from the run's randomness: pictures are those of `generate`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageChops
 
 from bagel.errors import BagelError, Cancelled
@@ -26,8 +27,8 @@ from bagel_compress.app.settings import LARGEST_SEED, sizes_of
 
 PREVIEW_TOKENS = 16  # a side of the grid that a preview is decoded from: 256 pixels of the released model
 PREVIEWS = 10  # of a run
-FULL_SIDE = 1024
-GAINS = (64, 16, 4, 1)  # of the difference picture: the largest that clips nothing
+GAINS = (64, 16, 4, 1)  # of the difference picture
+CLIPPED = 0.01  # share of its values that may be brighter than white
 
 
 @dataclass(slots=True)
@@ -44,7 +45,8 @@ class OpenModel:
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Ratio -> (width, height) that it draws."""
         config = self.sampler.bagel.config
-        return sizes_of(config.max_latent_size * config.image_stride, config.image_stride)
+        largest = min(config.max_latent_size * config.image_stride, config.vae_rule.max_size)
+        return sizes_of(largest, config.image_stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ def open_models(names: Sequence[str], device: str, target: str | None) -> list[O
         folder = Path(name) if Path(name).exists() else downloaded(name)
         sampler = open_model(folder, device, target=target)
         label = folder.resolve().name if Path(name).exists() else name
-        found.append(OpenModel(label, folder, sampler, target or device, placed is None or placed.residency is None))
+        where = target or str(getattr(sampler.bagel, "device", device))
+        found.append(OpenModel(label, folder, sampler, where, placed is None or placed.residency is None))
     return found
 
 
@@ -192,6 +195,7 @@ def small_picture(sampler: Loops, packed: Any, grid: tuple[int, int]) -> Image.I
 def difference(a: Image.Image, b: Image.Image) -> tuple[Image.Image, int, int]:
     """The absolute difference of two pictures, times a gain; the gain; the largest difference of a value."""
     apart = ImageChops.difference(a, b)
-    largest = max(high for _, high in apart.getextrema())
-    gain = next(gain for gain in GAINS if gain * largest <= 255)
-    return apart.point(lambda value: value * gain), gain, largest
+    values = np.asarray(apart)
+    bright = float(np.quantile(values, 1 - CLIPPED))
+    gain = next(gain for gain in GAINS if gain * bright <= 255)
+    return apart.point(lambda value: value * gain), gain, int(values.max())

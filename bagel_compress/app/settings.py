@@ -1,4 +1,4 @@
-"""Every setting of the page in one table: its range and its default, as the official page has them. No torch, no gradio.
+"""Every setting of the page in one table: its range and its default, as the official page has them. No torch.
 
 The official page offers a renorm type `local`, which its sampler refuses; the right name is `channel`.
 """

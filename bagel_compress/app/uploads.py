@@ -21,7 +21,7 @@ def read_picture(path: str | Path) -> Image.Image:
     file = Path(path)
     if file.stat().st_size > MAX_BYTES:
         raise InputError(
-            f"the picture has {file.stat().st_size / 2**20:.0f} MB, expected at most {MAX_BYTES >> 20}; make it smaller."
+            f"the picture has {file.stat().st_size / 2**20:.0f} MB, expected at most {MAX_BYTES >> 20}; shrink it."
         )
     try:
         with warnings.catch_warnings():

@@ -18,7 +18,20 @@ from typing import Any
 from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
-GROUPS = ("advise", "app", "build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano")
+GROUPS = (
+    "advise",
+    "app",
+    "build",
+    "calibrate",
+    "allocate",
+    "fit",
+    "sample",
+    "validate",
+    "publish",
+    "export",
+    "demo",
+    "nano",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

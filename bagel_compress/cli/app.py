@@ -15,7 +15,8 @@ def register(verbs: Any) -> None:
     """Adds the parsers of app and settings."""
     app = add_verb(
         verbs, "app", "a web page to draw, edit, ask and compare two builds",
-        "bagel-compress app out/nf4 --target 12gb-resident\n  bagel-compress app BAGEL-7B-MoT out/nf4 --device cuda:0,cuda:1\n"
+        "bagel-compress app out/nf4 --target 12gb-resident\n"
+        "  bagel-compress app BAGEL-7B-MoT out/nf4 --device cuda:0,cuda:1\n"
         "  bagel-compress app out/nf4 --zh --host 0.0.0.0 --password SECRET",
     )  # fmt: skip
     app.add_argument("model", metavar="MODEL", help="checkpoint, artifact or ONNX export, or a Hub id of one")
