@@ -127,20 +127,20 @@ class _Page:
         if setting.name == "ratio":
             sizes = self.models[0].sizes
             shown = [(f"{ratio}  ({sizes[ratio][0]} x {sizes[ratio][1]})", ratio) for ratio in setting.choices]
-            return gr.Dropdown(shown, value=setting.default, label=label, min_width=200)
+            return gr.Dropdown(shown, value=setting.default, label=label, min_width=230)
         if setting.choices:
             return gr.Radio(
                 [(self.t.choice(c), c) for c in setting.choices], value=setting.default, label=label, info=info
             )
         if isinstance(setting.default, bool):
-            return gr.Checkbox(value=setting.default, label=label, info=info, min_width=200)
+            return gr.Checkbox(value=setting.default, label=label, info=info, min_width=230)
         if setting.name == "seed":
             return gr.Number(
                 value=setting.default, minimum=setting.low, maximum=setting.high, precision=0, label=label, info=info,
-                min_width=200,
+                min_width=230,
             )  # fmt: skip
         return gr.Slider(
-            setting.low, setting.high, value=setting.default, step=setting.step, label=label, info=info, min_width=200
+            setting.low, setting.high, value=setting.default, step=setting.step, label=label, info=info, min_width=230
         )
 
     def _result(self) -> tuple[Any, Any, Any, Any]:
@@ -156,7 +156,7 @@ class _Page:
         """A picture that was drawn; its file holds its settings."""
         return self.gr.Image(
             label=self.t("result"), show_label=False, format="png", interactive=False, elem_classes=self.look,
-            buttons=["download", "fullscreen"], min_width=200,
+            buttons=["download", "fullscreen"], min_width=230,
         )  # fmt: skip
 
     def _gallery(self, key: str) -> Any:

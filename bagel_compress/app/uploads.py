@@ -28,12 +28,13 @@ def read_picture(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its size is asked below
             image = Image.open(file, formats=KINDS)
         if image.width * image.height > MAX_PIXELS:
-            raise InputError(
-                f"the picture has {image.width * image.height / 1e6:.0f} megapixels, expected at most"
-                f" {MAX_PIXELS / 1e6:.0f}; make it smaller."
-            )
+            raise Image.DecompressionBombError
         image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
+    except Image.DecompressionBombError:
+        raise InputError(
+            f"the picture has more than {MAX_PIXELS / 1e6:.0f} megapixels, the most that is read; shrink it."
+        ) from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         raise InputError("this file is no picture that can be read; expected PNG, JPEG or WebP.") from None
     return image
 
