@@ -10,6 +10,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ class _Page:
                 [(self.t.choice(c), c) for c in setting.choices], value=setting.default, label=label, info=info
             )
         if isinstance(setting.default, bool):
-            return gr.Checkbox(value=setting.default, label=label, info=info, min_width=230)
+            with gr.Column(min_width=230):  # alone, a checkbox is squeezed to nothing
+                return gr.Checkbox(value=setting.default, label=label, info=info)
         if setting.name == "seed":
             return gr.Number(
                 value=setting.default, minimum=setting.low, maximum=setting.high, precision=0, label=label, info=info,
@@ -165,12 +167,13 @@ class _Page:
             buttons=["download_all"], show_label=False,
         )  # fmt: skip
 
-    def _buttons(self, key: str, *status: Any) -> tuple[Any, Any]:
+    def _buttons(self, key: str) -> Any:
+        """The button that starts a run; the one beside it stops it."""
         with self.gr.Row():
             go = self.gr.Button(self.t(key), variant="primary", min_width=120)
             stop = self.gr.Button(self.t("cancel"), min_width=80, scale=0)
         stop.click(self._stop, self.visit, None, queue=False, api_visibility="private")
-        return go, stop
+        return go
 
     def _starts(self, button: Any, call: Any, inputs: list[Any], outputs: list[Any], status: Any, name: str) -> None:
         """A button starts a run: first it says that the run waits, then the run tells the rest."""
@@ -192,7 +195,7 @@ class _Page:
         with gr.Row():
             with gr.Column(min_width=320):
                 prompt, think = self._prompt("prompt_draw"), self._think()
-                go, _ = self._buttons("draw")
+                go = self._buttons("draw")
                 controls = self._settings("draw")
                 load = gr.UploadButton(t("load"), file_types=[".png"], size="sm")
             with gr.Column(min_width=320):
@@ -214,7 +217,7 @@ class _Page:
                     more = gr.UploadButton(t("more"), file_count="multiple", file_types=SUFFIXES, size="sm")
                     chosen = gr.Markdown(t.info("more"))
                 prompt, think = self._prompt("prompt_edit"), self._think()
-                go, _ = self._buttons("edit")
+                go = self._buttons("edit")
                 controls = self._settings("edit")
                 gr.Markdown(t("edit_tip"))
             with gr.Column(min_width=320):
@@ -227,7 +230,8 @@ class _Page:
 
     def _upload(self) -> Any:
         upload = self.gr.Image(
-            label=self.t("input"), sources=["upload"], type="pil", placeholder=self.t("drop"), elem_classes=self.look
+            label=self.t("input"), sources=["upload"], type="pil", placeholder=self.t("drop"),
+            elem_classes=["upload", *self.look[1:]],
         )
         # Instead of gradio's own reader, which decodes before anything asks how large a picture is.
         upload.preprocess = self._read
@@ -242,7 +246,7 @@ class _Page:
             with gr.Column(min_width=320):
                 picture = self._upload()
                 prompt, think = self._prompt("prompt_ask"), self._think()
-                go, _ = self._buttons("ask")
+                go = self._buttons("ask")
                 controls = self._settings("ask")
             with gr.Column(min_width=320):
                 answer = gr.Textbox(label=t("answer"), lines=6, max_lines=20, interactive=False)
@@ -255,7 +259,7 @@ class _Page:
             gr.Markdown(t("second_missing"))
             return
         prompt = self._prompt("prompt_draw")
-        go, _ = self._buttons("compare")
+        go = self._buttons("compare")
         controls = self._settings("draw")
         status = gr.Markdown(elem_classes=["progress"])
         pictures = []
@@ -272,7 +276,7 @@ class _Page:
         gr.Markdown(t.info("batch"))
         prompts = gr.Textbox(label=t("prompts"), lines=6)
         file = gr.UploadButton(t("prompts_file"), file_types=[".txt"], size="sm")
-        go, _ = self._buttons("batch")
+        go = self._buttons("batch")
         status = gr.Markdown(elem_classes=["progress"])
         gallery = self._gallery("result")
         file.upload(self._prompts_of, file, prompts, queue=False, api_visibility="private")
@@ -339,7 +343,7 @@ class _Page:
         think: bool,
         *values: Any,
     ) -> Iterator[tuple[Any, ...]]:
-        others = [_checked(self.gr, lambda path=path: read_picture(path)) for path in more or []]
+        others = [_checked(self.gr, partial(read_picture, path)) for path in more or []]
         pictures = [*([picture] if picture is not None else []), *others]
         if not pictures:
             raise self._error(self.t("drop"))

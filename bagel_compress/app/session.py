@@ -21,7 +21,7 @@ from PIL import Image, ImageChops
 
 from bagel.errors import BagelError, Cancelled
 from bagel.events import Drawing, Listener, Step
-from bagel.loops import Loops, Result, Turn
+from bagel.loops import Loops, Output, Result, Turn
 from bagel.settings import FlowSettings, TextSettings
 from bagel_compress.app.settings import LARGEST_SEED, sizes_of
 
@@ -112,7 +112,7 @@ def run(
     turns: Sequence[Turn],
     stop: threading.Event,
     *,
-    output: str = "image",
+    output: Output = "image",
     think: bool = False,
     size: tuple[int, int] | None = None,
     flow: FlowSettings | None = None,

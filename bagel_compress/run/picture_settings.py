@@ -41,14 +41,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings that a PNG file holds. Raises InputError if it holds none."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            text = image.info.get(KEY)
+            text = str(image.info.get(KEY, ""))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; expected a PNG that was drawn here.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise InputError(f"{path} is no readable PNG.") from None
     try:
         settings = json.loads(text)
-    except (TypeError, ValueError):
+    except ValueError:
         raise InputError(f"{path} holds no settings; only pictures of `generate`, `edit` and the page do.") from None
     if not isinstance(settings, dict):
         raise InputError(f"{path} holds no settings that are understood.")

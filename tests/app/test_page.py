@@ -111,12 +111,15 @@ def test_draw_think_stop_and_history(page: Any) -> None:
 
 
 def test_edit_and_ask(page: Any, tmp_path: Path) -> None:
-    picture = tmp_path / "white.png"
-    Image.new("RGB", (32, 32), "white").save(picture)
+    picture = tmp_path / "scene.png"
+    scene = Image.new("RGB", (32, 32), "white")
+    scene.paste((220, 40, 40), (8, 8, 22, 22))
+    scene.save(picture)
     tab(page, "Edit")
     page.locator("input[type=file]:not([disabled])").first.wait_for(state="attached")
     page.locator("[role=tabpanel]:visible input[type=file]").first.set_input_files(picture)
-    page.locator(".picture img:visible").first.wait_for()
+    page.locator(".upload img:visible").first.wait_for()
+    assert page.locator(".upload img:visible").first.bounding_box()["height"] > 100
     write(page, "make the background yellow")
     fast(page)
     press(page, "Edit")
@@ -124,7 +127,7 @@ def test_edit_and_ask(page: Any, tmp_path: Path) -> None:
     shot(page, "edit")
     tab(page, "Understand")
     page.locator("[role=tabpanel]:visible input[type=file]").first.set_input_files(picture)
-    page.locator(".picture img:visible").first.wait_for()
+    page.locator(".upload img:visible").first.wait_for()
     write(page, "what color is the background ?")
     press(page, "Ask")
     page.get_by_text(re.compile(r"Done in .* tokens")).wait_for()
