@@ -169,7 +169,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def run_passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[str], None]) -> None:
     """One task from its first token to its picture or its last token; `enter` is told each phase as it begins.
 
-    One token and one step: the others are alike. The sampler's tokenizer is FakeText.
+    One token, and as many steps as fill the step cache (one without it): the others are alike. The sampler's tokenizer
+    is FakeText.
     """
     sizes = target.sizes
     turns: list[str | Image.Image] = [text_of(sizes.prompt_tokens)]
@@ -180,10 +181,20 @@ def run_passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[st
         output="text" if task == "understand" else "image",
         think=task == "think",
         size=sizes.image,
-        flow=replace(EDIT_FLOW if task == "edit" else T2I_FLOW, num_timesteps=STEPS),
+        flow=_fewest_steps(target.speed.applied(EDIT_FLOW if task == "edit" else T2I_FLOW)),
         noise=torch.randn,
         listener=_Phases(sampler, sizes.answer_tokens if task == "understand" else sizes.think_tokens, enter),
     )
+
+
+def _fewest_steps(flow: FlowSettings) -> FlowSettings:
+    """The settings with steps enough to make everything that a step ever keeps, all of them guided."""
+    if flow.cache_threshold:  # fake tensors have no values to compare
+        flow = replace(flow, cache_threshold=0.0, cache_every=2)
+    if not flow.forecasts and flow.solver == "euler":
+        return replace(flow, num_timesteps=STEPS)
+    evaluations = (flow.cache_order + 1) * flow.guidance_every if flow.forecasts else 2
+    return replace(flow, num_timesteps=STEPS + evaluations * flow.cache_every, cfg_interval=(0.0, 1.0))
 
 
 class _Phases(Listener):
