@@ -38,6 +38,8 @@ from bagel_compress.run.picture_settings import picture_settings, png_info, read
 CSS = """
 .picture .image-container, .picture .image-container > button, .picture .image-frame {width: 100%}
 .picture .image-container img {width: 100%; height: auto; max-height: 75vh; object-fit: contain}
+.upload .upload-container, .upload .image-frame {width: 100%}
+.upload .image-frame img {width: 100%; height: auto; max-height: 50vh; object-fit: contain}
 .small img {image-rendering: pixelated}
 .progress {min-height: 1.6em}
 @media (max-width: 640px) {.picture .grid-container {grid-template-columns: 1fr 1fr}}
@@ -230,7 +232,10 @@ class _Page:
 
     def _upload(self) -> Any:
         upload = self.gr.Image(
-            label=self.t("input"), sources=["upload"], type="pil", placeholder=self.t("drop"),
+            label=self.t("input"),
+            sources=["upload"],
+            type="pil",
+            placeholder=self.t("drop"),
             elem_classes=["upload", *self.look[1:]],
         )
         # Instead of gradio's own reader, which decodes before anything asks how large a picture is.
