@@ -114,7 +114,6 @@ def test_edit_and_ask(page: Any, tmp_path: Path) -> None:
     page.locator("input[type=file]:not([disabled])").first.wait_for(state="attached")
     page.locator("[role=tabpanel]:visible input[type=file]").first.set_input_files(picture)
     page.locator(".upload img:visible").first.wait_for()
-    assert page.locator(".upload img:visible").first.bounding_box()["height"] > 100
     write(page, "make the background yellow")
     fast(page)
     press(page, "Edit")
