@@ -38,7 +38,7 @@ from bagel_compress.run.picture_settings import picture_settings, png_info, read
 CSS = """
 .picture .image-container, .picture .image-container > button, .picture .image-frame {width: 100%}
 .picture .image-container img {width: 100%; height: auto; max-height: 75vh; object-fit: contain}
-.upload .image-container, .upload .upload-container, .upload .image-frame {width: 100%}
+.upload .image-container, .upload .upload-container, .upload .image-frame {width: 100% !important}
 .upload img {width: 100% !important; height: auto !important; max-height: 50vh !important; object-fit: contain}
 .small img {image-rendering: pixelated}
 .progress {min-height: 1.6em}
