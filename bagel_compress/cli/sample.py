@@ -33,7 +33,7 @@ def register(verbs: Any) -> None:
     )  # fmt: skip
     generate.add_argument("prompt", metavar="PROMPT", help="may be empty")
     generate.add_argument(
-        "--size", type=_size, metavar="WxH", help="pixels, multiples of 16 (default: the largest square)"
+        "--size", type=picture_size, metavar="WxH", help="pixels, multiples of 16 (default: the largest square)"
     )
     _image_options(generate, {"cfg_img_scale": 1.0, "cfg_interval": (0.4, 1.0), "cfg_renorm_type": "global"})
     generate.set_defaults(verb=_generate)
@@ -117,7 +117,7 @@ def _text_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     text.add_argument("--temperature", type=float, default=0.3, help="of sampling (%(default)s)")
 
 
-def _size(value: str) -> tuple[int, int]:
+def picture_size(value: str) -> tuple[int, int]:
     """WxH -> (height, width)."""
     width, cross, height = value.lower().partition("x")
     if not (cross and all(side.isascii() and side.isdecimal() and len(side) < 7 for side in (width, height))):
