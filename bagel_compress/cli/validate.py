@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _SHORT = {
     "understanding expert": "und", "generation expert": "gen", "embeddings and head": "embed, head",
     "ViT, bridges, VAE": "vit, vae", "activations and scratch": "activations", "CUDA context": "context",
+    "adapters and moments": "adapters",
 }  # fmt: skip
 
 
@@ -92,6 +93,17 @@ def _add_budget(verbs: Any) -> None:
     )  # fmt: skip
     budget.add_argument("build", metavar="ARTIFACT|RECIPE", help="artifact folder; recipe file or packaged name")
     _targets(budget)
+    budget.add_argument(
+        "--task",
+        choices=("sample", "finetune"),
+        default="sample",
+        help="the target's tasks (default), or a training step",
+    )
+    budget.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="with --task finetune: the fine-tuning config (default: rank 16, 4096 tokens)",
+    )
     budget.add_argument(
         "--source", metavar="SRC",
         help="with a recipe: plan for this checkpoint (default: the released one); with an artifact and --device: time"
@@ -199,9 +211,31 @@ def _check(args: argparse.Namespace) -> int:
 def _budget(args: argparse.Namespace) -> int:
     if args.together:
         return _together(args)
+    if args.task == "finetune":
+        return _budget_of_training(args)
     from bagel_compress.validation.check import budgets_of
 
     reports = budgets_of(args.build, args.target, args.source, args.device)
+    emit(args, {"budgets": [r.model_dump(mode="json") for r in reports]}, "\n\n".join(map(budget_table, reports)))
+    return 1 if any(r.broken for r in reports) else 0
+
+
+def _budget_of_training(args: argparse.Namespace) -> int:
+    from bagel_compress.budgets.device_option import build_of
+    from bagel_compress.budgets.planned_build import planned_build
+    from bagel_compress.build.artifact import MANIFEST
+    from bagel_compress.errors import TargetError
+    from bagel_compress.finetune.config import FinetuneConfig
+    from bagel_compress.finetune.memory import predict_finetune
+    from bagel_compress.run.target import Target
+
+    if args.device is not None:
+        raise TargetError("--task finetune is predicted, not measured; leave --device away.")
+    usual = FinetuneConfig.model_validate({"model": args.build, "steps": 1, "tokens": 4096, "lora": {}})
+    config = FinetuneConfig.load(args.config) if args.config else usual
+    is_folder = (Path(args.build) / MANIFEST).exists()
+    build = build_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
+    reports = [predict_finetune(build, Target.load(target), config) for target in args.target]
     emit(args, {"budgets": [r.model_dump(mode="json") for r in reports]}, "\n\n".join(map(budget_table, reports)))
     return 1 if any(r.broken for r in reports) else 0
 
