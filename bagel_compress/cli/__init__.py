@@ -20,8 +20,8 @@ from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
-    "advise", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "speed", "profile", "publish",
-    "export", "demo", "nano", "finetune",
+    "advise", "app", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "speed", "profile",
+    "publish", "export", "demo", "nano", "finetune",
 )  # fmt: skip
 # Verbs that can be resumed.
 GOES_ON = ("compress", "run", "export", "calibrate", "batch", "train-nano", "allocate", "finetune")

@@ -179,13 +179,16 @@ def _picture(
     size: tuple[int, int] | None,
 ) -> int:
     from bagel_compress.io.atomic import atomic_path
+    from bagel_compress.run.picture_settings import picture_settings, png_info
 
     begun = time.perf_counter()
     with _progress(flow.num_timesteps - 1) as bar:
         result = sampler.run(turns, think=args.think, size=size, flow=flow, text=text, seed=args.seed, listener=bar)
     assert result.image is not None
+    prompt = next(turn for turn in turns if isinstance(turn, str))
+    settings = picture_settings(args.model, prompt, args.seed, result.image.size, flow, text if args.think else None)
     with atomic_path(out) as partial:
-        result.image.save(partial, "PNG")
+        result.image.save(partial, "PNG", pnginfo=png_info(settings))
     data = {
         "image": str(out), "width": result.image.width, "height": result.image.height, "seed": args.seed,
         "thoughts": result.text, "seconds": round(time.perf_counter() - begun, 3),

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress.build.artifact import intact_sha256
+from bagel_compress.build.artifact import Artifact, intact_sha256
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.digests import sha256_file
@@ -161,7 +161,8 @@ def _report_files(publishable: Publishable, reports: ReleaseReports, folder: Pat
         shutil.copyfile(publishable.path / name, target)
         files[name] = _entry(target)
     if reports.parity is not None:
-        pages = page_files(publishable.path, reports.parity, reports.budgets, reports.pictures)
+        sizes = publishable.groups() if isinstance(publishable, Artifact) else ()
+        pages = page_files(publishable.path, reports.parity, reports.budgets, reports.pictures, sizes)
         files |= {name: _written(folder, name, page.encode()) for name, page in pages.items()}
     return files
 

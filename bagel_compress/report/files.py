@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bagel_compress.build.sizes import SizeGroup
 from bagel_compress.parity.report_data import REPORTS, BudgetReport, ParityReport
 from bagel_compress.report.html import render
 from bagel_compress.report.text import junit, markdown
@@ -26,23 +27,28 @@ def picture_name(case: str) -> str:
 
 
 def page_files(
-    folder: Path, report: ParityReport, budgets: Sequence[BudgetReport], pictures: Iterable[str]
+    folder: Path,
+    report: ParityReport,
+    budgets: Sequence[BudgetReport],
+    pictures: Iterable[str],
+    sizes: Sequence[SizeGroup] = (),
 ) -> dict[str, str]:
     """Path under the build's folder -> content. `pictures`: the cases whose pictures are shown, read from `folder`."""
-    shown = {case: _thirds(folder / picture_name(case)) for case in pictures}
+    shown = {case: [_png(part) for part in picture_parts(folder, case)] for case in pictures}
     return {
-        PAGE: render(report, shown, budgets),
+        PAGE: render(report, shown, budgets, sizes),
         JUNIT: junit(report, budgets),
         SUMMARY: markdown(report, budgets),
     }
 
 
-def _thirds(path: Path) -> list[bytes]:
+def picture_parts(folder: Path, case: str) -> list[Image.Image]:
+    """Reference, build and difference of a case, as validation stored them under the build's folder."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(folder / picture_name(case)) as image:
         width = image.width // 3
-        return [_png(image.crop((i * width, 0, (i + 1) * width, image.height))) for i in range(3)]
+        return [image.crop((i * width, 0, (i + 1) * width, image.height)) for i in range(3)]
 
 
 def _png(image: Image.Image) -> bytes:

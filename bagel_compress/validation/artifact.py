@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bagel.layout import official_role
 from bagel.loading import parameter_path
-from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.artifact import MANIFEST, Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.codecs.base import Codec, Rounded
 from bagel_compress.errors import TargetError
@@ -125,7 +125,8 @@ def write_report(path: str | Path, digest: str | None = None) -> Path:
     report = ParityReport.load(path, digest)
     budgets = load_budgets(path, digest)
     pictures = [c.name for c in report.cases if c.has_image]
-    for name, content in page_files(path, report, budgets, pictures).items():
+    sizes = Artifact.open(path).groups() if (path / MANIFEST).is_file() else ()
+    for name, content in page_files(path, report, budgets, pictures, sizes).items():
         write_atomic(path / name, content)
     return path / PAGE
 
