@@ -82,7 +82,7 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A denoising step that was made: the velocities of the branches that ran, the guided one, and x after it."""
+    """A denoising step that was made: velocities of the branches at (x, t), the guided one, and x after it."""
 
     index: int
     count: int  # steps of the run
@@ -93,6 +93,8 @@ class Step:
     v_image: Array | None
     v: Array
     x_next: Array
+    passes: int = 1  # times that the network was evaluated for it, all branches counted
+    forecast: bool = False  # a velocity was forecast from earlier steps (bagel/step_cache.py)
 
     @property
     def preview(self) -> Array:

@@ -43,7 +43,11 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 def linear_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype a linear wants its input in: of its weight; bf16 for modules that keep their weight in another form."""
+    """The dtype a linear wants its input in: of its weight; bf16 for modules that keep their weight in another form.
+
+    An adapter around a linear (`base_layer`) wants what the linear wants.
+    """
+    module = getattr(module, "base_layer", module)
     return module.weight.dtype if isinstance(module, nn.Linear) else torch.bfloat16
 
 
@@ -88,7 +92,7 @@ def attention_kernel(kernel: Kernel) -> Iterator[None]:
 
 
 @functools.cache
-def _flash_varlen() -> Callable[..., Tensor] | None:
+def flash_varlen() -> Callable[..., Tensor] | None:
     """flash-attn's varlen kernel, or None where the package is not installed."""
     try:
         from flash_attn import flash_attn_varlen_func
@@ -104,7 +108,7 @@ def attention(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], cau
     right (the last query sees every key). flash-attn where it is installed and can (CUDA, 16 bit), else torch's SDPA.
     """
     half = q[0].dtype in (torch.bfloat16, torch.float16)
-    if q[0].is_cuda and half and _kernel.get() == "fast" and (flash := _flash_varlen()) is not None:
+    if q[0].is_cuda and half and _kernel.get() == "fast" and (flash := flash_varlen()) is not None:
         return _attention_flash(flash, q, k, v, causal)
     if len(q) > 1 and len({t.shape for t in q}) == 1 and len({t.shape for t in k}) == 1:
         return _attention_sdpa(torch.stack(list(q)), torch.stack(list(k)), torch.stack(list(v)), causal).flatten(0, 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from bagel.events import Array, Drawing, Listener, Step, StepInput
 from bagel.finite import check_finite
 from bagel.images import resized, to_rgb
 from bagel.settings import FlowSettings, TextSettings, check_seed
+from bagel.solvers import Past
+from bagel.step_cache import StepCache, Velocities
 from bagel.text import THINK_IMAGE, THINK_TEXT, TextCodec
 
 Turn = str | Image.Image
@@ -225,29 +227,56 @@ class Loops(ABC):
         """From packed noise [N, p*p*z] of all samples to their packed latents, in `drawing.count` steps."""
         listener = listener or Listener()
         listener.before_denoise(drawing)
-        x = self.start(x)
+        x, past = self.start(x), Past(drawing.flow, self.start)
         for index in range(drawing.count):
             work = listener.before_step(StepInput(index, drawing.times[index], x))
+            if work is None or work.x is not x:  # another path than the one that was come from
+                past = Past(drawing.flow, self.start)
             if work is not None:
-                x = listener.after_step(self.step(drawing, work)).x_next
+                x = listener.after_step(self.step(drawing, work, past)).x_next
                 self.check(f"the values of the picture after step {index + 1} of {drawing.count}", x)
         return x
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def step(self, drawing: Drawing, work: StepInput) -> Step:
-        """One step from x (as `start` gives it) at time t to the next time of the schedule."""
-        flow, t = drawing.flow, work.t
+    def step(self, drawing: Drawing, work: StepInput, past: Past | None = None) -> Step:
+        """One step from x (as `start` gives it) at time t to the next time of the schedule.
+
+        `past`: the steps before it on the same path, which solvers and forecasts go by; None: there were none.
+        """
+        past = past or Past(drawing.flow, self.start)
+        flow, t, t_next = drawing.flow, work.t, drawing.times[work.index + 1]
+        made = self._evaluate(drawing, work, past.cache)
+        passes, v_step = made.passes, made.v
+        if flow.solver == "heun":
+            if float(t_next) > 0 and flow.guides(t) == flow.guides(t_next):
+                ahead = StepInput(work.index, t_next, self.euler(work.x, made.v, t - t_next))
+                other = self._evaluate(drawing, ahead, past.cache)
+                passes, v_step = passes + other.passes, (self.start(made.v) + self.start(other.v)) / 2
+        elif flow.solver != "euler":
+            v_step = past.solver.velocity(work.x, made.v, float(t), float(t_next), flow.guides(t))
+        return replace(made, x_next=self.euler(work.x, v_step, t - t_next), passes=passes)
+
+    def _evaluate(self, drawing: Drawing, work: StepInput, cache: StepCache) -> Step:
+        """The velocities at (x, t), of the network or forecast, and the guided one. `x_next` is still x."""
+        flow, t, branches = drawing.flow, work.t, drawing.branches
         use_text = flow.guides(t) and flow.cfg_text_scale > 1
         use_image = flow.guides(t) and flow.cfg_img_scale > 1 and (use_text or not self.share_branches)
-        v, v_text, v_image = self.velocities(drawing, work, use_text, use_image)
-        v_step = v if v_text is None else self.guide(v, v_text, v_image, flow)
-        x_next = self.euler(work.x, v_step, t - drawing.times[work.index + 1])
-        return Step(work.index, drawing.count, t, work.x, v, v_text, v_image, v_step, x_next)
+        asked: list[tuple[bool, bool]] = []
 
-    def velocities(
-        self, drawing: Drawing, work: StepInput, use_text: bool, use_image: bool
-    ) -> tuple[Array, Array | None, Array | None]:
+        def network(text: bool, image: bool) -> Velocities:
+            asked.append((text, image))
+            return self.velocities(drawing, work, text, image)
+
+        v, v_text, v_image = cache.velocities(network, work.x, float(t), use_text, use_image)
+        v_guided = v if v_text is None else self.guide(v, v_text, v_image, flow)
+        own_text = not (branches.text_equals_cond and self.share_branches)
+        own_image = not (branches.image_equals_cond and self.share_branches)
+        passes = sum(1 + (text and own_text) + (image and own_image) for text, image in asked)
+        forecast = asked != [(use_text, use_image)]
+        return Step(work.index, drawing.count, t, work.x, v, v_text, v_image, v_guided, work.x, passes, forecast)
+
+    def velocities(self, drawing: Drawing, work: StepInput, use_text: bool, use_image: bool) -> Velocities:
         """Velocities of the branches at (x, t): cond, text-dropped or None, image-dropped or None.
 
         A branch whose context equals cond gives cond's velocity without being evaluated.

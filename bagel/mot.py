@@ -74,14 +74,16 @@ class MoTLayer(nn.Module):
         rows [first, T) are returned. `first` = T stores keys and values and returns no rows.
         """
         total = x_TD.shape[0]
-        experts = [(e, a, b) for e, a, b in ((self.und, 0, n_und), (self.gen, n_und, total)) if b > a]
+        experts = [(self.und, 0, n_und), (self.gen, n_und, total)]
+        if not self.training:  # there an expert without rows takes part too: its gradients are zeros, not missing
+            experts = [(e, a, b) for e, a, b in experts if b > a]
         q, k, v = [], [], []
         for expert, start, stop in experts:
             normed_TD = expert.input_layernorm(x_TD[start:stop])
             k_TKE, v_TKE = expert.key_value(normed_TD, _rows(rope, start, stop), in_fp32)
             k.append(k_TKE)
             v.append(v_TKE)
-            if stop > (begin := max(start, first)):
+            if stop > (begin := max(start, first)) or self.training:
                 q.append(expert.query(normed_TD[begin - start :], _rows(rope, begin, stop), in_fp32))
         q_THE = _join(q) if q else k[0].new_empty(0, self.und.num_heads, self.und.head_dim)
         o_TD = attend(self.index, q_THE, _join(k), _join(v)).flatten(1)
@@ -90,7 +92,7 @@ class MoTLayer(nn.Module):
     def _after_attention(self, x_TD: Tensor, o_TD: Tensor, experts: list[tuple[Expert, int, int]]) -> Tensor:
         outs = []
         for expert, start, stop in experts:
-            if stop > start:
+            if stop > start or self.training:
                 h_TD = x_TD[start:stop] + expert.o_proj(o_TD[start:stop])
                 outs.append(h_TD + expert.mlp(expert.post_attention_layernorm(h_TD)))
         return _join(outs) if outs else x_TD[:0]

@@ -11,11 +11,14 @@ of another noised image: later tokens see the clean copy only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from bagel.inputs import TextCodec, grid_ids
 from bagel.layers import linear_dtype, rope_table, sdpa
@@ -46,7 +49,12 @@ class LatentItem:
     timestep: float | None = None
 
 
-Item = TextItem | ViTItem | LatentItem
+@dataclass(frozen=True, slots=True)
+class DroppedImage:
+    """An image that was left out so that guidance can be learnt: no rows, but it takes its rope position."""
+
+
+Item = TextItem | ViTItem | LatentItem | DroppedImage
 
 
 @dataclass(slots=True)
@@ -70,6 +78,12 @@ class PackedBatch:
     ce_rows: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch with all tensors on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved |= {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
+        return PackedBatch(**moved | {"visible": [mask.to(device) for mask in self.visible]})
+
 
 @dataclass(frozen=True, slots=True)
 class Losses:
@@ -80,8 +94,11 @@ class Losses:
     hidden: Tensor
 
 
-def forward(model: Bagel, batch: PackedBatch, noise: Tensor) -> Losses:
-    """Losses of a batch; `noise` is standard normal, [N, p*p*z]."""
+def forward(model: Bagel, batch: PackedBatch, noise: Tensor, recompute: bool = False) -> Losses:
+    """Losses of a batch; `noise` is standard normal, [N, p*p*z].
+
+    `recompute`: a layer keeps only its input for the backward pass, which runs it again (gradient checkpointing).
+    """
     t = shifted_times(batch.timesteps, model.config.timestep_shift)
     x_t = (1 - t[:, None]) * batch.latents + t[:, None] * noise
     und_rows, order = _expert_order(batch)
@@ -90,13 +107,23 @@ def forward(model: Bagel, batch: PackedBatch, noise: Tensor) -> Losses:
     rope = rope_table(batch.positions[order], llm.head_dim, llm.rope_theta, x_TD.dtype)
     attend = _attend_with(batch, order)
     for layer in model.layers:
-        x_TD = layer(x_TD, len(und_rows), rope, attend, in_fp32=True)
+        x_TD = _run(layer, recompute, x_TD, len(und_rows), rope, attend, True)
     normed_TD = torch.cat([model.norm_und(x_TD[: len(und_rows)]), model.norm_gen(x_TD[len(und_rows) :])])
     hidden_TD = torch.empty_like(normed_TD).index_copy(0, order, normed_TD)
-    ce = cross_entropy(model.lm_head(hidden_TD[batch.ce_rows]).float(), batch.labels, reduction="none")
+    ce = _run(partial(_cross_entropy, model), recompute, hidden_TD[batch.ce_rows], batch.labels)
     target = (noise - batch.latents)[t > 0]
     mse = (model.llm2vae(hidden_TD[batch.mse_rows]).float() - target) ** 2
     return Losses(ce, mse, hidden_TD)
+
+
+def _run(work: Callable[..., Tensor], recompute: bool, *args: Any) -> Tensor:
+    if not recompute:
+        return work(*args)
+    return checkpoint(work, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+
+def _cross_entropy(model: Bagel, hidden_TD: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(model.lm_head(hidden_TD).float(), labels, reduction="none")
 
 
 def shifted_times(draws: Tensor, shift: float) -> Tensor:
@@ -120,7 +147,11 @@ def _embed(model: Bagel, batch: PackedBatch, x_t: Tensor, t: Tensor) -> Tensor:
         features = model.connector(model.vit(batch.vit_patches, batch.vit_ids, batch.vit_lens))
         features = features + model.vit_pos_embed(batch.vit_ids)
         x_TD = x_TD.index_copy(0, batch.vit_rows, features.to(x_TD.dtype))
-    if len(batch.latent_rows):
+    elif model.training:  # one patch that nobody sees: on several GPUs all parameters need a gradient, be it zero
+        one = batch.vit_patches.new_zeros(1, model.vit.patch_embedding.in_features)
+        features = model.connector(model.vit(one, batch.positions.new_zeros(1), [1]))
+        x_TD = x_TD + 0 * features.sum().to(x_TD.dtype)
+    if len(batch.latent_rows) or model.training:
         projected = model.vae2llm(x_t.to(linear_dtype(model.vae2llm)))
         latents = projected + model.time_embedder(t) + model.latent_pos_embed(batch.latent_ids)
         x_TD = x_TD.index_copy(0, batch.latent_rows, latents.to(x_TD.dtype))
@@ -167,6 +198,8 @@ class _Packer:
                 count = self._text(item, rope)
                 splits.append(("causal", count))
                 rope += count
+            elif isinstance(item, DroppedImage):
+                rope += 1
             else:
                 count = self._image(item, rope)
                 noised = isinstance(item, LatentItem) and item.timestep is not None

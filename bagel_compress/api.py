@@ -32,7 +32,7 @@ def open_model(model: str | Path, device: str = "cpu", dtype: torch.dtype | None
     """Opens a model, ready to sample: `run(turns, ...)` draws, edits or answers.
 
     `model` is the folder of a full-precision checkpoint, an artifact or an export, or a Hub id (`owner/name` or
-    `owner/name@revision`) of one. `device` is "cpu", "cuda", "cuda:1", "auto", or several cards ("cuda:0,cuda:1") that
+    `owner/name@revision`) of one. `device` is "cpu", "cuda", "cuda:1", "auto", or several GPUs ("cuda:0,cuda:1") that
     layers are spread over. `dtype` None is bf16, the models' own; another torch dtype decodes an artifact's weights to
     it, which is slow and meant for comparisons. An export runs in its own precision on "cpu" or "cuda".
 

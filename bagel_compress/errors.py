@@ -68,6 +68,10 @@ class MissingExtraError(BagelCompressError):
     """An optional package is not installed; the message names the extra to install."""
 
 
+class FinetuneError(BagelCompressError):
+    """A fine-tuning run cannot start, go on or be trusted: its config, its data, or a loss that is no number."""
+
+
 class GateError(BagelCompressError):
     """A gate did not pass: verification, parity or budget. Exit code 1."""
 

@@ -133,7 +133,7 @@ def test_the_command_line_starts_without_torch() -> None:
     code = (
         "import sys; sys.argv = ['bagel-compress']\n"
         "import bagel_compress.cli as cli\n"
-        "cli._parser()\n"
+        "cli.command_parser()\n"
         f"print(sorted(m for m in {sorted(HEAVY | {'numpy', 'pydantic', 'PIL'})!r} if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

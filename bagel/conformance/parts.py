@@ -95,6 +95,14 @@ def _codepoints(text: str) -> Tensor:
 
 
 def train(golden: Golden, scenario: dict[str, Any], given: Tensors) -> Tensors:
+    with torch.no_grad():
+        losses = forward(golden.sampler.bagel, recorded_batch(golden, scenario, given), given["noise"])
+    computed = {"noise": given["noise"], "last_hidden_state": losses.hidden, "ce": losses.ce, "mse": losses.mse}
+    return computed | {name: value for name, value in given.items() if name.startswith("in.")}
+
+
+def recorded_batch(golden: Golden, scenario: dict[str, Any], given: Tensors) -> PackedBatch:
+    """The batch of a recorded training forward."""
     config, model = golden.sampler.bagel.config, golden.sampler.bagel
     lists = scenario["runs"][golden.mode]["info"]["lists"]
     patch = config.latent_patch_size
@@ -103,7 +111,7 @@ def train(golden: Golden, scenario: dict[str, Any], given: Tensors) -> Tensors:
         for latent, (h, w) in zip(given["in.padded_latent"], lists["patchified_vae_latent_shapes"], strict=True)
     ]
     images = [to_tensor(resized(to_rgb(golden.image(n)), config.vit_rule)) for n in golden.manifest["images"]]
-    batch = PackedBatch(
+    return PackedBatch(
         sample_lens=lists["sample_lens"],
         visible=[given[f"in.attn_visible{i}"] for i in range(len(lists["sample_lens"]))],
         positions=given["in.packed_position_ids"],
@@ -121,7 +129,3 @@ def train(golden: Golden, scenario: dict[str, Any], given: Tensors) -> Tensors:
         ce_rows=given["in.ce_loss_indexes"],
         labels=given["in.packed_label_ids"],
     )
-    with torch.no_grad():
-        losses = forward(model, batch, given["noise"])
-    computed = {"noise": given["noise"], "last_hidden_state": losses.hidden, "ce": losses.ce, "mse": losses.mse}
-    return computed | {name: value for name, value in given.items() if name.startswith("in.")}

@@ -18,12 +18,15 @@ from statistics import fmean
 from bagel.vae import VAEConfig
 from bagel_compress.budgets.fake_model import OFFICIAL_VAE, BuildOutline
 from bagel_compress.budgets.predict import predict
+from bagel_compress.budgets.promises import ways
 from bagel_compress.build.plan import CheckpointHeader, Plan, make_plan
 from bagel_compress.build.rates import rated_recipe
 from bagel_compress.build.recipe import Limits, Recipe, Rule
 from bagel_compress.build.recipe_text import recipe_text
 from bagel_compress.build.sensitivity import Effect, Group
+from bagel_compress.codecs.ecq import Ecq
 from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS
+from bagel_compress.codecs.fp8 import Fp8
 from bagel_compress.errors import TargetError
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.packaged import FULL_CONFIGS, resource
@@ -33,11 +36,7 @@ from bagel_compress.run.target import GIB, Target, Task
 SLACK = 0.003  # of the usable memory: closer than this to the limit is close enough
 STEP = 0.01  # rates are multiples of it: what a reader can compare
 TRIES = 8  # predictions at most; three or four are usual
-# Relative error of normal weights on a uniform grid coded at its entropy, at rate R: sqrt(pi e / 6) 2^-R (Gish and
-# Pierce, IEEE Trans. Inf. Theory 14, 1968). FP8 E4M3 with a scale per row has 0.026: from that rate on a build is of
-# its class.
-HIGH_RATE = math.sqrt(math.pi * math.e / 6)
-FP8_ERROR = 0.0265
+FP8_ERROR = Fp8().normal_error  # from a rate on that has no more, a build is of the class of 8 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +100,8 @@ class Fitted:
 
 
 def expected_error(bits: float) -> float:
-    """Relative error of normal weights at `bits` per weight, from the entropy alone (see HIGH_RATE)."""
-    return float(HIGH_RATE * 2.0**-bits)
+    """Relative error of normal weights at `bits` per weight, rounded alone."""
+    return Ecq.model_validate({"bits": bits}).normal_error
 
 
 def fit(
@@ -203,9 +202,11 @@ class _Search:
 
     def _too_small(self, smallest: Fitted) -> str:
         limit = self.target.limit / GIB
+        others = [way.name for way in ways(self.target) if way.residency is not None and way.name != self.target.name]
+        named = f" ({', '.join(others)})" if others else ""
         return (
             f"target {self.target.name}: even {smallest.bits:.2f} bits need {smallest.peak / GIB:.2f} GiB of "
-            f"{limit:.2f}; give a target with residency, fewer tasks, smaller pictures or a larger disk."
+            f"{limit:.2f}; give a target with residency{named}, fewer tasks, smaller pictures or a larger disk."
         )
 
 

@@ -115,14 +115,16 @@ def _read(sampler: Sampler, target: Target, output: Literal["image", "text"]) ->
 
 def _step(sampler: Sampler, target: Target) -> Pass:
     grid, width = sampler.grid(target.sizes.image), sampler.bagel.config.latent_width
-    drawing = Drawing(_read(sampler, target, "image"), [grid], FLOW, sampler.schedule(FLOW))
+    flow = target.speed.applied(FLOW)
+    drawing = Drawing(_read(sampler, target, "image"), [grid], flow, sampler.schedule(flow))
     x = sampler.start(sampler.normal((grid[0] * grid[1], width), sampler.generator(0)))
     return lambda: sampler.step(drawing, StepInput(0, drawing.times[0], x))
 
 
 def _image(sampler: Sampler, target: Target) -> Pass:
     prompt = text_of(target.sizes.prompt_tokens)
-    return lambda: sampler.run([prompt], size=target.sizes.image, flow=FLOW)
+    flow = target.speed.applied(FLOW)
+    return lambda: sampler.run([prompt], size=target.sizes.image, flow=flow)
 
 
 def _first_token(sampler: Sampler, target: Target) -> Pass:

@@ -22,6 +22,7 @@ from bagel.vae import AutoEncoder
 from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.budgets.memory_tracker import CUDA_ROUNDING
 from bagel_compress.budgets.predict import ACTIVATIONS, CACHES, predict
+from bagel_compress.budgets.promises import promised
 from bagel_compress.errors import TargetError
 from bagel_compress.run.device_map import DeviceMap, group_of
 from bagel_compress.run.target import GIB, MIB, Device, Target, Workload
@@ -139,8 +140,18 @@ def plan_map(build: BuildOutline, gpus: Sequence[Gpu], sizes: Workload | None = 
     least = sum(size for group, size in needs.weights.items() if group not in (best or frozenset()))
     raise TargetError(
         f"{build.name} does not fit on these devices (GiB of room: {room}): {least / GIB:.2f} GiB of its weights cannot"
-        " wait in host memory, and caches and activations come on top; take a recipe with fewer bits or more devices."
+        " wait in host memory, and caches and activations come on top; take a recipe with fewer bits or more devices"
+        f"{_named(gpus)}."
     )
+
+
+def _named(gpus: Sequence[Gpu]) -> str:
+    """The packaged recipe of least error that one of these GPUs holds alone, as the end of a sentence."""
+    usable = max(gpu.room for gpu in gpus) + SLACK + Device.model_fields["context_mib"].default * MIB
+    if usable < MIB:
+        return ""
+    names = promised(Target(name="largest", device=Device(name="GPU", memory_mib=int(usable // MIB))))
+    return f": recipe {names[0]} fits the largest of them alone" if names else ""
 
 
 def gpu_of(target: Target, device: str) -> Gpu:

@@ -36,6 +36,11 @@ PARTS: tuple[tuple[Part, str], ...] = (
     ("vit", r"(vit|connector|vit_pos_embed)\."),
     ("bridges", r""),
 )
+ALWAYS_PASSED: dict[Task, tuple[Phase, ...]] = {  # of the phases of each task, those with most weights
+    "t2i": ("text", "denoise"), "edit": ("vit", "denoise"), "understand": ("vit", "decode"),
+    "think": ("decode", "denoise"),
+}  # fmt: skip
+NAMES = tuple(part for part, _ in PARTS)
 # How parts are shown: the bars of a report have one colour for each.
 SHOWN: dict[str, tuple[Part, ...]] = {
     "understanding expert": ("und",),
@@ -117,6 +122,22 @@ def fixed_bytes(units: Sequence[UnitOutline]) -> dict[Part, int]:
     return found
 
 
+def least_bytes(units: Sequence[UnitOutline], target: Target, layers: int) -> int:
+    """Bytes that a build holds on the target's GPU at least: weights of the highest phase and the context. No torch."""
+    moving, fixed = dict.fromkeys(NAMES, 0), dict.fromkeys(NAMES, 0)
+    for stored in units:
+        numel = stored.unit.numel
+        nbytes = stored.nbytes if stored.runs_coded else 2 * numel
+        sums = moving if stored.codec.movable or not stored.runs_coded else fixed
+        for spec in stored.unit.specs:
+            sums[_part_of(parameter_path(spec.name))] += nbytes * spec.numel // numel
+    always = sum(fixed.values()) + target.device.context_mib * MIB
+    phases = {phase for task in target.tasks for phase in ALWAYS_PASSED[task]}
+    return always + max(
+        sum(_held(part, moving[part], phase, target.resident(phase), layers) for part in NAMES) for phase in phases
+    )
+
+
 def _part_of(path: str) -> Part:
     """The part that a module or parameter of bagel.Bagel belongs to."""
     return next(part for part, pattern in PARTS if re.match(pattern, path))
@@ -148,7 +169,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def run_passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[str], None]) -> None:
     """One task from its first token to its picture or its last token; `enter` is told each phase as it begins.
 
-    One token and one step: the others are alike. The sampler's tokenizer is FakeText.
+    One token, and as many steps as fill the step cache (one without it): the others are alike. The sampler's tokenizer
+    is FakeText.
     """
     sizes = target.sizes
     turns: list[str | Image.Image] = [text_of(sizes.prompt_tokens)]
@@ -159,10 +181,20 @@ def run_passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[st
         output="text" if task == "understand" else "image",
         think=task == "think",
         size=sizes.image,
-        flow=replace(EDIT_FLOW if task == "edit" else T2I_FLOW, num_timesteps=STEPS),
+        flow=_fewest_steps(target.speed.applied(EDIT_FLOW if task == "edit" else T2I_FLOW)),
         noise=torch.randn,
         listener=_Phases(sampler, sizes.answer_tokens if task == "understand" else sizes.think_tokens, enter),
     )
+
+
+def _fewest_steps(flow: FlowSettings) -> FlowSettings:
+    """The settings with steps enough to make everything that a step ever keeps, all of them guided."""
+    if flow.cache_threshold:  # fake tensors have no values to compare
+        flow = replace(flow, cache_threshold=0.0, cache_every=2)
+    if not flow.forecasts and flow.solver == "euler":
+        return replace(flow, num_timesteps=STEPS)
+    evaluations = (flow.cache_order + 1) * flow.guidance_every if flow.forecasts else 2
+    return replace(flow, num_timesteps=STEPS + evaluations * flow.cache_every, cfg_interval=(0.0, 1.0))
 
 
 class _Phases(Listener):
@@ -269,7 +301,7 @@ def _advice(report: BudgetReport, target: Target) -> Iterator[str]:
     if idle >= over:
         yield (
             f"It would fit if {' and '.join(_idle(worst.name))} ({idle / GIB:.2f} GiB) waited in host memory during"
-            " this phase: give the target a residency plan."
+            " this phase."
         )
     largest = max(("understanding expert", "generation expert"), key=lambda name: worst.parts[name])
     yield (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.codecs.loaders import ACCELERATE, MIXED, RAW, Loader
 
-HEAD = ("loader", "from version", "result", "cards", "note", "shown by")
+HEAD = ("loader", "from version", "result", "GPUs", "note", "shown by")
 UNRUN = "reading its source"
 
 
@@ -23,6 +23,6 @@ def loaders_of(artifact: Artifact) -> list[Loader]:
 def loader_rows(artifact: Artifact) -> list[tuple[str, ...]]:
     """One row per loader, in the order of HEAD."""
     return [
-        (rule.name, rule.version, rule.result, rule.cards, rule.note, rule.proof or UNRUN)
+        (rule.name, rule.version, rule.result, rule.gpus, rule.note, rule.proof or UNRUN)
         for rule in loaders_of(artifact)
     ]

@@ -144,7 +144,7 @@ def _remove_if_stale(path: Path) -> None:
         return
     except (OSError, ValueError, KeyError, TypeError):
         pid, host, started = 0, socket.gethostname(), ""  # killed while it wrote the lock
-    if host == socket.gethostname() and not _alive(pid, started):
+    if host == socket.gethostname() and not is_alive(pid, started):
         path.unlink(missing_ok=True)
         return
     raise ArtifactError(
@@ -152,7 +152,7 @@ def _remove_if_stale(path: Path) -> None:
     )
 
 
-def _alive(pid: int, started: str) -> bool:
+def is_alive(pid: int, started: str) -> bool:
     """Whether the process that took the lock still runs; a number that was given out again does not count."""
     if pid <= 0 or (started and _started(pid) != started):
         return False

@@ -18,12 +18,15 @@ from typing import Any
 from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
-GROUPS = ("build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano")
+GROUPS = (
+    "advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano",
+    "finetune",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = command_parser().parse_args(argv)
     try:
         code: int = args.verb(args)
         sys.stdout.flush()
@@ -62,7 +65,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bagel-compress",
         description="Compress, validate and publish BAGEL checkpoints.",

@@ -132,19 +132,19 @@ def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argpar
     from bagel_compress.validation.artifact import record_source, validate_artifact
 
     if args.trace is None:
-        record_source(checkpoint, load_cases(args.cases or [_cases(checkpoint)]), trace, args.device, progress=say)
+        record_source(checkpoint, load_cases(args.cases or [demo_cases(checkpoint)]), trace, args.device, progress=say)
     return validate_artifact(artifact.path, [trace], checkpoint, args.device, say)
 
 
-def _cases(checkpoint: Checkpoint) -> Path:
+def demo_cases(checkpoint: Checkpoint) -> Path:
     """The largest packaged cases that fit the checkpoint."""
     from bagel_compress.io.packaged import resource
 
-    largest = _largest_side(checkpoint)
+    largest = largest_side(checkpoint)
     return resource("exports") / "cases" / next(cases for side, cases in CASES_BY_SIDE if largest >= side)
 
 
-def _largest_side(checkpoint: Checkpoint) -> int:
+def largest_side(checkpoint: Checkpoint) -> int:
     """Pixels a side of the largest picture that the model draws."""
     from bagel.loading import read_config
 

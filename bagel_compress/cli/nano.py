@@ -104,6 +104,7 @@ def _benchmark(args: argparse.Namespace) -> Benchmark:
     from bagel_compress.scores.nano import nano_benchmark
 
     if args.benchmark:
+        sys.path.append(str(Path.cwd()))  # as `python -m` has it: the module may lie where the command is typed
         return load_benchmark(args.benchmark)
     share = 5 if args.quick else 1
     return nano_benchmark(240 // share, 168 // share, 100 // share, 60 // share)

@@ -93,6 +93,16 @@ def _image_options(parser: argparse.ArgumentParser, defaults: dict[str, Any]) ->
     flow.add_argument(
         "--renorm-min", type=float, default=0.0, dest="cfg_renorm_min", help="1 turns renormalisation off"
     )
+    speed = parser.add_argument_group("speed (docs/speed.md; the defaults are the official sampler)")
+    speed.add_argument("--solver", default="euler", help="euler, ab2, dpm2 or heun (%(default)s)")
+    speed.add_argument("--cache-every", type=int, default=1, metavar="K",
+                       help="evaluate the network at every K-th step, forecast the others (%(default)s)")  # fmt: skip
+    speed.add_argument("--cache-threshold", type=float, default=0.0, metavar="R",
+                       help="evaluate it once the picture has moved by this share; 0 is off (%(default)s)")  # fmt: skip
+    speed.add_argument("--cache-order", type=int, default=1, metavar="N",
+                       help="order of the forecast, 0 to 2 (%(default)s)")  # fmt: skip
+    speed.add_argument("--guidance-every", type=int, default=1, metavar="K",
+                       help="evaluate the guidance branches at every K-th evaluation (%(default)s)")  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("out.png"), metavar="PNG", help="where to write it (%(default)s)"
     )

@@ -140,6 +140,7 @@ class Codec(FrozenModel, ABC):
     comfyui_values         ComfyUI file                  ExportError
     onnx_form, onnx_codes  export                        decoded where lossless, else ExportError
     least_capability       TensorRT export               0: every GPU can multiply with its codes
+    normal_error           advise                        0 where lossless, else unknown
     """
 
     format: str  # narrowed to a Literal by each subclass: the YAML name
@@ -181,6 +182,11 @@ class Codec(FrozenModel, ABC):
     def sampled(self, unit: Unit, source: Reader) -> int:
         """A size in bytes, from a sample of the data, that the stored unit hardly ever exceeds; default: `nbytes`."""
         return self.nbytes(unit)
+
+    @property
+    def normal_error(self) -> float | None:
+        """Relative error (root mean square) of normal weights in rows of 3584, each rounded alone; None: unknown."""
+        return 0.0 if self.lossless else None
 
     @abstractmethod
     def begin(self, unit: Unit, source: Reader) -> Encoding:

@@ -66,6 +66,10 @@ class Fp8(CalibratedCodec, MatrixCodec):
     comfyui_format: ClassVar[str] = "float8_e4m3fn"
     least_capability: ClassVar[int] = 89  # Ada
 
+    @property
+    def normal_error(self) -> float:
+        return 0.0258 if self.scale == "mse" and self.granularity == "channel" else 0.0265
+
     @model_validator(mode="after")
     def _one_scale_where_needed(self) -> Fp8:
         if self.dialect == "vllm" and self.granularity != "tensor":

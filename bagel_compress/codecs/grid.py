@@ -134,7 +134,7 @@ def block_errors(grid: Grid, weights: torch.Tensor, importance: torch.Tensor, sc
     from bagel_compress.codecs.kernels.threads import split
 
     if weights.device.type != "cpu":
-        return _block_errors(grid, weights, importance, scales)
+        return error_of_blocks(grid, weights, importance, scales)
     out = torch.empty(weights.shape[0], scales.shape[1])
     arithmetic = Arithmetic.of(grid.levels, grid.factor)
     values, scale = weights.numpy(), scales.expand(weights.shape[0], -1).numpy()
@@ -147,7 +147,7 @@ def block_errors(grid: Grid, weights: torch.Tensor, importance: torch.Tensor, sc
     return out
 
 
-def _block_errors(grid: Grid, weights: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def error_of_blocks(grid: Grid, weights: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     import torch
 
     columns, blocks = weights.shape[1], scales.shape[1]

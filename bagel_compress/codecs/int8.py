@@ -60,6 +60,10 @@ class Int8(CalibratedCodec, MatrixCodec):
     tag: ClassVar[str] = "8-bit"
     comfyui_format: ClassVar[str] = "int8_tensorwise"
 
+    @property
+    def normal_error(self) -> float:
+        return 0.0087
+
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
         if self.dialect == "compressed-tensors":

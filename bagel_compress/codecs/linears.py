@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from bagel_compress.codecs.base import Codec, Unit
+from bagel_compress.codecs.gradients import multiplied
 from bagel_compress.io.tensor_spec import TensorSpec
 
 Decoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # codes (N, ...) and scales -> (N, K) bf16
@@ -46,7 +47,8 @@ class CodedLinear(nn.Module, ABC):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(x) if self.kernel is not None else self._multiply_decoded(x)
+        product = self._multiply_decoded if self.kernel is None else self.multiply
+        return multiplied(x, product, self.decoded)
 
     @property
     @abstractmethod

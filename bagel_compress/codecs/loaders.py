@@ -1,4 +1,4 @@
-"""Which other loaders open a format, and how that is known: what `inspect --loaders` and the card show.
+"""Which other loaders open a format, and how that is known: what `inspect --loaders` and the model card show.
 
 A rule whose `proof` is empty was read in the loader's source and never run. `result` is what happens: "opens" (all of
 the artifact, or each weight of it), "fails" (with an error), or "wrong": it opens, without an error, to another model.
@@ -17,7 +17,7 @@ class Loader:
     name: str
     version: str  # the oldest that was tried or read
     result: Literal["opens", "fails", "wrong"]
-    cards: str  # where its kernels run
+    gpus: str  # where its kernels run
     note: str
     proof: str = ""  # the test that shows it, "tests/file.py::function"
 
@@ -45,20 +45,20 @@ RAW = (
 )  # fmt: skip
 
 
-def compressed_tensors(cards: str, tests: str) -> Loader:
+def compressed_tensors(gpus: str, tests: str) -> Loader:
     """Shown by the file `tests` of tests/codecs."""
     proof = f"tests/codecs/{tests}.py::test_compressed_tensors_decodes_the_same_weights"
-    return Loader("compressed-tensors", "0.20", "opens", cards, "each weight, by its compressor", proof)
+    return Loader("compressed-tensors", "0.20", "opens", gpus, "each weight, by its compressor", proof)
 
 
-def comfyui(cards: str, tests: str) -> Loader:
+def comfyui(gpus: str, tests: str) -> Loader:
     """Shown by the file `tests` of tests/codecs."""
     proof = f"tests/codecs/{tests}.py::test_comfy_kitchen_decodes_the_same_weights"
-    return Loader("ComfyUI (comfy-kitchen)", "0.2.40", "opens", cards, "the file of `bagel-compress comfyui`", proof)
+    return Loader("ComfyUI (comfy-kitchen)", "0.2.40", "opens", gpus, "the file of `bagel-compress comfyui`", proof)
 
 
-def bitsandbytes(cards: str, proof: str) -> Loader:
-    return Loader("bitsandbytes", "0.50", "opens", cards, "each weight, into its own modules", proof)
+def bitsandbytes(gpus: str, proof: str) -> Loader:
+    return Loader("bitsandbytes", "0.50", "opens", gpus, "each weight, into its own modules", proof)
 
 
 def vllm_omni(note: str = UNSERVED) -> Loader:

@@ -71,6 +71,10 @@ class Mxfp4(_Mx):
     top_mantissa: ClassVar[int] = 64
     tag: ClassVar[str] = "4-bit"
 
+    @property
+    def normal_error(self) -> float:
+        return 0.112 if self.scale == "mse" else 0.118
+
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
         rows, columns = spec.shape
@@ -103,6 +107,10 @@ class Mxfp8(_Mx):
     top_mantissa: ClassVar[int] = 96
     tag: ClassVar[str] = "8-bit"
     comfyui_format: ClassVar[str] = "mxfp8"
+
+    @property
+    def normal_error(self) -> float:
+        return 0.0266
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs

@@ -54,6 +54,10 @@ class Nf4(CalibratedCodec, MatrixCodec):
     scale: Literal["absmax", "mse"] = "absmax"
     tag: ClassVar[str] = "4-bit"
 
+    @property
+    def normal_error(self) -> float:
+        return 0.086 if self.scale == "mse" else 0.092
+
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
         blocks = -(-spec.numel // BLOCK)

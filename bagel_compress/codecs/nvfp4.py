@@ -52,6 +52,10 @@ class Nvfp4(BlockFloat):
     # In bytes of e4m3fn, eight to an octave: from about 0.8 of absmax / 6 up to absmax / 4, 4 to 6 bytes above.
     offsets: ClassVar[tuple[int, ...]] = (0, 6, 5, 4, 3, 2, 1, -1, -2)
 
+    @property
+    def normal_error(self) -> float:
+        return 0.081 if self.scale == "mse" else 0.095
+
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
         rows, columns = spec.shape
@@ -69,14 +73,14 @@ class Nvfp4(BlockFloat):
 
         exponent = global_exponent(top)
         bytes_ = np.arange(256, dtype=np.uint8)
-        values = _e4m3(bytes_)
+        values = e4m3_values(bytes_)
         largest = LARGEST_LAST if exponent == EXPONENTS[1] else FP8_MAX
         table = values * np.float32(2.0**exponent)
         magnitudes = as_floats(np.arange(0x8000, dtype=np.uint16))
         with np.errstate(over="ignore", invalid="ignore"):
             wanted = np.minimum(magnitudes / np.float32(FP4_MAX) / np.float32(2.0**exponent), np.float32(largest))
         high = int(bytes_[:127][values[:127] <= largest][-1])
-        return Scaling(table, 1, high, _e4m3_bytes(wanted), {global_name(spec): np.array([2.0**-exponent], np.float32)})
+        return Scaling(table, 1, high, e4m3_bytes(wanted), {global_name(spec): np.array([2.0**-exponent], np.float32)})
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code * (scale / global scale)), each step in fp32: compressed-tensors' own arithmetic."""
@@ -124,7 +128,7 @@ def global_exponent(top: int) -> int:
     return int(min(max(least, EXPONENTS[0]), EXPONENTS[1]))
 
 
-def _e4m3(codes: np.ndarray) -> np.ndarray:
+def e4m3_values(codes: np.ndarray) -> np.ndarray:
     """uint8 -> fp32 values of e4m3fn; 0 for its two NaN."""
     import numpy as np
 
@@ -134,7 +138,7 @@ def _e4m3(codes: np.ndarray) -> np.ndarray:
     return np.where((codes & 127) == 127, 0.0, values).astype(np.float32)
 
 
-def _e4m3_bytes(values: np.ndarray) -> np.ndarray:
+def e4m3_bytes(values: np.ndarray) -> np.ndarray:
     """Nearest e4m3fn byte of values up to 448, ties to even, and never below the smallest number; NaN gives that."""
     import torch
 

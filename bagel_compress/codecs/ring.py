@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
+from bagel_compress.codecs.gradients import multiplied
 from bagel_compress.codecs.ring_size import RING_ALIGNMENT, ring_weights
 
 # CUDA memory that is left free when the rest is used to keep decoded units: activations of a 1024 x 1024 pass (0.7 GB),
@@ -65,7 +66,7 @@ class RingLinear(nn.Module):
         return flat[self._start : self._start + self.out_features * self.in_features].view(self.out_features, -1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+        return multiplied(x, lambda x: nn.functional.linear(x, self.weight, self.bias), lambda: self.weight)
 
     def describe(self) -> dict[str, str]:
         """What this module is, for a census of a loaded model."""

@@ -298,11 +298,11 @@ def _group(layouts: list[_Layout], latent_tokens: int, latent_width: int) -> Sam
         latents=latents.reshape(count, pictures, latent_tokens, latent_width),
         draws=torch.tensor([x.draws for x in layouts]).reshape(count, pictures),
         positions=torch.from_numpy(slots[..., 0].copy()),
-        mask=_mask(slots),
+        mask=attention_mask(slots),
     )
 
 
-def _mask(slots: NDArray[np.int64]) -> Tensor:
+def attention_mask(slots: NDArray[np.int64]) -> Tensor:
     """0 where a query may look, -inf elsewhere: the official rule (`bagel.training.visibility`), branches apart."""
     _, order, split, branch, kind = (slots[..., i] for i in range(5))
     same = split[:, :, None] == split[:, None, :]

@@ -189,7 +189,7 @@ class _Recorder(_Observer):
         return texts
 
     def after_step(self, step: Step) -> Step:
-        if step.index in self._steps:
+        if step.index in self._steps and not step.forecast:  # a forecast is no answer of the network
             self.keep(step, self._steps)
         return step
 

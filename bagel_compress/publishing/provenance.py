@@ -46,7 +46,7 @@ class ListedFile:
 
 
 def sums(files: Mapping[str, ListedFile]) -> str:
-    """The publishable of SHA256SUMS."""
+    """The content of SHA256SUMS."""
     return "".join(f"{entry.sha256}  {path}\n" for path, entry in sorted(files.items()) if path not in NOT_SUMMED)
 
 
@@ -151,7 +151,7 @@ def _parameters(publishable: Publishable) -> tuple[dict[str, Any], dict[str, Any
 
 
 def statement_bytes(publishable: Publishable, files: Mapping[str, ListedFile]) -> bytes:
-    """`statement` as a file's publishable."""
+    """`statement` as a file's content."""
     return (json.dumps(statement(publishable, files), indent=1, ensure_ascii=False) + "\n").encode()
 
 

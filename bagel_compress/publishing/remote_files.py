@@ -80,6 +80,6 @@ def stale(remote: Remote, release: Release) -> list[str]:
 
 
 def git_sha1(path: Path) -> str:
-    """The name that git gives to a file's publishable."""
+    """The name that git gives to a file's content."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -41,7 +41,7 @@ def render(report: ParityReport, pictures: Mapping[str, Sequence[bytes]], budget
         _modules(report),
         _colophon(report),
     ]
-    template = files("bagel_compress").joinpath("report.html.in").read_text(encoding="utf-8")
+    template = files("bagel_compress.report").joinpath("page.html.in").read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(f"{report.name}: parity"), body="\n".join(filter(None, sections)))
 
 

@@ -6,14 +6,13 @@ weights and no formats. Pictures are files beside the case.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bagel.errors import BagelError
 from bagel.settings import SEEDS, FlowSettings
+from bagel_compress.build.speed_settings import SpeedSettings, checked
 from bagel_compress.errors import TargetError
 from bagel_compress.io.yaml_model import FrozenModel, load_yaml, meaning_digest
 
@@ -27,7 +26,7 @@ class Picture(FrozenModel):
     image: str = Field(description="file beside the case")
 
 
-class Flow(FrozenModel):
+class Flow(SpeedSettings):
     """Settings of the image sampler; the meaning and the defaults are bagel.flow.FlowSettings'."""
 
     num_timesteps: int = Field(default=50, ge=2)
@@ -40,16 +39,8 @@ class Flow(FrozenModel):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        _checked(FlowSettings, **self.model_dump())
+        checked(FlowSettings, **self.model_dump())
         return self
-
-
-def _checked(settings: Callable[..., object], **values: object) -> None:
-    """What the sampler itself would refuse, as the ValueError that pydantic expects."""
-    try:
-        settings(**values)
-    except BagelError as error:
-        raise ValueError(str(error).rstrip(".")) from None
 
 
 class TextDecoding(FrozenModel):

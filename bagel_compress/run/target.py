@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.errors import TargetError
 from bagel_compress.io.packaged import resource, target_files
 from bagel_compress.io.yaml_model import FrozenModel, load_yaml
@@ -83,6 +84,9 @@ class Target(FrozenModel):
     sizes: Workload = Workload()
     tasks: tuple[Task, ...] = ("t2i", "edit", "understand", "think")
     budget: Budget = Budget()
+    speed: SpeedPreset = Field(
+        default=SpeedPreset(), description="solver and step cache that memory is predicted and times are measured with"
+    )
     residency: dict[Phase, tuple[Part, ...]] | None = Field(
         default=None,
         description="parts on the GPU in each phase; the others wait in host memory, and come layer by layer where a"

@@ -7,21 +7,16 @@ detector, a second model, a table of right answers). Nothing of it need be known
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 from bagel_compress.errors import TargetError
 from bagel_compress.scores.benchmark import Benchmark
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """What `module:function` returns; modules of the current folder are found too. Raises TargetError."""
+    """What `module:function` returns. Raises TargetError if there is no such function or it returns something else."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise TargetError(f"benchmark {name!r} is no MODULE:FUNCTION; write for example geneval:benchmark.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

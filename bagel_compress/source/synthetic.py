@@ -59,7 +59,7 @@ def synthesise(shape: str, out: Path, seed: int, layers: int | None = None, prog
         raise CheckpointError(f"--layers is {layers}; a model has at least 1 decoder layer.")
     sizes, vae, configs = _full(layers) if shape == "7b-mot" else _small(shape, layers)
     specs = {name: PartSpec("BF16", dims) for name, dims in expected_tensors(sizes).items()}
-    vae_specs = {name: PartSpec("F32", dims) for name, dims in _vae_shapes(vae).items()}
+    vae_specs = {name: PartSpec("F32", dims) for name, dims in vae_shapes(vae).items()}
     _prepare(out, sum(spec.nbytes for spec in (*specs.values(), *vae_specs.values())))
     for name, config in configs.items():
         write_atomic(out / name, json.dumps(config, indent=2) + "\n")
@@ -113,7 +113,7 @@ def _configs(
     }
 
 
-def _vae_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
+def vae_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
     import torch
 
     from bagel.vae import AutoEncoder

@@ -12,6 +12,7 @@ from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.budgets.measure_gpu import measured, timed
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import predict
+from bagel_compress.budgets.promises import remedy
 from bagel_compress.build.artifact import MANIFEST, Artifact
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import TargetError
@@ -53,10 +54,10 @@ def budgets_of(
             name = build.name if isinstance(build, Recipe) else build
             raise TargetError(f"{name} is a recipe; only an artifact can be measured on {device}. Leave --device away.")
         planned = planned_build(build if isinstance(build, Recipe) else str(build), source)
-        return [predict(planned, target) for target in loaded]
+        return [_predicted(planned, target) for target in loaded]
     artifact = Artifact.open(folder)
     known = BuildOutline.of_artifact(artifact)
-    reports = [predict(known, target) for target in loaded]
+    reports = [_predicted(known, target) for target in loaded]
     if source is not None and device is None:
         raise TargetError(f"{build} is an artifact: its --source is only timed beside it; name a --device to time on.")
     if device is not None:
@@ -67,6 +68,13 @@ def budgets_of(
     if (folder / "reports" / "parity.json").exists():
         write_report(folder, artifact.digest)
     return reports
+
+
+def _predicted(build: BuildOutline, target: Target) -> BudgetReport:
+    """The prediction; where the build does not fit, its advice ends with a packaged target or recipe that would."""
+    report = predict(build, target)
+    named = remedy(build, target) if report.limit is not None and report.peak > report.limit else ""
+    return report.model_copy(update={"advice": (*report.advice, named)}) if named else report
 
 
 def _measured(

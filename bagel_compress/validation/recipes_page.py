@@ -33,7 +33,7 @@ def render(title: str, family: RecipeComparison, folder: Path, measured: str = "
         _scores(family),
         _pictures(family),
     ]
-    template = files("bagel_compress").joinpath("report.html.in").read_text(encoding="utf-8")
+    template = files("bagel_compress.report").joinpath("page.html.in").read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(title), body="\n".join(sections))
 
 

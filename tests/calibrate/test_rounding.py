@@ -134,13 +134,13 @@ def test_kernels_and_torch_agree(codec: CalibratedCodec, monkeypatch: pytest.Mon
 
 @every
 def test_scale_searches_agree_with_torch(codec: CalibratedCodec) -> None:
-    from bagel_compress.codecs.grid import _block_errors
+    from bagel_compress.codecs.grid import error_of_blocks
 
     grid, w, m = codec.grid(SPEC), weights().float(), moments()
     assert grid is not None
     scales = grid.scales(w, Curvature(m.diagonal(), m.diagonal())).values
     torch.testing.assert_close(
-        block_errors(grid, w, m.diagonal(), scales), _block_errors(grid, w, m.diagonal(), scales), rtol=1e-4, atol=0
+        block_errors(grid, w, m.diagonal(), scales), error_of_blocks(grid, w, m.diagonal(), scales), rtol=1e-4, atol=0
     )
 
 

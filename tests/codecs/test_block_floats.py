@@ -11,7 +11,7 @@ from other_packages import comfy_kitchen_weight, compressed_tensors_weight
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.block_floats import BlockFloat, decode_blocks, unpack_fp4
 from bagel_compress.codecs.mxfp import Mxfp4, Mxfp8
-from bagel_compress.codecs.nvfp4 import Nvfp4, _e4m3, _e4m3_bytes, global_exponent
+from bagel_compress.codecs.nvfp4 import Nvfp4, e4m3_bytes, e4m3_values, global_exponent
 from bagel_compress.errors import PlanError
 
 ALL: list[BlockFloat] = [Mxfp8(), *(codec(scale=s) for codec in (Nvfp4, Mxfp4) for s in ("absmax", "mse"))]
@@ -53,8 +53,8 @@ def test_fp4_codes_are_the_nearest_levels() -> None:
 
 def test_every_e4m3_number_is_written_and_read() -> None:
     codes = np.arange(127, dtype=np.uint8)
-    assert np.array_equal(_e4m3(codes), torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy())
-    assert np.array_equal(_e4m3_bytes(_e4m3(codes)), codes.clip(1))
+    assert np.array_equal(e4m3_values(codes), torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy())
+    assert np.array_equal(e4m3_bytes(e4m3_values(codes)), codes.clip(1))
 
 
 @pytest.mark.parametrize("value", [2688.0, 2704.0, 1.0, 1.3125 * 2**-40, 1.328125 * 2**-40, 3.3895e38])

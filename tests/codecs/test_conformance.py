@@ -55,6 +55,13 @@ def test_round_trip_keeps_shape_and_dtype(codec: Codec, shape: tuple[int, int]) 
 
 
 @lossy
+def test_the_expected_error_is_the_measured_one(codec: Codec) -> None:
+    tensor = torch.randn(32, 3584, generator=torch.Generator().manual_seed(5)).bfloat16()
+    error = 10 ** (-snr_db(tensor, decoded(codec, tensor)) / 20)
+    assert error == pytest.approx(codec.normal_error, rel=0.05)
+
+
+@lossy
 def test_normal_weights_keep_their_signal(codec: Codec) -> None:
     tensor = weight(130, 256)
     assert snr_db(tensor, decoded(codec, tensor)) > LEAST_DB[codec.format]

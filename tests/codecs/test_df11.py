@@ -13,8 +13,9 @@ from dfloat11_official import compress, emulate, package, quiet
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import InMemory, Unit
 from bagel_compress.codecs.df11 import encode, pack, unpack
-from bagel_compress.codecs.df11.book import _huffman, make_book, stalls
+from bagel_compress.codecs.df11.book import huffman, make_book, stalls
 from bagel_compress.codecs.df11.layout import SUFFIXES
+from bagel_compress.codecs.kernels.threads import Workspaces
 from bagel_compress.errors import CodecError, PlanError
 from bagel_compress.io.tensor_spec import TensorSpec
 
@@ -108,7 +109,7 @@ def test_batches_that_end_within_a_byte_equal_the_official_bytes(
     batch: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "BATCH", batch)
-    monkeypatch.setattr(encode, "_idle", [])  # workspaces of that size
+    monkeypatch.setattr(encode, "_buffers", Workspaces(encode.EncodingBuffers))  # of that size
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -193,7 +194,7 @@ def test_limited_books_equal_the_official_ones(symbols: int) -> None:
         _, _, table = utils.get_32bit_codec({int(e): int(counts[e]) for e in np.flatnonzero(counts)})
         luts = utils.get_luts(table)
     book = make_book(counts)
-    assert (max(c.bits for c in _huffman(counts)) > 32) == (symbols > 32)
+    assert (max(c.bits for c in huffman(counts)) > 32) == (symbols > 32)
     assert np.array_equal(book.luts, luts.numpy())
     assert {c.symbol: (c.bits, c.value) for c in book.codes if c.symbol >= 0} == {
         s: code for s, code in table.items() if isinstance(s, int)
@@ -206,8 +207,8 @@ def test_a_tie_in_the_limiter_is_resolved_by_the_smaller_exponent() -> None:
     counts[95] = counts[96]  # the fifth and sixth rarest; five have to be counted as 1
     limited = counts.copy()
     limited[[95, 97, 98, 99, 100]] = 1
-    assert max(c.bits for c in _huffman(counts)) > 32 >= max(c.bits for c in _huffman(limited))
-    assert make_book(counts).codes == _huffman(limited)
+    assert max(c.bits for c in huffman(counts)) > 32 >= max(c.bits for c in huffman(limited))
+    assert make_book(counts).codes == huffman(limited)
 
 
 CASES: dict[str, Callable[[], np.ndarray]] = {

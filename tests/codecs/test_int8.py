@@ -102,7 +102,7 @@ def test_bytes_that_do_not_decode_to_the_weights_are_an_error(monkeypatch: pytes
     def faulty(words, scales, codes, sums):  # type: ignore[no-untyped-def]
         whole(words, scales, codes, sums)
         codes[0, 5] ^= 0x20
-        rows_kernels._int8_measure(words[0], scales[0], codes[0], sums[0])
+        rows_kernels.int8_measure(words[0], scales[0], codes[0], sums[0])
 
     monkeypatch.setattr(rows_kernels, "int8_rows", faulty)
     with pytest.raises(CodecError, match=r"w\.weight.*do not decode"):

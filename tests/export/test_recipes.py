@@ -61,14 +61,14 @@ def test_a_recipe_goes_all_the_way(
 
 
 def test_every_model_has_cases_that_fit(tiny: Path) -> None:
-    from bagel_compress.cli.demo import _cases, _largest_side
+    from bagel_compress.cli.demo import demo_cases, largest_side
     from bagel_compress.run.case import load_cases
     from bagel_compress.source.checkpoint import Checkpoint
 
     for source in (tiny, NANO):
         checkpoint = Checkpoint.open(source)
-        sides = [side for case, _ in load_cases([_cases(checkpoint)]) for side in case.size or ()]
+        sides = [side for case, _ in load_cases([demo_cases(checkpoint)]) for side in case.size or ()]
         assert sides
-        assert max(sides) <= _largest_side(checkpoint)
-    assert _largest_side(Checkpoint.open(tiny)) == 128
-    assert _largest_side(Checkpoint.open(NANO)) == 64
+        assert max(sides) <= largest_side(checkpoint)
+    assert largest_side(Checkpoint.open(tiny)) == 128
+    assert largest_side(Checkpoint.open(NANO)) == 64

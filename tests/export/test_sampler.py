@@ -26,6 +26,16 @@ SKY, WHAT = "Change the sky to night and add a small star.", "What is in the pic
 CASES: dict[str, dict[str, Any]] = {
     "t2i": {"turns": ["a red cat"], "size": [64, 96], "flow": {"num_timesteps": 6}},
     "t2i_channel": {"turns": ["a cat"], "size": [48, 48], "flow": {"num_timesteps": 4, "cfg_renorm_type": "channel"}},
+    "t2i_fast": {
+        "turns": ["a red cat"],
+        "size": [64, 64],
+        "flow": {"num_timesteps": 9, "solver": "ab2", "cache_every": 2, "cache_order": 2},
+    },
+    "t2i_heun": {"turns": ["a red cat"], "size": [64, 64], "flow": {"num_timesteps": 5, "solver": "heun"}},
+    "edit_fast": {
+        "turns": ["@img_a.png", SKY],
+        "flow": EDIT | {"num_timesteps": 9, "solver": "dpm2", "cache_threshold": 0.2, "guidance_every": 2},
+    },
     "t2i_think": {"turns": ["a red cat"], "size": [64, 64], "think": True, "flow": {"num_timesteps": 4}, "tokens": 12},
     "edit": {"turns": ["@img_a.png", SKY], "flow": EDIT},
     "edit_two": {"turns": ["@img_a.png", "@img_b.png", SKY], "flow": EDIT},

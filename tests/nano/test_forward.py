@@ -87,7 +87,7 @@ def test_equals_the_packed_forward(model, text: TextCodec) -> None:
 
 def test_no_slot_sees_padding_or_another_branch() -> None:
     slots = np.array([[(0, 1, 1, 0, 0), (1, 2, 2, 1, 0), (1, 3, 3, 2, 0), (0, 0, 0, 0, -1)]])
-    seen = (nano._mask(slots)[0, 0] == 0).tolist()
+    seen = (nano.attention_mask(slots)[0, 0] == 0).tolist()
     assert seen == [
         [True, False, False, False],
         [True, True, False, False],

@@ -35,7 +35,7 @@ ASKED = (
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     before = set(sys.modules)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     yield tmp_path
     for name in set(sys.modules) - before:
         if name in ("geneval", "my_detector", "odd"):

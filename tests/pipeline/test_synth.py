@@ -64,7 +64,7 @@ def test_values_look_trained(tmp_path: Path, tensors: dict[str, torch.Tensor]) -
 def test_the_full_shape_has_the_released_vae() -> None:
     from bagel.vae import VAEConfig
 
-    shapes = synthetic._vae_shapes(VAEConfig())
+    shapes = synthetic.vae_shapes(VAEConfig())
     assert len(shapes) == 244
     assert sum(int(np.prod(s)) for s in shapes.values()) == 83_819_683
 

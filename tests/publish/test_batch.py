@@ -109,7 +109,7 @@ def wait_for_workers(out: Path) -> None:
 
 def is_held(lock: Path) -> bool:
     holder = json.loads(lock.read_text())
-    return resume_state._alive(holder["pid"], holder["started"])
+    return resume_state.is_alive(holder["pid"], holder["started"])
 
 
 def test_one_failure_does_not_stop_the_others(file: Path, cli: Callable[..., tuple[int, str, str]]) -> None:

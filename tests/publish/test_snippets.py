@@ -150,14 +150,14 @@ def run_python(snippet: Snippet, artifact: Artifact) -> dict[str, object]:
 
 def test_command_lines_are_understood(built: Callable[[str], Artifact]) -> None:
     """Fast, for those that run for minutes: every verb, option and packaged target on a card exists."""
-    from bagel_compress.cli import _parser
+    from bagel_compress.cli import command_parser
     from bagel_compress.run.target import Target
 
     lines = [line for s in snippets(built("int8-24gb"), "ann/x") if s.language == "sh" for line in s.text.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("bagel-compress")]
     assert {command[0] for command in commands} == {"generate", "export", "ask"}
     for command in commands:
-        parsed = _parser().parse_args(command)
+        parsed = command_parser().parse_args(command)
         if command[0] == "export":
             assert Target.load(parsed.target).export is not None
 

@@ -25,6 +25,7 @@ from bagel_compress.budgets.planned_build import checkpoint_sizes, planned_build
 from bagel_compress.budgets.predict import predict, run_passes, run_task, weight_bytes
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
+from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.cli import main
 from bagel_compress.errors import TargetError
 from bagel_compress.io.tensor_spec import TensorSpec
@@ -73,9 +74,9 @@ def allocator_peaks(sampler, task, target):
     return list(peaks.items())
 
 
-def fake_peaks(shape, task):
+def fake_peaks(shape, task, target=TINY_TARGET):
     with FakeTensorMode():
-        return [(p.name, p.total) for p in run_task(small_model(*shape, FakeSampler), task, TINY_TARGET, rounding=1)]
+        return [(p.name, p.total) for p in run_task(small_model(*shape, FakeSampler), task, target, rounding=1)]
 
 
 @pytest.mark.parametrize("task", ["t2i", "edit", "understand", "think"])
@@ -98,6 +99,16 @@ def test_the_prediction_on_the_tiny_model_is_to_the_byte():
     shape = (3, 64, 160)
     real, predicted = allocator_peaks(small_model(*shape), "understand", TINY_TARGET), fake_peaks(shape, "understand")
     assert real == predicted
+
+
+def test_a_step_cache_is_in_the_prediction():
+    """Two branches, three evaluations each, 64 fp32 values a token: they are there while the network runs."""
+    shape, kept = (3, 64, 160), 2 * 3 * 32 * 64 * 4
+    cached = TINY_TARGET.model_copy(update={"speed": SpeedPreset(cache_every=2, cache_order=2)})
+    real, predicted = allocator_peaks(small_model(*shape), "t2i", cached), fake_peaks(shape, "t2i", cached)
+    assert real[:2] == predicted[:2]
+    found, without = dict(predicted)["denoise"], dict(fake_peaks(shape, "t2i"))["denoise"]
+    assert without + kept <= found < without + 2 * kept
 
 
 @pytest.fixture
@@ -171,7 +182,7 @@ def test_the_packaged_targets_load():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\ndevice: {name: x, memory_mib: 1}\nspeed: 1", "unknown key 'speed'"),
+        ("name: a\ndevice: {name: x, memory_mib: 1}\npace: 1", "unknown key 'pace'"),
         ("name: a", "has no device"),
         ("name: a\ndevice: {name: x, memory_mib: 1}\nresidency: {denoise: [left]}", "residency.denoise"),
         ("name: a\ndevice: {name: x, memory_mib: -1}", "greater than 0"),

@@ -33,9 +33,9 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-    layers._flash_varlen.cache_clear()
+    layers.flash_varlen.cache_clear()
     yield calls
-    layers._flash_varlen.cache_clear()
+    layers.flash_varlen.cache_clear()
 
 
 def test_the_other_kernel_is_not_the_installed_one(flash: list[int], reference: Sampler) -> None:

@@ -33,3 +33,4 @@ def test_the_promises_hold(recipe):
 def test_a_promise_that_does_not_hold_would_be_seen():
     [report] = budgets_of("nf4-12gb", ["12gb"])  # all at once, with the VAE on the card: 13.5 GiB
     assert "12gb: edit: vae decode needs" in report.broken[0]
+    assert report.advice[-1].endswith("give --target 12gb-resident.")

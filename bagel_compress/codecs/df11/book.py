@@ -73,13 +73,13 @@ def make_book(counts: np.ndarray, at_least_two_bits: bool = False) -> HuffmanBoo
     for flat in (0, *range(2, len(order) + 1)):
         limited = weights.copy()
         limited[order[:flat]] = 1
-        codes = _huffman(limited)
+        codes = huffman(limited)
         if _fits(codes, counts):
             return HuffmanBook(codes, _luts(codes))
     raise AssertionError("equal counts give codes of at most 8 bits, which fit")
 
 
-def _huffman(counts: np.ndarray) -> tuple[Code, ...]:
+def huffman(counts: np.ndarray) -> tuple[Code, ...]:
     """Merges the two smallest (count, first symbol) until one is left; the smaller one's codes get a 0 in front."""
     heap = [(int(counts[s]), int(s), [Code(int(s), 0, 0)]) for s in np.flatnonzero(counts)]
     heap.append((1, EOF, [Code(EOF, 0, 0)]))
@@ -106,7 +106,7 @@ def _spread(counts: np.ndarray) -> np.ndarray:
     unused = np.flatnonzero(spread[:FIRST_POINTER] == 0)
     spread[unused[: max(0, 3 - np.count_nonzero(spread))]] = 1
     while True:
-        short = [c.symbol for c in _huffman(spread) if c.bits == 1 and c.symbol != EOF]
+        short = [c.symbol for c in huffman(spread) if c.bits == 1 and c.symbol != EOF]
         if not short:
             return spread
         spread[short[0]] = max(1, (int(spread.sum()) - int(spread[short[0]]) + 1) // 2)

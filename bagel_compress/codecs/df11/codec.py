@@ -148,10 +148,10 @@ class DF11(Codec):
     def loaders(self) -> list[Loader]:
         return [
             Loader(
-                "dfloat11", "0.5", "opens", "any NVIDIA card", "its from_pretrained",
+                "dfloat11", "0.5", "opens", "any NVIDIA GPU", "its from_pretrained",
                 "tests/codecs/test_df11_loader.py::test_the_official_loader_gives_the_same_outputs",
             ),
-            Loader("ComfyUI-BAGEL, released nodes", "1.0", "opens", "any NVIDIA card", "by its folder's name"),
+            Loader("ComfyUI-BAGEL, released nodes", "1.0", "opens", "any NVIDIA GPU", "by its folder's name"),
         ]  # fmt: skip
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:

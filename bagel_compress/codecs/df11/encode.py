@@ -29,7 +29,7 @@ from bagel_compress.codecs.df11.layout import (
     UnitSizes,
 )
 from bagel_compress.codecs.df11.pack import CHUNK
-from bagel_compress.codecs.kernels.threads import ordered
+from bagel_compress.codecs.kernels.threads import Workspaces, ordered
 from bagel_compress.errors import CodecError
 from bagel_compress.io.bf16 import as_words
 
@@ -39,7 +39,7 @@ _TAIL = 4 * WINDOW_BITS // 8  # bytes of the stream's end that are kept for the 
 
 @dataclass(slots=True)
 class EncodingBuffers:
-    """Planes and scratch of one batch; kept, since the first touch of fresh memory costs more than packing."""
+    """Planes and scratch of one batch."""
 
     rest: np.ndarray = field(default_factory=lambda: np.empty(BATCH, np.uint8))
     stream: np.ndarray = field(
@@ -49,14 +49,7 @@ class EncodingBuffers:
     pairs: np.ndarray = field(default_factory=lambda: np.empty((2, 1 << 16), np.uint32))
 
 
-_idle: list[EncodingBuffers] = []
-
-
-def _take_space() -> EncodingBuffers:
-    try:
-        return _idle.pop()
-    except IndexError:
-        return EncodingBuffers()
+_buffers = Workspaces(EncodingBuffers)
 
 
 @dataclass(slots=True)
@@ -88,9 +81,9 @@ def survey(unit: Unit, source: Reader) -> Survey:
 
 
 def _histogram(batch: _Batch) -> np.ndarray:
-    space, counts = _take_space(), np.empty(256, np.int64)
+    space, counts = _buffers.take(), np.empty(256, np.int64)
     pack.count(batch.words, space.pairs, counts)
-    _idle.append(space)
+    _buffers.give(space)
     return counts
 
 
@@ -139,7 +132,7 @@ class Df11Encoding(Encoding):
             start = int(self.bits[batch.number]) >> 3
             yield Chunk(f"{name}.sign_mantissa", batch.first, space.rest[: batch.words.size], direct=True)
             yield Chunk(f"{name}.encoded_exponent", start, packer.joined(space.stream, size), direct=True)
-            _idle.append(space)
+            _buffers.give(space)
         ends = np.cumsum([spec.numel for spec in self.unit.specs])[:-1].astype("<i8")
         yield Chunk(f"{name}.gaps", 0, packer.packed_gaps())
         yield Chunk(f"{name}.output_positions", 0, packer.positions.astype("<u4").view(np.uint8))
@@ -163,7 +156,7 @@ class _StreamPacker:
 
     def code(self, batch: _Batch) -> tuple[_Batch, EncodingBuffers, int]:
         """Packs and verifies a batch, in a workspace that the caller gives back; and the bytes that it completes."""
-        space, unit = _take_space(), self._encoding.unit
+        space, unit = _buffers.take(), self._encoding.unit
         bit, stop = map(int, self._encoding.bits[batch.number : batch.number + 2])
         place = (batch.first, unit.numel, bit, stop)
         index = (self._gaps, self.positions)

@@ -12,6 +12,7 @@ What it does not do: other dtypes, vectors and convolutions; runtimes other than
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,6 +28,10 @@ from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 if TYPE_CHECKING:
     import torch
 
+# Relative error of normal weights on a uniform grid coded at its entropy, at rate R: sqrt(pi e / 6) 2^-R (Gish and
+# Pierce, IEEE Trans. Inf. Theory 14, 1968).
+HIGH_RATE = math.sqrt(math.pi * math.e / 6)
+
 
 class Ecq(CalibratedCodec, MatrixCodec):
     """Entropy-coded quantisation at `bits` per weight."""
@@ -36,6 +41,10 @@ class Ecq(CalibratedCodec, MatrixCodec):
     columns: bool = Field(False, description="a step for every input column, from the moments of the layer's inputs")
     exact: ClassVar[bool] = False
     movable: ClassVar[bool] = False
+
+    @property
+    def normal_error(self) -> float:
+        return HIGH_RATE * 2.0**-self.bits
 
     @model_validator(mode="after")
     def _columns_need_moments(self) -> Ecq:

@@ -18,7 +18,7 @@ from bagel_compress.codecs.base import Chunk, Codec, Encoding, Quality, Reader
 from bagel_compress.codecs.ecq import pack, unpack
 from bagel_compress.codecs.ecq.layout import ESCAPE, HEADER_BYTES, MAX_LOW_BITS, RUN, STATE_BITS, Sizes
 from bagel_compress.codecs.ecq.step import LARGEST, Search, StepGrid, Tables, tables_of
-from bagel_compress.codecs.kernels.threads import ordered
+from bagel_compress.codecs.kernels.threads import Workspaces, ordered
 from bagel_compress.codecs.matrix import INFINITY_WORD, as_floats, not_finite, read_words
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import TensorSpec
@@ -31,7 +31,7 @@ CLOSE = 0.01  # bits a weight: nearer to the rate than this needs no other searc
 
 @dataclass(slots=True)
 class Workspace:
-    """What one batch needs; kept, since the first touch of fresh memory costs more than coding."""
+    """What one batch needs."""
 
     symbols: np.ndarray = field(default_factory=lambda: np.empty(BATCH + 8, np.uint8))
     lows: np.ndarray = field(default_factory=lambda: np.empty(BATCH + 8, np.uint8))
@@ -40,14 +40,7 @@ class Workspace:
     scratch: np.ndarray = field(default_factory=lambda: np.empty((4, pack.SCRATCH), np.uint8))
 
 
-_idle: list[Workspace] = []
-
-
-def _take_space() -> Workspace:
-    try:
-        return _idle.pop()
-    except IndexError:
-        return Workspace()
+_workspaces = Workspaces(Workspace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +91,11 @@ class Coder:
 
     def run_bytes(self, batch: Batch) -> np.ndarray:
         """int64: bytes of each run of a batch."""
-        space, n = _take_space(), batch.words.size
+        space, n = _workspaces.take(), batch.words.size
         sizes = np.empty(-(-n // RUN), np.int64)
         pack.look_up(batch.words, self.tables.symbols, space.symbols)
         pack.measure(space.symbols[:n], *self._form, *self._book, sizes)
-        _idle.append(space)
+        _workspaces.give(space)
         return sizes
 
     def code(self, batch: Batch, run_bytes: np.ndarray) -> Workspace | None:
@@ -111,7 +104,7 @@ class Coder:
         Symbols, low bits and escapes are compared as they come out of the bits: what values the first two stand for
         was compared for all of them when the tables were made.
         """
-        space, n = _take_space(), batch.words.size
+        space, n = _workspaces.take(), batch.words.size
         pack.look_up(batch.words, self.tables.symbols, space.symbols)
         if self.grid.book.low_bits:
             pack.look_up(batch.words, self.tables.lows, space.lows)
@@ -146,7 +139,7 @@ class EcqEncoding(Encoding):
         for start, space, size in ordered(self._code, batches(self.spec, self.source)):
             yield Chunk(f"{name}.stream", start, space.stream[:size], direct=True)
             at = start + size
-            _idle.append(space)
+            _workspaces.give(space)
         assert at == self.run_bytes.sum()
         grid = self.coder.grid
         yield Chunk(f"{name}.run_bytes", 0, self.run_bytes.astype("<u2").view(np.uint8))

@@ -67,7 +67,7 @@ def fp8_blocks(words, block, scales, table, codes, sums):  # type: ignore[no-unt
             out = codes[r, first : first + count]
             for i in range(count):
                 out[i] = np.uint8(found[i])
-            _fp8_measure(words[r, first : first + count], scale, found, sums[r])
+            fp8_measure(words[r, first : first + count], scale, found, sums[r])
 
 
 @_strict
@@ -185,7 +185,7 @@ def _fp8_decoded(code, scale):  # type: ignore[no-untyped-def]
 
 
 @_sums
-def _fp8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
+def fp8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
     ww, ee, beyond = np.float64(0), np.float64(0), np.int32(0)
     for i in range(x.shape[0]):
         w = as_float(x[i])

@@ -47,7 +47,7 @@ def fp8_rows(words, scales, codes, sums):  # type: ignore[no-untyped-def]
     """
     for r in range(words.shape[0]):
         _fp8_codes(words[r], scales[r], codes[r])
-        _fp8_measure(words[r], scales[r], codes[r], sums[r])
+        fp8_measure(words[r], scales[r], codes[r], sums[r])
 
 
 @_strict
@@ -57,7 +57,7 @@ def fp8_search(words, scales, noise):  # type: ignore[no-untyped-def]
     for r in range(words.shape[0]):
         for c in range(scales.shape[1]):
             _fp8_codes(words[r], scales[r, c], codes)
-            _fp8_measure(words[r], scales[r, c], codes, sums)
+            fp8_measure(words[r], scales[r, c], codes, sums)
             noise[r, c] = np.float64(sums[1]) * scales[r, c] * scales[r, c]
 
 
@@ -69,7 +69,7 @@ def int8_rows(words, scales, codes, sums):  # type: ignore[no-untyped-def]
     """
     for r in range(words.shape[0]):
         _int8_codes(words[r], scales[r], codes[r])
-        _int8_measure(words[r], scales[r], codes[r], sums[r])
+        int8_measure(words[r], scales[r], codes[r], sums[r])
 
 
 @_strict
@@ -79,7 +79,7 @@ def int8_search(words, scales, noise):  # type: ignore[no-untyped-def]
     for r in range(words.shape[0]):
         for c in range(scales.shape[1]):
             _int8_codes(words[r], scales[r, c], codes)
-            _int8_measure(words[r], scales[r, c], codes, sums)
+            int8_measure(words[r], scales[r, c], codes, sums)
             noise[r, c] = sums[1]
 
 
@@ -104,7 +104,7 @@ def _fp8_codes(x, scale, codes):  # type: ignore[no-untyped-def]
 
 
 @_sums
-def _fp8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
+def fp8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
     inverse = np.float32(1) / scale
     smallest = np.float32(0.001) + np.float32(2.0**-134) * inverse  # half of e4m3fn's and of bf16's subnormal steps
     uu, ee, beyond = np.float32(0), np.float32(0), np.int32(0)
@@ -138,7 +138,7 @@ def _int8_codes(x, scale, codes):  # type: ignore[no-untyped-def]
 
 
 @_sums
-def _int8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
+def int8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
     ww, ee, beyond = np.float32(0), np.float32(0), np.int32(0)
     step = scale * PER_127
     for i in range(x.shape[0]):

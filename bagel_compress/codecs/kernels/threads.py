@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,6 +58,27 @@ def ordered(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[R
         for future in begun:
             future.cancel()
         wait(begun)
+
+
+class Workspaces(Generic[Item]):
+    """Scratch memory for batches: a thread takes one, whoever has used its content gives it back.
+
+    Kept for the life of the process, since the first touch of fresh memory costs more than coding; `ordered` bounds
+    their number to two per thread and one. Thread-safe: appending to and popping from a list are atomic.
+    """
+
+    def __init__(self, make: Callable[[], Item]) -> None:
+        self._make = make
+        self._free: list[Item] = []
+
+    def take(self) -> Item:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self._make()
+
+    def give(self, space: Item) -> None:
+        self._free.append(space)
 
 
 @cache

@@ -1,0 +1,245 @@
+"""advise: what to take for a GPU. The packaged recipes and the builds that lie here, ranked by expected error.
+
+Each is held against the packaged ways to use the GPU (everything on it, parts in host memory) by the prediction that
+`budget` makes; the first way that holds is the one that is named. Nothing is downloaded and no weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bagel_compress.budgets.fake_model import BuildOutline
+from bagel_compress.budgets.plan_devices import gpu_of, held_bytes, plan_map
+from bagel_compress.budgets.predict import least_bytes, predict
+from bagel_compress.budgets.promises import Errors, expected_errors, packaged_recipes, ways
+from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.plan import make_plan
+from bagel_compress.codecs.base import Codec
+from bagel_compress.errors import ExportError, TargetError
+from bagel_compress.run.target import GIB, Target
+from bagel_compress.source.released_header import REPO, TrueHeader
+
+SHOWN = 6  # recipes in the table unless more are asked for
+SECONDS_PER_GB = 2.0  # of bf16, from the disk: the slowest build without calibration in docs/benchmarks.md
+CALIBRATION = "bagel.calibration.safetensors"
+ALIKE = 0.01  # relative: recipes whose errors and sizes are that close, on one target, are one row
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A recipe, or a build that lies here, on one packaged target (or on several GPUs together)."""
+
+    name: str  # of the recipe, or the folder of the build
+    summary: str
+    target: str  # names of targets, a space between several
+    placed: bool  # parts of the model wait in host memory, so --target must be given to use it
+    errors: Errors
+    peak: int  # bytes, predicted; of the fullest GPU
+    limit: int
+    weights: int  # bytes of the build
+    download: int
+    disk: int  # bytes needed: download and build
+    build_seconds: float | None  # None: not known, it needs a calibration set
+    calibrated: bool
+    alike: tuple[str, ...] = ()  # recipes with the same size and error, for other loaders
+    commands: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What was found here: free bytes of the disk, bytes of memory (None: not known), names of GPUs."""
+
+    disk: int
+    memory: int | None
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    name: str
+    build: BuildOutline
+    errors: Errors
+    calibrated: bool
+    here: bool = False
+    summary: str = ""
+    codecs: frozenset[Codec] = field(default_factory=frozenset)
+
+
+def advise(
+    targets: Sequence[Target],
+    *,
+    source: str = REPO,
+    builds: Sequence[Path] = (),
+    count: int = SHOWN,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Choice]:
+    """What fits the target, or the GPUs of several targets together: the least expected error first.
+
+    `source` is where weights come from (a Hub id, or a folder, which needs no download); `builds` are artifacts of the
+    released model's size that lie here. Raises TargetError if nothing that is shipped fits.
+    """
+    found: list[Choice] = []
+    for candidate in sorted(_candidates(targets[0], builds), key=lambda c: (c.errors.all, not c.here, c.build.disk)):
+        same = next((i for i, choice in enumerate(found) if _alike(choice, candidate)), None)
+        if same is not None:
+            found[same] = _joined(found[same], candidate)
+            continue
+        if len(found) >= count:
+            break
+        say(f"predicting the peak of {candidate.name}")
+        choice = _together(candidate, targets) if len(targets) > 1 else _alone(candidate, targets[0])
+        if choice is not None:
+            found.append(_with_costs(choice, candidate, source, targets))
+    if not found:
+        names = " ".join(target.name for target in targets)
+        raise TargetError(
+            f"nothing that comes with the package fits {names}; `bagel-compress fit --target {targets[0].name}` looks"
+            " for the rate that does, with fewer tasks (--tasks t2i) if need be."
+        )
+    return found
+
+
+def _candidates(target: Target, builds: Sequence[Path]) -> Iterator[_Candidate]:
+    for name, recipe in packaged_recipes().items():
+        if (recipe.export is None) != (target.export is None):
+            continue
+        plan = make_plan(TrueHeader(), recipe)
+        errors = expected_errors((p.codec, p.unit.specs) for p in plan.placements)
+        codecs = frozenset(p.codec for p in plan.placements)
+        if errors is not None and _runs(codecs, target):
+            build = BuildOutline.of_plan(plan)
+            yield _Candidate(name, build, errors, plan.calibrated, summary=recipe.summary, codecs=codecs)
+    released = sum(spec.numel for spec in TrueHeader().specs)
+    for folder in builds:
+        if not (folder / MANIFEST).exists() or target.export is not None:
+            continue
+        build = BuildOutline.of_artifact(Artifact.open(folder))
+        errors = expected_errors((stored.codec, stored.unit.specs) for stored in build.units)
+        if errors is not None and sum(stored.unit.numel for stored in build.units) == released:
+            yield _Candidate(str(folder), build, errors, False, here=True, summary=f"{build.name}, built already")
+
+
+def _runs(codecs: frozenset[Codec], target: Target) -> bool:
+    """Whether an export of these formats runs on the target's runtime."""
+    if target.export is None:
+        return True
+    least = max(codec.least_capability for codec in codecs)
+    numbers = [int(name.removeprefix("sm")) for name in target.export.capabilities]
+    if numbers and min(numbers) < least:
+        return False
+    try:
+        for codec in codecs:
+            codec.onnx_form("a weight", target.export.runtime, target.export.activations)
+    except ExportError:
+        return False
+    return True
+
+
+def _alone(candidate: _Candidate, target: Target) -> Choice | None:
+    layers = candidate.build.config.llm.num_layers
+    for way in ways(target):
+        if least_bytes(candidate.build.units, way, layers) > way.limit:
+            continue
+        report = predict(candidate.build, way)
+        if not report.broken:
+            placed = way.residency is not None or way.vae_on_host
+            return _choice(candidate, way.name, placed, report.peak, way.limit)
+    return None
+
+
+def _together(candidate: _Candidate, targets: Sequence[Target]) -> Choice | None:
+    """Over several GPUs, with nothing in host memory."""
+    gpus = [gpu_of(target, f"cuda:{index}") for index, target in enumerate(targets)]
+    if sum(held_bytes(candidate.build).values()) > sum(gpu.room for gpu in gpus):
+        return None
+    try:
+        plan = plan_map(candidate.build, gpus, targets[0].sizes)
+    except TargetError:
+        return None
+    if plan.places.waiting - {"embed_tokens"}:
+        return None
+    fullest = max(plan.loads, key=lambda load: load.total / load.gpu.room)
+    return _choice(candidate, " ".join(t.name for t in targets), False, fullest.total, fullest.gpu.room)
+
+
+def _choice(candidate: _Candidate, target: str, placed: bool, peak: float, limit: float) -> Choice:
+    return Choice(
+        candidate.name, candidate.summary, target, placed, candidate.errors, int(peak), int(limit),
+        candidate.build.disk, 0, 0, 0.0, candidate.calibrated,
+    )  # fmt: skip
+
+
+def _alike(choice: Choice, candidate: _Candidate) -> bool:
+    pairs = [(choice.weights, candidate.build.disk), (choice.errors.all, candidate.errors.all)]
+    return not candidate.here and all(abs(a - b) <= ALIKE * max(a, b) for a, b in pairs)
+
+
+def _joined(choice: Choice, candidate: _Candidate) -> Choice:
+    """One row of both."""
+    return replace(choice, alike=tuple(sorted((*choice.alike, candidate.name))))
+
+
+def _with_costs(choice: Choice, candidate: _Candidate, source: str, targets: Sequence[Target]) -> Choice:
+    commands = tuple(_commands(choice, candidate, source, targets))
+    if candidate.here:
+        return replace(choice, commands=commands)
+    header = TrueHeader()
+    weights = sum(spec.nbytes for spec in header.specs)
+    vae = candidate.build.disk - sum(stored.nbytes for stored in candidate.build.units)
+    download = 0 if Path(source).exists() else weights + vae
+    seconds = None if candidate.calibrated else SECONDS_PER_GB * weights / 1e9
+    disk = download + choice.weights
+    return replace(choice, download=download, disk=disk, build_seconds=seconds, commands=commands)
+
+
+def _commands(choice: Choice, candidate: _Candidate, source: str, targets: Sequence[Target]) -> Iterator[str]:
+    """What to type, in order. Several GPUs share the model; a build that lies here is used at once."""
+    several = len(targets) > 1
+    out = choice.name if candidate.here else f"out/{choice.name}"
+    yield f"bagel-compress budget {choice.name} --target {choice.target}" + (" --together" if several else "")
+    if not candidate.here:
+        yield f"bagel-compress plan {choice.name}"
+        if choice.calibrated:
+            yield f"bagel-compress calibrate --source {source} --out {CALIBRATION}"
+        given = f" --calibration {CALIBRATION}" if choice.calibrated else ""
+        yield f"bagel-compress compress {choice.name} --source {source}{given} --out {out}"
+    if targets[0].export is not None:
+        yield f"bagel-compress export {out} {choice.target} --out {out}-{choice.target}"
+        out, where = f"{out}-{choice.target}", ""
+    else:
+        where = f" --target {choice.target}" if choice.placed else ""
+        where = " --device " + ",".join(f"cuda:{i}" for i in range(len(targets))) if several else where
+    yield f'bagel-compress generate {out} "a red cat on a roof"{where} --out cat.png'
+
+
+def advice_table(choices: Sequence[Choice], machine: Machine) -> str:
+    """The choices as text, and the commands of the first."""
+    row = "{:<26}{:<16}{:>8}{:>9}{:>10}{:>8}{:>10}{:>9}{:>8}".format
+    lines = [row("recipe", "target", "drawing", "answers", "peak GiB", "of", "download", "disk", "build")]
+    for c in choices:
+        build = (
+            "-" if not c.disk else "(1)" if c.build_seconds is None else f"{max(1, round(c.build_seconds / 60))} min"
+        )
+        sizes = (f"{c.download / 1e9:.1f} GB" if c.download else "-", f"{c.disk / 1e9:.1f} GB" if c.disk else "-")
+        peak = (f"{c.peak / GIB:.2f}", f"{c.limit / GIB:.2f}")
+        lines.append(
+            row(c.name, c.target, f"{100 * c.errors.gen:.1f} %", f"{100 * c.errors.und:.1f} %", *peak, *sizes, build)
+        )
+        if c.alike:
+            lines.append(f"    the same for other loaders: {', '.join(c.alike)}")
+    lines.append("drawing, answers: expected error of the weights of each expert; peaks are predicted")
+    if any(c.build_seconds is None for c in choices):
+        lines.append(
+            "(1) calibrated: the layers are run while it is built; its time was not measured, use a GPU (--device)"
+        )
+    if machine.disk < min((c.disk for c in choices), default=0):
+        lines.append(f"this disk has {machine.disk / 1e9:.1f} GB free: too little for any of them; free some first")
+    memory = "" if machine.memory is None else f", {machine.memory / 1e9:.0f} GB of memory"
+    lines.append(f"here: {', '.join(machine.gpus) or 'no GPU'}, {machine.disk / 1e9:.0f} GB of disk free{memory}")
+    return "\n".join([*lines, "", f"{choices[0].name}: {choices[0].summary}", *choices[0].commands])
