@@ -119,7 +119,7 @@ def scores(sampler: Sampler, benchmark: Benchmark) -> dict[str, list[dict[str, f
         found[str(preset)] = [
             {"category": r.category, "prompts": r.prompts, "reference": r.reference, "delta": r.delta, "low": r.low,
              "high": r.high}
-            for r in rows if r.category in ("draw.one", "draw.two", "edit")
+            for r in rows if r.category in ("one", "two", "edit")
         ]  # fmt: skip
         print(preset, json.dumps(found[str(preset)]), file=sys.stderr)
     return found

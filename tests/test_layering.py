@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Packages of bagel_compress from low to high: a module imports from its own package and from lower ones. The table in
 # docs/architecture.md is this list.
 PACKAGES = (
-    "errors", "io", "codecs", "source", "calibrate", "build", "run", "parity", "budgets", "scores", "report",
+    "errors", "io", "codecs", "source", "calibrate", "build", "run", "interop", "parity", "budgets", "scores", "report",
     "nano_training", "finetune", "exporting", "validation", "publishing", "api", "app", "comfyui", "cli", "__main__",
 )  # fmt: skip
 HEAVY = {"torch", "numba", "bitsandbytes", "onnx", "onnxruntime", "tensorrt_rtx", "triton", "huggingface_hub"}

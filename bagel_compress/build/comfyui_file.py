@@ -1,9 +1,10 @@
 """comfyui_file: an artifact as the single file that ComfyUI's loaders read.
 
 The tensors are those of the codecs (`Codec.comfyui_values`), and the file's metadata lists the layers that are not full
-precision (QUANTIZATION.md of Comfy-Org/ComfyUI, format_version 1.0). An artifact without such layers gets the metadata
-`comfyui_bagel` instead, by which the ComfyUI-BAGEL nodes (their rewrite of 2026) open one bf16 file; they refuse files
-with quantised layers. Units are converted one at a time. The VAE is not part of the file; ComfyUI loads it apart.
+precision (QUANTIZATION.md of Comfy-Org/ComfyUI, format_version 1.0). An artifact without such layers, or one that is
+decoded for it, gets the metadata `comfyui_bagel` instead, by which the ComfyUI-BAGEL nodes (their rewrite of 2026) open
+one bf16 file; they refuse files with quantised layers. Units are converted one at a time. The VAE is not part of the
+file; ComfyUI loads it apart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.codecs.base import TORCH_DTYPES, dtype_code
+from bagel_compress.codecs.base import TORCH_DTYPES, Unit, dtype_code
 from bagel_compress.errors import ExportError
 from bagel_compress.io.atomic import atomic_file
 from bagel_compress.io.safetensors_file import lay_out
@@ -28,24 +29,36 @@ CHUNK = 8 << 20  # bytes per write
 CONFIG_FILES = ("llm_config.json", "vit_config.json")
 
 
-def comfyui_file(artifact: Artifact, out: Path) -> int:
-    """Writes the file and returns its size in bytes.
+def comfyui_file(artifact: Artifact, out: Path, decoded: bool = False) -> int:
+    """Writes the file and returns its size in bytes. `decoded`: every weight as bf16, whatever it is stored as.
 
     Raises ExportError if ComfyUI cannot read a unit's format, or if `out` exists.
     """
     if out.exists():
         raise ExportError(f"{out} exists; choose another name or delete it.")
-    parts, layers = _planned(artifact)
+    parts, layers = _decoded_parts(artifact) if decoded else _planned(artifact)
     header, offsets = lay_out(parts, _metadata(artifact, layers))
     with atomic_file(out) as file:
         file.write(header)
         for unit in artifact.units():
-            for name, tensor in artifact.codec(unit.name).comfyui_values(unit, artifact.parts(unit.name)).items():
+            for name, tensor in _values(artifact, unit, decoded).items():
                 file.seek(offsets[name])
                 data = _bytes(tensor)
                 for start in range(0, data.nbytes, CHUNK):
                     file.write(data[start : start + CHUNK].data)
     return out.stat().st_size
+
+
+def _values(artifact: Artifact, unit: Unit, decoded: bool) -> Mapping[str, torch.Tensor]:
+    """The tensors of a unit as the file holds them."""
+    if not decoded:
+        return artifact.codec(unit.name).comfyui_values(unit, artifact.parts(unit.name))
+    return {name: tensor.bfloat16() for name, tensor in artifact.decode(unit.name).items()}
+
+
+def _decoded_parts(artifact: Artifact) -> tuple[dict[str, PartSpec], dict[str, dict[str, str]]]:
+    """The same as `_planned`, of a file without formats."""
+    return {spec.name: PartSpec("BF16", spec.shape) for unit in artifact.units() for spec in unit.specs}, {}
 
 
 def _planned(artifact: Artifact) -> tuple[dict[str, PartSpec], dict[str, dict[str, str]]]:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.codecs.loaders import ACCELERATE, MIXED, RAW, Loader
+from bagel_compress.codecs.loaders import ACCELERATE, DECODED, MIXED, OURS, RAW, Loader
 
 HEAD = ("loader", "from version", "result", "GPUs", "note", "shown by")
 UNRUN = "reading its source"
 
 
 def loaders_of(artifact: Artifact) -> list[Loader]:
-    """The rules that hold for this artifact: those of its one format, of none, or of a mixture."""
+    """The rules that hold for this artifact: those of every build, and of its one format, of none, or of a mixture."""
     codecs = {unit.codec.format: unit.codec for unit in artifact.manifest.units.values() if not unit.codec.stored_as_is}
     if not codecs:
-        return list(RAW)
+        return [*OURS, *RAW]
     if len(codecs) > 1:
-        return [MIXED, ACCELERATE]
+        return [*OURS, DECODED, MIXED, ACCELERATE]
     (codec,) = codecs.values()
-    return [*codec.loaders(), ACCELERATE]
+    return [*OURS, *codec.loaders(), DECODED, ACCELERATE]
 
 
 def loader_rows(artifact: Artifact) -> list[tuple[str, ...]]:

@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from bagel.layout import BLOCKS, COMPONENTS, EXPERTS, KINDS, Role
 from bagel_compress.build.limits import METRICS, unknown_metric
+from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.codecs import by_name
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import RecipeError
@@ -136,9 +144,18 @@ class Recipe(FrozenModel):
     rules: tuple[Rule, ...] = Field(min_length=1)
     budget_gb: float | None = Field(None, gt=0, description="largest size of all weight shards together, in 1e9 bytes")
     limits: Limits = Field(default_factory=lambda: Limits.model_validate({}))
+    fast: dict[Literal["exact", "balanced", "fast"], SpeedPreset] = Field(
+        default_factory=dict, description="presets of the sampler that `validate` holds to the limits (docs/speed.md)"
+    )
     targets: tuple[str, ...] = ()
     export: str | None = None
     card: str = ""
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `fast` where a recipe has none: the identity of such a recipe is what it was before presets."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "fast" or value}
 
     @property
     def digest(self) -> str:

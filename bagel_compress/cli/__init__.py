@@ -19,8 +19,8 @@ from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
-    "advise", "build", "calibrate", "allocate", "fit", "sample", "validate", "publish", "export", "demo", "nano",
-    "finetune",
+    "advise", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "speed", "publish", "export",
+    "demo", "nano", "finetune",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Verbs from checkpoint to artifact: plan, compress, inspect, comfyui, synth."""
+"""Verbs from checkpoint to artifact: plan, compress, inspect, synth."""
 
 from __future__ import annotations
 
@@ -59,15 +59,6 @@ def register(verbs: Any) -> None:
     inspect.add_argument("--tensors", action="store_true", help="one line per unit, or per block of an export, too")
     add_json(inspect)
     inspect.set_defaults(verb=_inspect)
-
-    comfyui = add_verb(
-        verbs, "comfyui", "write an artifact of recipe fp8-comfyui as ComfyUI's single file",
-        "bagel-compress comfyui out/fp8-comfyui --out BAGEL-7B-MoT_fp8_e4m3fn_scaled.safetensors",
-    )  # fmt: skip
-    comfyui.add_argument("artifact", metavar="ARTIFACT", help="artifact folder")
-    comfyui.add_argument("--out", required=True, metavar="FILE", help="file to write")
-    add_json(comfyui)
-    comfyui.set_defaults(verb=_comfyui)
 
     synth = add_verb(
         verbs, "synth", "write a synthetic checkpoint of the true shape",
@@ -256,15 +247,6 @@ def _artifact_text(artifact: Artifact, tensors: bool, verified: bool) -> str:
     if verified:
         lines.append(f"verified: {len(manifest.files)} files, every byte as the manifest says")
     return "\n".join(lines)
-
-
-def _comfyui(args: argparse.Namespace) -> int:
-    from bagel_compress.build.artifact import Artifact
-    from bagel_compress.build.comfyui_file import comfyui_file
-
-    nbytes = comfyui_file(Artifact.open(args.artifact), Path(args.out))
-    emit(args, {"path": args.out, "bytes": nbytes}, f"{args.out}: {nbytes:,} bytes")
-    return 0
 
 
 def _synth(args: argparse.Namespace) -> int:

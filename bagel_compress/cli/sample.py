@@ -101,6 +101,7 @@ def _image_options(parser: argparse.ArgumentParser, defaults: dict[str, Any]) ->
                        help="evaluate it once the picture has moved by this share; 0 is off (%(default)s)")  # fmt: skip
     speed.add_argument("--cache-order", type=int, default=1, metavar="N",
                        help="order of the forecast, 0 to 2 (%(default)s)")  # fmt: skip
+    speed.add_argument("--preset", metavar="NAME", help="settings that the build's recipe promises under this name")
     speed.add_argument("--guidance-every", type=int, default=1, metavar="K",
                        help="evaluate the guidance branches at every K-th evaluation (%(default)s)")  # fmt: skip
     parser.add_argument(
@@ -179,7 +180,29 @@ def _flow(args: argparse.Namespace) -> FlowSettings:
 
     check_seed(args.seed)
     names = FlowSettings.__dataclass_fields__
-    return FlowSettings(**{**{n: getattr(args, n) for n in names}, "cfg_interval": tuple(args.cfg_interval)})
+    asked = FlowSettings(**{**{n: getattr(args, n) for n in names}, "cfg_interval": tuple(args.cfg_interval)})
+    return _with_preset(args, asked)
+
+
+def _with_preset(args: argparse.Namespace, flow: FlowSettings) -> FlowSettings:
+    """The settings with a preset of the build's recipe on top. Raises InputError where it has none of that name."""
+    if args.preset is None:
+        return flow
+    from bagel_compress.build.artifact import MANIFEST, Artifact
+    from bagel_compress.errors import InputError
+
+    folder = _folder(args)
+    presets = dict(Artifact.open(folder).manifest.recipe.fast) if (folder / MANIFEST).is_file() else {}
+    if args.preset not in presets:
+        known = ", ".join(presets) or "none"
+        raise InputError(f"{args.model} promises no preset {args.preset!r} (its presets: {known}).")
+    return presets[args.preset].applied(flow)
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    from bagel_compress.run.load import downloaded
+
+    return Path(args.model) if Path(args.model).exists() else downloaded(args.model)
 
 
 def _text(args: argparse.Namespace) -> TextSettings:
@@ -207,9 +230,8 @@ def _read_image(path: Path) -> Image:
 def _opened(args: argparse.Namespace) -> Loops:
     """The model on the device, or an export on its runtime; --target places the model by its residency plan."""
     from bagel_compress.build.artifact import EXPORT_MANIFEST
-    from bagel_compress.run.load import downloaded
 
-    folder = Path(args.model) if Path(args.model).exists() else downloaded(args.model)
+    folder = _folder(args)
     if (folder / EXPORT_MANIFEST).is_file():
         from bagel_compress.exporting.ort_sampler import open_onnx
 

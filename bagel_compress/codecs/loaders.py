@@ -34,6 +34,20 @@ TWO_STAGES = Loader(
     "vLLM-Omni 0.30, two stages", "0.30", "wrong", "-",
     "the thinker builds the generation expert without a quantisation config and skips its scales in silence",
 )  # fmt: skip
+OURS = (
+    Loader(
+        "ComfyUI, nodes of bagel-compress", "0.3.64", "opens", "any", "the build's folder in models/bagel",
+        "tests/comfyui/test_nodes.py::test_builds_of_several_formats_open",
+    ),
+    Loader(
+        "official BAGEL code", "2025-10", "opens", "any", "the build's folder, by bagel_compress.interop",
+        "tests/pipeline/test_interop.py::test_the_official_model_computes_with_what_is_stored",
+    ),
+)  # fmt: skip
+DECODED = Loader(
+    "ComfyUI-BAGEL, 2026 rewrite", "1.0", "opens", "any", "the file of `bagel-compress comfyui --bf16`: 16 bits again",
+    "tests/pipeline/test_comfy.py::test_any_build_decodes_to_the_same_file",
+)  # fmt: skip
 UNSERVED = "it reads the VAE from the files of the index and wants a preprocessor_config.json; builds have neither yet"
 RAW = (
     Loader("accelerate", "1.0", "opens", "any", "load_checkpoint_and_dispatch of the official code"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bagel.sampler import Sampler
 from bagel_compress.build.limits import Limit, Metric
+from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import RecipeError
 from bagel_compress.parity import replay
@@ -25,6 +26,7 @@ from bagel_compress.parity.distances import measure
 from bagel_compress.parity.linear_probes import answers_to, probe
 from bagel_compress.parity.metrics import largest, middle, smallest
 from bagel_compress.parity.network_metrics import Networks
+from bagel_compress.parity.preset_rows import preset_limits, preset_rows
 from bagel_compress.parity.report_data import CaseParity, LayerRounding, ParityReport, Row
 from bagel_compress.parity.trace import Trace, TraceFile
 
@@ -45,6 +47,7 @@ class Candidate:
     limits: Mapping[str, Limit]
     codecs: Mapping[str, Codec] = field(default_factory=dict)  # linear module path -> how it is stored
     rounding: Sequence[LayerRounding] = ()  # what calibrated rounding did, by layer
+    presets: Mapping[str, SpeedPreset] = field(default_factory=dict)  # of the recipe, by name
     has_modules: bool = True  # False: graphs, whose linear modules cannot be asked one by one
 
 
@@ -90,6 +93,9 @@ def compare(
     faults += diagnose_modules(found, wanted, subject.codecs, subject.limits.get(Metric.LINEAR_GAIN))
     if reference is not None:
         progress("attributing the error to components")
+    drawn_faster = preset_rows(
+        subject.sampler, subject.presets, preset_limits(subject.level, subject.limits), traces, progress
+    )
     report = ParityReport(
         artifact=subject.digest,
         name=subject.name,
@@ -97,7 +103,7 @@ def compare(
         source=files[0].header.source,
         source_digest=files[0].header.source_digest,
         environment=_environment(subject.sampler, files[0]),
-        rows=_rows(subject, cases, probe_values(found, wanted) if wanted.fixed else {}),
+        rows=(*_rows(subject, cases, probe_values(found, wanted) if wanted.fixed else {}), *drawn_faster),
         cases=tuple(cases),
         shares=attribute(reference, subject.sampler, traces) if reference is not None else (),
         modules=modules(found.fixed, wanted.fixed, subject.codecs),

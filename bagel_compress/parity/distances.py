@@ -31,7 +31,7 @@ def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
     values |= _vae(forced, reference) | _logits(forced, reference)
     text = None
     if free is not None:
-        values |= _picture(free, reference)
+        values |= picture_distances(free, reference)
         text = _text(free, reference)
     if text is not None:
         values[Metric.TEXT_EXACT] = float(text.exact)
@@ -151,7 +151,8 @@ def _logits(found: Trace, reference: Trace) -> dict[str, float]:
     return ({Metric.LOGITS_TOP1_SURE: metrics.top1(a[sure], b[sure])} if sure.any() else {}) | values
 
 
-def _picture(free: Trace, reference: Trace) -> dict[str, float]:
+def picture_distances(free: Trace, reference: Trace) -> dict[str, float]:
+    """What a person would see: latent and picture of a free run against the reference's; nothing without a picture."""
     if "image" not in reference.tensors:
         return {}
     a, b = free.tensors["image"], reference.tensors["image"]

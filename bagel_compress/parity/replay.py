@@ -25,6 +25,7 @@ from bagel.flow import FlowSettings
 from bagel.inputs import to_rgb
 from bagel.model import Tap
 from bagel.sampler import Result, Sampler, TextSettings
+from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.errors import BagelCompressError, InputError, TargetError
 from bagel_compress.parity.trace import CaseFacts, Trace, image_tensor
 from bagel_compress.run.case import Case
@@ -44,12 +45,16 @@ def replay(sampler: Sampler, trace: Trace) -> Trace:
     return _observed(_Replayer(sampler, trace))
 
 
-def rerun(sampler: Sampler, trace: Trace) -> Trace:
-    """A free run with the trace's noise and, in think mode, the reference's thoughts before the picture."""
-    return _observed(_Observer(sampler, trace))
+def rerun(sampler: Sampler, trace: Trace, speed: SpeedPreset | None = None) -> Trace:
+    """A free run with the trace's noise and, in think mode, the reference's thoughts before the picture.
+
+    `speed`: solver, points and step cache in place of the case's.
+    """
+    return _observed(_Observer(sampler, trace), speed)
 
 
-def _observed(observer: _Observer) -> Trace:
+def _observed(observer: _Observer, speed: SpeedPreset | None = None) -> Trace:
+    flow = FlowSettings(**observer.case.flow.model_dump())
     case, pictures = observer.case, iter(observer.script.series("picture"))
     try:
         with torch.no_grad():
@@ -58,7 +63,7 @@ def _observed(observer: _Observer) -> Trace:
                 output="image" if case.makes_image else "text",
                 think=case.think,
                 size=case.size,
-                flow=FlowSettings(**case.flow.model_dump()),
+                flow=flow if speed is None else speed.applied(flow),
                 text=TextSettings(max_tokens=case.text.max_tokens),
                 seed=case.seed,
                 noise=observer.noise,
@@ -81,6 +86,7 @@ class _Observer(Listener):
         self._contexts: dict[str, tuple[int, int]] = {}
         self._logits: list[Tensor] = []
         self._draws = self._events = self._latents = 0
+        self.passes = 0
 
     def finished(self, result: Result) -> Trace:
         """The trace of the run that gave this result."""
@@ -88,7 +94,8 @@ class _Observer(Listener):
             self.found["logits"] = torch.stack(self._logits)
         if result.image is not None:
             self.found["image"] = image_tensor(result.image)
-        return Trace(self.case, self.found, CaseFacts(text=self.answer(result), contexts=self._contexts))
+        facts = CaseFacts(text=self.answer(result), contexts=self._contexts, passes=self.passes)
+        return Trace(self.case, self.found, facts)
 
     def answer(self, result: Result) -> str | None:
         """The text of the trace: what the model came to by itself."""
@@ -132,6 +139,10 @@ class _Observer(Listener):
         branches = drawing.branches
         named = (("cond", branches.cond), ("text", branches.text_dropped), ("image", branches.image_dropped))
         self._contexts = {name: (c.length, c.rope) for name, [c] in named}
+
+    def after_step(self, step: Step) -> Step:
+        self.passes += step.passes
+        return step
 
     def before_picture(self, latents: Sequence[Tensor]) -> Sequence[Tensor]:
         self.found["latent"] = latents[0].cpu()
@@ -191,7 +202,7 @@ class _Recorder(_Observer):
     def after_step(self, step: Step) -> Step:
         if step.index in self._steps and not step.forecast:  # a forecast is no answer of the network
             self.keep(step, self._steps)
-        return step
+        return super().after_step(step)
 
 
 class _Replayer(_Observer):

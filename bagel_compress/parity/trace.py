@@ -19,7 +19,7 @@ and for the linear modules (linear_probes.py): `probe/MODULE`, the answers to fi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class CaseFacts(FrozenModel):
 
     text: str | None = None
     contexts: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    passes: int = Field(default=0, description="times that the network was evaluated in denoising, branches counted")
     floor: dict[str, dict[str, Number]] = Field(
         default_factory=dict, description="metric -> the reference against itself, by what was changed"
     )
@@ -176,6 +177,15 @@ def save(path: Path, header: TraceHeader, traces: list[Trace], probes: RecordedP
     )
     with atomic_path(path) as partial:
         save_file(tensors, str(partial), metadata={METADATA_KEY: header.model_dump_json()})
+
+
+def common_dtype(files: Sequence[TraceFile]) -> torch.dtype:
+    """The dtype that the traces were recorded in; raises TraceError if they differ."""
+    names = sorted({file.header.dtype for file in files})
+    if len(names) != 1:
+        raise TraceError(f"the traces were recorded in {' and '.join(names)}; give traces of one dtype.")
+    dtype: torch.dtype = getattr(torch, names[0])
+    return dtype
 
 
 def image_tensor(picture: Any) -> Tensor:

@@ -21,7 +21,7 @@ def snippets(artifact: Artifact, repo: str) -> list[Snippet]:
         if name in stored:
             unit = next(unit for unit in units if unit.codec.format == name)
             found += unit.codec.snippets(repo, next(iter(unit.tensors)), unit.shard, alone=stored == {name})
-    return [*found, _onnx(repo)]
+    return [*found, _official(repo), _comfyui(repo), _onnx(repo)]
 
 
 def export_snippets(export: ExportFolder, repo: str) -> list[Snippet]:
@@ -91,6 +91,32 @@ sampler = bc.open_model("{repo}")  # device="cuda" where there is one
 print(sampler.run(["why is the sky blue?"], output="text", text=TextSettings(max_tokens=64)).text)
 """
     return Snippet("Python", text, ("torch",), note="`pip install bagel-compress`")
+
+
+def _official(repo: str) -> Snippet:
+    text = f"""
+from bagel_compress.interop import official_inferencer
+
+inferencer = official_inferencer("{repo}")
+inferencer(text="a red teapot on a wooden table")["image"].save("teapot.png")
+"""
+    note = (
+        "In a clone of ByteDance-Seed/Bagel with its packages: the official model and sampler over the weights as they"
+        " are stored. Its pinned `huggingface_hub` is too old to download; give a folder that `hf download` made."
+    )
+    return Snippet("Official BAGEL code", text, ("modeling",), note=note)
+
+
+def _comfyui(repo: str) -> Snippet:
+    text = f"""
+pip install bagel-compress
+bagel-compress comfyui install ComfyUI
+hf download {repo} --local-dir ComfyUI/models/bagel/{repo.partition("/")[2]}
+"""
+    note = (
+        "With the Python that runs ComfyUI. The nodes, in the menu BAGEL, open every format; workflows come with them."
+    )
+    return Snippet("ComfyUI nodes", text, (), "sh", note)
 
 
 def _onnx(repo: str) -> Snippet:

@@ -124,6 +124,17 @@ def scatter(title: str, x_label: str, points: Sequence[tuple[str, float, float]]
     return f'<figure class="chart pareto"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
 
 
+def standalone(figure: str) -> str:
+    """The drawing of a figure as a file of its own, with the colours that a page would give it."""
+    drawing = figure[figure.index("<svg ") : figure.index("</svg>") + len("</svg>")]
+    style = (
+        "svg{--c0:#2563eb;--c5:#9ca3af;background:#fff;font:9px sans-serif}"
+        ".grid{stroke:#e5e7eb}.tick{fill:#6b7280;font-size:8px}"
+    )
+    head, _, rest = drawing.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}"><style>{style}</style>{rest}'
+
+
 def _apart(place: _Place, xs: Sequence[float]) -> list[float]:
     """Values whose tick labels do not touch."""
     kept: list[float] = []

@@ -22,13 +22,13 @@ from bagel.loading import parameter_path
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.codecs.base import Codec, Rounded
-from bagel_compress.errors import TargetError, TraceError
+from bagel_compress.errors import TargetError
 from bagel_compress.io.atomic import atomic_path, write_atomic
 from bagel_compress.parity.compare import NO_NETWORKS, Candidate, Comparison, Progress, compare
 from bagel_compress.parity.network_metrics import Networks
 from bagel_compress.parity.record import FLOORS, record_cases
 from bagel_compress.parity.report_data import REPORTS, LayerRounding, ParityReport, load_budgets
-from bagel_compress.parity.trace import TraceFile
+from bagel_compress.parity.trace import TraceFile, common_dtype
 from bagel_compress.report.html import render
 from bagel_compress.report.text import junit, markdown
 from bagel_compress.run.case import Case
@@ -79,7 +79,7 @@ def validate_artifact(
     files = [TraceFile.open(trace) for trace in traces]
     for file in files:
         file.expect_source(artifact.manifest.source.digest, str(path))
-    dtype = _dtype(files)
+    dtype = common_dtype(files)
     reference = None
     if source is not None:
         if isinstance(device, DeviceMap):
@@ -90,7 +90,10 @@ def validate_artifact(
         reference = load_checkpoint(checkpoint, device, dtype)
     sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
     codecs, rounding = codecs_by_module(artifact), rounding_by_layer(artifact)
-    subject = Candidate(sampler, recipe.name, artifact.digest, recipe.limits.level, limits, codecs, rounding)
+    subject = Candidate(
+        sampler, recipe.name, artifact.digest, recipe.limits.level, limits, codecs, rounding,
+        presets={str(name): preset for name, preset in recipe.fast.items()},
+    )  # fmt: skip
     found = compare(subject, files, reference, progress, networks)
     write(artifact, found)
     return found.report
@@ -182,12 +185,3 @@ def _png(image: Image.Image) -> bytes:
 
 def _opened(source: str | Path | Checkpoint) -> Checkpoint:
     return source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-
-
-def _dtype(files: Sequence[TraceFile]) -> torch.dtype:
-    """The dtype that the traces were recorded in; raises TraceError if they differ."""
-    names = sorted({file.header.dtype for file in files})
-    if len(names) != 1:
-        raise TraceError(f"the traces were recorded in {' and '.join(names)}; give traces of one dtype.")
-    dtype: torch.dtype = getattr(torch, names[0])
-    return dtype

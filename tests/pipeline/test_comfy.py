@@ -110,3 +110,16 @@ def test_a_file_without_codes_names_its_model(tiny: Checkpoint, tmp_path: Path) 
     named = {"format": "comfyui_bagel", "format_version": 1, "variant": "BAGEL-7B-MoT", "dtype": "bf16"}
     assert entry == named | {"quantization": "none"}
     assert configs == {name: tiny.configs[name] for name in ("llm_config.json", "vit_config.json")}
+
+
+def test_any_build_decodes_to_the_same_file(
+    tiny: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--bf16: of a lossless build, the checkpoint's own bits; with the key of ComfyUI-BAGEL and no formats."""
+    compress(make_plan(tiny, Recipe.load(find_recipe("df11"))), tiny, tmp_path / "a")
+    assert main(["comfyui", str(tmp_path / "a"), "--bf16", "--out", str(tmp_path / "m.safetensors")]) == 0
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["comfyui_bagel"])["quantization"] == "none"
+        assert "_quantization_metadata" not in file.metadata()
+        for spec in tiny.specs:
+            assert file.get_tensor(spec.name).equal(tiny.read(spec, 0, spec.numel).reshape(spec.shape))

@@ -31,7 +31,8 @@ CASES = [
     ("raw", "Command line"), ("nf4", "Python"), ("nf4", "bitsandbytes"), ("int8-24gb", "bitsandbytes"),
     ("fp8-24gb", "compressed-tensors (fp8)"), ("mixed-16gb", "bitsandbytes"),
     ("mixed-16gb", "compressed-tensors (fp8)"), ("fp8-comfyui", "compressed-tensors (fp8)"), ("fp8-comfyui", "ComfyUI"),
-    ("df11", "Python"), ("df11", "dfloat11"), ("df11", "ComfyUI"),
+    ("df11", "Python"), ("df11", "dfloat11"), ("df11", "ComfyUI"), ("df11", "ComfyUI nodes"),
+    ("fp8-24gb", "Official BAGEL code"),
 ]  # fmt: skip
 SLOW = [("int8-24gb", "ONNX Runtime"), ("mixed-16gb", "ONNX Runtime")]
 Online = Callable[[str], tuple[Artifact, str]]
@@ -66,22 +67,28 @@ def test_it_runs(
     tmp_path: Path,
     cli: Callable[..., tuple[int, str, str]],
     bnb_decoded: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     artifact, repo = online(recipe)
     snippet = find(artifact, repo, title)
     for package in snippet.needs:
-        if importlib.util.find_spec(package) is None:
+        if package != "modeling" and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
+    if title == "ComfyUI nodes":
+        (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
     if snippet.language == "sh":
         run_shell(snippet.text, cli)
         if title == "ComfyUI":
             folder = tmp_path / "models" / "bagel" / f"BAGEL-7B-MoT-{recipe}"
             assert (folder / "vae" / "ae.safetensors").exists()
             assert Artifact.open(folder).verify() == []
+        elif title == "ComfyUI nodes":
+            assert (tmp_path / "ComfyUI" / "custom_nodes" / "bagel-compress" / "__init__.py").exists()
+            assert Artifact.open(tmp_path / "ComfyUI" / "models" / "bagel" / f"BAGEL-7B-MoT-{recipe}").verify() == []
         elif title == "Command line":
             assert (tmp_path / "teapot.png").exists()
         return
-    found = run_python(snippet, artifact)
+    found = run_python(snippet, artifact, monkeypatch)
     if recipe == "fp8-comfyui" and title == "ComfyUI":
         comfyui_reads(tmp_path / "BAGEL-7B-MoT-fp8-comfyui_fp8_e4m3fn_scaled.safetensors", artifact)
     if title == "bitsandbytes" and recipe != "int8-24gb":
@@ -129,8 +136,13 @@ def run_shell(text: str, cli: Callable[..., tuple[int, str, str]]) -> None:
             assert line in ("pip install bagel-compress", "pip install 'bagel-compress[onnx]'")
 
 
-def run_python(snippet: Snippet, artifact: Artifact) -> dict[str, object]:
+def run_python(snippet: Snippet, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     names: dict[str, object] = {}
+    if snippet.title == "Official BAGEL code":
+        sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
+        from official_standin import provide
+
+        provide(monkeypatch, artifact)
     if snippet.title == "dfloat11":
         sys.path.append(str(Path(__file__).parents[1] / "codecs"))
         from dfloat11_official import package
@@ -143,6 +155,8 @@ def run_python(snippet: Snippet, artifact: Artifact) -> dict[str, object]:
     if snippet.title == "dfloat11":
         x = torch.linspace(-2, 2, 8).bfloat16()
         assert torch.equal(names["model"](x), official_model()(x))  # type: ignore[operator]
+    elif snippet.title == "Official BAGEL code":
+        assert Path("teapot.png").exists()
     elif snippet.title != "ComfyUI":
         assert shown.getvalue().strip()
     return names
@@ -155,7 +169,7 @@ def test_command_lines_are_understood(built: Callable[[str], Artifact]) -> None:
 
     lines = [line for s in snippets(built("int8-24gb"), "ann/x") if s.language == "sh" for line in s.text.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("bagel-compress")]
-    assert {command[0] for command in commands} == {"generate", "export", "ask"}
+    assert {command[0] for command in commands} == {"generate", "comfyui", "export", "ask"}
     for command in commands:
         parsed = command_parser().parse_args(command)
         if command[0] == "export":

@@ -1,0 +1,55 @@
+"""The verb speed: what drawing with fewer evaluations costs a model, and the presets that hold its limits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bagel_compress.cli import add_json, add_verb, emit, say
+
+if TYPE_CHECKING:
+    from bagel_compress.validation.price_list import PriceList
+
+
+def register(verbs: Any) -> None:
+    """Adds the parser of speed."""
+    speed = add_verb(
+        verbs, "speed", "price list of solvers and step caches: passes, seconds and error of each, against a trace",
+        "bagel-compress speed out/nf4 --trace bagel.trace.safetensors --out out/nf4-speed\n"
+        "  bagel-compress speed BAGEL-7B-MoT --class 8-bit --trace bagel.trace.safetensors --device cuda",
+    )  # fmt: skip
+    speed.add_argument("model", metavar="MODEL", help="artifact or full-precision checkpoint folder")
+    speed.add_argument("--trace", required=True, nargs="+", metavar="FILE", help="traces of the model's source")
+    speed.add_argument(
+        "--class", dest="level", choices=("16-bit", "8-bit", "4-bit"),
+        help="limits of this class (default: the recipe's; of a checkpoint 8-bit)",
+    )  # fmt: skip
+    speed.add_argument("--target", metavar="T", help="also hold the target's seconds_per_image, on its own GPU")
+    speed.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
+    speed.add_argument("--out", type=Path, default=Path("speed"), metavar="DIR",
+                       help="where speed.json and speed.svg go (%(default)s)")  # fmt: skip
+    add_json(speed)
+    speed.set_defaults(verb=_speed)
+
+
+def _speed(args: argparse.Namespace) -> int:
+    from bagel_compress.budgets.device_option import one_device
+    from bagel_compress.run.target import Target
+    from bagel_compress.validation.price_list import model_prices
+
+    target = None if args.target is None else Target.load(args.target)
+    found = model_prices(args.model, args.trace, args.level, one_device(args.device), target, say)
+    data, chart = found.save(args.out)
+    emit(args, found.model_dump(mode="json") | {"chart": str(chart)}, f"{_table(found)}\n{data}\n{chart}")
+    return 0
+
+
+def _table(found: PriceList) -> str:
+    lines = [f"{found.model} on {found.device}", f"{'settings':<44}{'passes':>8}{'seconds':>9}{'latent':>9}{'PSNR':>7}"]
+    for price in sorted(found.prices, key=lambda p: -p.passes):
+        verdict = f"   breaks {', '.join(price.broken)}" if price.broken else ""
+        lines.append(
+            f"{price.name:<44}{price.passes:>8.1f}{price.seconds:>9.3f}{price.latent:>9.4f}{price.psnr:>7.1f}{verdict}"
+        )
+    return "\n".join([*lines, "presets for the recipe:", found.recipe_lines()])

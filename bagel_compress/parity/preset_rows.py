@@ -1,0 +1,50 @@
+"""The presets of a recipe, held to its limits: every case with a picture is drawn freely with each of them.
+
+Distances are those to the reference's trace, so they hold what the weights cost and what the preset costs. A preset
+changes no weight: modules, velocities and texts are not asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from bagel.sampler import Sampler
+from bagel_compress.build.limits import Limit, resolve
+from bagel_compress.build.speed_settings import SpeedPreset
+from bagel_compress.parity import replay
+from bagel_compress.parity.distances import picture_distances
+from bagel_compress.parity.metrics import middle
+from bagel_compress.parity.report_data import Row
+from bagel_compress.parity.trace import Trace
+
+
+def preset_limits(level: str, limits: Mapping[str, Limit]) -> dict[str, Limit]:
+    """The limits of what is drawn with a preset: of latent and picture. A lossless build's are those of 16 bits,
+    since no preset draws equal bits."""
+    chosen = resolve("16-bit", {}) if level == "lossless" else limits
+    return {metric: limit for metric, limit in chosen.items() if metric.startswith(("latent.", "image."))}
+
+
+def preset_rows(
+    sampler: Sampler,
+    presets: Mapping[str, SpeedPreset],
+    limits: Mapping[str, Limit],
+    traces: Sequence[Trace],
+    progress: Callable[[str], None],
+) -> Iterator[Row]:
+    """One row per preset and limit, and per case where a limit is one of every case."""
+    drawn = [trace for trace in traces if "image" in trace.tensors]
+    for name, preset in presets.items():
+        found = {}
+        for trace in drawn:
+            progress(f"comparing {trace.case.name}, preset {name}")
+            found[trace.case.name] = picture_distances(replay.rerun(sampler, trace, preset), trace)
+        for metric, limit in limits.items():
+            values = {case: distances[metric] for case, distances in found.items() if metric in distances}
+            if limit.metric.over_cases_by_median:
+                values = {"all": middle(values.values())} if values else {}
+            for case, value in values.items():
+                yield Row(
+                    case=f"{case}, preset {name}", metric=metric, value=value, floor=None, limit=limit.value,
+                    source=limit.source, ok=limit.holds(value),
+                )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Price list: what drawing with fewer evaluations costs and saves, setting by setting, against a trace.
+
+Every setting draws the pictures of a trace freely, with the trace's noise. Its distances are those of the gate, so they
+include what the weights of a build cost. From the settings that hold the limits come presets for a recipe's `fast:`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bagel.sampler import Sampler
+from bagel_compress.budgets.latency import device_name
+from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.limits import Limit, Metric, resolve
+from bagel_compress.build.speed_settings import SpeedPreset
+from bagel_compress.errors import TargetError, TraceError
+from bagel_compress.io.atomic import write_atomic
+from bagel_compress.io.yaml_model import FrozenModel
+from bagel_compress.parity import replay
+from bagel_compress.parity.compare import Progress
+from bagel_compress.parity.distances import picture_distances
+from bagel_compress.parity.metrics import largest, middle, smallest
+from bagel_compress.parity.preset_rows import preset_limits
+from bagel_compress.parity.report_data import Number
+from bagel_compress.parity.trace import Trace, TraceFile, common_dtype
+from bagel_compress.report.svg import scatter, standalone
+from bagel_compress.run.load import load, load_checkpoint
+from bagel_compress.run.target import Target
+from bagel_compress.source.checkpoint import Checkpoint
+
+OFFICIAL = SpeedPreset()
+SHARES = (2, 3, 4)  # a half, a third and a quarter of the evaluations
+SECONDS = "seconds_per_image"
+BALANCED = 0.5  # share of the limit of the latent that `balanced` may use
+
+
+class Price(FrozenModel):
+    """A setting, and what it costs over the pictures of a trace."""
+
+    settings: SpeedPreset
+    passes: float  # of the network, per picture; all branches counted
+    seconds: float  # per picture, median: reading, denoising and the VAE
+    latent: Number  # worst latent.path
+    psnr: Number  # median image.psnr in dB
+    broken: tuple[str, ...] = ()  # limits that it does not hold
+
+    @property
+    def name(self) -> str:
+        return str(self.settings)
+
+
+class PriceList(FrozenModel):
+    """Prices of one model on one device; `presets` are what its recipe could promise."""
+
+    model: str
+    device: str
+    limits: dict[str, float]
+    prices: tuple[Price, ...]
+    presets: dict[str, SpeedPreset]
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Writes speed.json and speed.svg (seconds against latent error, the Pareto front joined)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        data, chart = folder / "speed.json", folder / "speed.svg"
+        write_atomic(data, self.model_dump_json(indent=2))
+        points = [(price.name, price.passes, price.latent) for price in self.prices]
+        write_atomic(chart, standalone(scatter("latent error", "passes of the network per picture", points)))
+        return data, chart
+
+    def recipe_lines(self) -> str:
+        """The presets as a recipe's `fast:` block."""
+        lines = [
+            f"  {name}: {{{', '.join(f'{k}: {v}' for k, v in preset.model_dump(exclude_defaults=True).items())}}}"
+            for name, preset in self.presets.items()
+        ]
+        return "\n".join(["fast:", *lines])
+
+
+def model_prices(
+    model: str | Path,
+    traces: Sequence[str | Path],
+    level: str | None = None,
+    device: torch.device | str = "cpu",
+    target: Target | None = None,
+    progress: Progress | None = None,
+) -> PriceList:
+    """Prices of an artifact or a full-precision checkpoint, on traces of its source.
+
+    `level`: class of limits; default: the recipe's, of a checkpoint "8-bit". `target`: settings slower than its
+    seconds_per_image are marked as breaking it. Raises TraceError on traces of another source, TargetError if the
+    device is not the target's GPU.
+    """
+    files, device = [TraceFile.open(trace) for trace in traces], torch.device(device)
+    dtype = common_dtype(files)
+    name = device_name(device)
+    if target is not None and target.budget.seconds_per_image is not None and name != target.device.name:
+        raise TargetError(f"target {target.name} limits seconds on {target.device.name}; this is {name}.")
+    if (Path(model) / MANIFEST).is_file():
+        artifact = Artifact.open(model)
+        limits, title = artifact.manifest.recipe.limits, artifact.manifest.recipe.name
+        digest, level, overrides = artifact.manifest.source.digest, level or limits.level, limits.overrides
+        sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
+    else:
+        checkpoint = Checkpoint.open(model)
+        title, digest, level, overrides = checkpoint.name, checkpoint.digest, level or "8-bit", {}
+        sampler = load_checkpoint(checkpoint, device, dtype)
+    for file in files:
+        file.expect_source(digest, str(model))
+    held = preset_limits(level, resolve(level, overrides))
+    recorded = [file.read(case) for file in files for case in file.header.cases]
+    seconds = None if target is None else target.budget.seconds_per_image
+    return price_list(sampler, title, recorded, held, device=name, seconds=seconds, progress=progress)
+
+
+def candidates(points: int) -> tuple[SpeedPreset, ...]:
+    """The settings that a list has by default, for cases of so many points: solvers, caches, guidance."""
+    fewer = [(points - 1 + share - 1) // share + 1 for share in SHARES]
+    return (
+        OFFICIAL,
+        *(SpeedPreset(num_timesteps=n, solver=solver) for n in fewer if n > 2 for solver in ("euler", "ab2", "dpm2")),
+        *(SpeedPreset(cache_every=k, cache_order=o) for k in SHARES for o in (0, 1, 2)),
+        *(SpeedPreset(cache_threshold=r) for r in (0.05, 0.1)),
+        *(SpeedPreset(guidance_every=k) for k in (2, 3)),
+        SpeedPreset(cache_every=2, guidance_every=2),
+    )
+
+
+def price_list(
+    sampler: Sampler,
+    name: str,
+    traces: Sequence[Trace],
+    limits: Mapping[str, Limit],
+    settings: Sequence[SpeedPreset] = (),
+    device: str = "",
+    seconds: float | None = None,
+    progress: Progress | None = None,
+) -> PriceList:
+    """Draws the pictures of the traces with every setting. `seconds`: the most that a picture may take.
+
+    Raises TraceError if there is no picture among the traces.
+    """
+    progress = progress or (lambda message: None)
+    drawn = [trace for trace in traces if "image" in trace.tensors]
+    if not drawn:
+        raise TraceError("the traces hold no picture; record cases of kind t2i or edit.")
+    replay.rerun(sampler, drawn[0])  # the first run of a process is slower
+    prices = []
+    for setting in settings or candidates(min(trace.case.flow.num_timesteps for trace in drawn)):
+        progress(f"drawing with {setting}")
+        price = _price(sampler, setting, drawn, limits)
+        slow = seconds is not None and price.seconds > seconds
+        prices.append(price.model_copy(update={"broken": (*price.broken, SECONDS)}) if slow else price)
+    shown = {metric: limit.value for metric, limit in limits.items()}
+    return PriceList(
+        model=name, device=device, limits=shown, prices=tuple(prices), presets=choose_presets(prices, limits)
+    )
+
+
+def choose_presets(prices: Sequence[Price], limits: Mapping[str, Limit]) -> dict[str, SpeedPreset]:
+    """exact: the official sampler; fast: the fewest passes that hold every limit; balanced: the fewest that use at most
+    half of the latent's limit. What nothing holds is left out."""
+    chosen = {"exact": OFFICIAL}
+    holding = sorted((p for p in prices if not p.broken), key=lambda p: (p.passes, p.latent))
+    limit = limits.get(Metric.LATENT_PATH)
+    near = [p for p in holding if limit is None or p.latent <= BALANCED * limit.value]
+    if near:
+        chosen["balanced"] = near[0].settings
+    if holding:
+        chosen["fast"] = holding[0].settings
+    return chosen
+
+
+def _price(sampler: Sampler, setting: SpeedPreset, traces: Sequence[Trace], limits: Mapping[str, Limit]) -> Price:
+    seconds, passes, distances = [], [], []
+    for trace in traces:
+        begun = time.perf_counter()
+        with torch.no_grad():
+            free = replay.rerun(sampler, trace, setting)
+        seconds.append(time.perf_counter() - begun)
+        passes.append(free.facts.passes)
+        distances.append(picture_distances(free, trace))
+    broken = []
+    for metric, limit in limits.items():
+        values = [d[metric] for d in distances if metric in d]
+        worst = largest if limit.sense == "max" else smallest
+        if values and not limit.holds((middle if limit.metric.over_cases_by_median else worst)(values)):
+            broken.append(str(metric))
+    return Price(
+        settings=setting,
+        passes=sum(passes) / len(passes),
+        seconds=middle(seconds),
+        latent=largest(d[Metric.LATENT_PATH] for d in distances),
+        psnr=middle(d[Metric.IMAGE_PSNR] for d in distances),
+        broken=tuple(broken),
+    )
