@@ -6,11 +6,12 @@ import io
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageOps
 
 from bagel.errors import BagelError
-from bagel.images import to_rgb
+from bagel.images import bicubic, to_rgb
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -115,3 +116,21 @@ def test_other_modes(mode: str, value: Any, expected: tuple[int, int, int]) -> N
 def test_modes_without_one_meaning_are_refused(mode: str) -> None:
     with pytest.raises(BagelError, match=f"stored as {mode}, expected"):
         to_rgb(Image.new(mode, (2, 2)))
+
+
+def test_the_order_of_the_passes_does_not_depend_on_pillow() -> None:
+    """Pillow 12 and 13 resize in another order; the sampler resizes as 13 does, and both orders occur below."""
+    rng, orders = np.random.default_rng(0), set()
+    for width, height, sides in ((76, 52, (32, 32)), (52, 76, (32, 32)), (60, 90, (60, 30)), (64, 48, (96, 112))):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        found = np.asarray(bicubic(image, sides))
+        passes = {
+            "horizontal": image.resize((sides[0], height), Image.Resampling.BICUBIC),
+            "vertical": image.resize((width, sides[1]), Image.Resampling.BICUBIC),
+        }
+        first = "vertical" if height - sides[1] > max(0, 2 * (width - sides[0])) else "horizontal"
+        assert np.array_equal(found, np.asarray(passes[first].resize(sides, Image.Resampling.BICUBIC)))
+        orders.add(first)
+        if int(PIL.__version__.split(".")[0]) >= 13:
+            assert np.array_equal(found, np.asarray(image.resize(sides, Image.Resampling.BICUBIC)))
+    assert orders == {"horizontal", "vertical"}
