@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint coverage test-slow test-gpu bench nano nano-table clean
+.PHONY: demo app test lint coverage test-slow test-gpu bench nano nano-table clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -13,6 +13,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/bagel-compress demo
+
+app: $(READY)
+	$(BIN)/bagel-compress app bagel_compress/data/BAGEL-nano $(APP)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -89,8 +89,8 @@ def judged(build: BuildOutline, target: Target, phases: tuple[PhaseUse, ...]) ->
 
 def with_verdict(report: BudgetReport, target: Target) -> BudgetReport:
     """The report with its verdict and advice computed again from its numbers."""
-    overruns = (*_overruns(report), *_too_slow(report, target))
-    return report.model_copy(update={"overruns": overruns, "advice": tuple(_advice(report, target))})
+    broken = (*overruns(report), *_too_slow(report, target))
+    return report.model_copy(update={"overruns": broken, "advice": tuple(_advice(report, target))})
 
 
 def weight_bytes(sampler: Sampler, times: Mapping[str, int], ring: Tensor | None = None) -> dict[Part, int]:
@@ -265,7 +265,8 @@ def _held(part: Part, size: int, phase: Phase, resident: tuple[Part, ...] | None
     return -(-size // layers) if part in ("und", "gen") else size
 
 
-def _overruns(report: BudgetReport) -> Iterator[str]:
+def overruns(report: BudgetReport) -> Iterator[str]:
+    """A sentence for each limit of memory or disk that does not hold."""
     if report.limit is not None and report.peak > report.limit:
         worst = max(report.phases, key=lambda p: p.total)
         yield (

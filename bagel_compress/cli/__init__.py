@@ -19,8 +19,8 @@ from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
-    "advise", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "speed", "publish", "export",
-    "demo", "nano", "finetune",
+    "advise", "app", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "speed", "profile",
+    "publish", "export", "demo", "nano", "finetune",
 )  # fmt: skip
 
 

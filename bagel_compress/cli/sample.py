@@ -33,7 +33,7 @@ def register(verbs: Any) -> None:
     )  # fmt: skip
     generate.add_argument("prompt", metavar="PROMPT", help="may be empty")
     generate.add_argument(
-        "--size", type=_size, metavar="WxH", help="pixels, multiples of 16 (default: the largest square)"
+        "--size", type=picture_size, metavar="WxH", help="pixels, multiples of 16 (default: the largest square)"
     )
     _image_options(generate, {"cfg_img_scale": 1.0, "cfg_interval": (0.4, 1.0), "cfg_renorm_type": "global"})
     generate.set_defaults(verb=_generate)
@@ -117,7 +117,7 @@ def _text_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     text.add_argument("--temperature", type=float, default=0.3, help="of sampling (%(default)s)")
 
 
-def _size(value: str) -> tuple[int, int]:
+def picture_size(value: str) -> tuple[int, int]:
     """WxH -> (height, width)."""
     width, cross, height = value.lower().partition("x")
     if not (cross and all(side.isascii() and side.isdecimal() and len(side) < 7 for side in (width, height))):
@@ -150,13 +150,16 @@ def _picture(
     size: tuple[int, int] | None,
 ) -> int:
     from bagel_compress.io.atomic import atomic_path
+    from bagel_compress.run.picture_settings import picture_settings, png_info
 
     begun = time.perf_counter()
     with _progress(flow.num_timesteps - 1) as bar:
         result = sampler.run(turns, think=args.think, size=size, flow=flow, text=text, seed=args.seed, listener=bar)
     assert result.image is not None
+    prompt = next(turn for turn in turns if isinstance(turn, str))
+    settings = picture_settings(args.model, prompt, args.seed, result.image.size, flow, text if args.think else None)
     with atomic_path(args.out) as partial:
-        result.image.save(partial, "PNG")
+        result.image.save(partial, "PNG", pnginfo=png_info(settings))
     data = {
         "image": str(args.out), "width": result.image.width, "height": result.image.height, "seed": args.seed,
         "thoughts": result.text, "seconds": round(time.perf_counter() - begun, 3),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bagel.layout import official_role
 from bagel.loading import parameter_path
-from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.artifact import MANIFEST, Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.codecs.base import Codec, Rounded
 from bagel_compress.errors import TargetError
@@ -123,9 +123,10 @@ def write_report(path: str | Path, digest: str | None = None) -> Path:
     path = Path(path)
     report = ParityReport.load(path, digest)
     budgets = load_budgets(path, digest)
-    pictures = {c.name: _thirds(path / REPORTS / f"{c.name}.png") for c in report.cases if c.has_image}
+    pictures = {c.name: [_png(part) for part in picture_parts(path, c.name)] for c in report.cases if c.has_image}
     page = path / "report.html"
-    write_atomic(page, render(report, pictures, budgets))
+    sizes = Artifact.open(path).groups() if (path / MANIFEST).is_file() else ()
+    write_atomic(page, render(report, pictures, budgets, sizes))
     write_atomic(path / REPORTS / "junit.xml", junit(report, budgets))
     write_atomic(path / REPORTS / "summary.md", markdown(report, budgets))
     return page
@@ -169,12 +170,13 @@ def strip(reference: Tensor, found: Tensor) -> Image.Image:
     return Image.fromarray(joined.numpy())
 
 
-def _thirds(path: Path) -> list[bytes]:
+def picture_parts(path: Path, case: str) -> list[Image.Image]:
+    """Reference, artifact and difference of a case, as `write` stored them beside the artifact in `path`."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path / REPORTS / f"{case}.png") as image:
         width = image.width // 3
-        return [_png(image.crop((i * width, 0, (i + 1) * width, image.height))) for i in range(3)]
+        return [image.crop((i * width, 0, (i + 1) * width, image.height)) for i in range(3)]
 
 
 def _png(image: Image.Image) -> bytes:
