@@ -63,8 +63,8 @@ def predict(build: BuildOutline, target: Target, every_layer: bool = False) -> B
     check_sizes(build, target.sizes.image)
     with FakeTensorMode():
         model = fake_model(build, every_layer)
-        weights = weight_bytes(model.sampler, model.times, model.scratch)
-        fixed, scratch = fixed_bytes(build.units), sum(scratch_bytes(build).values())
+        weights = weight_bytes(model.sampler, model.times, model.ring)
+        fixed, scratch = fixed_bytes(build.units), scratch_bytes(build)
         phases = tuple(
             _use(task, peak, (weights, fixed), scratch, target, build.config.llm.num_layers)
             for task in target.tasks
@@ -93,13 +93,13 @@ def with_verdict(report: BudgetReport, target: Target) -> BudgetReport:
     return report.model_copy(update={"overruns": overruns(report, target), "advice": tuple(_advice(report, target))})
 
 
-def weight_bytes(sampler: Sampler, times: Mapping[str, int], scratch: Sequence[Tensor] = ()) -> dict[Part, int]:
+def weight_bytes(sampler: Sampler, times: Mapping[str, int], ring: Tensor | None = None) -> dict[Part, int]:
     """Bytes of weights by part, as the modules hold them, each storage once and rounded as the allocator does.
 
-    `times`: path of a layer -> how many layers it stands for. `scratch`: tensors in the modules that are no weights.
+    `times`: path of a layer -> how many layers it stands for. `ring`: a tensor in the modules that is no weight.
     """
     tracker = Tracker(lambda tensor: "")
-    tracker.hold(scratch)
+    tracker.hold([] if ring is None else [ring])
     found: dict[Part, int] = {}
     for path, tensor in _tensors(sampler.bagel):
         part = _part_of(path)

@@ -146,7 +146,8 @@ class Codec(FrozenModel, ABC):
     config                 compress (config.json)        nothing
     linear, linears        load                          holds the parts, decodes them in every call
     embedding              load                          decodes once
-    scratch_bytes          budget                        0
+    ring_units             budget                        none: decodes nothing into the shared ring
+    fake_embedding         budget                        None: a table is decoded at loading
     fake_linears           budget                        `linears` over fake tensors
     snippets               model card                    nothing
     loaders                inspect, model card           nothing
@@ -246,10 +247,14 @@ class Codec(FrozenModel, ABC):
         """Run-time module of an embedding table that looks rows up in the stored form; default: None, decode it."""
         return None
 
+    def fake_embedding(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> torch.nn.Module | None:
+        """`embedding` for a prediction of memory, which can decode nothing: a module that holds the parts."""
+        return None
+
     @classmethod
-    def scratch_bytes(cls, units: Iterable[Unit]) -> int:
-        """Device memory that the run-time modules of all these units share, beside what is stored."""
-        return 0
+    def ring_units(cls, units: Iterable[Unit]) -> list[tuple[str, int]]:
+        """Name and weights of what run-time modules of these units decode into the ring of ring.py, which all share."""
+        return []
 
     def fake_linears(
         self,
@@ -260,7 +265,7 @@ class Codec(FrozenModel, ABC):
     ) -> dict[str, torch.nn.Module]:
         """`linears` over fake tensors, which have shapes and no values: memory is predicted by running them.
 
-        `scratch` is 1-D uint8 of `scratch_bytes` bytes, None where that is 0. A format whose decoder reads values, and
+        `scratch` is the ring, 1-D uint8, None where no unit needs it. A format whose decoder reads values, and
         so cannot run on fake tensors, gives modules that allocate what the real ones would. The modules of a format
         that is not `movable` hold no stored bytes: the prediction adds those itself.
         """
