@@ -22,6 +22,7 @@ PACKAGES = (
 HEAVY = {"torch", "numba", "bitsandbytes", "onnx", "onnxruntime", "tensorrt_rtx", "triton", "huggingface_hub"}
 OPTIONAL = (HEAVY - {"torch", "numba"}) | {
     "flash_attn", "ray", "lmms_eval", "pyarrow", "transformers", "tensorrt", "compressed_tensors", "dfloat11", "pytest",
+    "gradio", "playwright",
 }  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def finish(what: Run, scorers: Scorers = Scorers()) -> EvaluationReport | None:
     )  # fmt: skip
     report.save(out)
     if (Path(what.model) / MANIFEST).is_file():
-        write_json(report, Path(what.model) / REPORTS / f"evaluation-{info.name}.json")
+        write_json(report.public(), Path(what.model) / REPORTS / f"evaluation-{info.name}.json")
     return report
 
 

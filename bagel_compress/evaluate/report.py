@@ -14,10 +14,9 @@ from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate.values import Total, Values, difference, figure
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.yaml_model import FrozenModel
-from bagel_compress.parity.report_data import REPORTS, Number, read_json, write_json
+from bagel_compress.parity.report_data import Number, read_json, write_json
 
 REPORT, PAGE, VALUES = "report.json", "report.md", "values.json"
-CONFIDENCE_NOTE = "95 % bootstrap interval over units"
 
 
 class Score(FrozenModel):
@@ -72,6 +71,13 @@ class EvaluationReport(FrozenModel):
     def worse(self) -> list[Score]:
         """Scores below the reference by more than chance explains."""
         return [score for score in self.scores if score.worse]
+
+    def public(self) -> EvaluationReport:
+        """Without paths of this machine and the judge's address: the copy beside an artifact, which is published."""
+        judge = self.judge and self.judge.model_copy(update={"host": ""})
+        left_out = (f"{len(self.skipped)} items were left out.",) if self.skipped else ()
+        own = {"model": Path(self.model).name, "skipped": (), "judge": judge, "notes": (*self.notes, *left_out)}
+        return self.model_copy(update=own)
 
     def save(self, out: Path) -> None:
         """Writes report.json and report.md."""
@@ -138,9 +144,3 @@ def load_values(out: Path) -> Values:
         raise BenchmarkError(f"{out} holds no scores ({VALUES} is missing); finish and score that run first.")
     stored = read_json(_StoredValues, out / VALUES)
     return Values(stored.values, {n: Total(t.categories, t.how) for n, t in stored.totals.items()})
-
-
-def reports_of(folder: Path, digest: str) -> list[EvaluationReport]:
-    """Evaluations beside an artifact that are of this very build."""
-    found = [read_json(EvaluationReport, path) for path in sorted((folder / REPORTS).glob("evaluation-*.json"))]
-    return [report for report in found if report.digest == digest]

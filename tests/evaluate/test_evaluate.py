@@ -222,3 +222,13 @@ def test_a_worse_build_ends_the_suite_with_exit_code_1(
     code, text, err = cli(*suite, "--out", tmp_path / "build", "--against", tmp_path / "full")
     assert code == 1, err
     assert "pairs is worse by 100.00" in text
+
+
+def test_the_copy_for_publishing_holds_no_path_of_this_machine(tmp_path: Path) -> None:
+    report = evaluate(run_of("mmvp", miniature.mmvp(tmp_path / "data"), tmp_path / "out"))
+    assert report is not None
+    private = report.model_copy(update={"model": "/home/ann/nf4", "skipped": ("/home/ann/1.jpg: damaged",)})
+    shown = private.public()
+    assert "/home/ann" in private.model_dump_json()
+    assert "/home/ann" not in shown.model_dump_json()
+    assert (shown.model, shown.notes) == ("nf4", ("1 items were left out.",))
