@@ -20,7 +20,7 @@ PACKAGES = (
 )  # fmt: skip
 HEAVY = {"torch", "numba", "bitsandbytes", "onnx", "onnxruntime", "tensorrt_rtx", "triton", "huggingface_hub"}
 OPTIONAL = (HEAVY - {"torch", "numba"}) | {
-    "flash_attn", "ray", "tensorrt", "compressed_tensors", "dfloat11", "pytest",
+    "flash_attn", "ray", "tensorrt", "compressed_tensors", "dfloat11", "pytest", "gradio", "playwright",
 }  # fmt: skip
 
 
