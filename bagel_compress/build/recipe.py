@@ -150,12 +150,16 @@ class Recipe(FrozenModel):
     targets: tuple[str, ...] = ()
     export: str | None = None
     card: str = ""
+    non_finite: Literal["refused", "kept"] = Field(
+        "refused", description="NaN and infinity in weights that are stored without loss; no model needs them"
+    )
 
     @model_serializer(mode="wrap")
-    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `fast` where a recipe has none: the identity of such a recipe is what it was before presets."""
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `fast` and `non_finite` where a recipe says nothing of them: it means what it meant before them."""
         fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name != "fast" or value}
+        unsaid = {"fast": {}, "non_finite": "refused"}
+        return {name: value for name, value in fields.items() if name not in unsaid or value != unsaid[name]}
 
     @property
     def digest(self) -> str:
@@ -205,6 +209,18 @@ def _check_target(name: str, known: Sequence[str], where: str) -> None:
             f"{where}: {name!r} is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}, or a file"
             f" {own.name} beside the recipe."
         )
+    file = own if own.is_file() else Path(name)
+    if name not in known and (written := _name_in(file)) != file.stem:
+        raise RecipeError(
+            f"{where}: {file} calls itself {written!r}; name it {file.stem}, as the recipe and the file do."
+        )
+
+
+def _name_in(file: Path) -> str:
+    try:
+        return str(yaml.safe_load(file.read_text("utf-8"))["name"])
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return ""
 
 
 def _codec_class(model: type[BaseModel], data: Any) -> type[BaseModel]:

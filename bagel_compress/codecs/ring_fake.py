@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -50,3 +52,17 @@ class FakeLinear(nn.Module):
         rows, columns = self.out_features, self.in_features
         weight = self.get_buffer("ring")[: 2 * rows * columns].view(torch.bfloat16).view(rows, columns)
         return nn.functional.linear(x, weight, self.bias)
+
+
+class FakeTable(nn.Module):
+    """An embedding table whose rows are decoded when they are looked up, each once."""
+
+    def __init__(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._width = spec.shape[1]
+        for name, part in parts.items():
+            self.register_buffer(name.replace(".", "_"), part)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = torch.empty(ids.numel(), self._width, dtype=torch.bfloat16)
+        return rows[torch.zeros_like(ids)]

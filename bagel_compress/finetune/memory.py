@@ -18,12 +18,12 @@ from bagel.sampler import Sampler
 from bagel.training import Item, LatentItem, TextItem, forward, pack
 from bagel_compress.budgets.fake_model import BuildOutline, check_sizes, fake_model, scratch_bytes, text_of
 from bagel_compress.budgets.memory_tracker import Peak, Tracker
+from bagel_compress.budgets.overruns import overruns
 from bagel_compress.budgets.predict import (
     ACTIVATIONS,
     CONTEXT,
     SHOWN,
     fixed_bytes,
-    overruns,
     weight_bytes,
 )  # fmt: skip
 from bagel_compress.errors import FinetuneError
@@ -46,11 +46,11 @@ def predict_finetune(build: BuildOutline, target: Target, config: FinetuneConfig
     check_sizes(build, target.sizes.image)
     with FakeTensorMode():
         model = fake_model(build, every_layer=True)
-        weights = weight_bytes(model.sampler, {}, model.scratch)
+        weights = weight_bytes(model.sampler, {}, model.ring)
         trained = parameters_of(add_adapters(model.sampler.bagel, config.lora, 0))
         adapters = sum(p.numel() * 4 for p in trained.values())
         peaks = _run(model.sampler, list(trained.values()), target.sizes.image, config)
-    fixed, scratch = fixed_bytes(build.units), sum(scratch_bytes(build).values())
+    fixed, scratch = fixed_bytes(build.units), scratch_bytes(build)
     held = {part: weights.get(part, 0) + fixed.get(part, 0) for part in weights.keys() | fixed.keys()}
     copies = 3 if config.decay is None else 4  # values, two moments, average
     # AdamW's update over lists of tensors (foreach): gradients, and the square roots of the second moments.
@@ -66,7 +66,7 @@ def predict_finetune(build: BuildOutline, target: Target, config: FinetuneConfig
         artifact=build.digest, name=build.name, target=target.name, device=target.device.name, limit=target.limit,
         phases=tuple(phases), disk=build.disk,
     )  # fmt: skip
-    return report.model_copy(update={"overruns": tuple(overruns(report))})
+    return report.model_copy(update={"overruns": overruns(report, None)})
 
 
 def _run(
