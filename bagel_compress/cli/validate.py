@@ -231,7 +231,7 @@ def _budget_of_training(args: argparse.Namespace) -> int:
 
     if args.device is not None:
         raise TargetError("--task finetune is predicted, not measured; leave --device away.")
-    usual = FinetuneConfig.model_validate({"model": args.build, "steps": 1, "tokens": 4096, "lora": {}})
+    usual = FinetuneConfig.model_validate({"model": args.build, "steps": 1, "lora": {}})
     config = FinetuneConfig.load(args.config) if args.config else usual
     is_folder = (Path(args.build) / MANIFEST).exists()
     build = build_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)

@@ -114,6 +114,7 @@ def test_edit_and_ask(page: Any, tmp_path: Path) -> None:
     page.locator("input[type=file]:not([disabled])").first.wait_for(state="attached")
     page.locator("[role=tabpanel]:visible input[type=file]").first.set_input_files(picture)
     page.locator(".upload img:visible").first.wait_for()
+    page.wait_for_function("[...document.querySelectorAll('.upload img')].some(image => image.clientHeight > 100)")
     write(page, "make the background yellow")
     fast(page)
     press(page, "Edit")
