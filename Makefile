@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint coverage test-slow test-gpu bench nano nano-table clean
+.PHONY: demo app test lint coverage test-slow test-gpu bench mutants nano nano-table clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -13,6 +13,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/bagel-compress demo
+
+app: $(READY)
+	$(BIN)/bagel-compress app bagel_compress/data/BAGEL-nano $(APP)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -34,6 +37,9 @@ test-gpu: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+mutants: $(READY)  # make mutants MODULE=bagel/settings.py TESTS=tests/bagel/test_settings.py
+	$(BIN)/python benchmarks/mutants.py $(MODULE) $(TESTS)
 
 nano: $(READY)
 	$(BIN)/bagel-compress train-nano --out out/BAGEL-nano

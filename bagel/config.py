@@ -8,7 +8,6 @@ without patches.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,13 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bagel.errors import BagelError
+from bagel.errors import BagelError, shown
+from bagel.json_file import read_object
 from bagel.layout import ModelSizes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 LLM_FILE, VIT_FILE, EXTRA_FILE = "llm_config.json", "vit_config.json", "config.json"
 LATENT_INPUT, LATENT_TABLE, VIT_TABLE = "vae2llm.weight", "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
+# Sizes are compared with the tensors that there are only after names were made of them, so they have ends.
+MOST, MOST_LAYERS, LARGEST = 1 << 24, 1000, 1e30
+VAE_SCALE, VAE_SHIFT = 0.3611, 0.1159  # of FLUX's autoencoder
 _OFFICIAL_VAE_SIDES, _OFFICIAL_VIT_SIDES = (1024, 512, 16), (980, 224, 14)  # longest, shortest, stride
 
 
@@ -82,6 +85,7 @@ class BagelConfig:
     vae_downsample: int = 8
     vae_rule: ResizeRule = ResizeRule(*_OFFICIAL_VAE_SIDES)
     vit_rule: ResizeRule = ResizeRule(*_OFFICIAL_VIT_SIDES)
+    default_size: int | None = None  # side of a square picture; `default_image_size` of config.json, our convention
 
     @property
     def latent_width(self) -> int:
@@ -92,6 +96,24 @@ class BagelConfig:
     def image_stride(self) -> int:
         """Pixels of an image side per latent token."""
         return self.vae_downsample * self.latent_patch_size
+
+    def check_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size (height, width in pixels). Raises BagelError on one that the model cannot draw."""
+        stride, side = self.image_stride, self.max_latent_size
+        for name, pixels in zip(("height", "width"), size, strict=True):
+            if pixels <= 0 or pixels % stride:
+                raise BagelError(f"image {name} is {pixels}, expected a positive multiple of {stride}.")
+            if pixels > side * stride:
+                raise BagelError(
+                    f"image {name} is {pixels}, expected at most {side * stride} (the latent table's size)."
+                )
+        return size
+
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        """The size (height, width) of a picture where none is asked for: the model's own, else the largest square."""
+        side = min(1024, self.max_latent_size * self.image_stride)
+        return (side, side) if self.default_size is None else (self.default_size, self.default_size)
 
     @property
     def sizes(self) -> ModelSizes:
@@ -147,7 +169,10 @@ class BagelConfig:
             latent_side = _table_side(shapes, LATENT_TABLE)
         if VIT_TABLE in shapes:
             vit_side = _table_side(shapes, VIT_TABLE)
-        return cls(
+        default = _int(extra, "default_image_size", config, 1) if "default_image_size" in extra else None
+        vae_factors(extra, config)
+        made = cls(
+            default_size=default,
             llm=_llm(llm, where[LLM_FILE]),
             vit=_vit(vit, where[VIT_FILE], shapes),
             latent_patch_size=patch,
@@ -160,6 +185,16 @@ class BagelConfig:
             vae_rule=_rule(extra, "vae_transform", config, ResizeRule(*_OFFICIAL_VAE_SIDES)),
             vit_rule=_rule(extra, "vit_transform", config, ResizeRule(*_OFFICIAL_VIT_SIDES)),
         )
+        if default is not None:
+            made.check_size((default, default))
+        return made
+
+
+def vae_factors(extra: Mapping[str, Any], file: Path) -> tuple[float, float]:
+    """Scale and shift of latents, from `vae_config` of config.json if it has one, else FLUX's."""
+    stored = section(extra, "vae_config", file)
+    scale = number(stored, "scale_factor", file, VAE_SCALE)
+    return scale, number(stored, "shift_factor", file, VAE_SHIFT)
 
 
 def config_files(folder: Path) -> dict[str, Path]:
@@ -172,7 +207,7 @@ def _llm(raw: Mapping[str, Any], file: Path) -> LLMConfig:
     return LLMConfig(
         hidden_size=_int(raw, "hidden_size", file),
         intermediate_size=_int(raw, "intermediate_size", file),
-        num_layers=_int(raw, "num_hidden_layers", file),
+        num_layers=_int(raw, "num_hidden_layers", file, most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=_int(raw, "num_key_value_heads", file, heads),
         vocab_size=_int(raw, "vocab_size", file),
@@ -185,7 +220,7 @@ def _vit(raw: Mapping[str, Any], file: Path, shapes: Shapes) -> ViTConfig:
     """`num_hidden_layers` counts a last SigLIP block that is not stored, unless the weights have all of them."""
     pattern = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
     stored = {int(m[1]) for name in shapes if (m := pattern.match(name))}
-    configured = _int(raw, "num_hidden_layers", file)
+    configured = _int(raw, "num_hidden_layers", file, most=MOST_LAYERS)
     return ViTConfig(
         hidden_size=_int(raw, "hidden_size", file),
         intermediate_size=_int(raw, "intermediate_size", file),
@@ -212,17 +247,11 @@ def _rule(extra: Mapping[str, Any], key: str, file: Path, default: ResizeRule) -
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises BagelError if it is missing or something else."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         raise BagelError(
             f"{file.parent} has no {file.name}; copy it from the base model's folder (or name one with --base)."
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BagelError(f"{file} is not JSON ({error}); copy it again from the base model.") from None
-    if not isinstance(data, dict):
-        raise BagelError(f"{file} holds a {type(data).__name__}, expected a JSON object.")
-    return data
+        )
+    return read_object(file)
 
 
 def section(raw: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:
@@ -236,7 +265,7 @@ def section(raw: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:
 def number(raw: Mapping[str, Any], key: str, file: Path, default: float) -> float:
     """A finite number, `default` if the key is missing. Raises BagelError if it is something else."""
     value = raw.get(key, default)
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) < LARGEST:  # NaN compares as false
         raise _mistyped(file, key, value, "a number")
     return float(value)
 
@@ -248,10 +277,10 @@ def _positive(raw: Mapping[str, Any], key: str, file: Path, default: float) -> f
     return value
 
 
-def _int(raw: Mapping[str, Any], key: str, file: Path, default: int | None = None) -> int:
+def _int(raw: Mapping[str, Any], key: str, file: Path, default: int | None = None, most: int = MOST) -> int:
     value = raw.get(key, default)
-    if type(value) is not int or value <= 0:
-        raise _mistyped(file, key, value, "a positive integer")
+    if type(value) is not int or not 0 < value < most:
+        raise _mistyped(file, key, value, f"a positive integer below {most}")
     return value
 
 
@@ -263,7 +292,7 @@ def _bool(raw: Mapping[str, Any], key: str, file: Path, default: bool) -> bool:
 
 
 def _mistyped(file: Path, key: str, value: object, expected: str) -> BagelError:
-    return BagelError(f"{file}: {key} is {value!r}, expected {expected}; copy the file again from the base model.")
+    return BagelError(f"{file}: {key} is {shown(value)}, expected {expected}; copy the file again from the base model.")
 
 
 def _latent_patch(shapes: Shapes, channels: int) -> int:

@@ -6,7 +6,6 @@ meta device and filled tensor by tensor, so that memory never holds more than th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bagel.config import EXTRA_FILE, LLM_FILE, VIT_FILE, BagelConfig, number, read_json, section
+from bagel.config import EXTRA_FILE, LLM_FILE, VIT_FILE, BagelConfig, read_json, vae_factors
 from bagel.errors import BagelError
+from bagel.json_file import read_object
 from bagel.layout import expected_tensors, role_of
 from bagel.model import Bagel
-from bagel.vae import SCALE_FACTOR, SHIFT_FACTOR, AutoEncoder, VAEConfig
+from bagel.vae import AutoEncoder, VAEConfig
 
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors")
 INDEX_FILE = "model.safetensors.index.json"
@@ -118,9 +118,7 @@ def vae_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
 
 
 def _vae_config(extra: Mapping[str, Any], file: Path, shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
-    stored = section(extra, "vae_config", file)
-    scale = number(stored, "scale_factor", file, SCALE_FACTOR)
-    shift = number(stored, "shift_factor", file, SHIFT_FACTOR)
+    scale, shift = vae_factors(extra, file)
     try:
         return VAEConfig.from_shapes(shapes, scale, shift)
     except ValueError as error:
@@ -138,7 +136,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
             f"{folder} has no weights: expected {', '.join(WEIGHT_FILES)} or {INDEX_FILE} with its shards."
         )
     files: dict[str, Path] = {}
-    for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+    table = read_object(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise BagelError(f"{index} has no weight_map from tensor names to files; copy it again.")
+    for tensor, name in table.items():
         file = folder / name
         if folder.resolve() not in file.resolve().parents:
             raise BagelError(f"{index}: {tensor} lies in {name!r}, outside the folder; the index is not trusted.")

@@ -302,14 +302,8 @@ class Loops(ABC):
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, cols) of latent tokens of an image of (H, W) pixels. Raises BagelError on a size that cannot be."""
-        stride, side = self.bagel.config.image_stride, self.bagel.config.max_latent_size
-        for name, pixels in zip(("height", "width"), size, strict=True):
-            if pixels <= 0 or pixels % stride:
-                raise BagelError(f"image {name} is {pixels}, expected a positive multiple of {stride}.")
-            if pixels > side * stride:
-                raise BagelError(
-                    f"image {name} is {pixels}, expected at most {side * stride} (the latent table's size)."
-                )
+        stride = self.bagel.config.image_stride
+        self.bagel.config.check_size(size)
         return size[0] // stride, size[1] // stride
 
     def check(self, what: str, values: Array) -> None:

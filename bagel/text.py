@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from bagel.errors import BagelError
+from bagel.json_file import read_object
 
 # Wrapper tokens, in the order in which missing ones are appended.
 WRAPPERS = BOS, EOS, IMAGE_START, IMAGE_END = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"
@@ -55,12 +55,12 @@ class TextCodec:
     @classmethod
     def from_files(cls, files: Mapping[str, Path], folder: Path) -> TextCodec:
         """`from_dir` of files that may lie in several folders; `folder` names them in errors."""
-        config = _json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+        added = _added(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
         if "tokenizer.json" in files:
-            _json(files["tokenizer.json"])  # the library's own error for a damaged file names no file
+            read_object(files["tokenizer.json"])  # the library's own error for a damaged file names no file
             tokenizer = _opened(files["tokenizer.json"])
         elif {"vocab.json", "merges.txt"} <= files.keys():
-            tokenizer = _from_vocab(files["vocab.json"], files["merges.txt"], config)
+            tokenizer = _from_vocab(files["vocab.json"], files["merges.txt"], added)
         else:
             raise BagelError(
                 f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt;"
@@ -69,7 +69,7 @@ class TextCodec:
         for token in WRAPPERS:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         ids = [tokenizer.token_to_id(token) for token in WRAPPERS]
-        if "vocab.json" in files and (slow := _slow_ids(files["vocab.json"], config)) != ids:
+        if "vocab.json" in files and (slow := _slow_ids(files["vocab.json"], added)) != ids:
             raise BagelError(
                 f"{folder}: its tokenizer files disagree on the ids of {', '.join(WRAPPERS)}: {ids} by their order in "
                 f"{'tokenizer.json' if 'tokenizer.json' in files else 'vocab.json'}, {slow} by vocab.json and "
@@ -103,36 +103,45 @@ def _opened(path: Path) -> Tokenizer:
         raise BagelError(f"{path} is no tokenizer ({error}); copy it again from the base model.") from None
 
 
-def _from_vocab(vocab: Path, merges: Path, config: Mapping[str, Any]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+def _from_vocab(vocab: Path, merges: Path, added: Mapping[str, int]) -> Tokenizer:
+    read_object(vocab)
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises no class of its own
+        raise BagelError(f"{vocab} and {merges.name} are no tokenizer ({error}); copy both again.") from None
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
-    added = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    tokenizer.add_special_tokens([AddedToken(entry["content"], special=True, normalized=False) for _, entry in added])
+    words = sorted(added, key=lambda word: added[word])
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words])
     return tokenizer
 
 
-def _slow_ids(vocab: Path, config: Mapping[str, Any]) -> list[int]:
+def _added(config: Path) -> dict[str, int]:
+    """Added tokens of tokenizer_config.json with their ids."""
+    table = read_object(config).get("added_tokens_decoder", {})
+    fault = BagelError(f"{config}: added_tokens_decoder is no table of ids and tokens; copy it from the base model.")
+    if not isinstance(table, dict):
+        raise fault
+    found: dict[str, int] = {}
+    for number, entry in table.items():
+        word = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(word, str) or not (number.isascii() and number.isdecimal() and len(number) < 10):
+            raise fault
+        found[word] = int(number)
+    return found
+
+
+def _slow_ids(vocab: Path, added: Mapping[str, int]) -> list[int]:
     """Ids of the wrapper tokens in `Qwen2Tokenizer`, which the official code uses.
 
     It takes ids from tokenizer_config.json, else from vocab.json; others are appended after all that are there.
     """
-    ids = {entry["content"]: int(number) for number, entry in config.get("added_tokens_decoder", {}).items()}
+    ids: dict[str, Any] = dict(added)
     if not set(WRAPPERS) <= ids.keys():
-        ids = _json(vocab) | ids
+        ids = read_object(vocab) | ids
     for token in WRAPPERS:
         ids.setdefault(token, len(ids))
     return [ids[token] for token in WRAPPERS]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BagelError(f"{path} is not readable JSON ({error}); copy it from the base model.") from None
-    if not isinstance(data, dict):
-        raise BagelError(f"{path} holds a {type(data).__name__}, expected a JSON object; copy it from the base model.")
-    return data

@@ -111,7 +111,8 @@ def forward(model: Bagel, batch: PackedBatch, noise: Tensor, recompute: bool = F
     normed_TD = torch.cat([model.norm_und(x_TD[: len(und_rows)]), model.norm_gen(x_TD[len(und_rows) :])])
     hidden_TD = torch.empty_like(normed_TD).index_copy(0, order, normed_TD)
     ce = _run(partial(_cross_entropy, model), recompute, hidden_TD[batch.ce_rows], batch.labels)
-    target = (noise - batch.latents)[t > 0]
+    noised = torch.searchsorted(batch.latent_rows, batch.mse_rows)
+    target = (noise - batch.latents)[noised]
     mse = (model.llm2vae(hidden_TD[batch.mse_rows]).float() - target) ** 2
     return Losses(ce, mse, hidden_TD)
 
@@ -134,10 +135,8 @@ def shifted_times(draws: Tensor, shift: float) -> Tensor:
 
 def _expert_order(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """(understanding rows, all rows in expert order): everything but latents first."""
-    is_gen = torch.zeros(sum(batch.sample_lens), dtype=torch.bool, device=batch.positions.device)
-    is_gen[batch.latent_rows] = True
-    und_rows = (~is_gen).nonzero()[:, 0]
-    return und_rows, torch.cat([und_rows, is_gen.nonzero()[:, 0]])
+    und_rows = torch.cat([batch.text_rows, batch.vit_rows]).sort().values
+    return und_rows, torch.cat([und_rows, batch.latent_rows])
 
 
 def _embed(model: Bagel, batch: PackedBatch, x_t: Tensor, t: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCALE_FACTOR = 0.3611  # FLUX.1 autoencoder
-SHIFT_FACTOR = 0.1159  # FLUX.1 autoencoder
+from bagel.config import VAE_SCALE, VAE_SHIFT
+
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
 
@@ -34,8 +34,8 @@ class VAEConfig:
     z_channels: int = 16
     in_channels: int = 3
     out_channels: int = 3
-    scale_factor: float = SCALE_FACTOR
-    shift_factor: float = SHIFT_FACTOR
+    scale_factor: float = VAE_SCALE
+    shift_factor: float = VAE_SHIFT
 
     @property
     def downsample(self) -> int:
@@ -46,8 +46,8 @@ class VAEConfig:
     def from_shapes(
         cls,
         shapes: Mapping[str, Sequence[int]],
-        scale_factor: float = SCALE_FACTOR,
-        shift_factor: float = SHIFT_FACTOR,
+        scale_factor: float = VAE_SCALE,
+        shift_factor: float = VAE_SHIFT,
     ) -> VAEConfig:
         """Sizes from the tensor shapes of `ae.safetensors`. Raises ValueError if they are not an autoencoder's."""
         try:

@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def open_model(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Loops:
+def open_model(
+    model: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, target: str | Path | Target | None = None
+) -> Loops:
     """Opens a model, ready to sample: `run(turns, ...)` draws, edits or answers.
 
     `model` is the folder of a full-precision checkpoint, an artifact or an export, or a Hub id (`owner/name` or
     `owner/name@revision`) of one. `device` is "cpu", "cuda", "cuda:1", "auto", or several GPUs ("cuda:0,cuda:1") that
     layers are spread over. `dtype` None is bf16, the models' own; another torch dtype decodes an artifact's weights to
-    it, which is slow and meant for comparisons. An export runs in its own precision on "cpu" or "cuda".
+    it, which is slow and meant for comparisons. `target` places the model on one device as
+    a target says (which part is there when). An export runs in its own precision on "cpu" or "cuda".
 
     `run` takes texts and PIL pictures as turns, `size` (height, width) in pixels, multiples of 16, `seed`, `think`,
     `flow` and `text` settings; its result has `image` (PIL, RGB) or `text`.
@@ -58,6 +61,13 @@ def open_model(model: str | Path, device: str = "cpu", dtype: torch.dtype | None
     from bagel_compress.budgets.device_option import choose_device, one_device
     from bagel_compress.run.load import open_model as load_model
 
+    if target is not None:
+        from bagel_compress.run.offload import place as placed
+        from bagel_compress.run.target import Target
+
+        sampler = load_model(folder, "cpu", dtype)
+        placed(sampler, target if isinstance(target, Target) else Target.load(target), one_device(device))
+        return sampler
     place = choose_device(device, folder, log.info) if dtype is None else one_device(device)
     return load_model(folder, place, dtype)
 

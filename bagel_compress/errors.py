@@ -60,6 +60,10 @@ class InputError(BagelCompressError):
     """A picture or another input of a request cannot be read."""
 
 
+class BenchmarkError(BagelCompressError):
+    """A benchmark's files, its settings or the answers of its judge are not what they should be."""
+
+
 class PublishError(BagelCompressError):
     """A release cannot go into this repository: another build is there, or the user may not write to it."""
 

@@ -5,7 +5,7 @@
 Weights are coded and decoded by the codecs and computed in fp32, so that only the coding error is seen: the table says
 what a format does to the model, not what a kernel does. A lossless build is checked for equal weights and not run.
 Latent error and verdict are those of `validate` on the packaged cases, with the same fp32 weights.
-Ends in one JSON line. About ten minutes on one core.
+Ends in one JSON line. Half an hour on one core.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nano_formats import CALIBRATED, FORMATS
 from PIL import Image
 
 from bagel import training
@@ -65,6 +66,7 @@ PARTS_SHOWN = (
     *(("int4", f"{which} expert") for which in ("und", "gen")),
     *((codec, "lm_head") for codec in ("fp8", "int8")),
 )
+CALIBRATED_SHOWN = ("int4, group 32", "mxfp4", "mxfp8", "int8", "fp8")  # without a recipe of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ def main() -> int:
     trace = record_cases(original, checkpoint.name, "", cases, Path(folder.name) / "reference.trace.safetensors")
     subject = Subject(checkpoint, original, Probe(original, 32, seed=7), benchmark, run(benchmark, original), trace)
     recipes = [Recipe.load(path) for path in sorted(resource("recipes").glob("*.yaml"))]
-    rows, parts = [], []
+    rows, parts, calibrated = [], [], []
     for recipe in recipes:
         rows.append(_row(recipe, subject))
         print(f"{rows[-1].name}: {rows[-1].psnr:.1f} dB {'; '.join(rows[-1].broken)}", file=sys.stderr)
@@ -154,7 +156,12 @@ def main() -> int:
         row = _row(Recipe.parse(_partial(PARTS[name], codec), "table"), subject)
         parts.append(replace(row, name=f"{codec.upper()} {name}"))
         print(f"{parts[-1].name}: {parts[-1].psnr:.1f} dB", file=sys.stderr)
-    text = _markdown(rows, parts, subject)
+    for name in CALIBRATED_SHOWN:
+        _, codec = FORMATS[name]
+        row = _row(Recipe.parse(_partial(PARTS["both experts"], f"{{{codec}{CALIBRATED}}}"), "table"), subject)
+        calibrated.append(replace(row, name=f"{name}, calibrated"))
+        print(f"{calibrated[-1].name}: {calibrated[-1].psnr:.1f} dB", file=sys.stderr)
+    text = _markdown(rows, parts, calibrated, subject)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
     else:
@@ -197,7 +204,7 @@ def _row(recipe: Recipe, subject: Subject) -> Row:
     )
 
 
-def _markdown(rows: list[Row], parts: list[Row], subject: Subject) -> str:
+def _markdown(rows: list[Row], parts: list[Row], calibrated: list[Row], subject: Subject) -> str:
     lines = [
         f"Scores in percent over {len(subject.benchmark.prompts)} prompts; in brackets the 95 % interval of the paired",
         "difference to bf16. PSNR is the median over all pictures, to what the original draws from the same noise; the",
@@ -212,6 +219,12 @@ def _markdown(rows: list[Row], parts: list[Row], subject: Subject) -> str:
         *_head(),
         _original(subject),
         *(_line(row, "") for row in parts),
+        "",
+        "Both experts in a format with calibrated rounding (gptq, refit), everything else untouched:",
+        "",
+        *_head(),
+        _original(subject),
+        *(_line(row, "") for row in calibrated),
     ]
     return "\n".join(lines) + "\n"
 

@@ -62,6 +62,24 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return run
 
 
+@pytest.fixture
+def small_cases(tmp_path: Path) -> Path:
+    """A folder with one small case of each task: what a verdict asks for, in a second."""
+    from PIL import Image
+
+    folder = tmp_path / "cases"
+    folder.mkdir()
+    Image.linear_gradient("L").resize((56, 56)).convert("RGB").save(folder / "grey.png")
+    for name, text in {
+        "draw": "kind: t2i\nturns: [a red cat]\nsize: [32, 32]",
+        "edit": "kind: edit\nturns: [{image: grey.png}, blue]",
+        "ask": "kind: understand\nturns: [{image: grey.png}, what is it]\ntext: {max_tokens: 4}",
+        "think": "kind: t2i\nthink: true\nturns: [a car]\nsize: [32, 32]\ntext: {max_tokens: 4}",
+    }.items():
+        (folder / f"{name}.yaml").write_text(f"name: {name}\n{text}\nflow: {{num_timesteps: 3}}\n")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def bnb_decoded() -> Callable[..., torch.Tensor]:
     """bitsandbytes' own decoding of a 4-bit weight, asked for in rows of one block.

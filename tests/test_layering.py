@@ -16,11 +16,13 @@ ROOT = Path(__file__).parents[1]
 # docs/architecture.md is this list.
 PACKAGES = (
     "errors", "io", "codecs", "source", "calibrate", "build", "run", "interop", "parity", "budgets", "scores", "report",
-    "nano_training", "finetune", "exporting", "validation", "publishing", "api", "app", "comfyui", "cli", "__main__",
+    "nano_training", "finetune", "exporting", "evaluate", "validation", "publishing", "api", "app", "comfyui", "cli",
+    "__main__",
 )  # fmt: skip
 HEAVY = {"torch", "numba", "bitsandbytes", "onnx", "onnxruntime", "tensorrt_rtx", "triton", "huggingface_hub"}
 OPTIONAL = (HEAVY - {"torch", "numba"}) | {
-    "flash_attn", "ray", "tensorrt", "compressed_tensors", "dfloat11", "pytest",
+    "flash_attn", "ray", "lmms_eval", "pyarrow", "transformers", "tensorrt", "compressed_tensors", "dfloat11", "pytest",
+    "gradio", "playwright",
 }  # fmt: skip
 
 

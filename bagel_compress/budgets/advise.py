@@ -216,6 +216,8 @@ def _commands(choice: Choice, candidate: _Candidate, source: str, targets: Seque
         where = f" --target {choice.target}" if choice.placed else ""
         where = " --device " + ",".join(f"cuda:{i}" for i in range(len(targets))) if several else where
     yield f'bagel-compress generate {out} "a red cat on a roof"{where} --out cat.png'
+    if targets[0].export is None or targets[0].export.runtime == "onnxruntime":
+        yield f"bagel-compress app {out}{where}"
 
 
 def advice_table(choices: Sequence[Choice], machine: Machine) -> str:

@@ -27,6 +27,7 @@ from bagel.vae import AutoEncoder, VAEConfig
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.plan import Plan
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Unit
+from bagel_compress.codecs.ring_size import ring_weights
 from bagel_compress.errors import TargetError
 from bagel_compress.io.packaged import FULL_CONFIGS
 from bagel_compress.io.tensor_spec import PartSpec
@@ -49,6 +50,12 @@ class UnitOutline:
     def runs_coded(self) -> bool:
         """Whether its linears run from the stored parts. All other units are decoded when the model is loaded."""
         return runs_coded(self.codec, self.unit)
+
+    @property
+    def stays_coded(self) -> bool:
+        """The same, or a table whose rows are looked up in the stored parts."""
+        kinds = [official_role(spec.name).kind for spec in self.unit.specs]
+        return self.runs_coded or (kinds == ["embedding"] and self.codec.fake_embedding(self.unit, {}) is not None)
 
     @property
     def nbytes(self) -> int:
@@ -104,15 +111,15 @@ class FakeModel:
     sampler: Sampler
     times: Mapping[str, int]
     cache_scale: float  # layers of the real decoder per layer here
-    scratch: tuple[Tensor, ...]  # what the codecs' modules share; no weights
+    ring: Tensor | None  # what the codecs' modules share; no weights
 
 
 def fake_model(build: BuildOutline, every_layer: bool = False) -> FakeModel:
     """The model of a build. Call it inside a FakeTensorMode, and use it there."""
-    scratch = {codec: torch.empty(size, dtype=torch.uint8) for codec, size in scratch_bytes(build).items() if size}
-    shared = tuple(scratch.values())
+    size = scratch_bytes(build)
+    ring = torch.empty(size, dtype=torch.uint8) if size else None
     if every_layer:
-        return FakeModel(fake_sampler(build, scratch), {}, 1.0, shared)
+        return FakeModel(fake_sampler(build, ring), {}, 1.0, ring)
     llm, vit = _kinds(build, "llm", build.config.llm.num_layers), _kinds(build, "vit", build.config.vit.num_layers)
     config = replace(
         build.config,
@@ -122,8 +129,8 @@ def fake_model(build: BuildOutline, every_layer: bool = False) -> FakeModel:
     units = tuple(kept for stored in build.units if (kept := _renumbered(stored, llm, vit)) is not None)
     times = {f"layers.{i}.": count for i, count in enumerate(llm.values())}
     times |= {f"vit.layers.{i}.": count for i, count in enumerate(vit.values())}
-    sampler = fake_sampler(replace(build, config=config, units=units), scratch)
-    return FakeModel(sampler, times, build.config.llm.num_layers / len(llm), shared)
+    sampler = fake_sampler(replace(build, config=config, units=units), ring)
+    return FakeModel(sampler, times, build.config.llm.num_layers / len(llm), ring)
 
 
 def _kinds(build: BuildOutline, component: str, layers: int) -> dict[int, int]:
@@ -169,10 +176,10 @@ def _new_name(name: str, llm: Mapping[int, int], vit: Mapping[int, int]) -> str 
     return name.replace(f".layers.{role.layer}.", f".layers.{kept.index(role.layer)}.")
 
 
-def fake_sampler(build: BuildOutline, scratch: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Sampler:
+def fake_sampler(build: BuildOutline, ring: Tensor | None, dtype: torch.dtype = torch.bfloat16) -> Sampler:
     """The sampler over fake weights, layer by layer. Call it inside a FakeTensorMode, and use it there.
 
-    `scratch`: format -> the uint8 tensor that its modules share, of `scratch_bytes`.
+    `ring`: the uint8 tensor that modules share, of `scratch_bytes`.
     """
     bagel = Bagel(build.config)
     for path, parameter in list(bagel.named_parameters()):
@@ -184,11 +191,15 @@ def fake_sampler(build: BuildOutline, scratch: Mapping[str, Tensor], dtype: torc
         if spec.name.endswith(".bias")
     }
     for stored in build.units:
-        if not stored.runs_coded:
+        if not stored.stays_coded:
             continue
         parts = {name: torch.empty(p.shape, dtype=TORCH_DTYPES[p.dtype]()) for name, p in stored.parts.items()}
-        modules = stored.codec.fake_linears(stored.unit, parts, biases, scratch.get(stored.codec.format))
-        for tensor, module in modules.items():
+        if not stored.runs_coded:
+            table = stored.codec.fake_embedding(stored.unit, parts)
+            assert table is not None
+            put(bagel, parameter_path(stored.unit.specs[0].name).removesuffix(".weight"), table)
+            continue
+        for tensor, module in stored.codec.fake_linears(stored.unit, parts, biases, ring).items():
             put(bagel, parameter_path(tensor).removesuffix(".weight"), module)
     return FakeSampler(bagel.eval(), AutoEncoder(build.vae).eval().requires_grad_(False), FakeText())
 
@@ -225,13 +236,10 @@ def text_of(tokens: int) -> str:
     return "x" * (LETTERS_PER_TOKEN * max(0, tokens - 2))
 
 
-def scratch_bytes(build: BuildOutline) -> dict[str, int]:
-    """Format -> bytes of device memory that its run-time modules share beside what is stored."""
-    coded: dict[str, list[UnitOutline]] = {}
-    for stored in build.units:
-        if stored.runs_coded:
-            coded.setdefault(stored.codec.format, []).append(stored)
-    return {name: units[0].codec.scratch_bytes(s.unit for s in units) for name, units in coded.items()}
+def scratch_bytes(build: BuildOutline) -> int:
+    """Bytes of device memory that run-time modules of all formats share beside what is stored: the ring, in bf16."""
+    coded = (stored for stored in build.units if stored.runs_coded)
+    return 2 * ring_weights(unit for stored in coded for unit in stored.codec.ring_units([stored.unit]))
 
 
 def check_sizes(build: BuildOutline, image: tuple[int, int]) -> None:

@@ -14,9 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import yaml
 
 from bagel.vae import VAEConfig
 from bagel_compress.budgets.fake_model import OFFICIAL_VAE, BuildOutline
@@ -25,8 +22,8 @@ from bagel_compress.budgets.promises import ways
 from bagel_compress.build.plan import CheckpointHeader, Plan, make_plan
 from bagel_compress.build.rates import rated_recipe
 from bagel_compress.build.recipe import Limits, Recipe, Rule
+from bagel_compress.build.recipe_text import recipe_text
 from bagel_compress.build.sensitivity import Effect, Group
-from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.ecq import Ecq
 from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS
 from bagel_compress.codecs.fp8 import Fp8
@@ -65,17 +62,7 @@ class Fitted:
 
     def to_yaml(self) -> str:
         """The recipe as a file, with its reasons as comments."""
-        lines = [f"# {line}".rstrip() for line in self._reasons()]
-        data = self.recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True)
-        del data["rules"]
-        text = [f"{key}: {_inline(value)}" for key, value in data.items()]
-        text.append("rules:")
-        for rule in self.recipe.rules:
-            match = {
-                key: _single(value) for key, value in rule.match.model_dump(mode="json", exclude_none=True).items()
-            }
-            text += [f"  - match: {_inline(match)}", f"    codec: {_inline(_codec_entry(rule.codec))}"]
-        return "\n".join([*lines, *text]) + "\n"
+        return recipe_text(self.recipe, "\n".join(self._reasons()))
 
     def _reasons(self) -> list[str]:
         """What was asked, what was found, phase by phase."""
@@ -258,25 +245,6 @@ def _moved(rule: Rule, by: float) -> Rule:
 
 def _stepped(bits: float) -> float:
     return round(math.floor(bits / STEP + 1e-6) * STEP, 2)
-
-
-def _codec_entry(codec: Codec) -> dict[str, Any]:
-    """The codec as a recipe has it: its format, and every field that is not at its default."""
-    given = {name: value for name, value in codec if value != type(codec).model_fields[name].default}
-    return {"format": codec.format} | codec.model_dump(mode="json", include=set(given))
-
-
-def _single(value: Any) -> Any:
-    """A list of one as its item, as people write it."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
-
-
-def _inline(data: Any) -> str:
-    """YAML on one line."""
-    if isinstance(data, dict) and set(data) == {"format"}:
-        return str(data["format"])
-    text = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, width=10_000)
-    return text.strip().removesuffix("...").strip()
 
 
 def table(fitted: Iterable[Fitted]) -> str:

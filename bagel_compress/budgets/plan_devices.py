@@ -170,7 +170,7 @@ def held_bytes(build: BuildOutline) -> dict[str, int]:
     held = dict.fromkeys(("home", "embed_tokens", *ASIDE), 0)
     for stored in build.units:
         group = group_of(parameter_path(stored.unit.specs[0].name))
-        sizes = [p.nbytes for p in stored.parts.values()] if stored.runs_coded else [2 * stored.unit.numel]
+        sizes = [p.nbytes for p in stored.parts.values()] if stored.stays_coded else [2 * stored.unit.numel]
         held[group] = held.get(group, 0) + sum(-(-size // CUDA_ROUNDING) * CUDA_ROUNDING for size in sizes)
     with torch.device("meta"):
         held["vae"] = sum(p.nbytes for p in AutoEncoder(build.vae).parameters())

@@ -24,7 +24,8 @@ from bagel.loading import parameter_path
 from bagel.sampler import Sampler
 from bagel_compress.budgets.fake_model import BuildOutline, UnitOutline, check_sizes, fake_model, scratch_bytes, text_of
 from bagel_compress.budgets.memory_tracker import CUDA_ROUNDING, Peak, Tracker
-from bagel_compress.parity.report_data import IMAGE, STEP, TOKEN, BudgetReport, PhaseUse
+from bagel_compress.budgets.overruns import overruns
+from bagel_compress.parity.report_data import BudgetReport, PhaseUse
 from bagel_compress.run.target import GIB, MIB, NEEDED, Part, Phase, Target, Task
 
 # What a weight belongs to, by its attribute path in bagel.Bagel; the VAE is a module of its own.
@@ -62,8 +63,8 @@ def predict(build: BuildOutline, target: Target, every_layer: bool = False) -> B
     check_sizes(build, target.sizes.image)
     with FakeTensorMode():
         model = fake_model(build, every_layer)
-        weights = weight_bytes(model.sampler, model.times, model.scratch)
-        fixed, scratch = fixed_bytes(build.units), sum(scratch_bytes(build).values())
+        weights = weight_bytes(model.sampler, model.times, model.ring)
+        fixed, scratch = fixed_bytes(build.units), scratch_bytes(build)
         phases = tuple(
             _use(task, peak, (weights, fixed), scratch, target, build.config.llm.num_layers)
             for task in target.tasks
@@ -82,24 +83,23 @@ def judged(build: BuildOutline, target: Target, phases: tuple[PhaseUse, ...]) ->
         limit=target.limit,
         phases=phases,
         disk=build.disk,
-        disk_limit=None if target.budget.disk_gb is None else target.budget.disk_gb * 1e9,
+        disk_limit=target.disk_limit,
     )
     return with_verdict(report, target)
 
 
 def with_verdict(report: BudgetReport, target: Target) -> BudgetReport:
     """The report with its verdict and advice computed again from its numbers."""
-    overruns = (*_overruns(report), *_too_slow(report, target))
-    return report.model_copy(update={"overruns": overruns, "advice": tuple(_advice(report, target))})
+    return report.model_copy(update={"overruns": overruns(report, target), "advice": tuple(_advice(report, target))})
 
 
-def weight_bytes(sampler: Sampler, times: Mapping[str, int], scratch: Sequence[Tensor] = ()) -> dict[Part, int]:
+def weight_bytes(sampler: Sampler, times: Mapping[str, int], ring: Tensor | None = None) -> dict[Part, int]:
     """Bytes of weights by part, as the modules hold them, each storage once and rounded as the allocator does.
 
-    `times`: path of a layer -> how many layers it stands for. `scratch`: tensors in the modules that are no weights.
+    `times`: path of a layer -> how many layers it stands for. `ring`: a tensor in the modules that is no weight.
     """
     tracker = Tracker(lambda tensor: "")
-    tracker.hold(scratch)
+    tracker.hold([] if ring is None else [ring])
     found: dict[Part, int] = {}
     for path, tensor in _tensors(sampler.bagel):
         part = _part_of(path)
@@ -263,32 +263,6 @@ def _held(part: Part, size: int, phase: Phase, resident: tuple[Part, ...] | None
     if part not in NEEDED[phase] or part == "embed":
         return 0
     return -(-size // layers) if part in ("und", "gen") else size
-
-
-def _overruns(report: BudgetReport) -> Iterator[str]:
-    if report.limit is not None and report.peak > report.limit:
-        worst = max(report.phases, key=lambda p: p.total)
-        yield (
-            f"{report.target}: {worst.name} needs {worst.total / GIB:.2f} GiB, {report.limit / GIB:.2f} GiB are usable"
-            f" on {report.device}."
-        )
-    if report.disk_limit is not None and report.disk > report.disk_limit:
-        limit = report.disk_limit / 1e9
-        yield f"{report.target}: the files take {report.disk / 1e9:.2f} GB, the limit is {limit:g} GB."
-
-
-def _too_slow(report: BudgetReport, target: Target) -> Iterator[str]:
-    """Times are limited only where they were measured on the target's own GPU."""
-    times = {t.what: t for t in report.timings} if report.timed_on == target.device.name else {}
-    token, limit = times.get(TOKEN), target.budget.tokens_per_second
-    if token is not None and limit is not None and 1 / token.median < limit:
-        yield f"{report.target}: {1 / token.median:.1f} tokens per second, the limit is {limit:g}."
-    step, ratio = times.get(STEP), target.budget.step_ratio
-    if step is not None and ratio is not None and step.ratio is not None and step.ratio > ratio:
-        yield f"{report.target}: a step takes {step.ratio:.2f} times the reference's, the limit is {ratio:g}."
-    image, seconds = times.get(IMAGE), target.budget.seconds_per_image
-    if image is not None and seconds is not None and image.median > seconds:
-        yield f"{report.target}: an image takes {image.median:.1f} s, the limit is {seconds:g}."
 
 
 def _advice(report: BudgetReport, target: Target) -> Iterator[str]:

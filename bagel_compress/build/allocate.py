@@ -12,8 +12,6 @@ from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import yaml
-
 from bagel.layout import official_role
 from bagel.loading import parameter_path
 from bagel_compress.build.plan import Plan
@@ -174,20 +172,6 @@ def rules_of_the_rest(plan: Plan, groups: Container[Group]) -> list[Rule]:
         if own:
             rules.append(rule)
     return rules
-
-
-def recipe_yaml(recipe: Recipe, comment: str) -> str:
-    """A recipe file: the comment, then every value that is not a default."""
-    head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
-    fields = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    fields["rules"] = [
-        {"match": rule.match.model_dump(mode="json", exclude_none=True), "codec": rule.codec.model_dump(mode="json")}
-        for rule in recipe.rules
-    ]
-    for rule in fields["rules"]:
-        if "layer" in rule["match"]:
-            rule["match"]["layer"] = [a if a == b else f"{a}-{b}" for a, b in rule["match"]["layer"]]
-    return head + yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=118)
 
 
 def group_rule(codec: Codec, expert: str, group: str, layers: Sequence[int]) -> Rule:

@@ -2,7 +2,8 @@
 
 The tensors lie in the format's own ecosystem's names (see the codecs); the manifest adds what those lack: what was
 built from what by which recipe, digests of everything, and the error of each tensor. It is written last: present means
-complete. Opening checks that all files are there with their sizes; `verify` reads every byte.
+complete. Opening checks that all files are there with their sizes; what is read later is compared with the manifest
+as it is read (`parts`, `file`), and nothing is read that it does not list. `verify` reads every byte.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
+from blake3 import blake3
 from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from bagel.layout import official_role
@@ -43,6 +45,11 @@ MANIFESTS = (MANIFEST, EXPORT_MANIFEST)
 FORMAT = 1  # version of the manifest's fields
 # What may lie beside the files of the manifest: written after the build, by validation, publishing or signing.
 EXTRAS = {"README.md", "LICENSE", "SHA256SUMS", "model.sig", "report.html", ".gitattributes"}
+MODEL_FILES = {
+    "llm_config.json", "vit_config.json", "config.json", "preprocessor_config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "ae.safetensors",
+}  # fmt: skip
 EXTRA_FOLDERS = {"reports", ".cache", ".git"}
 
 
@@ -264,15 +271,22 @@ class Artifact:
         return self.manifest.units[name].codec
 
     def parts(self, name: str) -> dict[str, torch.Tensor]:
-        """The stored tensors of a unit, mapped read-only from its shard: nothing is copied."""
+        """The stored tensors of a unit, mapped read-only from its shard: nothing is copied.
+
+        Raises ArtifactError if one is not what the manifest says, byte for byte.
+        """
         entry = self.manifest.units[name]
         file = self._shard(entry.shard)
-        missing = next((part for part in entry.parts if part not in file.tensors), None)
-        if missing is not None:
-            raise ArtifactError(
-                f"{file.path} lacks {missing}; run `bagel-compress inspect --verify` and copy it again."
-            )
-        return {part: _mapped(file, part) for part in entry.parts}
+        return {part: _mapped(file, part, stored) for part, stored in entry.parts.items()}
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the manifest that is no shard. Raises ArtifactError if its bytes are others."""
+        return compared_file(self.path, name, self.manifest.files)
+
+    @property
+    def model_files(self) -> dict[str, Path]:
+        """Configs, tokenizer and VAE by their own names, without their folder; compared as by `file`."""
+        return {Path(name).name: self.file(name) for name in self.manifest.files if Path(name).name in MODEL_FILES}
 
     def decode(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a unit as the format defines them."""
@@ -358,6 +372,20 @@ class Artifact:
         return {}
 
 
+def compared_file(folder: Path, name: str, files: Mapping[str, FileEntry]) -> Path:
+    """The path of a file that a manifest lists. Raises ArtifactError if it does not, or if the bytes are others."""
+    if name not in files:
+        raise ArtifactError(f"{folder} has no {name} among the files of its manifest; copy it again.")
+    path = folder / name
+    try:
+        same = intact(path, files[name])
+    except OSError as fault:
+        raise ArtifactError(f"{path} cannot be read ({fault.strerror}).") from None
+    if not same:
+        raise ArtifactError(f"{path} is not what the manifest says: it was changed or damaged; copy it again.")
+    return path
+
+
 def wrong_sizes(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[str]:
     """A sentence per file of a manifest that is missing or has another size."""
     for name, entry in files.items():
@@ -430,7 +458,7 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
     """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
     try:
         data = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):
         raise ArtifactError(f"{folder / MANIFEST} is not JSON; copy the artifact again.") from None
     if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
         raise ArtifactError(
@@ -463,7 +491,13 @@ def listed_files(name: str, content: bytes, folder: Path) -> dict[str, FileEntry
     return files
 
 
-def _mapped(file: TensorFile, part: str) -> torch.Tensor:
-    stored = file.tensors[part]
-    data = as_tensor(file.bytes[stored.start : stored.stop])
-    return data.view(TORCH_DTYPES[stored.dtype]()).reshape(stored.shape)
+def _mapped(file: TensorFile, name: str, part: StoredPart) -> torch.Tensor:
+    stored = file.tensors.get(name)
+    if stored is None or (stored.dtype, stored.shape) != (part.dtype, part.shape):
+        raise ArtifactError(f"{file.path} does not hold {name} as the manifest says; copy it again.")
+    data = file.bytes[stored.start : stored.stop]
+    if blake3(data.data, max_threads=blake3.AUTO).hexdigest() != part.blake3:
+        raise ArtifactError(
+            f"{file.path}: {name} is not what the manifest says: it was changed or damaged; copy it again."
+        )
+    return as_tensor(data).view(TORCH_DTYPES[stored.dtype]()).reshape(stored.shape)

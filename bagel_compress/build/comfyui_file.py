@@ -83,7 +83,7 @@ def _planned(artifact: Artifact) -> tuple[dict[str, PartSpec], dict[str, dict[st
 def _metadata(artifact: Artifact, layers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     if layers:
         return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-    configs = {name: json.loads((artifact.path / name).read_text("utf-8")) for name in CONFIG_FILES}
+    configs = {name: json.loads(artifact.file(name).read_text("utf-8")) for name in CONFIG_FILES}
     entry = {"format": "comfyui_bagel", "format_version": 1, "variant": "BAGEL-7B-MoT", "dtype": "bf16"}
     return {"comfyui_bagel": json.dumps(entry | {"quantization": "none", "model_configs": configs})}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import math
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -37,10 +38,12 @@ from bagel_compress.build.plan import Placement, Plan
 from bagel_compress.build.resume_state import BuildFolder, ShardRecord, finished
 from bagel_compress.build.shard_writer import ShardWriter, WrittenShard
 from bagel_compress.codecs.base import Encoding, Reader
+from bagel_compress.codecs.matrix import finite
 from bagel_compress.errors import ArtifactError, CalibrationError, CheckpointError
 from bagel_compress.io.atomic import atomic_path, write_atomic
-from bagel_compress.io.bf16 import as_words
+from bagel_compress.io.bf16 import as_words, floats, stored
 from bagel_compress.io.digests import blake3_file, tensors_digest
+from bagel_compress.io.safetensors_file import TensorFile
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.source.identity import identity, tensor_digests
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+VAE = "ae.safetensors"
 HASH_ELEMENTS = 1 << 22  # elements per step where a tensor has to be hashed apart from its coding
 UNHASHED = 4  # blocks that may wait to be hashed: converted ones are anonymous memory
 UNFINISHED = 2  # shards that may still be hashed and synced while the next one is coded
@@ -179,9 +183,11 @@ def _write_shard(
 
     `rounded`: encodings that calibration has made already, by unit.
     """
+    refused = build.plan.recipe.non_finite == "refused"
     reader = _HashingReader(checkpoint, hashing)
+    as_is = _FiniteReader(checkpoint, refused)  # its digest is taken of what was written
     begun = [
-        (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, checkpoint if p.codec.stored_as_is else reader))
+        (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, as_is if p.codec.stored_as_is else reader))
         for p in build.plan.in_shard(shard)
     ]
     parts: dict[str, PartSpec] = {}
@@ -194,7 +200,9 @@ def _write_shard(
         for chunk in encoding.chunks():
             writer.put(chunk)
         units[placement.unit.name] = _entry(placement, encoding, shard)
-        if not encoding.codec.stored_as_is:
+        if refused and encoding.codec.stored_as_is and not placement.codec.stored_as_is:
+            _expect_finite_unit(placement, as_is)  # the codec gave up, perhaps because of such values
+        if not placement.codec.stored_as_is:
             digests |= {spec.name: reader.digest(spec) for spec in placement.unit.specs}
         progress(placement.unit.name, sum(spec.nbytes for spec in placement.unit.specs))
     return units, digests, writer.end()
@@ -291,20 +299,46 @@ def _calibration_entry(plan: Plan) -> CalibrationEntry | None:
 
 def _start_copies(build: BuildFolder, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Future[FileEntry]]:
     """Begins to copy what goes with the weights: tokenizer, configs, VAE."""
+    refuses = build.plan.recipe.non_finite == "refused"
     apart = any(p.codec.scans_folder for p in build.plan.placements)
-    targets = {name: "vae/ae.safetensors" if apart and name == "ae.safetensors" else name for name in checkpoint.files}
+    targets = {name: f"vae/{VAE}" if apart and name == VAE else name for name in checkpoint.files}
     return {
-        target: pool.submit(_copied, checkpoint.files[name], build.out / target)
+        target: pool.submit(_copied, checkpoint.files[name], build.out / target, name == VAE and refuses)
         for name, target in targets.items()
         if name != "config.json"
     }
 
 
-def _copied(source: Path, target: Path) -> FileEntry:
-    """Copies a file; it appears in full, and on the disk."""
+def _copied(source: Path, target: Path, is_finite: bool) -> FileEntry:
+    """Copies a file; it appears in full, and on the disk. `is_finite`: tensors, none of which may hold NaN or Inf."""
     with atomic_path(target) as partial:
         shutil.copyfile(source, partial)
+        if is_finite:
+            _expect_finite(TensorFile.open(partial), source)
         return FileEntry(bytes=partial.stat().st_size, blake3=blake3_file(partial))
+
+
+def _expect_finite(file: TensorFile, source: Path) -> None:
+    for name, tensor in file.tensors.items():
+        for start in range(0, tensor.numel, HASH_ELEMENTS):
+            stop = min(start + HASH_ELEMENTS, tensor.numel)
+            values = floats(stored(file, tensor, start, stop), tensor.dtype)
+            if not (math.isfinite(values.max()) and math.isfinite(values.min())):  # NaN comes through either
+                raise CheckpointError(f"{source}: {name} holds NaN or infinity; copy it from the base model again.")
+
+
+class _FiniteReader:
+    """The checkpoint as a Reader that refuses NaN and infinity, if it `refuses`."""
+
+    def __init__(self, checkpoint: Reader, refuses: bool) -> None:
+        self._checkpoint = checkpoint
+        self._refuses = refuses
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        values = self._checkpoint.read(spec, start, stop)
+        if self._refuses and not finite(as_words(values)):
+            raise _not_finite(spec)
+        return values
 
 
 class _HashingReader:
@@ -337,6 +371,18 @@ class _HashingReader:
         while len(self._pending) >= UNHASHED:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(total.update, as_words(values).view("uint8").data))
+
+
+def _expect_finite_unit(placement: Placement, reader: _FiniteReader) -> None:
+    for spec in placement.unit.specs:
+        for start in range(0, spec.numel, HASH_ELEMENTS):
+            reader.read(spec, start, min(start + HASH_ELEMENTS, spec.numel))
+
+
+def _not_finite(spec: TensorSpec) -> CheckpointError:
+    return CheckpointError(
+        f"{spec.name} holds NaN or infinity; mend the checkpoint, or say `non_finite: kept` in the recipe."
+    )
 
 
 @contextmanager

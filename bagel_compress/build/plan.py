@@ -125,14 +125,20 @@ class Plan:
 
     def table(self) -> str:
         """The groups as text, with totals."""
-        likely = "" if self.exact else "\nthe size depends on the data: plan with --source to have it sampled"
-        if self.sampled is not None:
-            likely = f"\nby a sample of the data {size_text(self.sampled)}"
-        return sizes_table(self.groups, self.nbytes, "" if self.exact else "at most ") + (
-            f"{likely}\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
+        return sizes_table(self.groups, self.nbytes, "" if self.exact else "in the worst case ") + (
+            f"{self._likely_text()}\n{len(self.shards)} shards, largest {size_text(max(self.shard_bytes.values()))};"
             f" source {self.source_name}, fingerprint {self.source_fingerprint[:12]} (identity not read yet);"
             f" plan {self.digest[:12]}{self._calibration_text()}"
         )
+
+    def _likely_text(self) -> str:
+        """What a size that depends on the data will be."""
+        if self.exact:
+            return ""
+        if self.sampled is not None:
+            return f"\n{size_text(self.sampled)} by a sample of the data, which is what it will be"
+        likely = sum(p.nbytes for placed in self.placements for p in placed.codec.likely_parts(placed.unit).values())
+        return f"\n{size_text(likely)} with usual weights, which is what to expect; --source has them sampled"
 
     def _calibration_text(self) -> str:
         if self.calibration is not None:

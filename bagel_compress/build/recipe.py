@@ -154,12 +154,16 @@ class Recipe(FrozenModel):
     serve: Literal["vllm-omni"] | None = Field(
         None, description="a server that loads the build: the index lists the VAE, preprocessor_config.json is there"
     )
+    non_finite: Literal["refused", "kept"] = Field(
+        "refused", description="NaN and infinity in weights that are stored without loss; no model needs them"
+    )
 
     @model_serializer(mode="wrap")
-    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `fast` and `serve` where a recipe has none: its identity is what it was before there were any."""
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `fast`, `serve` and `non_finite` where a recipe has none: it means what it meant before them."""
         fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name not in ("fast", "serve") or value}
+        unsaid: dict[str, Any] = {"fast": {}, "serve": None, "non_finite": "refused"}
+        return {name: value for name, value in fields.items() if name not in unsaid or value != unsaid[name]}
 
     @model_validator(mode="after")
     def _served(self) -> Recipe:
@@ -219,6 +223,18 @@ def _check_target(name: str, known: Sequence[str], where: str) -> None:
             f"{where}: {name!r} is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}, or a file"
             f" {own.name} beside the recipe."
         )
+    file = own if own.is_file() else Path(name)
+    if name not in known and (written := _name_in(file)) != file.stem:
+        raise RecipeError(
+            f"{where}: {file} calls itself {written!r}; name it {file.stem}, as the recipe and the file do."
+        )
+
+
+def _name_in(file: Path) -> str:
+    try:
+        return str(yaml.safe_load(file.read_text("utf-8"))["name"])
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return ""
 
 
 def _codec_class(model: type[BaseModel], data: Any) -> type[BaseModel]:

@@ -7,9 +7,7 @@ there was synced before the record was, so a build that was killed anywhere goes
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from bagel_compress.build.plan import Plan
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.atomic import PARTIAL, write_atomic
 from bagel_compress.io.byte_size import size_text
+from bagel_compress.io.lock import remove_if_stale, take_lock
 from bagel_compress.io.yaml_model import FrozenModel
 
 STATE = ".build"
@@ -41,7 +40,7 @@ class BuildFolder:
         _refuse_foreign(self.out, self.plan)
         state = self.out / STATE
         state.mkdir(parents=True, exist_ok=True)
-        _lock(state / "lock")
+        take_lock(state / "lock", "built", ArtifactError)
         try:
             _refuse_foreign(self.out, self.plan)
             write_atomic(state / "plan.json", json.dumps({"plan": self.plan.digest}).encode())
@@ -89,7 +88,7 @@ def finished(out: Path, plan: Plan) -> Artifact | None:
     _refuse_foreign(out, plan)
     if (out / STATE).exists():  # killed between the manifest and the clearing
         if (out / STATE / "lock").exists():
-            _remove_if_stale(out / STATE / "lock")
+            remove_if_stale(out / STATE / "lock", "built", ArtifactError)
         shutil.rmtree(out / STATE)
     return Artifact.open(out)
 
@@ -119,72 +118,3 @@ def _plan_digest(path: Path) -> str:
         return str(json.loads(path.read_bytes())["plan"])
     except (OSError, ValueError, KeyError, TypeError):
         return "unreadable"
-
-
-def _lock(path: Path) -> None:
-    """Takes the lock, or one that a dead process of this machine left. Raises ArtifactError if it is held."""
-    mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
-    for _ in range(2):
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            _remove_if_stale(path)
-            continue
-        with os.fdopen(handle, "w") as file:
-            file.write(mine)
-        return
-    raise ArtifactError(f"{path.parent.parent} was taken by another build in this moment; run the command again.")
-
-
-def _remove_if_stale(path: Path) -> None:
-    try:
-        holder = json.loads(path.read_text())
-        pid, host, started = int(holder["pid"]), str(holder["host"]), str(holder["started"])
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, KeyError, TypeError):
-        pid, host, started = 0, socket.gethostname(), ""  # killed while it wrote the lock
-    if host == socket.gethostname() and not is_alive(pid, started):
-        path.unlink(missing_ok=True)
-        return
-    raise ArtifactError(
-        f"{path.parent.parent} is being built by process {pid} on {host}; wait for it, or delete {path} if it is gone."
-    )
-
-
-def is_alive(pid: int, started: str) -> bool:
-    """Whether the process that took the lock still runs; a number that was given out again does not count."""
-    if pid <= 0 or (started and _started(pid) != started):
-        return False
-    if os.name != "posix":
-        return _alive_windows(pid)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _alive_windows(pid: int) -> bool:
-    """`os.kill(pid, 0)` would end the process on Windows, so its handle is asked for instead."""
-    import ctypes
-
-    still_active, query_limited = 259, 0x1000  # STILL_ACTIVE, PROCESS_QUERY_LIMITED_INFORMATION (winbase.h)
-    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
-    handle = kernel.OpenProcess(query_limited, False, pid)
-    if not handle:
-        return False
-    code = ctypes.c_ulong()
-    kernel.GetExitCodeProcess(handle, ctypes.byref(code))
-    kernel.CloseHandle(handle)
-    return code.value == still_active
-
-
-def _started(pid: int) -> str:
-    """Start time of a process in clock ticks (field 22 of /proc/PID/stat); empty where there is no /proc."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""

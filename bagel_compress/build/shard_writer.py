@@ -22,7 +22,7 @@ from threading import BoundedSemaphore, get_ident
 import numpy as np
 from blake3 import blake3
 
-from bagel_compress.codecs.base import Chunk
+from bagel_compress.codecs.base import Chunk, LaterChunk
 from bagel_compress.errors import CodecError
 from bagel_compress.io.atomic import PARTIAL, sync_folder
 from bagel_compress.io.safetensors_file import lay_out
@@ -30,10 +30,9 @@ from bagel_compress.io.tensor_spec import PartSpec
 
 PIECE = 8 << 20  # bytes written at once
 BUFFERS = 6  # being filled, being written, and a few between, since encoding and writing do not keep step
-LASTING = 128  # pieces of lasting chunks that may wait: copied tensors must not hold up the coding of the next
+LASTING = 128  # lasting chunks that may wait: copied tensors must not hold up the coding of the next
 HASH_BLOCK = 1 << 18  # bytes read back at a time: they stay in the second-level cache
 SYNC_BYTES = 192 << 20  # put between two requests to the disk; it would otherwise wait for the end of a shard
-FAULT_BYTES = 1 << 16  # mapped by one page fault (fault_around_bytes of Linux)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,30 +80,32 @@ class ShardWriter:
         _reserve(file, size)
         shard.write(0, header)
 
-    def put(self, chunk: Chunk) -> None:
+    def put(self, chunk: Chunk | LaterChunk) -> None:
         """Leaves the chunk to a background thread, copied if it will not last; writes a `direct` one before it returns.
 
         Raises what a background thread met.
         """
         shard = self._shards[-1]
-        stop = chunk.start + chunk.data.nbytes
+        nbytes = chunk.nbytes if isinstance(chunk, LaterChunk) else chunk.data.nbytes
+        stop = chunk.start + nbytes
         if chunk.part not in shard.parts or chunk.start < 0 or stop > shard.parts[chunk.part].nbytes:
             raise CodecError(
                 f"{chunk.part}: bytes {chunk.start} to {stop} lie outside of what was announced; codec fault."
             )
-        shard.filled[chunk.part] += chunk.data.nbytes
-        data = chunk.data.reshape(-1)
-        for start in range(0, data.nbytes, PIECE):
-            piece, where = data[start : start + PIECE], shard.offsets[chunk.part] + chunk.start + start
-            if chunk.direct:
-                shard.write(where, piece.data)
-            elif chunk.lasting:
-                self._lasting.acquire()
-                shard.pending.append(self._copying.submit(self._write_lasting, shard, where, piece))
-            else:
-                buffer = self._free.get()
+        shard.filled[chunk.part] += nbytes
+        where = shard.offsets[chunk.part] + chunk.start
+        if isinstance(chunk, Chunk) and chunk.direct:
+            shard.write(where, chunk.data.reshape(-1).data)
+        elif isinstance(chunk, LaterChunk) or chunk.lasting:
+            self._lasting.acquire()
+            shard.pending.append(self._copying.submit(self._write_lasting, shard, where, chunk))
+        else:
+            data = chunk.data.reshape(-1)
+            for start in range(0, nbytes, PIECE):
+                piece, buffer = data[start : start + PIECE], self._free.get()
                 buffer[: piece.nbytes] = piece
-                shard.pending.append(self._writing.submit(self._write_buffer, shard, where, buffer, piece.nbytes))
+                writing = self._writing.submit(self._write_buffer, shard, where + start, buffer, piece.nbytes)
+                shard.pending.append(writing)
         shard.raise_failures()
         shard.sync_early(self._syncing)
 
@@ -116,10 +117,9 @@ class ShardWriter:
                 raise CodecError(f"{part}: {shard.filled[part]} of {spec.nbytes} bytes were coded; codec fault.")
         return self._finishing.submit(_finish, shard, self._syncing)
 
-    def _write_lasting(self, shard: _OpenShard, where: int, data: np.ndarray) -> None:
+    def _write_lasting(self, shard: _OpenShard, where: int, chunk: Chunk | LaterChunk) -> None:
         try:
-            data[::FAULT_BYTES].max()  # maps the pages of a mapped source, which inside of `write` takes much longer
-            shard.write(where, data.data)
+            shard.write(where, chunk.data.reshape(-1).data)
         finally:
             self._lasting.release()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from PIL import Image
 
+from bagel.errors import BagelError
 from bagel.inputs import to_rgb
 from bagel_compress.calibrate.calibration_set import (
     CalibrationSet,
@@ -24,6 +25,7 @@ from bagel_compress.calibrate.calibration_set import (
 )
 from bagel_compress.calibrate.record_inputs import record_inputs
 from bagel_compress.errors import CalibrationError
+from bagel_compress.io.pictures import read_picture
 
 if TYPE_CHECKING:
     from bagel.sampler import Sampler
@@ -147,9 +149,9 @@ def _drawn(part: CalibrationSet) -> Image.Image:
 
 def _opened(path: Path) -> Image.Image:
     try:
-        return to_rgb(Image.open(path))
-    except OSError as error:
-        raise CalibrationError(f"picture {path} cannot be read ({error}); repair it or take it out.") from None
+        return to_rgb(read_picture(path))
+    except BagelError as error:
+        raise CalibrationError(f"{str(error).rstrip('.')}; repair it or take it out.") from None
 
 
 def _file_digest(path: Path) -> str:

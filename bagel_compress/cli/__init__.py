@@ -7,6 +7,7 @@ needs is imported inside the verb. Exit codes: 0 done, 1 a gate did not pass, 2 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import json
 import os
@@ -19,27 +20,52 @@ from bagel.errors import BagelError
 from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
-    "advise", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "speed", "publish", "export",
-    "demo", "nano", "finetune",
+    "advise", "app", "build", "comfyui", "calibrate", "allocate", "fit", "sample", "validate", "evaluate", "speed",
+    "profile",
+    "publish", "export", "demo", "nano", "finetune",
 )  # fmt: skip
+# Verbs that can be resumed.
+GOES_ON = ("compress", "run", "export", "calibrate", "batch", "train-nano", "allocate", "finetune")
+WORD = 300  # characters of a word in a message; names in files have no end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
-    args = command_parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = command_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if not argv[0].startswith("-") and argv[0] not in (verbs := _verbs(parser)):
+        close = difflib.get_close_matches(argv[0], verbs, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"verbs are {', '.join(verbs)}."
+        print(printable(f"bagel-compress: there is no verb {argv[0]!r}; {hint}"), file=sys.stderr)
+        return 2
+    args = parser.parse_args(argv)
     try:
         code: int = args.verb(args)
         sys.stdout.flush()
     except (BagelCompressError, BagelError) as error:
-        print(f"bagel-compress: {error}", file=sys.stderr)
+        print(printable(f"bagel-compress: {error}"), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # what no verb expected of a file: a name too long, a disk that failed
+        print(printable(f"bagel-compress: {error.filename or 'a file'}: {error.strerror or error}."), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("bagel-compress: interrupted; the same command goes on from there.", file=sys.stderr)
+        hint = "; the same command goes on from there" if argv[0] in GOES_ON else ""
+        print(f"bagel-compress: interrupted{hint}.", file=sys.stderr)
         return 130
     return code
+
+
+def printable(text: str) -> str:
+    """Text from files on one line of a terminal: control characters are shown, not obeyed, and long words are cut."""
+    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    words = (word if len(word) <= WORD else f"{word[:WORD]}..." for word in visible.split(" "))
+    return " ".join(words)
 
 
 def emit(args: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:
@@ -63,6 +89,11 @@ def say(message: str) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+def _verbs(parser: argparse.ArgumentParser) -> list[str]:
+    """Names of the verbs."""
+    return next(list(a.choices) for a in parser._actions if isinstance(a, argparse._SubParsersAction))
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -31,9 +31,10 @@ def register(verbs: Any) -> None:
 
 
 def _allocate(args: argparse.Namespace) -> int:
-    from bagel_compress.build.allocate import allocate, allocated_recipe, movable_codecs, recipe_yaml
+    from bagel_compress.build.allocate import allocate, allocated_recipe, movable_codecs
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
+    from bagel_compress.build.recipe_text import recipe_text
     from bagel_compress.build.sensitivity import sensitivities
     from bagel_compress.cli.build import open_calibration, open_checkpoint
     from bagel_compress.errors import CalibrationError
@@ -53,7 +54,7 @@ def _allocate(args: argparse.Namespace) -> int:
     made = allocated_recipe(plan, found, Path(args.out).stem)
     source = f"{checkpoint.name} {checkpoint.digest[:12]}, calibration set {plan.calibration.digest[:12]}"
     comment = f"{plan.recipe.name} within {args.budget_gb:g} GB, measured on {source}.\n\n{found.table()}"
-    write_atomic(Path(args.out), recipe_yaml(made, comment).encode())
+    write_atomic(Path(args.out), recipe_text(made, comment).encode())
     chosen = {f"{g.layer}.{g.expert}.{g.name}": codecs[i].format for g, i in found.chosen.items()}
     emit(args, {"out": args.out, "bytes": found.nbytes, "cost": found.cost, "chosen": chosen}, found.table())
     return 0

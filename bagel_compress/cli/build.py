@@ -245,7 +245,7 @@ def _artifact_text(artifact: Artifact, tensors: bool, verified: bool) -> str:
     made = f"recipe {manifest.recipe.name}, source {manifest.source.digest[:12]}, {manifest.tool}"
     lines.append(f"artifact {artifact.digest[:12]}: {made}")
     if verified:
-        lines.append(f"verified: {len(manifest.files)} files, every byte as the manifest says")
+        lines.append(f"verified: {len(manifest.files) + 1} files, every byte as the manifest says")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from bagel_compress.cli import add_json, emit
 
 if TYPE_CHECKING:
-    from bagel.sampler import Sampler
-    from bagel_compress.scores.benchmark import Benchmark
+    from bagel.config import BagelConfig
+    from bagel_compress.scores.benchmark import Benchmark, Scores
 
 REPORT_STEPS = 50
 
@@ -60,13 +60,14 @@ def register(verbs: Any) -> None:
 
 def _score(args: argparse.Namespace) -> int:
     from bagel_compress.io.atomic import atomic_path
-    from bagel_compress.scores.benchmark import compare, run
+    from bagel_compress.scores.benchmark import compare
     from bagel_compress.scores.contact_sheet import contact_sheet
 
     benchmark = _benchmark(args)
+    check = None if args.benchmark else _expect_nano
     with _threads(args.threads):
-        found = run(benchmark, _sampler(args.model, args.device))
-        against = run(benchmark, _sampler(args.against, args.device)) if args.against else None
+        found = _asked(benchmark, args.model, args.device, check)
+        against = _asked(benchmark, args.against, args.device, check) if args.against else None
     if args.sheet:
         with atomic_path(args.sheet) as partial:
             contact_sheet(benchmark, found).save(partial, "PNG")
@@ -110,12 +111,33 @@ def _benchmark(args: argparse.Namespace) -> Benchmark:
     return nano_benchmark(240 // share, 168 // share, 100 // share, 60 // share)
 
 
-def _sampler(model: str, device: str) -> Sampler:
+def _asked(benchmark: Benchmark, model: str, device: str, check: Callable[[BagelConfig], None] | None) -> Scores:
+    """The scores of a model, with a bar over the prompts on stderr."""
     import torch
+    from tqdm import tqdm
 
     from bagel_compress.run.load import open_model
+    from bagel_compress.scores.benchmark import run
 
-    return open_model(model, device, torch.float32 if device == "cpu" else None)
+    sampler = open_model(model, device, torch.float32 if device == "cpu" else None, check)
+    with tqdm(total=len(benchmark.prompts), unit="prompt", desc=model, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        return run(benchmark, sampler, on_batch=show)
+
+
+def _expect_nano(config: BagelConfig) -> None:
+    """Raises InputError if the model draws no pictures of BAGEL-nano's size."""
+    from bagel_compress.errors import InputError
+    from bagel_compress.nano_training.model import CONFIG
+
+    if (side := config.max_latent_size * config.image_stride) != CONFIG.max_latent_size * CONFIG.image_stride:
+        raise InputError(
+            f"this model is not of BAGEL-nano's world: its pictures have up to {side} pixels a side, nano's"
+            f" {CONFIG.max_latent_size * CONFIG.image_stride}; name a benchmark that it can be asked with --benchmark."
+        )
 
 
 def _table(rows: Mapping[str, Mapping[str, float]]) -> str:

@@ -6,17 +6,18 @@ MODEL is a full-precision checkpoint, an artifact, an ONNX export, or a Hub id o
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bagel_compress.cli import add_json, add_verb, emit, say
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from bagel.config import BagelConfig
     from bagel.events import Listener
     from bagel.loops import Loops, Result
     from bagel.settings import FlowSettings, TextSettings
@@ -33,7 +34,10 @@ def register(verbs: Any) -> None:
     )  # fmt: skip
     generate.add_argument("prompt", metavar="PROMPT", help="may be empty")
     generate.add_argument(
-        "--size", type=_size, metavar="WxH", help="pixels, multiples of 16 (default: the largest square)"
+        "--size",
+        type=picture_size,
+        metavar="WxH",
+        help="pixels, multiples of 16 (default: what the model names, else the largest square)",
     )
     _image_options(generate, {"cfg_img_scale": 1.0, "cfg_interval": (0.4, 1.0), "cfg_renorm_type": "global"})
     generate.set_defaults(verb=_generate)
@@ -105,8 +109,9 @@ def _image_options(parser: argparse.ArgumentParser, defaults: dict[str, Any]) ->
     speed.add_argument("--guidance-every", type=int, default=1, metavar="K",
                        help="evaluate the guidance branches at every K-th evaluation (%(default)s)")  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=Path("out.png"), metavar="PNG", help="where to write it (%(default)s)"
+        "--out", type=Path, metavar="PNG", help="where to write it (default: out.png, or the next free out-N.png)"
     )
+    parser.add_argument("--force", action="store_true", help="overwrite a picture that is there")
     _text_options(parser, 1000)
 
 
@@ -117,7 +122,7 @@ def _text_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     text.add_argument("--temperature", type=float, default=0.3, help="of sampling (%(default)s)")
 
 
-def _size(value: str) -> tuple[int, int]:
+def picture_size(value: str) -> tuple[int, int]:
     """WxH -> (height, width)."""
     width, cross, height = value.lower().partition("x")
     if not (cross and all(side.isascii() and side.isdecimal() and len(side) < 7 for side in (width, height))):
@@ -127,49 +132,81 @@ def _size(value: str) -> tuple[int, int]:
 
 def _generate(args: argparse.Namespace) -> int:
     flow, text = _flow(args), _text(args)
-    sampler = _opened(args)
-    size = args.size
-    if size is None:
-        side = min(1024, sampler.bagel.config.max_latent_size * sampler.bagel.config.image_stride)
-        size = (side, side)
-    return _picture(args, sampler, [args.prompt], flow, text, size)
+    out = _out(args)
+    sampler = _opened(args, None if args.size is None else lambda config: config.check_size(args.size))
+    size = sampler.bagel.config.usual_size if args.size is None else args.size
+    return _picture(args, out, sampler, [args.prompt], flow, text, size)
 
 
 def _edit(args: argparse.Namespace) -> int:
+    from bagel_compress.io.pictures import read_picture
+
     flow, text = _flow(args), _text(args)
-    turns = [*(_read_image(path) for path in [args.image, *args.also]), args.prompt]
-    return _picture(args, _opened(args), turns, flow, text, None)
+    turns = [*(read_picture(path) for path in [args.image, *args.also]), args.prompt]
+    out = _out(args)
+    return _picture(args, out, _opened(args), turns, flow, text, None)
+
+
+def _out(args: argparse.Namespace) -> Path:
+    """Where the picture goes, found before any work: a new PNG, or with --force one that is there."""
+    from bagel_compress.errors import InputError
+
+    out: Path = args.out or Path("out.png")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; name a PNG file in it with --out.")
+    if out.exists() and not out.is_file():
+        return out  # /dev/null, a pipe
+    if out.suffix.lower() != ".png":
+        raise InputError(f"{out} does not end in .png, and pictures are written as PNG; name it {out.stem}.png.")
+    if not args.force and args.out is None:
+        numbered = (out.with_name(f"{out.stem}-{number}.png") for number in count(2))
+        return next(path for path in chain([out], numbered) if not path.exists())
+    if out.exists() and not args.force:
+        raise InputError(f"{out} exists; give another name with --out, or --force to overwrite it.")
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{out} cannot be written: {parent} is no folder that you may write to.")
+    return out
 
 
 def _picture(
     args: argparse.Namespace,
+    out: Path,
     sampler: Loops,
-    turns: Sequence[str | Image],
+    turns: Sequence[Any],
     flow: FlowSettings,
     text: TextSettings,
     size: tuple[int, int] | None,
 ) -> int:
     from bagel_compress.io.atomic import atomic_path
+    from bagel_compress.run.picture_settings import picture_settings, png_info
 
     begun = time.perf_counter()
     with _progress(flow.num_timesteps - 1) as bar:
         result = sampler.run(turns, think=args.think, size=size, flow=flow, text=text, seed=args.seed, listener=bar)
     assert result.image is not None
-    with atomic_path(args.out) as partial:
-        result.image.save(partial, "PNG")
+    prompt = next(turn for turn in turns if isinstance(turn, str))
+    settings = picture_settings(args.model, prompt, args.seed, result.image.size, flow, text if args.think else None)
+    with atomic_path(out) as partial:
+        result.image.save(partial, "PNG", pnginfo=png_info(settings))
     data = {
-        "image": str(args.out), "width": result.image.width, "height": result.image.height, "seed": args.seed,
+        "image": str(out), "width": result.image.width, "height": result.image.height, "seed": args.seed,
         "thoughts": result.text, "seconds": round(time.perf_counter() - begun, 3),
     }  # fmt: skip
     thoughts = f"{result.text}\n" if result.text else ""
-    emit(args, data, f"{thoughts}{args.out} ({result.image.width}x{result.image.height}, seed {args.seed})")
+    emit(args, data, f"{thoughts}{out} ({result.image.width}x{result.image.height}, seed {args.seed})")
     return 0
 
 
 def _ask(args: argparse.Namespace) -> int:
+    from bagel_compress.errors import InputError
+    from bagel_compress.io.pictures import read_picture
+
     text = _text(args)
     *paths, question = args.inputs
-    turns = [*(_read_image(Path(p)) for p in paths), question]
+    if Path(question).is_file():
+        raise InputError(f'a question is missing after {question}; as in: ask MODEL {question} "what is this?"')
+    turns = [*(read_picture(Path(p)) for p in paths), question]
     result: Result = _opened(args).run(turns, output="text", think=args.think, text=text, seed=args.seed)
     emit(args, {"answer": result.text, "tokens": len(result.ids)}, result.text or "")
     return 0
@@ -212,30 +249,21 @@ def _text(args: argparse.Namespace) -> TextSettings:
     return TextSettings(args.max_tokens, args.sample, args.temperature)
 
 
-def _read_image(path: Path) -> Image:
-    from PIL import Image, UnidentifiedImageError
+def _opened(args: argparse.Namespace, check: Callable[[BagelConfig], object] | None = None) -> Loops:
+    """The model on the device, or an export on its runtime; --target places the model by its residency plan.
 
-    from bagel_compress.errors import InputError
-
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; expected a picture (PNG, JPEG, WebP, ...).") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{path} is not a readable picture ({error}); expected PNG, JPEG, WebP, ...") from None
-    return image
-
-
-def _opened(args: argparse.Namespace) -> Loops:
-    """The model on the device, or an export on its runtime; --target places the model by its residency plan."""
+    `check` is given the model's configuration before weights are read.
+    """
     from bagel_compress.build.artifact import EXPORT_MANIFEST
 
     folder = _folder(args)
     if (folder / EXPORT_MANIFEST).is_file():
         from bagel_compress.exporting.ort_sampler import open_onnx
 
-        return open_onnx(folder, None if args.device == "auto" else args.device.partition(":")[0])
+        export = open_onnx(folder, None if args.device == "auto" else args.device.partition(":")[0])
+        if check is not None:
+            check(export.bagel.config)
+        return export
 
     import torch
 
@@ -246,12 +274,12 @@ def _opened(args: argparse.Namespace) -> Loops:
 
     dtype = {"bf16": None, "fp32": torch.float32}[args.dtype]
     if args.target is None and dtype is None:
-        return open_model(folder, choose_device(args.device, folder, say))
+        return open_model(folder, choose_device(args.device, folder, say), check=check)
     device = one_device(args.device)
     if args.target is None:
-        return open_model(folder, device, dtype)
+        return open_model(folder, device, dtype, check)
     target = Target.load(args.target)
-    sampler = open_model(folder, "cpu", dtype)
+    sampler = open_model(folder, "cpu", dtype, check)
     place(sampler, target, device)
     return sampler
 

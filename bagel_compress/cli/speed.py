@@ -11,6 +11,8 @@ from bagel_compress.cli import add_json, add_verb, emit, say
 if TYPE_CHECKING:
     from bagel_compress.validation.price_list import PriceList
 
+WIDTH = 58  # of the longest name of a setting
+
 
 def register(verbs: Any) -> None:
     """Adds the parser of speed."""
@@ -46,10 +48,13 @@ def _speed(args: argparse.Namespace) -> int:
 
 
 def _table(found: PriceList) -> str:
-    lines = [f"{found.model} on {found.device}", f"{'settings':<44}{'passes':>8}{'seconds':>9}{'latent':>9}{'PSNR':>7}"]
+    lines = [
+        f"{found.model} on {found.device}",
+        f"{'settings':<{WIDTH}}{'passes':>8}{'seconds':>9}{'latent':>9}{'PSNR':>7}",
+    ]
     for price in sorted(found.prices, key=lambda p: -p.passes):
         verdict = f"   breaks {', '.join(price.broken)}" if price.broken else ""
         lines.append(
-            f"{price.name:<44}{price.passes:>8.1f}{price.seconds:>9.3f}{price.latent:>9.4f}{price.psnr:>7.1f}{verdict}"
+            f"{price.name:<{WIDTH}}{price.passes:>8.1f}{price.seconds:>9.3f}{price.latent:>9.4f}{price.psnr:>7.1f}{verdict}"
         )
     return "\n".join([*lines, "presets for the recipe:", found.recipe_lines()])

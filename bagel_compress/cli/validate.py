@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _SHORT = {
     "understanding expert": "und", "generation expert": "gen", "embeddings and head": "embed, head",
     "ViT, bridges, VAE": "vit, vae", "activations and scratch": "activations", "CUDA context": "context",
+    "adapters and moments": "adapters",
 }  # fmt: skip
 
 
@@ -23,6 +24,17 @@ def register(verbs: Any) -> None:
     _add_trace(verbs)
     _add_validate_and_check(verbs)
     _add_budget(verbs)
+    comparison = add_verb(
+        verbs, "compare", "put builds of one source side by side on a page, against the same traces",
+        "bagel-compress compare out/nf4 out/fp8 --trace bagel.trace.safetensors --out compared.html",
+    )  # fmt: skip
+    comparison.add_argument("builds", nargs="+", metavar="BUILD", help="two or more artifact folders")
+    comparison.add_argument("--trace", required=True, nargs="+", metavar="FILE", help="traces of their source")
+    comparison.add_argument("--out", type=Path, default=Path("compared.html"), metavar="HTML", help="(%(default)s)")
+    _device(comparison)
+    add_json(comparison)
+    comparison.set_defaults(verb=_compare)
+
     report = add_verb(
         verbs, "report", "draw report.html again from the reports beside an artifact", "bagel-compress report out/nf4"
     )
@@ -81,6 +93,17 @@ def _add_budget(verbs: Any) -> None:
     )  # fmt: skip
     budget.add_argument("build", metavar="ARTIFACT|RECIPE", help="artifact folder; recipe file or packaged name")
     _targets(budget)
+    budget.add_argument(
+        "--task",
+        choices=("sample", "finetune"),
+        default="sample",
+        help="the target's tasks (default), or a training step",
+    )
+    budget.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="with --task finetune: the fine-tuning config (default: rank 16, 4096 tokens)",
+    )
     budget.add_argument(
         "--source", metavar="SRC",
         help="with a recipe: plan for this checkpoint (default: the released one); with an artifact and --device: time"
@@ -156,6 +179,22 @@ def _validate(args: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from bagel_compress.errors import InputError
+    from bagel_compress.io.atomic import write_atomic
+    from bagel_compress.validation.compare_builds import compare_builds, page
+
+    if len(args.builds) < 2:
+        raise InputError(f"compare takes two or more builds, found {args.builds[0]} alone; `validate` judges one.")
+    builds = compare_builds([Path(build) for build in args.builds], args.trace, args.device, say)
+    write_atomic(args.out, page(builds, args.trace))
+    lines = [
+        f"{b.name}: {b.artifact.nbytes:,} bytes, {'passed' if b.report.passed else 'did not pass'}" for b in builds
+    ]
+    emit(args, {"builds": [b.to_json() for b in builds], "page": str(args.out)}, "\n".join([*lines, str(args.out)]))
+    return 0
+
+
 def _check(args: argparse.Namespace) -> int:
     from bagel_compress.budgets.device_option import one_device
     from bagel_compress.validation.check import check
@@ -172,9 +211,31 @@ def _check(args: argparse.Namespace) -> int:
 def _budget(args: argparse.Namespace) -> int:
     if args.together:
         return _together(args)
+    if args.task == "finetune":
+        return _budget_of_training(args)
     from bagel_compress.validation.check import budgets_of
 
     reports = budgets_of(args.build, args.target, args.source, args.device)
+    emit(args, {"budgets": [r.model_dump(mode="json") for r in reports]}, "\n\n".join(map(budget_table, reports)))
+    return 1 if any(r.broken for r in reports) else 0
+
+
+def _budget_of_training(args: argparse.Namespace) -> int:
+    from bagel_compress.budgets.device_option import build_of
+    from bagel_compress.budgets.planned_build import planned_build
+    from bagel_compress.build.artifact import MANIFEST
+    from bagel_compress.errors import TargetError
+    from bagel_compress.finetune.config import FinetuneConfig
+    from bagel_compress.finetune.memory import predict_finetune
+    from bagel_compress.run.target import Target
+
+    if args.device is not None:
+        raise TargetError("--task finetune is predicted, not measured; leave --device away.")
+    usual = FinetuneConfig.model_validate({"model": args.build, "steps": 1, "lora": {}})
+    config = FinetuneConfig.load(args.config) if args.config else usual
+    is_folder = (Path(args.build) / MANIFEST).exists()
+    build = build_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
+    reports = [predict_finetune(build, Target.load(target), config) for target in args.target]
     emit(args, {"budgets": [r.model_dump(mode="json") for r in reports]}, "\n\n".join(map(budget_table, reports)))
     return 1 if any(r.broken for r in reports) else 0
 

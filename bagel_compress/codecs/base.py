@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -51,9 +51,9 @@ class Reader(Protocol):
 class Chunk:
     """A run of bytes of one stored part. `data` is contiguous uint8, valid until the next chunk is asked for.
 
-    `lasting`: the array is never written to again (a view of the source, or an array of its own), so the caller may
-    keep it. `direct`: the codec goes on encoding in threads of its own, so the caller may write this chunk to disk
-    before it asks for the next without delaying the encoding.
+    `lasting`: the array is never written to again, so the caller may keep it. `direct`: the codec goes on encoding in
+    threads of its own, so the caller may write this chunk to disk before it asks for the next without delaying the
+    encoding.
     """
 
     part: str
@@ -61,6 +61,21 @@ class Chunk:
     data: np.ndarray
     lasting: bool = False
     direct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LaterChunk:
+    """A chunk whose bytes are read when they are written, so that it takes no memory while it waits."""
+
+    part: str
+    start: int
+    nbytes: int
+    read: Callable[[], np.ndarray]
+
+    @property
+    def data(self) -> np.ndarray:
+        """The bytes; reads them."""
+        return self.read()
 
 
 @dataclass(slots=True)
@@ -108,7 +123,7 @@ class Encoding(ABC):
     rounded: Rounded | None = None  # of calibrated rounding
 
     @abstractmethod
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[Chunk | LaterChunk]:
         """The bytes of all parts, each byte once, in any order. Verifies what it wrote, or raises CodecError."""
 
 
@@ -131,7 +146,8 @@ class Codec(FrozenModel, ABC):
     config                 compress (config.json)        nothing
     linear, linears        load                          holds the parts, decodes them in every call
     embedding              load                          decodes once
-    scratch_bytes          budget                        0
+    ring_units             budget                        none: decodes nothing into the shared ring
+    fake_embedding         budget                        None: a table is decoded at loading
     fake_linears           budget                        `linears` over fake tensors
     snippets               model card                    nothing
     loaders                inspect, model card           nothing
@@ -209,8 +225,8 @@ class Codec(FrozenModel, ABC):
         stored = {n: torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype]()) for n, part in encoding.parts.items()}
         raw = {n: t.view(-1).view(torch.uint8).numpy() for n, t in stored.items() if t.numel()}
         for chunk in encoding.chunks():
-            if chunk.data.size:
-                raw[chunk.part][chunk.start : chunk.start + chunk.data.nbytes] = chunk.data
+            if (data := chunk.data).size:
+                raw[chunk.part][chunk.start : chunk.start + data.nbytes] = data
         return stored
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
@@ -237,10 +253,14 @@ class Codec(FrozenModel, ABC):
         """Run-time module of an embedding table that looks rows up in the stored form; default: None, decode it."""
         return None
 
+    def fake_embedding(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> torch.nn.Module | None:
+        """`embedding` for a prediction of memory, which can decode nothing: a module that holds the parts."""
+        return None
+
     @classmethod
-    def scratch_bytes(cls, units: Iterable[Unit]) -> int:
-        """Device memory that the run-time modules of all these units share, beside what is stored."""
-        return 0
+    def ring_units(cls, units: Iterable[Unit]) -> list[tuple[str, int]]:
+        """Name and weights of what run-time modules of these units decode into the ring of ring.py, which all share."""
+        return []
 
     def fake_linears(
         self,
@@ -251,7 +271,7 @@ class Codec(FrozenModel, ABC):
     ) -> dict[str, torch.nn.Module]:
         """`linears` over fake tensors, which have shapes and no values: memory is predicted by running them.
 
-        `scratch` is 1-D uint8 of `scratch_bytes` bytes, None where that is 0. A format whose decoder reads values, and
+        `scratch` is the ring, 1-D uint8, None where no unit needs it. A format whose decoder reads values, and
         so cannot run on fake tensors, gives modules that allocate what the real ones would. The modules of a format
         that is not `movable` hold no stored bytes: the prediction adds those itself.
         """

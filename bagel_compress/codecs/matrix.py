@@ -70,6 +70,17 @@ def absmax_words(words: np.ndarray, spec: TensorSpec, codec: Codec) -> np.ndarra
     return tops
 
 
+def finite(words: np.ndarray) -> bool:
+    """Whether no bf16 word of a 1-D array is NaN or Inf."""
+    import numpy as np
+
+    from bagel_compress.codecs.kernels.rows_kernels import absmax_rows
+
+    top = np.empty(1, np.uint16)
+    absmax_rows(words.reshape(1, -1), top)
+    return bool(top[0] < INFINITY_WORD)
+
+
 def as_floats(words: np.ndarray) -> np.ndarray:
     """bf16 words -> fp32 values."""
     import numpy as np
@@ -88,8 +99,8 @@ def check_shapes(codec: Codec, unit: Unit, parts: Mapping[str, torch.Tensor]) ->
 def not_finite(spec: TensorSpec, codec: Codec) -> CodecError:
     """The error for a weight with NaN or Inf."""
     return CodecError(
-        f"{spec.name}: holds NaN or Inf, codec {codec.format} needs finite weights; "
-        "mend the checkpoint or give this tensor codec raw."
+        f"{spec.name}: holds NaN or Inf, codec {codec.format} needs finite weights; mend the checkpoint, or give this"
+        " tensor codec raw in a recipe with `non_finite: kept`."
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from bagel_compress.codecs.base import Chunk, Codec, Encoding, Reader, Unit
+from bagel_compress.codecs.base import Codec, Encoding, LaterChunk, Reader, Unit
 from bagel_compress.errors import CodecError
-from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec
+from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec, TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 CHUNK_ELEMENTS = 1 << 22  # 8 MB of bf16: large enough for full disk speed, small enough to stay in cache and memory
@@ -48,11 +50,15 @@ class _RawEncoding(Encoding):
     unit: Unit = None  # type: ignore[assignment]
     source: Reader = None  # type: ignore[assignment]
 
-    def chunks(self) -> Iterator[Chunk]:
-        import torch
-
+    def chunks(self) -> Iterator[LaterChunk]:
         for spec in self.unit.specs:
             size = DTYPE_BYTES[spec.dtype]
             for start in range(0, spec.numel, CHUNK_ELEMENTS):
-                values = self.source.read(spec, start, min(start + CHUNK_ELEMENTS, spec.numel))
-                yield Chunk(spec.name, start * size, values.view(torch.uint8).numpy(), lasting=True)
+                stop = min(start + CHUNK_ELEMENTS, spec.numel)
+                yield LaterChunk(spec.name, start * size, (stop - start) * size, partial(self._read, spec, start, stop))
+
+    def _read(self, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
+        import torch
+
+        data: np.ndarray = self.source.read(spec, start, stop).view(torch.uint8).numpy()
+        return data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -26,6 +28,7 @@ class FakeSlices(nn.Module):
     def __init__(self, slices: list[FakeLinear], bias: torch.Tensor | None) -> None:
         super().__init__()
         self.slices = nn.ModuleList(slices)
+        self.out_features, self.in_features = sum(part.out_features for part in slices), slices[0].in_features
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,11 +44,25 @@ class FakeLinear(nn.Module):
     def __init__(self, spec: TensorSpec, bias: torch.Tensor | None, ring: torch.Tensor) -> None:
         """`ring`: 1-D uint8, the scratch memory that all linears of the format share."""
         super().__init__()
-        self._shape = spec.shape
+        self.out_features, self.in_features = spec.shape
         self.register_buffer("ring", ring)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, columns = self._shape
+        rows, columns = self.out_features, self.in_features
         weight = self.get_buffer("ring")[: 2 * rows * columns].view(torch.bfloat16).view(rows, columns)
         return nn.functional.linear(x, weight, self.bias)
+
+
+class FakeTable(nn.Module):
+    """An embedding table whose rows are decoded when they are looked up, each once."""
+
+    def __init__(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._width = spec.shape[1]
+        for name, part in parts.items():
+            self.register_buffer(name.replace(".", "_"), part)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = torch.empty(ids.numel(), self._width, dtype=torch.bfloat16)
+        return rows[torch.zeros_like(ids)]

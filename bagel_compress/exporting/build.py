@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from bagel_compress.build.artifact import FileEntry
 from bagel_compress.errors import ExportError
@@ -30,10 +30,13 @@ from bagel_compress.exporting.profiles import axes_of
 from bagel_compress.exporting.source import FOLDER_FILES, WeightSource
 from bagel_compress.exporting.tensorrt import check_settings, load_tensorrt
 from bagel_compress.exporting.write import ExportJob, file_entry, plan_forms, write_atomic, write_group
+from bagel_compress.io.atomic import PARTIAL
+from bagel_compress.io.lock import take_lock
 from bagel_compress.run.export_settings import BlockKind, ExportSettings
 from bagel_compress.run.target import Target
 
 PACKAGES = ("bagel-compress", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx")
+LOCK, IDENTITY = "lock", "identity.json"  # in the notes
 Progress = Callable[[str, int, int], None]  # data file, done, all
 
 
@@ -46,17 +49,44 @@ def export(
 ) -> ExportFolder:
     """Writes the folder, or goes on where an interrupted export stopped.
 
-    `templates` keeps graphs between exports of one model configuration. Raises ExportError, before anything is written,
-    if the target says nothing of an export, if it asks for what cannot be, if a codec cannot be carried, and if `out`
-    holds something else; MissingExtraError if the runtime's package is not installed.
+    A finished export of the same source for the same target is given back as it is. `templates` keeps graphs between
+    exports of one model configuration. Raises ExportError, before anything is written, if the target says nothing of an
+    export, if it asks for what cannot be, if a codec cannot be carried, and if `out` holds something else or another
+    process writes to it; MissingExtraError if the runtime's package is not installed.
     """
-    if (out / MANIFEST).exists():
-        raise ExportError(f"{out} already holds a finished export; choose another folder or remove it.")
     if target.export is None:
         raise ExportError(
             f"target {target.name} has no `export` section; choose one such as ort-cpu or trt-rtx4090-24gb."
         )
-    job = _begin(source, target, target.export, out, {} if templates is None else templates)
+    if (out / MANIFEST).exists():
+        return _finished(source, target, out)
+    begun = _expect_own(source, target, out)
+    (out / NOTES).mkdir(parents=True, exist_ok=True)
+    take_lock(out / NOTES / LOCK, "exported", ExportError)
+    try:
+        return _export(source, target, target.export, out, {} if templates is None else templates, begun, progress)
+    finally:
+        (out / NOTES / LOCK).unlink(missing_ok=True)
+
+
+def _export(
+    source: WeightSource,
+    target: Target,
+    settings: ExportSettings,
+    out: Path,
+    templates: dict[str, bytes],
+    begun: bool,
+    progress: Progress | None,
+) -> ExportFolder:
+    for leftover in out.glob(f"*{PARTIAL}"):
+        leftover.unlink()
+    try:
+        job = _planned(source, target, settings, out, templates)
+    except BaseException:
+        if not begun:
+            shutil.rmtree(out)
+        raise
+    write_atomic(out / NOTES / IDENTITY, json.dumps(_identity(source, target)).encode())
     groups = list(job.groups())
     for done, (data, blocks) in enumerate(groups):
         if progress:
@@ -67,25 +97,35 @@ def export(
     return _finish(job, target)
 
 
-def _begin(
-    source: WeightSource, target: Target, settings: ExportSettings, out: Path, templates: dict[str, bytes]
-) -> ExportJob:
-    identity = {"source": source.identity.digest, "target": target.model_dump(mode="json"), "opset": OPSET}
-    note = out / NOTES / "identity.json"
-    if out.exists() and any(out.iterdir()) and not note.parent.exists():
+def _identity(source: WeightSource, target: Target) -> dict[str, Any]:
+    return {"source": source.identity.digest, "target": target.model_dump(mode="json"), "opset": OPSET}
+
+
+def _expect_own(source: WeightSource, target: Target, out: Path) -> bool:
+    """Whether this export was begun in `out`. Raises ExportError if the folder holds something else."""
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out} is a file; choose a folder for the export.")
+    if out.exists() and any(out.iterdir()) and not (out / NOTES).exists():
         raise ExportError(f"{out} is not empty and holds no export; choose an empty folder.")
-    begun = note.exists()
-    if begun and json.loads(note.read_text(encoding="utf-8")) != identity:
+    note = out / NOTES / IDENTITY
+    if not note.exists():
+        return False
+    if json.loads(note.read_text(encoding="utf-8")) != _identity(source, target):
         raise ExportError(f"{out} holds an unfinished export of something else; remove it or choose another folder.")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        job = _planned(source, target, settings, out, templates)
-    except BaseException:
-        if not begun:
-            shutil.rmtree(out)
-        raise
-    write_atomic(note, json.dumps(identity).encode())
-    return job
+    return True
+
+
+def _finished(source: WeightSource, target: Target, out: Path) -> ExportFolder:
+    """The finished export in `out`, if it is this one. Raises ExportError otherwise."""
+    folder = ExportFolder.open(out)
+    made = folder.manifest
+    same = (made.source, made.target, made.settings, made.opset, made.disk_limit) == (
+        source.identity, target.name, target.export, OPSET, target.disk_limit,
+    )  # fmt: skip
+    if not same:
+        raise ExportError(f"{out} already holds a finished export of something else; choose another folder.")
+    shutil.rmtree(out / NOTES, ignore_errors=True)  # killed between the manifest and the clearing
+    return folder
 
 
 def _planned(
@@ -118,7 +158,7 @@ def _finish(job: ExportJob, target: Target) -> ExportFolder:
         limits=job.source.limits,
         target=target.name,
         device=target.device.name,
-        disk_limit=None if target.budget.disk_gb is None else target.budget.disk_gb * 1e9,
+        disk_limit=target.disk_limit,
         settings=job.settings,
         axes=dict(job.axes),
         opset=OPSET,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bagel_compress.exporting.manifest import BlockEntry, ExportFolder, WeightEntry
-from bagel_compress.exporting.write import ALIGN
+from bagel_compress.exporting.write import ALIGN, file_entry
 from bagel_compress.io.atomic import atomic_file, write_atomic
 
 if TYPE_CHECKING:
@@ -29,15 +29,18 @@ def fp32_copy(folder: ExportFolder, out: Path) -> ExportFolder:
     blocks = folder.manifest.blocks.values()
     for data in dict.fromkeys(entry.data for entry in blocks):
         sharing = [entry for entry in blocks if entry.data == data]
-        places = _widened_data(folder.path / data, out / data, sharing)
+        places = _widened_data(folder.file(data), out / data, sharing)
         for entry in sharing:
-            _widened_graph(folder.path / entry.model, out / entry.model, places)
+            _widened_graph(folder.file(entry.model), out / entry.model, places)
     rest = folder.manifest.files.keys() - {f for b in blocks for f in (b.model, b.data, b.engine)}
     for name in rest:
-        shutil.copyfile(folder.path / name, out / name)
+        shutil.copyfile(folder.file(name), out / name)
     plain = {"runtime": "onnxruntime", "precision": "fp32", "provider": "cpu"}
     settings = folder.manifest.settings.model_copy(update=plain)
-    return ExportFolder(out, folder.manifest.model_copy(update={"settings": settings}), folder.digest)
+    engines = {entry.engine for entry in blocks}
+    files = {name: file_entry(out / name) for name in folder.manifest.files if name not in engines}
+    manifest = folder.manifest.model_copy(update={"settings": settings, "files": files})
+    return ExportFolder(out, manifest, folder.digest)
 
 
 def _widened_data(source: Path, target: Path, blocks: list[BlockEntry]) -> WeightEntries:

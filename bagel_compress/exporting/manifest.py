@@ -10,17 +10,19 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from bagel.config import BagelConfig, LLMConfig, ResizeRule, ViTConfig
+from bagel.config import BagelConfig
 from bagel_compress.build.artifact import (
     EXPORT_MANIFEST,
     FileEntry,
     SourceEntry,
     changed_files,
+    compared_file,
     extra_files,
     wrong_sizes,
 )
@@ -94,15 +96,21 @@ class ExportManifest(FrozenModel):
     blocks: dict[str, BlockEntry]
     files: dict[str, FileEntry]
 
+    @property
+    def level(self) -> str:
+        """The class of limits that its parity must hold.
+
+        The weights of a lossless build are the reference's; the arithmetic of another runtime never is, to the bit.
+        """
+        return "16-bit" if self.limits.level == "lossless" else self.limits.level
+
     def to_bytes(self) -> bytes:
         return (json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n").encode()
 
     @property
     def model(self) -> BagelConfig:
         """The model's configuration."""
-        data = dict(self.config)
-        parts = {"llm": LLMConfig, "vit": ViTConfig, "vae_rule": ResizeRule, "vit_rule": ResizeRule}
-        return BagelConfig(**data | {name: part(**data[name]) for name, part in parts.items()})
+        return TypeAdapter(BagelConfig).validate_python(self.config)
 
 
 def config_dict(config: BagelConfig) -> dict[str, Any]:
@@ -156,6 +164,16 @@ class ExportFolder:
         faults += [f"{name} was changed" for name in changed_files(self.path, self.manifest.files, sums)]
         return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
 
+    def file(self, name: str) -> Path:
+        """The path of a file of the manifest. Raises ArtifactError if its bytes are others; reads it once."""
+        if name not in self._compared:
+            self._compared[name] = compared_file(self.path, name, self.manifest.files)
+        return self._compared[name]
+
+    @cached_property
+    def _compared(self) -> dict[str, Path]:
+        return {}
+
     def kinds(self) -> list[KindSize]:
         """Sizes by kind of block, in the order of a run."""
         entries: dict[str, list[BlockEntry]] = {}
@@ -192,6 +210,7 @@ def parse_export(content: bytes, folder: Path) -> ExportManifest:
     """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
     try:
         manifest = ExportManifest.model_validate_json(content)
+        _ = manifest.model
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in fault["loc"])

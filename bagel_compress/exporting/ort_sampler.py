@@ -19,6 +19,7 @@ from bagel.branches import Noise
 from bagel.images import resized
 from bagel.loops import Loops
 from bagel.settings import FlowSettings, TextSettings
+from bagel.text import FILES as TOKENIZER
 from bagel.text import TextCodec
 from bagel_compress.errors import ExportError
 from bagel_compress.exporting import ort_arrays as arrays
@@ -55,7 +56,8 @@ class GraphSampler(Loops):
             )
         self.folder, self._runner = folder, runner
         self.bagel: GraphModel = GraphModel(folder.manifest.model, runner)
-        self.text = TextCodec.from_dir(folder.path)
+        files = {name: folder.file(name) for name in TOKENIZER if name in folder.manifest.files}
+        self.text = TextCodec.from_files(files, folder.path)
 
     # --- randomness ---------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,8 @@ class Sessions:
         if block not in self._sessions:
             entry = self.folder.manifest.blocks[block]
             options = self._options()
-            path = str(self.folder.path / entry.model)
+            self.folder.file(entry.data)
+            path = str(self.folder.file(entry.model))
             try:
                 self._sessions[block] = self._ort.InferenceSession(
                     path, options, providers=[PROVIDERS[self.device]], disabled_optimizers=HARMFUL

@@ -21,6 +21,7 @@ from bagel_compress.codecs.base import TORCH_DTYPES, Codec
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError
 from bagel_compress.exporting.manifest import ExportSource
+from bagel_compress.io.atomic import atomic_path
 from bagel_compress.io.safetensors_file import TensorFile
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.source.checkpoint import CONFIG_FILES, OTHER_FILES, TOKENIZER_FILES, Checkpoint
@@ -105,7 +106,8 @@ class WeightSource(ABC):
         """Puts configs and tokenizer into a folder."""
         for name, file in self.files.items():
             if name in FOLDER_FILES:
-                shutil.copyfile(file, folder / name)
+                with atomic_path(folder / name) as partial:
+                    shutil.copyfile(file, partial)
 
     def configs(self, folder: Path) -> tuple[BagelConfig, VAEConfig]:
         """The model's configurations, read from a folder that has this source's files."""
@@ -172,12 +174,11 @@ class ArtifactSource(WeightSource):
 
     @property
     def files(self) -> Mapping[str, Path]:
-        found = {name: self._artifact.path / name for name in FOLDER_FILES}
-        return {name: file for name, file in found.items() if file.is_file()}
+        return {name: self._artifact.file(name) for name in FOLDER_FILES if name in self._artifact.manifest.files}
 
     @cached_property
     def vae(self) -> TensorFile:
-        return TensorFile.open(self._artifact.vae_path, ArtifactError)
+        return TensorFile.open(self._artifact.model_files["ae.safetensors"], ArtifactError)
 
     def codec(self, path: str) -> Codec:
         return Raw() if path.startswith(VAE_PREFIX) else self._artifact.codec(self._unit(path))

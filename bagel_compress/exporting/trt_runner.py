@@ -88,7 +88,7 @@ class Engines:
     def _engine(self, block: str) -> tuple[Any, Any]:
         if block not in self._loaded:
             self._make_room(self.folder.manifest.blocks[block].kind)
-            data = (self.folder.path / self.folder.manifest.blocks[block].engine).read_bytes()
+            data = self.folder.file(self.folder.manifest.blocks[block].engine).read_bytes()
             engine = self._runtime.deserialize_cuda_engine(data)
             if engine is None:
                 raise ExportError(

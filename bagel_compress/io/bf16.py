@@ -1,4 +1,4 @@
-"""bf16 words from mapped files: stored elements of any float type -> uint16, rounded to nearest even. numpy only."""
+"""bf16 words from files: stored elements of any float type -> uint16, rounded to nearest even. numpy only."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ BLOCK = 1 << 18  # elements rounded at a time: the temporaries stay in the L2 ca
 
 
 def stored(file: TensorFile, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
-    """Elements [start, stop) as unsigned words of the stored width: a view of the file where it is aligned."""
+    """Elements [start, stop) as unsigned words of the stored width."""
     import numpy as np
 
     width = WIDTHS[tensor.dtype]
-    data = file.bytes[tensor.start + start * width : tensor.start + stop * width]
-    if tensor.start % width:
-        data = data.copy()  # the header of other writers need not be padded
+    data = file.read(tensor.start + start * width, tensor.start + stop * width)
     return data.view(np.uint16 if width == 2 else np.uint32)
 
 

@@ -43,6 +43,13 @@ def parse_repo_id(text: str) -> tuple[str, str | None] | None:
     return None if match is None or ".." in match[1] else (match[1], match[2])
 
 
+def offline() -> bool:
+    """Whether the user keeps the client from the network (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def split_repo_id(text: str, revision: str | None = None) -> tuple[str, str | None]:
     """`parse_repo_id`, where `revision` replaces the one in `text`. Raises HubError if `text` is no repository id."""
     parsed = parse_repo_id(text)

@@ -18,6 +18,18 @@ def stays_inside(name: str) -> bool:
     return bool(path.parts) and not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name)
 
 
+def leads_away(path: Path, folder: Path) -> bool:
+    """True if `path`, which lies in `folder`, is reached by a link that leaves the folder.
+
+    The links of the Hub's cache do not count: from a snapshot to a blob of the same repository.
+    """
+    target = path.resolve()
+    if folder.resolve() in target.parents:
+        return False
+    places = [parent for parent in path.absolute().parents if parent.name.startswith(("models--", "datasets--"))]
+    return not any(place.resolve() / "blobs" in target.parents for place in places)
+
+
 def check_names(names: Iterable[str], listing: Path, error: type[BagelCompressError]) -> None:
     """Raises `error` if a file that the file `listing` names would lie outside of its folder."""
     for name in names:

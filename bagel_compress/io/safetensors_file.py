@@ -2,7 +2,8 @@
 
 Our own few lines instead of the library's, because a build has to know every offset before any data exists, and because
 a damaged source must end in one sentence. Checked before use: header length, JSON, dtypes, shapes, offsets, overlaps,
-holes and the file's size. Nothing here reads tensor data; numpy only maps it.
+holes and the file's size. Tensor data is read (`read`), or mapped where it is to stay in the file (`bytes`): a file
+that is cut while it is mapped ends the process, so what may be cut, a source, is read.
 """
 
 from __future__ import annotations
@@ -11,22 +12,30 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from bagel.errors import shown
 from bagel_compress.errors import BagelCompressError, CheckpointError
+from bagel_compress.io.buffers import Buffers
 from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec
 
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_AXES = 8  # of a tensor; the model has four at most
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library (0.8, `MAX_HEADER_SIZE`)
 # The order in which `safetensors.serialize_file` 0.8 places tensors: by dtype in this order, then by name.
 DTYPE_ORDER = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
+_buffers = Buffers()
+_seeking = Lock()  # where a file has to be sought to a place before it is read there
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,8 @@ class TensorFile:
     @classmethod
     def open(cls, path: Path, error: type[BagelCompressError] = CheckpointError) -> TensorFile:
         """Reads and checks the header. Raises `error`, in one sentence, on anything that is not as the format says."""
+        if path.exists() and not path.is_file():
+            raise error(f"{path} is no file; give a safetensors file.")
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -78,6 +89,21 @@ class TensorFile:
         _check_cover(tensors, base, status.st_size, path, error)
         return cls(path, tensors, metadata, header, _stamp(status))
 
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Bytes [start, stop) of the file as uint8; of memory that is used again when nothing refers to them.
+
+        Raises CheckpointError if the file was cut.
+        """
+        data = _buffers.take(stop - start)
+        with _disk_faults(self.path):
+            if _read_at(self._handle, data.data, start) != stop - start:
+                raise CheckpointError(f"{self.path} was cut while it was read; start again with the finished file.")
+        return data
+
+    @cached_property
+    def _handle(self) -> FileIO:
+        return self.path.open("rb", buffering=0)
+
     @cached_property
     def bytes(self) -> np.ndarray:
         """The whole file as a read-only uint8 map. Pages come and go with the system's cache; nothing is allocated."""
@@ -89,6 +115,30 @@ class TensorFile:
     def changed(self) -> bool:
         """True if the file is no longer the one whose header was read."""
         return stamp_of(self.path) != self.stamp
+
+
+@contextmanager
+def _disk_faults(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as fault:
+        raise CheckpointError(f"{path} cannot be read ({fault.strerror}).") from None
+
+
+def _read_at(file: FileIO, data: memoryview, where: int) -> int:
+    """Reads at a byte of the file, as much as there is; any number of threads may. Returns the bytes read."""
+    done = 0
+    while done < len(data):
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [data[done:]], where + done)
+        else:
+            with _seeking:
+                file.seek(where + done)
+                count = file.readinto(data[done:]) or 0
+        if not count:
+            break
+        done += count
+    return done
 
 
 def lay_out(parts: Mapping[str, PartSpec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
@@ -132,7 +182,7 @@ def _parse(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     try:
         table = json.loads(header)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: no UTF-8, no JSON, integers of 5,000 digits
         raise error(f"{path} is not a safetensors file: its header is not JSON.") from None
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         raise error(f"{path} is not a safetensors file: its header is not a table of tensors.")
@@ -142,10 +192,12 @@ def _parse(
 
 def _stored(name: str, row: Mapping[str, Any], base: int, path: Path, error: type[BagelCompressError]) -> StoredTensor:
     dtype, shape, offsets = row.get("dtype"), row.get("shape"), row.get("data_offsets")
-    if dtype not in DTYPE_BYTES:
-        raise error(f"{path}: tensor {name} has dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}.")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise error(f"{path}: tensor {name} has shape {shape!r} and offsets {offsets!r}; the header is damaged.")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise error(f"{path}: tensor {name} has dtype {shown(dtype)}, expected one of {', '.join(DTYPE_BYTES)}.")
+    if not _naturals(shape) or len(shape) > MAX_AXES or not _naturals(offsets) or len(offsets) != 2:
+        raise error(
+            f"{path}: tensor {name} has shape {shown(shape)} and offsets {shown(offsets)}; the header is damaged."
+        )
     needed = prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != needed:
         found = offsets[1] - offsets[0]

@@ -17,8 +17,10 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bagel.errors import shown
 from bagel_compress.errors import BagelCompressError
 
+MOST = 8 << 20  # bytes of a file that a person wrote
 Model = TypeVar("Model", bound=BaseModel)
 Resolve = Callable[[type[BaseModel], Any], type[BaseModel]]
 
@@ -43,8 +45,12 @@ def load_yaml(
 ) -> Model:
     """A YAML file as a model; `what` is its kind ("recipe"); see `parse_yaml`. Raises `error` on any fault."""
     try:
+        if path.exists() and not path.is_file():
+            raise error(f"{what} {path} is no file.")
+        if path.stat().st_size > MOST:
+            raise error(f"{what} {path} has {path.stat().st_size} bytes, more than {MOST}; give another file.")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
+    except (OSError, ValueError) as fault:  # ValueError: no UTF-8, or a NUL in the name
         raise error(f"{what} {path} cannot be read ({fault}).") from None
     return parse_yaml(model, text, str(path), error, resolve)
 
@@ -62,8 +68,9 @@ def parse_yaml(
     sentence about an unknown key then lists the right keys.
     """
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
+        data = yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as fault:
+        # ValueError: impossible dates, integers of 5,000 digits; TypeError: a mapping as a key
         raise error(f"{where} is not YAML: {' '.join(str(fault).split())}.") from None
     if not isinstance(data, dict):
         keys = ", ".join(_keys(model))
@@ -72,6 +79,15 @@ def parse_yaml(
         return model.model_validate(data)
     except ValidationError as fault:
         raise error(_sentence(fault, model, data, where, resolve)) from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines stand for more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not taken, write the value out")
+        return super().compose_node(parent, index)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -89,7 +105,7 @@ def _sentence(error: ValidationError, model: type[BaseModel], data: Any, where: 
         where, path = f"{where} {str(path[0]).removesuffix('s')} {path[1] + 1}", path[2:]
     key = ".".join(map(str, path))
     if fault["type"] == "extra_forbidden":
-        unknown = str(path[-1])
+        unknown = str(path[-1])[:80]
         return (
             f"{where} has an unknown key {unknown!r}{did_you_mean(unknown, known)}; keys here are {', '.join(known)}."
         )
@@ -97,7 +113,7 @@ def _sentence(error: ValidationError, model: type[BaseModel], data: Any, where: 
         return f"{where} has no {key}; it is required."
     if fault["type"] == "value_error":
         return f"{where}: {fault['ctx']['error']}."
-    found = "" if isinstance(fault["input"], (dict, list)) else f", found {fault['input']!r}"
+    found = "" if isinstance(fault["input"], (dict, list)) else f", found {shown(fault['input'])}"
     at = f"{where}: {key}" if key else where
     return f"{at}: {fault['msg'][0].lower()}{fault['msg'][1:]}{found}."
 

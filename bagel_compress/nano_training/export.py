@@ -104,6 +104,7 @@ def _config(llm: dict[str, Any], vit: dict[str, Any], vae: VAEConfig) -> dict[st
         "latent_patch_size": CONFIG.latent_patch_size,
         "max_latent_size": CONFIG.max_latent_size,
         "vit_max_num_patch_per_side": CONFIG.vit_max_patches,
+        "default_image_size": CONFIG.default_size,
         "connector_act": "gelu_pytorch_tanh",
         "interpolate_pos": False,
         "timestep_shift": CONFIG.timestep_shift,

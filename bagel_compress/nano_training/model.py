@@ -30,6 +30,7 @@ CONFIG = BagelConfig(
     vae_downsample=VAE.downsample,
     vae_rule=ResizeRule(SIDE, SIDE, 2 * VAE.downsample),
     vit_rule=ResizeRule(VIT_SIDE, VIT_SIDE, 14),
+    default_size=SIDE,
 )
 LATENT_TOKENS = (SIDE // CONFIG.image_stride) ** 2
 EMBEDDING_STD = 0.5

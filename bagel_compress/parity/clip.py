@@ -7,6 +7,7 @@ much of the reference's score a build loses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ class Clip:
         ids = torch.tensor([self.tokenizer.encode(text).ids])
         found = self.model(input_ids=ids, pixel_values=self._pixels(picture_HWC))
         return torch.cosine_similarity(found.image_embeds, found.text_embeds).item()
+
+    @torch.no_grad()
+    def classify(self, picture_HWC: Tensor, prompts: Sequence[Sequence[str]]) -> int:
+        """Zero-shot: the class whose prompts (as many for each) have the average nearest to a uint8 picture."""
+        coded = [self.tokenizer.encode(text).ids for texts in prompts for text in texts]
+        longest = max(map(len, coded))
+        ids = torch.tensor([c + [c[-1]] * (longest - len(c)) for c in coded])  # padded by the end token, which pools
+        found = self.model(input_ids=ids, pixel_values=self._pixels(picture_HWC))
+        text_CD = torch.nn.functional.normalize(found.text_embeds.unflatten(0, (len(prompts), -1)).mean(1), dim=-1)
+        return int((text_CD @ found.image_embeds[0]).argmax())
 
     def _pixels(self, picture_HWC: Tensor) -> Tensor:
         """[1, 3, side, side]: the shorter side to `side`, bicubic; the middle of the longer one."""

@@ -24,14 +24,12 @@ from bagel_compress.parity.attribution import attribute
 from bagel_compress.parity.diagnose import Probes, diagnose_case, diagnose_modules, modules, probe_values
 from bagel_compress.parity.distances import measure
 from bagel_compress.parity.linear_probes import answers_to, probe
-from bagel_compress.parity.metrics import largest, middle, smallest
 from bagel_compress.parity.network_metrics import Networks
-from bagel_compress.parity.preset_rows import preset_limits, preset_rows
-from bagel_compress.parity.report_data import CaseParity, LayerRounding, ParityReport, Row
+from bagel_compress.parity.preset_rows import preset_rows
+from bagel_compress.parity.report_data import LayerRounding, ParityReport
 from bagel_compress.parity.trace import Trace, TraceFile
+from bagel_compress.parity.verdict import floor_of, make_rows, not_measured, preset_limits, summary
 
-FLOOR_OF = {"lossless": ("repeat",)}  # a lossless model is run exactly as the reference was
-FLOOR_KINDS = ("kernel", "dtype")
 NO_NETWORKS = Networks()
 Progress = Callable[[str], None]
 
@@ -93,9 +91,10 @@ def compare(
     faults += diagnose_modules(found, wanted, subject.codecs, subject.limits.get(Metric.LINEAR_GAIN))
     if reference is not None:
         progress("attributing the error to components")
-    drawn_faster = preset_rows(
-        subject.sampler, subject.presets, preset_limits(subject.level, subject.limits), traces, progress
-    )
+    probes = probe_values(found, wanted) if wanted.fixed else {}
+    rows = make_rows(subject.limits, subject.level, cases, probes)
+    asked = preset_limits(subject.level, subject.limits)
+    drawn_faster = tuple(preset_rows(subject.sampler, subject.presets, asked, traces, progress))
     report = ParityReport(
         artifact=subject.digest,
         name=subject.name,
@@ -103,12 +102,13 @@ def compare(
         source=files[0].header.source,
         source_digest=files[0].header.source_digest,
         environment=_environment(subject.sampler, files[0]),
-        rows=(*_rows(subject, cases, probe_values(found, wanted) if wanted.fixed else {}), *drawn_faster),
+        rows=(*rows, *drawn_faster),
         cases=tuple(cases),
         shares=attribute(reference, subject.sampler, traces) if reference is not None else (),
         modules=modules(found.fixed, wanted.fixed, subject.codecs),
         rounding=tuple(subject.rounding),
         faults=tuple(dict.fromkeys(faults)),
+        missing=not_measured(subject.limits, rows, cases, subject.has_modules),
         notes=tuple(_notes(traces, networks)),
     )
     return Comparison(report, pictures)
@@ -126,14 +126,6 @@ def _probes(subject: Candidate, files: Sequence[TraceFile]) -> tuple[Probes, Pro
     return Probes(found, answers_to(subject.sampler.bagel, inputs, found)), Probes(fixed, own)
 
 
-def floor_of(by_kind: Mapping[str, float], limit: Limit, level: str) -> float | None:
-    """The noise floor of a limit: the worst of the reference's distances from itself that count for this class."""
-    values = [by_kind[kind] for kind in FLOOR_OF.get(level, FLOOR_KINDS) if kind in by_kind]
-    if not values:
-        return None
-    return largest(values) if limit.sense == "max" else smallest(values)
-
-
 def _reachable(subject: Candidate, traces: Sequence[Trace]) -> None:
     """Raises RecipeError if the reference itself does not hold a limit."""
     for metric, limit in subject.limits.items():
@@ -144,42 +136,13 @@ def _reachable(subject: Candidate, traces: Sequence[Trace]) -> None:
         }
         if not floors:
             continue
-        worst = _summary(limit, list(floors.values()))
+        worst = summary(limit, list(floors.values()))
         if not limit.holds(worst):
             side = "below" if limit.sense == "max" else "above"
             raise RecipeError(
                 f"limits: {metric} is limited to {limit.value:g}, {side} the noise floor of {worst:.4g} (the reference"
                 " against itself); nothing can hold it, so loosen the limit or record with a finer dtype."
             )
-
-
-def _summary(limit: Limit, values: Sequence[float]) -> float:
-    """What a limit is compared with, over cases: the median for free runs, the worst otherwise."""
-    if limit.metric.over_cases_by_median:
-        return middle(values)
-    return largest(values) if limit.sense == "max" else smallest(values)
-
-
-def _rows(subject: Candidate, cases: Sequence[CaseParity], probes: Mapping[str, float]) -> tuple[Row, ...]:
-    rows = []
-    for metric, limit in subject.limits.items():
-        if metric in probes:
-            rows.append(_row("", metric, probes[metric], None, limit))
-            continue
-        measured = [(c, c.metrics[metric]) for c in cases if metric in c.metrics]
-        floors = {c.name: floor_of(c.floor.get(metric, {}), limit, subject.level) for c, _ in measured}
-        if limit.metric.over_cases_by_median and measured:
-            known = [f for f in floors.values() if f is not None]
-            value = middle(v for _, v in measured)
-            rows.append(_row("", metric, value, middle(known) if known else None, limit))
-        else:
-            rows += [_row(c.name, metric, v, floors[c.name], limit) for c, v in measured]
-    return tuple(rows)
-
-
-def _row(case: str, metric: str, value: float, floor: float | None, limit: Limit) -> Row:
-    ok = limit.holds(value)
-    return Row(case=case, metric=metric, value=value, floor=floor, limit=limit.value, source=limit.source, ok=ok)
 
 
 def _environment(sampler: Sampler, file: TraceFile) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from bagel_compress.build.limits import Limit, Metric
 from bagel_compress.codecs.base import Codec
 from bagel_compress.parity import metrics
+from bagel_compress.parity.extremes import largest
 from bagel_compress.parity.report_data import ModuleError
 from bagel_compress.parity.trace import Trace
 
@@ -59,7 +60,7 @@ def probe_values(found: Probes, reference: Probes) -> dict[str, float]:
     gains = [gain.deviation for gain in _group_gains(found.for_gains, reference.for_gains).values()]
     both = found.fixed.keys() & reference.fixed.keys()
     biases = [metrics.max_abs(found.fixed[path][0], reference.fixed[path][0]) for path in both]
-    return {Metric.LINEAR_GAIN: metrics.largest([0.0, *gains]), Metric.LINEAR_BIAS: metrics.largest([0.0, *biases])}
+    return {Metric.LINEAR_GAIN: largest([0.0, *gains]), Metric.LINEAR_BIAS: largest([0.0, *biases])}
 
 
 def diagnose_modules(
@@ -106,7 +107,7 @@ class _Gain:
     @property
     def deviation(self) -> float:
         """The distance of the gain from 1 that its standard error does not explain."""
-        return metrics.largest((0.0, abs(self.value - 1.0) - CERTAIN * self.error))
+        return largest((0.0, abs(self.value - 1.0) - CERTAIN * self.error))
 
 
 def _group_gains(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, _Gain]:

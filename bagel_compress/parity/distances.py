@@ -10,6 +10,7 @@ import torch
 from bagel.flow import schedule
 from bagel_compress.build.limits import Metric
 from bagel_compress.parity import metrics
+from bagel_compress.parity.extremes import largest, smallest
 from bagel_compress.parity.report_data import CaseParity, StateError, StepError, TextPair
 from bagel_compress.parity.trace import Trace
 from bagel_compress.run.case import Flow, Picture
@@ -26,8 +27,8 @@ def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
     values: dict[str, float] = {}
     if steps:
         values[Metric.VELOCITY_PATH] = _path(forced, reference)
-        values[Metric.VELOCITY_REL_L2] = metrics.largest(s.rel_l2 for s in steps)
-        values[Metric.VELOCITY_COSINE] = metrics.smallest(s.cosine for s in steps)
+        values[Metric.VELOCITY_REL_L2] = largest(s.rel_l2 for s in steps)
+        values[Metric.VELOCITY_COSINE] = smallest(s.cosine for s in steps)
     values |= _vae(forced, reference) | _logits(forced, reference)
     text = None
     if free is not None:
@@ -126,7 +127,7 @@ def _vae(found: Trace, reference: Trace) -> dict[str, float]:
     values: dict[str, float] = {}
     pairs = list(zip(found.series("vae_latent"), reference.series("vae_latent"), strict=False))
     if pairs:
-        values[Metric.VAE_REL_L2] = metrics.largest(metrics.rel_l2(a, b) for a, b in pairs)
+        values[Metric.VAE_REL_L2] = largest(metrics.rel_l2(a, b) for a, b in pairs)
     if "image" in found.tensors and "image" in reference.tensors:
         values[Metric.VAE_PSNR] = metrics.psnr(found.tensors["image"], reference.tensors["image"])
     return values

@@ -8,8 +8,7 @@ LPIPS is in lpips.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from statistics import median
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +17,6 @@ from torch import Tensor
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # Wang et al. 2004: 11x11 Gaussian window, sigma 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03  # Wang et al. 2004
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli and Bovik 2003, finest scale first
-
-
-def largest(values: Iterable[float]) -> float:
-    """The largest value; NaN if one of them is NaN, wherever it stands (`max` would lose it). Raises on no values."""
-    found = list(values)
-    return math.nan if any(map(math.isnan, found)) else max(found)
-
-
-def smallest(values: Iterable[float]) -> float:
-    """The smallest value; NaN if one of them is NaN."""
-    return -largest(-value for value in values)
-
-
-def middle(values: Iterable[float]) -> float:
-    """The median; NaN if one of them is NaN."""
-    found = list(values)
-    return math.nan if any(map(math.isnan, found)) else median(found)
 
 
 def rel_l2(found: Tensor, reference: Tensor) -> float:

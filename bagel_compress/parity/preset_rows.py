@@ -9,20 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from bagel.sampler import Sampler
-from bagel_compress.build.limits import Limit, resolve
+from bagel_compress.build.limits import Limit
 from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.parity import replay
 from bagel_compress.parity.distances import picture_distances
-from bagel_compress.parity.metrics import middle
+from bagel_compress.parity.extremes import middle
 from bagel_compress.parity.report_data import Row
 from bagel_compress.parity.trace import Trace
-
-
-def preset_limits(level: str, limits: Mapping[str, Limit]) -> dict[str, Limit]:
-    """The limits of what is drawn with a preset: of latent and picture. A lossless build's are those of 16 bits,
-    since no preset draws equal bits."""
-    chosen = resolve("16-bit", {}) if level == "lossless" else limits
-    return {metric: limit for metric, limit in chosen.items() if metric.startswith(("latent.", "image."))}
+from bagel_compress.parity.verdict import PRESET
 
 
 def preset_rows(
@@ -45,6 +39,6 @@ def preset_rows(
                 values = {"all": middle(values.values())} if values else {}
             for case, value in values.items():
                 yield Row(
-                    case=f"{case}, preset {name}", metric=metric, value=value, floor=None, limit=limit.value,
+                    case=f"{case}{PRESET}{name}", metric=metric, value=value, floor=None, limit=limit.value,
                     source=limit.source, ok=limit.holds(value),
                 )  # fmt: skip

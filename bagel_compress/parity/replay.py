@@ -27,6 +27,7 @@ from bagel.model import Tap
 from bagel.sampler import Result, Sampler, TextSettings
 from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.errors import BagelCompressError, InputError, TargetError
+from bagel_compress.io.pictures import read_picture
 from bagel_compress.parity.trace import CaseFacts, Trace, image_tensor
 from bagel_compress.run.case import Case
 
@@ -249,6 +250,6 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 def _opened(path: Path, case: Case) -> Image.Image:
     try:
-        return to_rgb(Image.open(path))
-    except OSError as error:
-        raise InputError(f"case {case.name}: picture {path} cannot be read ({error}).") from None
+        return to_rgb(read_picture(path))
+    except BagelError as error:
+        raise InputError(f"case {case.name}: {error}") from None

@@ -18,6 +18,7 @@ from bagel_compress.io.yaml_model import FrozenModel
 
 REPORTS = "reports"
 PARITY = "parity.json"
+NAME = r"^[\w.-]+$"  # of what a file is called after: it never leaves its folder
 STEP, IMAGE, FIRST_TOKEN, TOKEN = "denoising step", "image", "time to first token", "decoded token"  # what is timed
 
 
@@ -25,7 +26,16 @@ def _to_json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)  # JSON has no infinity
 
 
-Number = Annotated[float, BeforeValidator(float), PlainSerializer(_to_json, when_used="json")]
+def _from_json(value: Any) -> float:
+    if not isinstance(value, (int, float, str)):
+        raise ValueError(f"expected a number, found a {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("the number is too large") from None
+
+
+Number = Annotated[float, BeforeValidator(_from_json), PlainSerializer(_to_json, when_used="json")]
 
 
 class StepError(FrozenModel):
@@ -59,7 +69,7 @@ class TextPair(FrozenModel):
 class CaseParity(FrozenModel):
     """Everything measured for one case."""
 
-    name: str
+    name: str = Field(pattern=NAME)
     kind: str
     prompt: str
     metrics: dict[str, Number]
@@ -135,12 +145,14 @@ class ParityReport(FrozenModel):
     modules: tuple[ModuleError, ...] = ()
     rounding: tuple[LayerRounding, ...] = ()  # of the layers whose rounding was calibrated
     faults: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # one sentence per limit or task that was not measured
+    pictures: dict[str, str] = Field(default_factory=dict)  # case -> BLAKE3 of its picture's file, reports/CASE.png
     notes: tuple[str, ...] = ()
 
     @property
     def broken(self) -> list[str]:
-        """One sentence per limit that does not hold."""
-        return [sentence(row) for row in self.rows if not row.ok]
+        """One sentence per limit that does not hold, and per one that was not measured."""
+        return [*(sentence(row) for row in self.rows if not row.ok), *self.missing]
 
     @property
     def passed(self) -> bool:
@@ -200,7 +212,7 @@ class BudgetReport(FrozenModel):
 
     artifact: str  # sha256 of the manifest, or the plan's digest where nothing was built yet
     name: str
-    target: str
+    target: str = Field(pattern=NAME)
     device: str
     limit: Number | None  # usable device memory in bytes
     phases: tuple[PhaseUse, ...]
@@ -227,8 +239,11 @@ class BudgetReport(FrozenModel):
 
 def load_budgets(folder: Path, digest: str | None = None) -> list[BudgetReport]:
     """The budget reports of an artifact. Raises ArtifactError on one that belongs to another build."""
-    reports = [read_json(BudgetReport, path) for path in sorted((folder / REPORTS).glob("budget-*.json"))]
-    for report in reports:
+    paths = sorted((folder / REPORTS).glob("budget-*.json"))
+    reports = [read_json(BudgetReport, path) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
+        if path.name != f"budget-{report.target}.json":
+            raise ArtifactError(f"{path} is about target {report.target}; run `bagel-compress budget` again.")
         if digest is not None and report.artifact != digest:
             raise ArtifactError(
                 f"{folder / REPORTS}/budget-{report.target}.json belongs to another build ({report.artifact[:12]}, this"
@@ -240,6 +255,8 @@ def load_budgets(folder: Path, digest: str | None = None) -> list[BudgetReport]:
 def sentence(row: Row) -> str:
     """What a row says whose limit does not hold."""
     where = f"case {row.case}: " if row.case else ""
+    if math.isnan(row.value):
+        return f"{where}{row.metric} is not a number, the limit is {number(row.limit)}."
     side = "above" if row.value > row.limit else "below"
     return f"{where}{row.metric} is {number(row.value)}, {side} the limit of {number(row.limit)}."
 
@@ -258,6 +275,8 @@ def write_json(model: BaseModel, path: Path) -> Path:
 def read_json(model: type[Any], path: Path) -> Any:
     """Reads a report. Raises ArtifactError on a missing or foreign file."""
     try:
+        if not path.is_file():
+            raise FileNotFoundError
         return model.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise ArtifactError(f"{path} does not exist; run `bagel-compress validate` first.") from None

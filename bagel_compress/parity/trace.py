@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bagel.errors import shown
 from bagel_compress.errors import TraceError
 from bagel_compress.io.atomic import atomic_path
 from bagel_compress.io.yaml_model import FrozenModel
@@ -113,6 +114,8 @@ class TraceFile:
     def open(cls, path: str | Path) -> TraceFile:
         """Raises TraceError on a truncated or foreign file, another sampler version, or a case with missing tensors."""
         path = Path(path)
+        if path.exists() and not path.is_file():
+            raise TraceError(f"trace {path} is no file; record one with `bagel-compress trace`.")
         try:
             with safe_open(str(path), framework="pt") as handle:
                 metadata, names = handle.metadata() or {}, set(handle.keys())
@@ -123,6 +126,10 @@ class TraceFile:
                 f"trace {path} is truncated or no safetensors file ({error}); record or copy it again."
             ) from None
         header = _header(path, metadata)
+        if not header.cases or any(set(t) != set(header.cases) for t in (header.tensors, header.facts)):
+            raise TraceError(f"trace {path} names no cases, or not the same ones everywhere; record it again.")
+        if other := next((key for key, case in header.cases.items() if key != case.name), None):
+            raise TraceError(f"trace {path} calls a case {other}, which is not its name; record it again.")
         for case, tensors in header.tensors.items():
             if missing := sorted({f"case/{case}/{name}" for name in tensors} - names):
                 raise TraceError(f"trace {path} lacks {missing[0]} of case {case}; record it again.")
@@ -200,11 +207,16 @@ def _header(path: Path, metadata: Mapping[str, str]) -> TraceHeader:
         raise TraceError(
             f"{path} is no trace: its header has no {METADATA_KEY}; record one with `bagel-compress trace`."
         )
-    raw = json.loads(metadata[METADATA_KEY])
+    try:
+        raw = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict):
+        raise TraceError(f"trace {path} has a damaged header, which is no JSON object; record it again.")
     if raw.get("sampler") != SAMPLER_VERSION:
         raise TraceError(
-            f"trace {path} was recorded with sampler version {raw.get('sampler')}, this is version {SAMPLER_VERSION};"
-            " record it again."
+            f"trace {path} was recorded with sampler version {shown(raw.get('sampler'))}, this is version"
+            f" {SAMPLER_VERSION}; record it again."
         )
     try:
         return TraceHeader.model_validate(raw)

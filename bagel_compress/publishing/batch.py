@@ -17,21 +17,20 @@ Paths are relative to the file.
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from bagel_compress.errors import BagelCompressError, MissingExtraError, RecipeError
+from bagel_compress.errors import BagelCompressError, RecipeError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.byte_size import size_text
+from bagel_compress.io.jobs import Executor, run_jobs
 from bagel_compress.io.yaml_model import FrozenModel, load_yaml
 
-Executor = Literal["local", "ray"]
 SUMMARY = "batch.json"
 
 
@@ -136,7 +135,7 @@ def run_batch(
     Writes out/batch.json. Raises RecipeError on a bad file, MissingExtraError without the extra `ray`.
     """
     jobs, results = batch.jobs(), []
-    for result in _run(jobs, processes, executor, cluster):
+    for result in run_jobs(run_job, jobs, processes, executor, cluster):
         results.append(result)
         if progress is not None:
             progress(result)
@@ -144,12 +143,6 @@ def run_batch(
     out = Path(batch.folder) / batch.out
     write_atomic(out / SUMMARY, content)
     return results
-
-
-def _run(jobs: Sequence[BatchJob], processes: int, executor: Executor, cluster: str | None) -> Iterator[BatchResult]:
-    if executor == "ray":
-        return _on_ray(jobs, processes, cluster)
-    return _in_processes(jobs, processes) if processes > 1 else map(run_job, jobs)
 
 
 def run_job(job: BatchJob) -> BatchResult:
@@ -181,45 +174,3 @@ def line(r: BatchResult) -> str:
     """One job."""
     state = f"FAILED: {r.error}" if r.error else f"{'there' if r.resumed else 'built'}  artifact {r.artifact[:12]}"
     return f"{r.job:<32}  {size_text(r.nbytes):>12}  {r.seconds:8.1f} s  {state}"
-
-
-def _in_processes(jobs: Sequence[BatchJob], processes: int) -> Iterator[BatchResult]:
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_end_with_parent) as pool:
-        yield from pool.map(run_job, jobs)
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, so that a killed batch leaves no builds running."""
-    import multiprocessing
-    import threading
-    from multiprocessing.connection import wait
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _on_ray(jobs: Sequence[BatchJob], processes: int, cluster: str | None) -> Iterator[BatchResult]:
-    """Joins the cluster at that address, or starts one on this machine with `processes` slots."""
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtraError(
-            "--executor ray needs the package ray; install it with: pip install 'bagel-compress[ray]'."
-        ) from None
-
-    own: dict[str, Any] = {} if cluster else {"num_cpus": processes, "include_dashboard": False}
-    ray.init(address=cluster, log_to_driver=False, **own)
-    try:
-        for running in [ray.remote(run_job).remote(job) for job in jobs]:
-            yield ray.get(running)
-    finally:
-        ray.shutdown()

@@ -24,7 +24,7 @@ from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.hub_client import parse_repo_id
 from bagel_compress.parity.report_data import BudgetReport, ParityReport, number
 from bagel_compress.publishing.snippets import Snippet, snippets
-from bagel_compress.report.text import worst_rows
+from bagel_compress.report.text import fitting, loss, worst_rows
 
 if TYPE_CHECKING:
     from bagel_compress.publishing.release_reports import ReleaseReports
@@ -57,7 +57,7 @@ def model_card(
     m = artifact.manifest
     return joined(
         front_matter(_tags(artifact), reports, origin),
-        _head(artifact, origin, draft),
+        _head(artifact, reports, origin, draft),
         pictures(reports),
         FAMILY_START + "\n" + FAMILY_END,
         _sizes(artifact),
@@ -144,7 +144,8 @@ def _results(parity: ParityReport) -> list[Any]:
     ]
 
 
-def _head(artifact: Artifact, origin: Origin, draft: bool) -> str:
+def _head(artifact: Artifact, reports: ReleaseReports, origin: Origin, draft: bool) -> str:
+    """What it is: size, where it fits, what is lost, the verdict; then the recipe's own words."""
     manifest = artifact.manifest
     stored, source = totals(artifact)
     bits = 8 * stored / sum(g.parameters for g in artifact.groups())
@@ -155,6 +156,14 @@ def _head(artifact: Artifact, origin: Origin, draft: bool) -> str:
         f" {size_text(source)} in bf16) by [bagel-compress](https://pypi.org/project/bagel-compress/),"
         f" recipe {code(manifest.recipe.name)}."
     )
+    if fits := fitting(reports.budgets):
+        lines.append(plain(fits))
+    if reports.parity is not None and reports.tried:
+        parity = reports.parity
+        held = (
+            f"All {len(parity.rows)} limits of its class hold." if parity.passed else "It did **not** pass its limits."
+        )
+        lines.append(f"{plain(loss(parity))} {held}".strip())
     lines += [plain(text) for text in (manifest.recipe.summary, manifest.recipe.card) if text]
     return "\n\n".join(lines)
 

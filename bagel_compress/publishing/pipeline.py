@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bagel_compress.errors import PublishError
 from bagel_compress.io.atomic import write_atomic
-from bagel_compress.io.hub_client import client, failures, split_repo_id
+from bagel_compress.io.hub_client import client, failures, offline, split_repo_id
 from bagel_compress.publishing.collection_table import build_of, join, members, spliced, table_of
 from bagel_compress.publishing.model_card import CARD, Origin
 from bagel_compress.publishing.provenance import ListedFile
@@ -109,6 +109,9 @@ def with_table(release: Release, repo: str, revision: str) -> Release:
 
 def preview(release: Release, repo: str, revision: str) -> str:
     """What an upload would change in the repository: a line per file, and the card as a diff."""
+    if offline():
+        files = [f"  {entry.bytes:>15,}  {path}" for path, entry in release.files.items()]
+        return "\n".join([f"{repo}: not compared with what is there (HF_HUB_OFFLINE is set)", *files])
     release, api = with_table(release, repo, revision), client()
     remote = look(api, repo, revision)
     marks = {"new": "+", "changed": "~", "same": "=", "only there": "?"}

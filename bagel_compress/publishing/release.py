@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress.build.artifact import intact_sha256
+from bagel_compress.build.artifact import Artifact, intact_sha256
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.digests import sha256_file
@@ -27,6 +27,7 @@ from bagel_compress.publishing.model_card import CARD, Origin
 from bagel_compress.publishing.provenance import ListedFile
 from bagel_compress.publishing.publishable import Publishable, label, manifest_name, source_of
 from bagel_compress.publishing.release_reports import ReleaseReports, load_reports, ran
+from bagel_compress.report.files import page_files
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 MARK = ".release"  # beside the folder: says that it was made here and may be made again
@@ -149,13 +150,20 @@ def _build_files(
 
 
 def _report_files(publishable: Publishable, reports: ReleaseReports, folder: Path) -> dict[str, ListedFile]:
-    """Reports, their pictures and the HTML page, copied so that a later validation does not change the release."""
+    """Reports and pictures, copied so that a later validation does not change the release, and the pages on them.
+
+    Pages are drawn here: they show what the reports say and nothing else.
+    """
     files = {}
     for name in reports.files:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(publishable.path / name, target)
         files[name] = _entry(target)
+    if reports.parity is not None:
+        sizes = publishable.groups() if isinstance(publishable, Artifact) else ()
+        pages = page_files(publishable.path, reports.parity, reports.budgets, reports.pictures, sizes)
+        files |= {name: _written(folder, name, page.encode()) for name, page in pages.items()}
     return files
 
 

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from bagel_compress.budgets.overruns import overruns
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.errors import ArtifactError
+from bagel_compress.build.limits import resolve
+from bagel_compress.errors import ArtifactError, RecipeError
 from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.io.digests import blake3_file
+from bagel_compress.io.packaged import target_files
+from bagel_compress.io.safe_paths import leads_away
 from bagel_compress.parity.report_data import PARITY, REPORTS, BudgetReport, ParityReport, load_budgets
-from bagel_compress.publishing.publishable import Publishable
-
-PAGE = "report.html"
+from bagel_compress.parity.verdict import judged_again
+from bagel_compress.publishing.publishable import Publishable, source_of
+from bagel_compress.report.files import picture_name
+from bagel_compress.run.target import Target
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,26 @@ def load_reports(publishable: Publishable) -> tuple[ReleaseReports, list[str]]:
     if parity is None or (more and any("another build" in fault for fault in more)):
         own = _own_files(parity, budgets)
         return ReleaseReports(parity, budgets, own, tried=tried, not_run=not_run), faults + more
+    pictures, strays = _pictures(publishable.path, parity)
+    files = (*_own_files(parity, budgets), *pictures.values())
     folder = publishable.path
-    files = sorted(p.relative_to(folder).as_posix() for p in (folder / REPORTS).rglob("*") if p.is_file())
-    files += [PAGE] if (folder / PAGE).is_file() else []
-    pictures = {c.name: f"{REPORTS}/{c.name}.png" for c in parity.cases if f"{REPORTS}/{c.name}.png" in files}
-    return ReleaseReports(parity, budgets, tuple(files), pictures, tried, not_run), faults + more
+    linked = [f"{name} is a link; put the file itself there" for name in files if leads_away(folder / name, folder)]
+    return ReleaseReports(parity, budgets, files, pictures, tried, not_run), [*faults, *more, *strays, *linked]
+
+
+def _pictures(folder: Path, parity: ParityReport) -> tuple[dict[str, str], list[str]]:
+    """Case -> path of its picture, and a phrase for each that is not the one that was compared."""
+    found: dict[str, str] = {}
+    faults = []
+    for case in parity.cases:
+        name = picture_name(case.name)
+        if not case.has_image:
+            continue
+        if (folder / name).is_file() and blake3_file(folder / name) == parity.pictures.get(case.name):
+            found[case.name] = name
+        else:
+            faults.append(f"{name} is not the picture that was compared; run `bagel-compress validate` again")
+    return found, faults
 
 
 def ran(parity: ParityReport) -> str:
@@ -84,8 +106,28 @@ def _parity(publishable: Publishable) -> tuple[ParityReport | None, list[str]]:
         report = ParityReport.load(publishable.path, publishable.digest)
     except ArtifactError as error:
         return None, [str(error).rstrip(".")]
-    why = " ".join([*report.faults, *report.broken]).rstrip(".")
-    return report, [] if report.passed else [f"parity did not pass: {why}"]
+    why = _verdict(publishable, report)
+    return report, [f"parity did not pass: {' '.join(why).rstrip('.')}"] if why else []
+
+
+def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
+    """What keeps the report from passing, computed again under the limits of the manifest's recipe."""
+    faults = []
+    if isinstance(publishable, ExportFolder):
+        limits, level = publishable.manifest.limits, publishable.manifest.level
+    else:
+        recipe = publishable.manifest.recipe
+        limits, level = recipe.limits, recipe.limits.level
+        if recipe.digest != publishable.manifest.recipe_digest:
+            faults.append("Its manifest's recipe is not the one of its recipe_digest; build it again.")
+    if report.source_digest != source_of(publishable).digest:
+        faults.append("It was compared with another checkpoint than it was built from.")
+    try:
+        resolved = resolve(level, limits.overrides)
+    except RecipeError as error:
+        return [*faults, str(error)]
+    presets = publishable.manifest.recipe.fast if isinstance(publishable, Artifact) else ()
+    return faults + judged_again(report, resolved, level, isinstance(publishable, Artifact), presets)
 
 
 def _budgets(artifact: Artifact) -> tuple[tuple[BudgetReport, ...], list[str]]:
@@ -94,13 +136,28 @@ def _budgets(artifact: Artifact) -> tuple[tuple[BudgetReport, ...], list[str]]:
         reports = load_budgets(artifact.path, artifact.digest)
     except ArtifactError as error:
         return (), [str(error).rstrip(".")]
-    faults = [f"budget of {r.target}: {' '.join(r.broken).rstrip('.')}" for r in reports if r.broken]
-    promised = artifact.manifest.recipe.targets
+    faults = [
+        f"budget of {r.target}: {' '.join(broken).rstrip('.')}" for r in reports if (broken := _over(artifact, r))
+    ]
+    promised = [Path(target).name.removesuffix(".yaml") for target in artifact.manifest.recipe.targets]
     missing = [target for target in promised if target not in {r.target for r in reports}]
     faults += [f"it has no budget report for {t}; run `bagel-compress budget --target {t}`" for t in missing]
     if not reports and not promised:
         faults.append("it has no budget report; run `bagel-compress budget`")
     return tuple(reports), faults
+
+
+def _over(artifact: Artifact, report: BudgetReport) -> list[str]:
+    """What the report's numbers break, computed again. A target that comes with the package is asked itself."""
+    disk = float(sum(entry.bytes for entry in artifact.manifest.files.values()))
+    report = report.model_copy(update={"disk": disk})
+    if report.target not in target_files():
+        return list(overruns(report, None))
+    target = Target.load(target_files()[report.target])
+    tasks = {phase.name.partition(":")[0] for phase in report.phases}
+    unmeasured = [f"It says nothing of {task}." for task in target.tasks if task not in tasks]
+    limits = {"limit": target.limit, "disk_limit": target.disk_limit}
+    return [*unmeasured, *overruns(report.model_copy(update=limits), target)]
 
 
 def _own_files(parity: ParityReport | None, budgets: tuple[BudgetReport, ...]) -> tuple[str, ...]:

@@ -7,28 +7,41 @@ comes from prompts, texts and names is escaped.
 from __future__ import annotations
 
 import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 
+import numpy as np
+from PIL import Image
+
 from bagel_compress.build.limits import METRICS, Metric
+from bagel_compress.build.sizes import SizeGroup
+from bagel_compress.io.byte_size import size_text
 from bagel_compress.parity.report_data import BudgetReport, CaseParity, ParityReport, Row, number
 from bagel_compress.report.memory_page import budget_section
 from bagel_compress.report.rounding_page import rounding_section
-from bagel_compress.report.svg import bars, line_chart
-from bagel_compress.report.text import worst_rows
+from bagel_compress.report.svg import Points, bars, line_chart
+from bagel_compress.report.text import fitting, loss, worst_rows
 
 WORST_MODULES = 12
+BRIGHT, BRIGHT_SHARE, MAX_GAIN = 160, 0.99, 64  # of the difference picture
 SMALL = 200  # pixels of width; a page shows pictures about 350 wide
 BRANCHES = ("guided", "cond", "text", "image")  # velocities of a step, in the order of their colours
 
 
-def render(report: ParityReport, pictures: Mapping[str, Sequence[bytes]], budgets: Sequence[BudgetReport] = ()) -> str:
-    """The page. `pictures`: case -> PNG files of reference, artifact and difference."""
+def render(
+    report: ParityReport,
+    pictures: Mapping[str, Sequence[bytes]],
+    budgets: Sequence[BudgetReport] = (),
+    sizes: Sequence[SizeGroup] = (),
+) -> str:
+    """The page. `pictures`: case -> PNG files of reference, artifact and difference; `sizes`: of the build."""
     sections = [
         _head(report),
+        _what_it_is(report, budgets, sizes),
         _verdict(report, budgets),
         budget_section(budgets),
         _summary(report),
@@ -51,6 +64,23 @@ def _head(report: ParityReport) -> str:
         f" ({escape(report.source)}) in {len(report.cases)} cases,"
         f" class {escape(report.level)}, build {escape(report.artifact[:12])}</p>"
     )
+
+
+def _what_it_is(report: ParityReport, budgets: Sequence[BudgetReport], sizes: Sequence[SizeGroup]) -> str:
+    """Size, formats, where it fits, what is lost: before any verdict."""
+    lines = [text for text in (fitting(budgets), loss(report)) if text]
+    if sizes:
+        stored, source = sum(g.nbytes for g in sizes), sum(g.source_bytes for g in sizes)
+        bits = 8 * stored / sum(g.parameters for g in sizes)
+        held: dict[str, int] = {}
+        for group in sizes:
+            held[group.codec] = held.get(group.codec, 0) + group.nbytes
+        formats = ", ".join(f"{name} {n / stored:.0%}" for name, n in sorted(held.items(), key=lambda item: -item[1]))
+        lines.insert(
+            0,
+            f"{size_text(stored)} of weights, {stored / source:.0%} of the source's; {bits:.2f} bits each ({formats}).",
+        )
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
 def _verdict(report: ParityReport, budgets: Sequence[BudgetReport]) -> str:
@@ -86,12 +116,23 @@ def _table(rows: Sequence[Row], sources: bool) -> str:
         floor = "" if row.floor is None else _show(row.floor)
         lines.append(
             f"<tr><td>{escape(metric.label)}<small>{escape(row.case or 'all cases')}</small></td>"
-            f"<td class='n' data-is='found'>{_show(row.value)}</td><td class='n' data-is='floor'>{floor}</td>"
+            f"<td class='n' data-is='found'>{_show(row.value)}{_to_limit(row)}</td>"
+            f"<td class='n' data-is='floor'>{floor}</td>"
             f"<td class='n' data-is='limit'>{side} {_show(row.limit)}{source}</td>"
             f"<td class='{'ok' if row.ok else 'no'}'>{'holds' if row.ok else 'broken'}</td></tr>"
         )
     head = "<tr><th>value</th><th class='n'>found</th><th class='n'>floor</th><th class='n'>limit</th><th></th></tr>"
     return f"<div class='scroll'><table class='rows'>{head}{''.join(lines)}</table></div>"
+
+
+def _to_limit(row: Row) -> str:
+    """A bar of how much of its limit a value takes; full where the limit is reached or broken."""
+    small, large = (row.value, row.limit) if METRICS[row.metric].sense == "max" else (row.limit, row.value)
+    if METRICS[row.metric].sense == "min" and row.limit <= 1:  # a likeness, of 1 at best: how much of it is missing
+        small, large = 1 - row.value, 1 - row.limit
+    share = 1.0 if not row.ok else 0.0 if small <= 0 or large == math.inf else min(1.0, small / large)
+    kind = "" if row.ok else " class='over'"
+    return f"<div class='bar' title='{share:.0%} of the limit'><i{kind} style='width:{share:.0%}'></i></div>"
 
 
 def _show(value: float) -> str:
@@ -103,18 +144,25 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
     for case in report.cases:
         if case.name not in pictures:
             continue
+        reference, found, _ = pictures[case.name]
+        difference, gain = _difference(reference, found)
         images = "".join(
-            f"<figure><img{_small(png)} alt='{escape(case.name)}: {what}' src='data:image/png;base64,{_base64(png)}'>"
+            f"<figure><img{_small(png)} alt='{escape(case.name)}: {what}' src='{embedded(png)}'>"
             f"<figcaption>{what}</figcaption></figure>"
-            for what, png in zip(("reference", "artifact", "difference &times;4"), pictures[case.name], strict=True)
+            for what, png in (
+                ("reference", reference),
+                ("artifact", found),
+                (f"difference &times;{gain}", difference),
+            )
         )
         metrics = case.metrics
-        caption = (
-            f"PSNR {_show(metrics[Metric.IMAGE_PSNR])} {Metric.IMAGE_PSNR.unit},"
-            f" SSIM {_show(metrics[Metric.IMAGE_SSIM])},"
-            f" mean difference {_show(metrics[Metric.IMAGE_MAE])} {Metric.IMAGE_MAE.unit}"
-            + (f", LPIPS {_show(metrics[Metric.IMAGE_LPIPS])}" if Metric.IMAGE_LPIPS in metrics else "")
-            + (f", CLIP score {_show(metrics[Metric.IMAGE_CLIP])}" if Metric.IMAGE_CLIP in metrics else "")
+        shown = {
+            "PSNR": (Metric.IMAGE_PSNR, " dB"), "SSIM": (Metric.IMAGE_SSIM, ""),
+            "mean difference": (Metric.IMAGE_MAE, " of 255"), "LPIPS": (Metric.IMAGE_LPIPS, ""),
+            "CLIP score": (Metric.IMAGE_CLIP, ""),
+        }  # fmt: skip
+        caption = ", ".join(
+            f"{words} {_show(metrics[metric])}{unit}" for words, (metric, unit) in shown.items() if metric in metrics
         ).replace("equal dB", "equal")
         blocks.append(
             f"<div class='case'><h3>{escape(case.name)} <small class='soft'>{escape(case.kind)}</small></h3>"
@@ -122,6 +170,17 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
             f"<p><small>{caption}</small></p></div>"
         )
     return "<h2>Pictures</h2>" + "".join(blocks) if blocks else ""
+
+
+def _difference(reference: bytes, found: bytes) -> tuple[bytes, int]:
+    """Absolute difference as PNG, times the gain (a power of two) at which one value in a hundred is bright."""
+    a, b = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.int32) for png in (reference, found))
+    difference = np.abs(a - b)
+    bright = max(float(np.quantile(difference, BRIGHT_SHARE)), 1.0)
+    gain = max(1, min(MAX_GAIN, 1 << int(math.log2(BRIGHT / bright)))) if bright < BRIGHT else 1
+    out = io.BytesIO()
+    Image.fromarray((difference * gain).clip(0, 255).astype(np.uint8)).save(out, "PNG", optimize=True)
+    return out.getvalue(), gain
 
 
 def _small(png: bytes) -> str:
@@ -156,13 +215,13 @@ def _plain(text: str) -> str:
 
 
 def _steps(report: ParityReport) -> str:
-    charts = []
+    charts: dict[str, dict[str, Points]] = {}
     for case in report.cases:
         lines: dict[str, list[tuple[float, float]]] = {branch: [] for branch in BRANCHES}
         for step in case.steps:
             lines[step.branch].append((step.t, step.rel_l2))
-        charts.append(line_chart(case.name, "time, from noise (1) to picture (0)", lines, reverse=True))
-    drawn = "".join(filter(None, charts))
+        charts[case.name] = dict(lines)
+    drawn = _charts(charts, "time, from noise (1) to picture (0)", reverse=True)
     note = (
         "<p class='soft'>Relative L2 error of the velocity at each recorded step, fed with the reference's x. Single"
         " steps are not limited: later steps correct most of what early ones do wrong, and near 0 a small error of the"
@@ -172,7 +231,7 @@ def _steps(report: ParityReport) -> str:
 
 
 def _layers(report: ParityReport) -> str:
-    charts = []
+    charts: dict[str, dict[str, Points]] = {}
     for case in report.cases:
         lines: dict[str, list[tuple[float, float]]] = {}
         for state in case.states:
@@ -180,10 +239,17 @@ def _layers(report: ParityReport) -> str:
                 layer = float(state.name.removeprefix("layer"))
                 lines.setdefault(state.event.lstrip("0123456789_") or state.event, []).append((layer, state.rel_l2))
         drift = f" (drift begins at {case.drift})" if case.drift and not report.passed else ""
-        charts.append(line_chart(case.name + drift, "layer", _distinct(case, lines)))
-    drawn = "".join(filter(None, charts))
+        charts[case.name + drift] = dict(_distinct(case, lines))
+    drawn = _charts(charts, "layer")
     note = "<p class='soft'>Relative L2 error of the state after each layer, at each event of a case.</p>"
     return f"<h2>Error along the layers</h2>{note}<div class='charts'>{drawn}</div>" if drawn else ""
+
+
+def _charts(charts: Mapping[str, Mapping[str, Points]], x_label: str, reverse: bool = False) -> str:
+    """A chart per title, all on one scale."""
+    scale = [y for lines in charts.values() for line in lines.values() for _, y in line if 0 < y < math.inf]
+    drawn = (line_chart(title, x_label, lines, reverse=reverse, scale=scale) for title, lines in charts.items())
+    return "".join(filter(None, drawn))
 
 
 def _distinct(case: CaseParity, lines: Mapping[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
@@ -235,5 +301,6 @@ def _colophon(report: ParityReport) -> str:
     )
 
 
-def _base64(png: bytes) -> str:
-    return base64.b64encode(png).decode()
+def embedded(png: bytes) -> str:
+    """A picture as the address of an <img>."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

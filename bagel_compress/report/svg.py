@@ -18,8 +18,11 @@ def line_chart(
     lines: Mapping[str, Points],
     marks: Mapping[str, float] | None = None,
     reverse: bool = False,
+    scale: Sequence[float] = (),
 ) -> str:
     """Lines over a logarithmic y axis; `marks` are labelled horizontal lines; `reverse` runs x from high to low.
+
+    `scale`: values that the axis holds besides, for charts that are to be compared.
 
     Zeros lie on the lowest tick, an empty line keeps its colour free. A chart of nothing but zeros says so instead.
     """
@@ -30,7 +33,7 @@ def line_chart(
     if not any(y > 0 for _, y in points):
         caption = f"<figcaption>{escape(title)}</figcaption>"
         return f'<figure class="chart">{caption}<p class="equal">equal everywhere</p></figure>'
-    low, high = _decades([y for _, y in points if y > 0] + list(marks.values()))
+    low, high = _decades([*(y for _, y in points if y > 0), *marks.values(), *scale])
     xs = [x for x, _ in points]
     place = _Place(min(xs), max(xs), low, high, reverse)
     body = [_grid(place, low, high), _x_ticks(place, sorted(set(xs)), x_label)]
@@ -95,7 +98,8 @@ class _Place:
 def scatter(title: str, x_label: str, points: Sequence[tuple[str, float, float]]) -> str:
     """Named points (name, x, y) over a logarithmic y axis; zeros, which are the best, lie on the lowest line.
 
-    Points that no other beats in both x and y are joined: the Pareto front.
+    Points that no other beats in both x and y, the Pareto front, have a colour. No line joins them: there is no build
+    between two formats.
     """
     ys = [y for _, _, y in points if y > 0]
     low, high = _decades(ys or [1.0])
@@ -105,11 +109,9 @@ def scatter(title: str, x_label: str, points: Sequence[tuple[str, float, float]]
     place = _Place(min(xs) - margin, max(xs) + margin, low, high, reverse=False)
     spots = {name: (place.x(x), place.y(max(y, low))) for name, x, y in points}
     front = [n for n, x, y in sorted(points, key=lambda p: p[1]) if not any(_beats(q, (n, x, y)) for q in points)]
-    path = " ".join(f"{spots[n][0]:.1f},{spots[n][1]:.1f}" for n in front)
     body = [
         _grid(place, low, high, zero=len(ys) < len(points)),
         _x_ticks(place, _apart(place, sorted(set(xs))), x_label),
-        f'<polyline points="{path}" fill="none" style="stroke:var(--c0)"/>',
     ]
     written: list[tuple[float, float]] = []
     for name, (x, y) in sorted(spots.items(), key=lambda spot: spot[1]):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 from xml.etree import ElementTree
 
-from bagel_compress.build.limits import METRICS
+from bagel_compress.build.limits import METRICS, Metric
 from bagel_compress.parity.report_data import BudgetReport, ParityReport, Row, number, sentence
 
 
@@ -46,6 +47,40 @@ def markdown(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
             how = "measured" if budget.measured_on else "predicted"
             lines.append(f"| {_cell(budget.target)} | {budget.peak / 2**30:.2f} GiB {how} | {limit} |")
     return "\n".join(lines) + "\n"
+
+
+def loss(report: ParityReport) -> str:
+    """One plain sentence on what the build does otherwise than its reference; empty where no case says anything."""
+    drawn = [c.metrics[Metric.IMAGE_PSNR] for c in report.cases if Metric.IMAGE_PSNR in c.metrics]
+    same = [c.text.exact for c in report.cases if c.text is not None]
+    parts = []
+    if drawn and min(drawn) == math.inf:
+        parts.append("every picture is the reference's, byte for byte")
+    elif drawn:
+        middle = (
+            f"{median(drawn):.0f} dB (PSNR, the middle of {len(drawn)})" if len(drawn) > 1 else f"{drawn[0]:.0f} dB"
+        )
+        parts.append(f"from the same noise, its pictures are {middle} from the reference's")
+    if same:
+        many = "every text is" if all(same) else f"{sum(same)} of {len(same)} texts are"
+        parts.append(f"{many} the same word for word")
+    sentence = "; ".join(parts)
+    return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
+
+
+def fitting(budgets: Sequence[BudgetReport]) -> str:
+    """Where it fits, with the peak there, and where it does not; empty without budgets."""
+    fits = [f"{b.target} (peak {b.peak / 2**30:.2f} of {_limit(b)})" for b in budgets if not b.broken]
+    not_there = [b.target for b in budgets if b.broken]
+    parts = ([f"Fits {', '.join(fits)}."] if fits else []) + (
+        [f"Does not fit {', '.join(not_there)}."] if not_there else []
+    )
+    how = "measured" if budgets and all(b.measured_on for b in budgets) else "predicted"
+    return " ".join(parts) + (f" Peaks are {how}." if fits else "")
+
+
+def _limit(budget: BudgetReport) -> str:
+    return "unlimited memory" if budget.limit is None else f"{budget.limit / 2**30:.2f} GiB"
 
 
 def worst_rows(report: ParityReport) -> list[Row]:

@@ -24,6 +24,7 @@ from bagel_compress.source.checkpoint import Checkpoint
 if TYPE_CHECKING:
     import torch
 
+    from bagel.config import BagelConfig
     from bagel.model import Bagel
     from bagel.sampler import Sampler
 
@@ -41,12 +42,17 @@ class CensusRow:
     nbytes: int
 
 
-def open_model(path: str | Path, device: DeviceChoice = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+def open_model(
+    path: str | Path,
+    device: DeviceChoice = "cpu",
+    dtype: torch.dtype | None = None,
+    check: Callable[[BagelConfig], object] | None = None,
+) -> Sampler:
     """A full-precision checkpoint folder, an artifact folder or a Hub id, ready to sample.
 
     `device` may be a map over several devices. `dtype` None is bf16, the models' own. Any other dtype gives an
-    artifact's decoded weights in that dtype, without the run-time modules. Raises CheckpointError, ArtifactError or
-    BagelError.
+    artifact's decoded weights in that dtype, without the run-time modules. `check` is given the model's configuration
+    before weights are read, and may raise. Raises CheckpointError, ArtifactError or BagelError.
     """
     folder = Path(path)
     if not folder.exists():
@@ -54,11 +60,16 @@ def open_model(path: str | Path, device: DeviceChoice = "cpu", dtype: torch.dtyp
     if (folder / EXPORT_MANIFEST).exists():
         raise CheckpointError(f"{path} is an export; open it with bagel_compress.exporting.ort_sampler.open_onnx.")
     if (folder / MANIFEST).exists():
-        return load(Artifact.open(folder), device, dtype)
-    return load_checkpoint(Checkpoint.open(folder), device, dtype)
+        return load(Artifact.open(folder), device, dtype, check)
+    return load_checkpoint(Checkpoint.open(folder), device, dtype, check)
 
 
-def load_checkpoint(checkpoint: Checkpoint, device: DeviceChoice = "cpu", dtype: torch.dtype | None = None) -> Sampler:
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    device: DeviceChoice = "cpu",
+    dtype: torch.dtype | None = None,
+    check: Callable[[BagelConfig], object] | None = None,
+) -> Sampler:
     """The sampler of a checkpoint in any layout: prefixes, shards, dtypes, adapter and base as opened."""
     import torch
 
@@ -70,6 +81,8 @@ def load_checkpoint(checkpoint: Checkpoint, device: DeviceChoice = "cpu", dtype:
     lies_on, dtype = _lies_on(device), dtype or torch.bfloat16
     vae_shapes = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
     config, vae_config = read_config_files(checkpoint.files, checkpoint.shapes, vae_shapes)
+    if check is not None:
+        check(config)
     with unfilled():
         bagel = Bagel(config)
     for spec in checkpoint.specs:
@@ -82,20 +95,30 @@ def load_checkpoint(checkpoint: Checkpoint, device: DeviceChoice = "cpu", dtype:
     return _spread(Sampler(bagel.eval(), vae, text), device)
 
 
-def load(artifact: Artifact, device: DeviceChoice = "cpu", dtype: torch.dtype | None = None) -> Sampler:
-    """The sampler of an artifact. See `open_model` for `device` and `dtype`."""
-    from bagel.loading import load_vae, read_config, shapes_of, tensor_names, unfilled
+def load(
+    artifact: Artifact,
+    device: DeviceChoice = "cpu",
+    dtype: torch.dtype | None = None,
+    check: Callable[[BagelConfig], object] | None = None,
+) -> Sampler:
+    """The sampler of an artifact. See `open_model` for `device`, `dtype` and `check`."""
+    from bagel.loading import load_vae, read_config_files, shapes_of, tensor_names, unfilled
     from bagel.model import Bagel
     from bagel.sampler import Sampler
     from bagel.text import TextCodec
 
     lies_on = _lies_on(device)
     shapes = {spec.name: spec.shape for unit in artifact.units() for spec in unit.specs}
-    vae_files = dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path)
+    files = artifact.model_files
+    vae_shapes = shapes_of(dict.fromkeys(tensor_names(files[VAE]), files[VAE]))
+    config, vae_config = read_config_files(files, shapes, vae_shapes)
+    if check is not None:
+        check(config)
     with unfilled():
-        bagel = Bagel(read_config(artifact.path, shapes, shapes_of(vae_files)))
+        bagel = Bagel(config)
     _fill(bagel, artifact, lies_on, dtype)
-    sampler = Sampler(bagel.eval(), load_vae(artifact.path, lies_on("vae")), TextCodec.from_dir(artifact.path))
+    vae = load_vae(artifact.path, lies_on("vae"), files[VAE], vae_config)
+    sampler = Sampler(bagel.eval(), vae, TextCodec.from_files(files, artifact.path))
     if dtype is None:
         census(sampler.bagel, artifact)
     return _spread(sampler, device)

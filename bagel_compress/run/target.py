@@ -102,6 +102,11 @@ class Target(FrozenModel):
         """Bytes of device memory that may be used, CUDA context included."""
         return self.device.usable if self.budget.peak_gib is None else self.budget.peak_gib * GIB
 
+    @property
+    def disk_limit(self) -> float | None:
+        """Bytes that the files of a build may have."""
+        return None if self.budget.disk_gb is None else self.budget.disk_gb * 1e9
+
     def resident(self, phase: Phase) -> tuple[Part, ...] | None:
         """Parts on the GPU in a phase; None: all."""
         return None if self.residency is None else (*self.residency.get(phase, ()), "bridges")

@@ -4,8 +4,8 @@ Fine-tunes are brought into the official form while they are read, never by load
 weights (rounded to nearest even bf16), wrapper prefixes, configs that lie elsewhere, LoRA adapters. So every variant of
 the same weights has the same specs, the same values and the same `digest`.
 
-Numbers are handled as bf16 words in numpy; torch is imported only by `read`, which the codecs call. Files are mapped,
-not loaded: a value costs no anonymous memory unless it has to be converted.
+Numbers are handled as bf16 words in numpy; torch is imported only by `read`, which the codecs call. Files are read and
+not mapped: a source that is cut meanwhile ends in one sentence, and what was hashed is what was coded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from bagel.config import BagelConfig
 from bagel.errors import BagelError
+from bagel.json_file import read_object
 from bagel.layout import ModelSizes, expected_tensors, role_of
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
 from bagel_compress.io.digests import blake3_file
 from bagel_compress.io.hub_client import parse_repo_id
-from bagel_compress.io.safe_paths import check_names
+from bagel_compress.io.safe_paths import check_names, leads_away
 from bagel_compress.io.safetensors_file import Stamp, StoredTensor, TensorFile, stamp_of
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.source.adapter import ADAPTER_FILES, Adapter
@@ -63,7 +64,7 @@ class Checkpoint:
     """A full-precision BAGEL checkpoint: specs of all tensors by official name, all bf16, and the files beside them.
 
     `open` takes a folder, a .safetensors file or a Hub id; shards, fp32 or fp16 weights, trainers' prefixes and LoRA
-    adapters are brought into the official form while they are read. Nothing is loaded: `read` maps elements of one
+    adapters are brought into the official form while they are read. Nothing is loaded: `read` gives elements of one
     tensor. `digest` identifies the weights, whatever their packaging. Raises CheckpointError or HubError.
 
         checkpoint = bc.Checkpoint.open("my-fine-tune", base="ByteDance-Seed/BAGEL-7B-MoT")
@@ -123,7 +124,7 @@ class Checkpoint:
         return {spec.name: spec.shape for spec in self.specs}
 
     def words(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flattened tensor as bf16 words (uint16); a view of the file where it is bf16.
+        """Elements [start, stop) of the flattened tensor as bf16 words (uint16).
 
         Raises CheckpointError if the file is not what it was when it was opened.
         """
@@ -136,7 +137,7 @@ class Checkpoint:
         return values if tensor.dtype == "BF16" else bf16.rounded(bf16.floats(values, tensor.dtype))
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
-        """`words` as a bf16 torch tensor: the codecs' Reader. Read only: it may be the mapped file itself."""
+        """`words` as a bf16 torch tensor: the codecs' Reader."""
         return bf16.as_tensor(self.words(spec.name, start, stop))
 
     @cached_property
@@ -213,6 +214,11 @@ def _aux_files(folders: list[Path]) -> dict[str, Path]:
         found = [folder / option for folder in folders for option in options if (folder / option).is_file()]
         if found:
             files[name] = found[0]
+    for file in files.values():
+        if file.suffix != ".safetensors" and leads_away(file, file.parent):  # it would be copied into every build
+            raise CheckpointError(
+                f"{file} is a link to {file.resolve()}, outside its folder; put the file itself there."
+            )
     for name in (*CONFIG_FILES, "ae.safetensors"):
         if name not in files:
             raise CheckpointError(
@@ -338,12 +344,9 @@ def _sizes(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], vae
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); copy it again from the base model.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object.")
-    return data
+        return read_object(path)
+    except BagelError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _vae(path: Path) -> TensorFile:

@@ -7,7 +7,6 @@ reports/summary.md       for the page of a CI run
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,18 +18,18 @@ from torch import Tensor
 
 from bagel.layout import official_role
 from bagel.loading import parameter_path
-from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.artifact import MANIFEST, Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.codecs.base import Codec, Rounded
 from bagel_compress.errors import TargetError
 from bagel_compress.io.atomic import atomic_path, write_atomic
+from bagel_compress.io.digests import blake3_file
 from bagel_compress.parity.compare import NO_NETWORKS, Candidate, Comparison, Progress, compare
 from bagel_compress.parity.network_metrics import Networks
 from bagel_compress.parity.record import FLOORS, record_cases
 from bagel_compress.parity.report_data import REPORTS, LayerRounding, ParityReport, load_budgets
 from bagel_compress.parity.trace import TraceFile, common_dtype
-from bagel_compress.report.html import render
-from bagel_compress.report.text import junit, markdown
+from bagel_compress.report.files import PAGE, page_files
 from bagel_compress.run.case import Case
 from bagel_compress.run.device_map import DeviceChoice, DeviceMap
 from bagel_compress.run.load import load, load_checkpoint
@@ -95,8 +94,7 @@ def validate_artifact(
         presets={str(name): preset for name, preset in recipe.fast.items()},
     )  # fmt: skip
     found = compare(subject, files, reference, progress, networks)
-    write(artifact, found)
-    return found.report
+    return write(artifact, found)
 
 
 class ReportedFolder(Protocol):
@@ -108,14 +106,17 @@ class ReportedFolder(Protocol):
     def digest(self) -> str: ...
 
 
-def write(content: ReportedFolder, found: Comparison) -> Path:
-    """Writes the reports of a comparison. Returns the path of report.html."""
-    folder = content.path / REPORTS
-    found.report.save(content.path)
+def write(content: ReportedFolder, found: Comparison) -> ParityReport:
+    """Writes the reports of a comparison. Returns the parity report as written, with the digests of its pictures."""
+    folder, digests = content.path / REPORTS, {}
     for case, (reference, picture) in found.pictures.items():
         with atomic_path(folder / f"{case}.png") as partial:
             strip(reference, picture).save(partial, "PNG")
-    return write_report(content.path, content.digest)
+        digests[case] = blake3_file(folder / f"{case}.png")
+    report = found.report.model_copy(update={"pictures": digests})
+    report.save(content.path)
+    write_report(content.path, content.digest)
+    return report
 
 
 def write_report(path: str | Path, digest: str | None = None) -> Path:
@@ -123,12 +124,11 @@ def write_report(path: str | Path, digest: str | None = None) -> Path:
     path = Path(path)
     report = ParityReport.load(path, digest)
     budgets = load_budgets(path, digest)
-    pictures = {c.name: _thirds(path / REPORTS / f"{c.name}.png") for c in report.cases if c.has_image}
-    page = path / "report.html"
-    write_atomic(page, render(report, pictures, budgets))
-    write_atomic(path / REPORTS / "junit.xml", junit(report, budgets))
-    write_atomic(path / REPORTS / "summary.md", markdown(report, budgets))
-    return page
+    pictures = [c.name for c in report.cases if c.has_image]
+    sizes = Artifact.open(path).groups() if (path / MANIFEST).is_file() else ()
+    for name, content in page_files(path, report, budgets, pictures, sizes).items():
+        write_atomic(path / name, content)
+    return path / PAGE
 
 
 def codecs_by_module(artifact: Artifact) -> dict[str, Codec]:
@@ -167,20 +167,6 @@ def strip(reference: Tensor, found: Tensor) -> Image.Image:
     difference = (reference.int() - found.int()).abs() * DIFFERENCE_GAIN
     joined = torch.cat([reference, found, difference.clamp(max=255).to(torch.uint8)], dim=1)
     return Image.fromarray(joined.numpy())
-
-
-def _thirds(path: Path) -> list[bytes]:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        width = image.width // 3
-        return [_png(image.crop((i * width, 0, (i + 1) * width, image.height))) for i in range(3)]
-
-
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG", optimize=True)
-    return data.getvalue()
 
 
 def _opened(source: str | Path | Checkpoint) -> Checkpoint:

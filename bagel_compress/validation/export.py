@@ -41,8 +41,7 @@ def validate_export(
     files = [TraceFile.open(trace) for trace in traces]
     for file in files:
         file.expect_source(manifest.source.checkpoint.digest, str(folder.path))
-    # The weights of a lossless build are the reference's; the arithmetic of another runtime never is, to the bit.
-    level = "16-bit" if manifest.limits.level == "lossless" else manifest.limits.level
+    level = manifest.level
     limits = resolve(level, manifest.limits.overrides)
     with _running(folder, threads) as (sampler, ran):
         name = f"{manifest.source.name} ({ran['runtime']} on {ran['provider']}, {ran['precision']})"
@@ -50,8 +49,7 @@ def validate_export(
         found = compare(subject, files, None, progress)
     reference = {k: v for k, v in found.report.environment.items() if k.startswith("reference")}
     report = found.report.model_copy(update={"environment": ran | reference})
-    write(folder, Comparison(report, found.pictures))
-    return report
+    return write(folder, Comparison(report, found.pictures))
 
 
 @contextmanager

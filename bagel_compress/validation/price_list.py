@@ -23,10 +23,10 @@ from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.parity import replay
 from bagel_compress.parity.compare import Progress
 from bagel_compress.parity.distances import picture_distances
-from bagel_compress.parity.metrics import largest, middle, smallest
-from bagel_compress.parity.preset_rows import preset_limits
+from bagel_compress.parity.extremes import largest, middle, smallest
 from bagel_compress.parity.report_data import Number
 from bagel_compress.parity.trace import Trace, TraceFile, common_dtype
+from bagel_compress.parity.verdict import preset_limits
 from bagel_compress.report.svg import scatter, standalone
 from bagel_compress.run.load import load, load_checkpoint
 from bagel_compress.run.target import Target

@@ -15,6 +15,7 @@ from bagel_compress.parity.report_data import number
 from bagel_compress.report.svg import scatter
 from bagel_compress.validation.compare_recipes import RecipeComparison, RecipeResult, Scored
 
+PEERS = ("nf4-official",)  # what others do, here to be compared with: their limits are no promise of ours
 NAMES = {"one": "one thing", "two": "two things", "ask": "answers", "edit": "edits", "think": "plans"}
 
 
@@ -50,14 +51,21 @@ def table(family: RecipeComparison) -> str:
 
 
 def _verdict(builds: Sequence[RecipeResult]) -> str:
-    failed = [b for b in builds if not b.report.passed]
+    own = [b for b in builds if b.name not in PEERS]
+    failed = [b for b in own if not b.report.passed]
+    peers = "".join(
+        f"<p class='soft'>{escape(b.name)} is here for comparison only"
+        + ("." if b.report.passed else f"; it does not hold the limits of its class ({escape(b.report.broken[0])}).")
+        + "</p>"
+        for b in builds
+        if b.name in PEERS
+    )
     if not failed:
-        return (
-            "<div class='verdict pass'><strong>Passed</strong><p>Every build holds the limits of its recipe.</p></div>"
-        )
+        said = "<p>Every build holds the limits of its recipe.</p>"
+        return f"<div class='verdict pass'><strong>Passed</strong>{said}</div>{peers}"
     items = "".join(f"<li>{escape(b.name)}: {escape('; '.join(b.report.broken[:3]))}</li>" for b in failed)
-    count = f"{len(builds) - len(failed)} of {len(builds)} builds hold the limits of their recipes"
-    return f"<div class='verdict fail'><strong>{count}</strong><ul>{items}</ul></div>"
+    count = f"{len(own) - len(failed)} of {len(own)} builds hold the limits of their recipes"
+    return f"<div class='verdict fail'><strong>{count}</strong><ul>{items}</ul></div>{peers}"
 
 
 def _numbers(family: RecipeComparison, folder: Path) -> str:
@@ -74,7 +82,8 @@ def _numbers(family: RecipeComparison, folder: Path) -> str:
                 ("texts", f"{b.equal_texts:.0%}"),
             )
         )
-        + f"<td class='{'ok' if b.report.passed else 'no'}'>{'passed' if b.report.passed else 'did not pass'}</td></tr>"
+        + _verdict_cell(b)
+        + "</tr>"
         for b in family.builds
     )
     head = "".join(
@@ -90,6 +99,13 @@ def _numbers(family: RecipeComparison, folder: Path) -> str:
     )
 
 
+def _verdict_cell(build: RecipeResult) -> str:
+    words = "passed" if build.report.passed else "did not pass"
+    if build.name in PEERS:
+        return f"<td class='soft'>comparison<small>{words}</small></td>"
+    return f"<td class='{'ok' if build.report.passed else 'no'}'>{words}</td>"
+
+
 def _pareto(family: RecipeComparison) -> str:
     points = [(b.name, b.nbytes / 1e6, b.latent) for b in family.builds]
     return f"<h2>Error against size</h2>{scatter('error of the latent', 'MB of weights', points)}"
@@ -99,13 +115,16 @@ def _scores(family: RecipeComparison) -> str:
     names = [name for name in NAMES if name in family.source.scores]
     head = "".join(f"<th class='n'>{NAMES[name]}</th>" for name in names)
     none: dict[str, tuple[float, float]] = {}
+    same = [b for b in family.builds if all(change == (0.0, 0.0) for change in b.differences.values())]
+    alike = ", ".join(escape(b.name) for b in same)
+    line = f"<p>Right and wrong on the very prompts of the source: {alike}.</p>" if same else ""
     rows = "".join(
         f"<tr><td>{escape(label)}</td>"
         + "".join(f"<td class='n' data-is='{NAMES[n]}'>{_score(scored, n, changes)}</td>" for n in names)
         + "</tr>"
         for label, scored, changes in (
             ("source", family.source, none),
-            *((b.name, b.scored, b.differences) for b in family.builds),
+            *((b.name, b.scored, b.differences) for b in family.builds if b not in same),
         )
     )
     note = (
@@ -115,6 +134,7 @@ def _scores(family: RecipeComparison) -> str:
     )
     return (
         f"<h2>Scores</h2><div class='scroll'><table class='rows'><tr><th>model</th>{head}</tr>{rows}</table></div>"
+        f"{line}"
         f"<p class='soft'><small>{note}</small></p>"
     )
 

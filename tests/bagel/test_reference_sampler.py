@@ -224,3 +224,13 @@ def test_impossible_text_settings() -> None:
         TextSettings(max_tokens=0)
     with pytest.raises(BagelError, match="temperature"):
         TextSettings(do_sample=True, temperature=0)
+
+
+def test_a_temperature_divides_the_logits(fp32: Sampler) -> None:
+    """Of two tokens whose logits differ by ln 4, the likelier one is drawn as its share at that temperature says."""
+    logits = torch.tensor([[0.0, 3.0]]).log1p().repeat(2000, 1)  # ln 1 and ln 4
+    for temperature, share in ((1.0, 4 / 5), (2.0, 2 / 3), (0.5, 16 / 17)):
+        settings = TextSettings(do_sample=True, temperature=temperature)
+        generators = [fp32.generator(seed) for seed in range(len(logits))]
+        drawn = fp32.choose(logits, settings, generators)
+        assert abs(sum(drawn) / len(drawn) - share) < 0.035, temperature

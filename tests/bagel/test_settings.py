@@ -96,3 +96,29 @@ def test_a_run_whose_numbers_are_not_finite_ends(tiny: Path) -> None:
 def test_text_whose_logits_are_not_finite_ends(tiny: Path) -> None:
     with pytest.raises(BagelError, match="the logits of the next token"):
         damaged(tiny, "lm_head.weight", INF).run(["a cat"], output="text", text=TextSettings(max_tokens=3))
+
+
+def test_the_defaults_are_the_published_settings() -> None:
+    flow = FlowSettings()
+    assert (flow.num_timesteps, flow.timestep_shift, flow.cfg_text_scale, flow.cfg_img_scale) == (50, 3.0, 4.0, 1.0)
+    assert (flow.cfg_interval, flow.cfg_renorm_min, flow.cfg_renorm_type) == ((0.4, 1.0), 0.0, "global")
+    assert not flow.forecasts
+    text = TextSettings()
+    assert (text.max_tokens, text.do_sample, text.temperature) == (1000, False, 0.3)
+
+
+def test_a_hint_is_given_where_it_helps() -> None:
+    for wrong, helped in (("local", True), ("a", False), ("zzz", False)):
+        with pytest.raises(BagelError) as refused:
+            FlowSettings(cfg_renorm_type=wrong)
+        assert ("'local' of older menus" in str(refused.value)) == helped
+
+
+def test_only_heun_takes_no_cache() -> None:
+    with pytest.raises(BagelError, match="heun evaluates the network twice"):
+        FlowSettings(solver="heun", cache_every=2)
+    for solver in ("euler", "ab2"):
+        assert FlowSettings(solver=solver, cache_every=2).forecasts
+    assert FlowSettings(cache_threshold=0.1).forecasts
+    assert FlowSettings(guidance_every=2).forecasts
+    assert not FlowSettings(solver="heun").forecasts

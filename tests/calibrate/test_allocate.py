@@ -7,9 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from bagel_compress.build.allocate import allocate, allocated_recipe, movable_codecs, recipe_yaml
+from bagel_compress.build.allocate import allocate, allocated_recipe, movable_codecs
 from bagel_compress.build.plan import Plan, make_plan
 from bagel_compress.build.recipe import Recipe
+from bagel_compress.build.recipe_text import recipe_text
 from bagel_compress.build.sensitivity import GROUPS, Effect, Group
 from bagel_compress.codecs.base import Unit
 from bagel_compress.errors import PlanError
@@ -93,7 +94,7 @@ def test_the_recipe_that_is_written_gives_every_group_its_format_and_fits(plan: 
     budget = plan.nbytes + 20_000
     found = allocate(plan, codecs, effects, budget)
     assert 0 < sum(found.chosen.values()) < len(effects)  # both formats are used
-    text = recipe_yaml(allocated_recipe(plan, found, "mixed"), "why\n\n" + found.table())
+    text = recipe_text(allocated_recipe(plan, found, "mixed"), "why\n\n" + found.table())
     rebuilt = make_plan(Checkpoint.open(resource("tiny")), Recipe.parse(text, "mixed"))
     assert rebuilt.nbytes <= budget
     from bagel.loading import parameter_path

@@ -1,5 +1,6 @@
 """fp8 against torch's cast and against compressed-tensors, which must read our parts bit for bit."""
 
+import numpy as np
 import pytest
 import torch
 from codec_weights import decoded, encoded, quality_of, same_bytes, snr_db, unit_of, weight
@@ -112,3 +113,13 @@ def test_bytes_that_do_not_decode_to_the_weights_are_an_error(monkeypatch: pytes
     monkeypatch.setattr(rows_kernels, "fp8_rows", faulty)
     with pytest.raises(CodecError, match=r"w\.weight.*do not decode"):
         encoded(Fp8(), weight(64, 64))
+
+
+def test_the_searched_scales_lie_around_absmax() -> None:
+    from bagel_compress.codecs.fp8 import SEARCH, _candidates
+    from bagel_compress.io import bf16
+
+    start = np.array([1.0, 0.37], np.float32)
+    words = bf16.rounded(_candidates(start).reshape(-1)).reshape(2, -1).astype(int)
+    assert (words - bf16.rounded(start).astype(int)[:, None] == np.array(SEARCH)).all()
+    assert sum(SEARCH) > 0  # saturation costs less than a coarse grid: mirrored offsets would be other ones

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -15,7 +17,6 @@ from bagel_compress.exporting import build
 from bagel_compress.exporting.manifest import MANIFEST, ExportFolder
 from bagel_compress.exporting.ort_sampler import open_onnx
 from bagel_compress.exporting.source import WeightSource
-from bagel_compress.io.packaged import resource
 from bagel_compress.run.case import load_cases
 
 ENDS = ("embed", "latent_out", "lm_head")
@@ -179,16 +180,54 @@ def test_weights_beyond_fp16_stop_the_export(tiny: Path, make: Callable[..., Exp
         make(source, blocks=("latent_out",), precision="fp16")
 
 
-def test_the_graphs_pass_the_validation_of_artifacts(exported: ExportFolder, tiny: Path, tmp_path: Path) -> None:
+def test_the_graphs_pass_the_validation_of_artifacts(
+    exported: ExportFolder, tiny: Path, tmp_path: Path, small_cases: Path
+) -> None:
     import torch
 
     from bagel_compress.validation.artifact import record_source
     from bagel_compress.validation.export import validate_export
 
-    cases = [c for c in load_cases([resource("exports") / "cases" / "tiny"]) if c[0].name in ("t2i_square", "edit")]
-    cases = cases or load_cases([resource("exports") / "cases" / "tiny"])[:2]
+    cases = load_cases([small_cases])
     file = record_source(tiny, cases, tmp_path / "t.safetensors", dtype=torch.float32, floors=("repeat", "kernel"))
     report = validate_export(exported, [file.path], threads=1)
     assert report.passed, [*report.faults, *report.broken]
     assert (exported.path / "reports" / "parity.json").is_file()
     assert exported.verify() == []
+
+
+def test_a_finished_export_is_given_back_and_a_locked_one_is_left_alone(
+    tiny: Path, tmp_path: Path, templates: dict[str, bytes]
+) -> None:
+    source, wanted, out = WeightSource.open(tiny), target(blocks=("embed",)), tmp_path / "o"
+    made = build.export(source, wanted, out, templates=templates)
+    assert build.export(source, wanted, out, templates=templates).digest == made.digest
+    with pytest.raises(ExportError, match="finished export of something else"):
+        build.export(source, target(blocks=("lm_head",)), out, templates=templates)
+    (tmp_path / "p" / ".export").mkdir(parents=True)
+    (tmp_path / "p" / ".export" / "lock").write_text('{"pid": 1, "host": "elsewhere", "started": ""}')
+    with pytest.raises(ExportError, match="is being exported by process 1 on elsewhere"):
+        build.export(source, wanted, tmp_path / "p", templates=templates)
+
+
+def test_an_export_that_ends_at_any_file_goes_on(
+    tiny: Path, tmp_path: Path, templates: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, wanted = WeightSource.open(tiny), target(blocks=("embed",))
+    whole = build.export(source, wanted, tmp_path / "whole", templates=templates)
+    replace, left = os.replace, [0]
+
+    def stops(one: Path, other: Path) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(one, other)
+
+    for count in range(2, len(whole.manifest.files) + 4, 3):
+        out, left[0] = tmp_path / f"stopped{count}", count
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stops)
+            with suppress(KeyboardInterrupt):
+                build.export(source, wanted, out, templates=templates)
+        assert build.export(source, wanted, out, templates=templates).digest == whole.digest
+        assert not list(out.rglob("*.partial")) + list(out.glob(".export"))

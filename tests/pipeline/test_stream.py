@@ -23,6 +23,7 @@ from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs.base import Chunk
 from bagel_compress.errors import ArtifactError, CheckpointError, CodecError
+from bagel_compress.io.safetensors_file import TensorFile
 from bagel_compress.io.tensor_spec import PartSpec
 from bagel_compress.source.checkpoint import Checkpoint
 
@@ -182,7 +183,7 @@ def test_two_builds_in_one_folder(tiny: Checkpoint, raw: Recipe, tmp_path: Path)
         ({"pid": 2**22 + 1, "host": "here", "started": "1"}, False),  # over Linux's largest process number
         ({"pid": os.getpid(), "host": "here", "started": "-1"}, False),  # the number was given out again
         ({"pid": 1, "host": "elsewhere", "started": ""}, True),
-        ("", False),  # killed while it wrote the lock
+        ("", True),  # just made by a process that has not written into it yet: two would build
     ],
 )
 def test_locks_of_the_dead(tiny: Checkpoint, raw: Recipe, tmp_path: Path, holder: dict | str, refused: bool) -> None:
@@ -193,7 +194,7 @@ def test_locks_of_the_dead(tiny: Checkpoint, raw: Recipe, tmp_path: Path, holder
         compress(plan, tiny, tmp_path / "a", stop_after(3))
     (tmp_path / "a" / ".build" / "lock").write_text(json.dumps(holder) if holder else "")
     if refused:
-        with pytest.raises(ArtifactError, match="process 1 on elsewhere"):
+        with pytest.raises(ArtifactError, match=r"process 1 on elsewhere|does not say by whom"):
             compress(plan, tiny, tmp_path / "a")
     else:
         assert compress(plan, tiny, tmp_path / "a").verify() == []
@@ -207,6 +208,23 @@ def test_too_little_space_is_found_before_the_first_byte(
     with pytest.raises(ArtifactError, match=r"its disk has 0.001 MB free"):
         compress(make_plan(tiny, raw), tiny, tmp_path / "a")
     assert not list((tmp_path / "a").glob("*.safetensors*"))
+
+
+def test_a_resumed_build_asks_for_what_is_left(
+    tiny: Checkpoint, raw: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(resume_state.BuildFolder, "check_space", lambda build, nbytes: asked.append(nbytes))
+    plan = make_plan(tiny, raw)
+    with pytest.raises(StoppedError):
+        compress(plan, tiny, tmp_path / "a", stop_after(60))
+    kept = sum(
+        p.stat().st_size
+        for p in (tmp_path / "a").glob("model-*.safetensors")
+        if (tmp_path / "a" / ".build" / f"{p.name}.json").exists()
+    )
+    compress(plan, tiny, tmp_path / "a")
+    assert 0 < kept == asked[0] - asked[1]
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_resumable(
@@ -247,19 +265,50 @@ def test_blocks_that_the_file_system_does_not_give_in_advance(
         assert folder_bytes(tmp_path / "b") == folder_bytes(built)
 
 
-def test_not_a_number_is_named_and_refused_by_lossy_codecs(
+def test_what_is_not_finite_is_named_and_refused_unless_the_recipe_keeps_it(
     write: Write, tensors: dict, raw: Recipe, nf4: Recipe, tmp_path: Path
 ) -> None:
-    for value in (float("nan"), float("inf")):
+    df11 = raw.model_copy(update={"rules": Recipe.load("df11").rules})
+    name = "language_model.model.layers.1.mlp_moe_gen.down_proj.weight"
+    for value in (float("nan"), float("-inf")):
         bad = dict(tensors)
-        name = "language_model.model.layers.1.mlp_moe_gen.down_proj.weight"
         bad[name] = bad[name].clone()
         bad[name][3, 5] = value
-        checkpoint = Checkpoint.open(write(bad, f"in-{value}"))
-        with pytest.raises(CodecError, match=name):
-            compress(make_plan(checkpoint, nf4), checkpoint, tmp_path / f"nf4-{value}")
-        artifact = compress(make_plan(checkpoint, raw), checkpoint, tmp_path / f"raw-{value}")
-        assert artifact.decode(name)[name].view(torch.int16).equal(bad[name].view(torch.int16))
+        checkpoint = Checkpoint.open(write(bad, f"in{value}"))
+        for recipe in (raw, nf4, df11):
+            with pytest.raises((CodecError, CheckpointError), match=rf"{name}.* holds NaN or [Ii]nf"):
+                compress(make_plan(checkpoint, recipe), checkpoint, tmp_path / f"refused{value}-{recipe.digest}")
+        for recipe in (raw, df11):
+            kept = recipe.model_copy(update={"non_finite": "kept"})
+            artifact = compress(make_plan(checkpoint, kept), checkpoint, tmp_path / f"kept{value}-{recipe.digest}")
+            found = artifact.decode(artifact.manifest.unit_of[name])[name]
+            assert found.view(torch.int16).equal(bad[name].view(torch.int16))
+
+
+def test_a_vae_that_is_not_finite_is_refused(write: Write, tensors: dict, raw: Recipe, tmp_path: Path) -> None:
+    folder = write(tensors)
+    vae = load_file(folder / "ae.safetensors")
+    vae["decoder.conv_in.bias"][1] = float("nan")
+    save_file(vae, folder / "ae.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(CheckpointError, match=r"decoder\.conv_in\.bias holds NaN"):
+        compress(make_plan(checkpoint, raw), checkpoint, tmp_path / "a")
+
+
+@pytest.mark.parametrize("recipe_name", ["raw", "nf4"])
+def test_a_source_that_is_cut_while_it_is_read_is_one_sentence(
+    recipe_name: str, write: Write, tensors: dict, tmp_path: Path, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A file that was mapped ended the process with SIGBUS."""
+    folder = write(tensors)
+    checkpoint = Checkpoint.open(folder)
+    plan = make_plan(checkpoint, request.getfixturevalue(recipe_name))
+    monkeypatch.setattr(TensorFile, "changed", lambda file: False)  # it was looked at just before
+    os.truncate(folder / "ema.safetensors", 1 << 16)
+    with pytest.raises(CheckpointError, match="was cut while it was read"):
+        compress(plan, checkpoint, tmp_path / "a")
+    assert not (tmp_path / "a" / MANIFEST).exists()
 
 
 def test_a_plan_of_another_checkpoint(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bagel_compress.build import resume_state
 from bagel_compress.errors import MissingExtraError, RecipeError
+from bagel_compress.io import lock as lock_file
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.publishing.batch import BatchFile, run_batch, summary
 
@@ -109,7 +109,7 @@ def wait_for_workers(out: Path) -> None:
 
 def is_held(lock: Path) -> bool:
     holder = json.loads(lock.read_text())
-    return resume_state.is_alive(holder["pid"], holder["started"])
+    return lock_file.is_alive(holder["pid"], holder["started"])
 
 
 def test_one_failure_does_not_stop_the_others(file: Path, cli: Callable[..., tuple[int, str, str]]) -> None:

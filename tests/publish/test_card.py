@@ -60,7 +60,7 @@ def test_front_matter(artifact: Artifact) -> None:
     assert (data.base_model, data.to_dict()["base_model_relation"]) == (BASE, "quantized")
     assert data.to_dict()["quantized_by"] == "ann"
     assert {"nf4", "4-bit", "bagel"} <= set(data.tags or ())
-    assert {(r.metric_type, r.metric_value) for r in data.eval_results or ()} == {
+    assert {(r.metric_type, r.metric_value) for r in data.eval_results or ()} >= {
         ("latent.path", 0.11), ("image.psnr", 24.5),
     }  # fmt: skip
 

@@ -27,12 +27,13 @@ tasks: [t2i]
 
 
 def validated(artifact: Artifact, tiny: Path, trace: Path, cli: Cli) -> Artifact:
-    """Real traces of one case, a real parity report, a real prediction of the memory on a card."""
+    """Real traces of one case of each task, a real parity report, a real prediction of the memory on a card."""
     from bagel_compress.io.packaged import resource
     from bagel_compress.run.case import load_cases
     from bagel_compress.validation.artifact import record_source, validate_artifact
 
-    cases = load_cases([resource("exports") / "cases" / "tiny" / "t2i_square.yaml"])
+    folder = resource("exports") / "cases" / "tiny"
+    cases = load_cases([folder / f"{name}.yaml" for name in ("t2i_square", "edit", "understand", "think_t2i")])
     record_source(tiny, cases, trace, floors=())
     report = validate_artifact(artifact.path, [trace])
     assert report.passed, report.broken

@@ -83,14 +83,12 @@ def card_of(made: Release) -> str:
 
 def test_the_same_picture_after_the_journey(
     hub: Hub, graphs: ExportFolder, tiny: Path, tmp_path: Path, cli: Cli, fresh_cache: Callable[[], Path],
-    monkeypatch: pytest.MonkeyPatch,
+    small_cases: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Judged for real, published through faults, pulled by a stranger, verified, run."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(graphs.path, "onnx")
-    case = tmp_path / "case.yaml"
-    case.write_text("name: small\nkind: t2i\nturns: [a red cat]\nsize: [32, 32]\nflow: {num_timesteps: 3}\n")
-    assert cli("trace", case, "--source", tiny, "--out", "t.safetensors", "--floor", "none")[0] == 0
+    assert cli("trace", small_cases, "--source", tiny, "--out", "t.safetensors", "--floor", "none")[0] == 0
     code, out, err = cli("validate", "onnx", "--trace", "t.safetensors")
     assert code == 0, out + err
     assert cli("generate", "onnx", PROMPT, *FLAGS, "--out", "before.png")[0] == 0

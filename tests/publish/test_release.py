@@ -100,7 +100,7 @@ def test_missing_budget(artifact: Artifact, tmp_path: Path) -> None:
 
 def test_budget_over_its_limit(artifact: Artifact, tmp_path: Path) -> None:
     budget(artifact, ok=False).save(artifact.path)
-    with pytest.raises(GateError, match=r"budget of rtx4070-12gb: denoise needs 12.40 GiB"):
+    with pytest.raises(GateError, match=r"budget of rtx4070-12gb: rtx4070-12gb: denoise needs 8.90 GiB"):
         release(artifact, tmp_path)
 
 

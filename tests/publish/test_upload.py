@@ -266,6 +266,23 @@ def test_pull_request_to_somebody_else_once(hub: Hub, release: Release) -> None:
     assert MANIFEST not in repo.head("main").files
 
 
+def test_a_pull_request_whose_answer_was_lost_is_found(hub: Hub, release: Release) -> None:
+    hub.store.users["hf_bobbobbob"] = User("bob")
+    hub.store.create(hub.store.users["hf_bobbobbob"], None, "builds", private=False)
+    gone: list[str] = []
+
+    def lose(number: int, line: str) -> None:
+        if "/commit/" in line and not gone:
+            gone.append(line)
+            raise ConnectionAbortedError
+
+    hub.on_reply = lose
+    done = upload(release, "bob/builds", create_pr=True)
+    assert gone
+    assert hub.store.repos["bob/builds"].pulls == ["refs/pr/1"]
+    assert done.pull_request is not None
+
+
 def test_a_branch_of_ones_own(hub: Hub, release: Release) -> None:
     upload(release, REPO, revision="v2")
     assert whole(hub, "v2")

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bagel_compress.budgets.fake_model import BuildOutline, scratch_bytes
 from bagel_compress.budgets.fit import STEP, Fitted, expected_error, fit, with_rate
+from bagel_compress.budgets.plan_devices import held_bytes
 from bagel_compress.budgets.planned_build import checkpoint_sizes
+from bagel_compress.budgets.predict import predict
 from bagel_compress.build.allocate import shares_of_cost
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.rates import STEP as RATE_STEP
@@ -125,3 +128,28 @@ def test_measured_weights_get_rates_of_their_own(tmp_path: Path) -> None:
     text = out.read_text(encoding="utf-8")
     assert "# Rates by sensitivity, measured on" in text
     assert "und down_proj" in text
+
+
+def test_a_coded_table_is_counted_as_it_is_stored_and_formats_share_one_ring() -> None:
+    checkpoint = Checkpoint.open(str(TINY))
+    folder, vae = checkpoint_sizes(checkpoint)
+
+    def outline(und: str, table: str) -> BuildOutline:
+        rules = f"""name: x
+rules:
+  - {{match: {{component: llm, kind: linear, expert: und}}, codec: {und}}}
+  - {{match: {{component: llm, kind: linear, expert: gen}}, codec: {{format: ecq, bits: 4}}}}
+  - {{match: {{component: llm, kind: embedding}}, codec: {table}}}
+  - {{match: {{}}, codec: raw}}"""
+        return BuildOutline.of_plan(make_plan(checkpoint, Recipe.parse(rules, "x")), folder, vae)
+
+    plain, coded = outline("df11", "raw"), outline("df11", "{format: ecq, bits: 4}")
+    [table] = [unit for unit in coded.units if "embed_tokens" in unit.unit.name]
+    saved = held_bytes(plain)["embed_tokens"] - held_bytes(coded)["embed_tokens"]
+    assert 2 * table.unit.numel - table.nbytes - 4096 < saved < 2 * table.unit.numel - table.nbytes + 4096
+    target = Target.load(TINY_TARGET)
+    assert predict(plain, target).peak - predict(coded, target).peak == pytest.approx(saved, abs=4096)
+    alone = outline("{format: ecq, bits: 4}", "raw")
+    largest = [max(s.unit.numel for s in b.units if s.codec.format == f) for b, f in ((plain, "df11"), (alone, "ecq"))]
+    assert 2 * largest[0] <= scratch_bytes(plain) < 2 * (2 * largest[0] + 64) + 1  # df11's units are the larger ones
+    assert scratch_bytes(alone) < scratch_bytes(plain)

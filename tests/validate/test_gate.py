@@ -25,7 +25,7 @@ def built(reference, tmp_path_factory):
     """An artifact and a trace of its source."""
     folder, checkpoint = tmp_path_factory.mktemp("gate"), Checkpoint.open(TINY)
     artifact = compress(make_plan(checkpoint, Recipe.parse(RECIPE % "raw", "raw")), checkpoint, folder / "raw")
-    suite = [(c, PICTURES) for c in CASES if c.name in ("t2i", "understand")]
+    suite = [(c, PICTURES) for c in CASES]
     trace = record_cases(reference, checkpoint.name, checkpoint.digest, suite, folder / "t.safetensors", ("repeat",))
     return artifact.path, trace.path
 

@@ -10,6 +10,7 @@ from bagel_compress.build.limits import resolve
 from bagel_compress.errors import RecipeError
 from bagel_compress.parity import metrics
 from bagel_compress.parity.diagnose import Probes, probe_values
+from bagel_compress.parity.extremes import largest, middle, smallest
 from bagel_compress.parity.report_data import ParityReport, Row
 from bagel_compress.report.text import worst_rows
 
@@ -82,9 +83,9 @@ def test_common_prefix():
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_nan_is_the_worst_of_a_list_wherever_it_stands(place):
     values = [1.0, 3.0, 2.0]
-    assert (metrics.largest(values), metrics.smallest(values), metrics.middle(values)) == (3.0, 1.0, 2.0)
+    assert (largest(values), smallest(values), middle(values)) == (3.0, 1.0, 2.0)
     values.insert(place, math.nan)
-    assert all(math.isnan(f(values)) for f in (metrics.largest, metrics.smallest, metrics.middle))
+    assert all(math.isnan(f(values)) for f in (largest, smallest, middle))
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -47,7 +47,7 @@ def build(recipe, out):
 def own_trace(reference, tmp_path_factory):
     """Traces that carry the digest of the real checkpoint."""
     checkpoint, out = Checkpoint.open(TINY), tmp_path_factory.mktemp("own") / "own.safetensors"
-    suite = [(c, PICTURES) for c in CASES if c.name in ("t2i", "understand")]
+    suite = [(c, PICTURES) for c in CASES]
     return record_cases(reference, checkpoint.name, checkpoint.digest, suite, out).path
 
 
@@ -95,6 +95,12 @@ def test_errors_of_the_latent_and_of_the_path_are_shares_of_the_way(trace_file):
     assert found["latent.path"] == pytest.approx(0.1, abs=1e-5)
     same = measure(trace, trace, trace).metrics
     assert (same["velocity.path"], same["latent.path"]) == (0.0, 0.0)
+
+
+def test_texts_are_compared_where_there_are_any(trace_file):
+    asked, drawn = trace_file.read("understand"), trace_file.read("t2i")
+    assert measure(asked, asked, asked).metrics["text.exact"] == 1.0
+    assert "text.exact" not in measure(drawn, drawn, drawn).metrics
 
 
 def test_no_class_limits_a_single_step_but_a_recipe_may():
@@ -155,7 +161,7 @@ def test_the_page_is_complete_and_loads_nothing(verdict, lossy):
     page = _Page((lossy / "report.html").read_text(encoding="utf-8"))
     assert page.outside == []
     assert "script" not in page.tags
-    assert len(page.images) == 3
+    assert len(page.images) == 9  # of three cases that draw
     assert all(len(image) > 2000 for image in page.images)
     assert page.tags.count("svg") >= 3
     text = (lossy / "report.html").read_text(encoding="utf-8")

@@ -66,7 +66,19 @@ def test_a_picture_is_drawn_with_the_preset_of_a_build(tmp_path, capsys):
 
     def drawn(*options):
         out = tmp_path / "p.png"
-        argv = ["generate", str(artifact.path), "a cat", "--size", "32x32", "--steps", "9", "--out", str(out), *options]
+        argv = [
+            "generate",
+            str(artifact.path),
+            "a cat",
+            "--size",
+            "32x32",
+            "--steps",
+            "9",
+            "--out",
+            str(out),
+            "--force",
+            *options,
+        ]
         return main(argv), out.read_bytes() if out.exists() else b""
 
     assert drawn("--preset", "balanced") == drawn("--cache-every", "2") != drawn()

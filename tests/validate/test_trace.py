@@ -126,7 +126,7 @@ def test_a_trace_of_another_sampler_version_or_of_nothing_is_refused(trace_file,
         metadata["bagel_trace"] = json.dumps(json.loads(metadata["bagel_trace"]) | {"sampler": "0"})
 
     _with_header(trace_file.path, tmp_path / "old.safetensors", other_version)
-    with pytest.raises(TraceError, match="sampler version 0"):
+    with pytest.raises(TraceError, match="sampler version '0'"):
         TraceFile.open(tmp_path / "old.safetensors")
     _with_header(trace_file.path, tmp_path / "none.safetensors", lambda m: m.pop("bagel_trace"))
     with pytest.raises(TraceError, match="is no trace"):
@@ -137,7 +137,7 @@ def test_a_case_that_the_model_cannot_run_is_named(reference):
     big = case("big", "t2i", "a fox", size=[1024, 1024])
     with pytest.raises(TargetError, match=r"case big cannot be run.*at most 128"):
         replay.record(reference, big, PICTURES)
-    with pytest.raises(InputError, match=r"picture .*nowhere\.png cannot be read"):
+    with pytest.raises(InputError, match=r"nowhere\.png does not exist"):
         replay.record(reference, case("x", "edit", {"image": "nowhere.png"}, "edit"), PICTURES)
 
 

@@ -28,7 +28,6 @@ from bagel_compress.codecs.df11.layout import (
 from bagel_compress.codecs.df11.units import Grouping, group, pattern_dict
 from bagel_compress.codecs.loaders import Loader
 from bagel_compress.codecs.raw import Raw
-from bagel_compress.codecs.ring_size import ring_weights
 from bagel_compress.codecs.traits import Snippet
 from bagel_compress.errors import PlanError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
@@ -129,9 +128,9 @@ class DF11(Codec):
         return {f"{unit.name}.coded": PartSpec("U8", (round(unit.numel * TYPICAL_BITS / 8),))}
 
     @classmethod
-    def scratch_bytes(cls, units: Iterable[Unit]) -> int:
-        """The ring into which units are decoded, in bf16."""
-        return 2 * ring_weights((unit.name, unit.numel) for unit in units)
+    def ring_units(cls, units: Iterable[Unit]) -> list[tuple[str, int]]:
+        """Whole units."""
+        return [(unit.name, unit.numel) for unit in units]
 
     def fake_linears(
         self,

@@ -23,7 +23,6 @@ from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.ecq.layout import MAX_BITS, MIN_BITS, SLICE, Sizes, bound
 from bagel_compress.codecs.grid import Grid
 from bagel_compress.codecs.matrix import MatrixCodec
-from bagel_compress.codecs.ring_size import ring_weights
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -83,9 +82,9 @@ class Ecq(CalibratedCodec, MatrixCodec):
         return {unit.specs[0].name: linear(unit, parts, biases.get(unit.specs[0].name))}
 
     @classmethod
-    def scratch_bytes(cls, units: Iterable[Unit]) -> int:
-        """The ring into which weights, or slices of large ones, are decoded, in bf16."""
-        return 2 * ring_weights((unit.name, min(unit.numel, SLICE)) for unit in units)
+    def ring_units(cls, units: Iterable[Unit]) -> list[tuple[str, int]]:
+        """Weights, or slices of large ones."""
+        return [(unit.name, min(unit.numel, SLICE)) for unit in units]
 
     def fake_linears(
         self,
@@ -105,6 +104,12 @@ class Ecq(CalibratedCodec, MatrixCodec):
         from bagel_compress.codecs.ecq.runtime import EcqEmbedding
 
         return EcqEmbedding(unit, parts)
+
+    def fake_embedding(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+        """A table that holds the parts and gives rows without values."""
+        from bagel_compress.codecs.ring_fake import FakeTable
+
+        return FakeTable(unit.specs[0], parts)
 
     def _bound(self, unit: Unit) -> Sizes:
         (spec,) = unit.specs

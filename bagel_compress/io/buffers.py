@@ -1,0 +1,45 @@
+"""Buffers that are used again: the first touch of fresh memory costs more than reading into it.
+
+A buffer is free when nothing refers to it any more: no array made from it, no tensor on its memory, nothing that waits
+in a queue. So a reader just reads, and whoever got the bytes keeps them for as long as it needs them.
+"""
+
+from __future__ import annotations
+
+import sys
+from threading import Lock
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SIZE = 8 << 20  # bytes of a buffer: what a reader of weights asks for at once
+SMALL = SIZE // 8
+KEPT = 16  # buffers that are kept; more are given while they are asked for
+
+
+class Buffers:
+    """Gives out memory of up to `SIZE` bytes that was used before, where there is any; larger memory is fresh."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._buffers: list[np.ndarray] = []
+        self._idle = 0  # references to a buffer that nobody uses: those of this class
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes], with any content. It is the caller's for as long as anything refers to it."""
+        import numpy as np
+
+        if not SMALL < nbytes <= SIZE:  # small: no gain, and it would hold a large one
+            return np.empty(nbytes, np.uint8)
+        with self._lock:
+            for number in range(len(self._buffers)):
+                if sys.getrefcount(self._buffers[number]) == self._idle:
+                    return self._buffers[number][:nbytes]
+            fresh = np.empty(SIZE, np.uint8)
+            if len(self._buffers) < KEPT:
+                self._buffers.append(fresh)
+                del fresh
+                self._idle = sys.getrefcount(self._buffers[-1])
+                return self._buffers[-1][:nbytes]
+            return fresh[:nbytes]

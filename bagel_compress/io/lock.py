@@ -1,0 +1,104 @@
+"""A lock file: one process at a time writes to a folder. A lock that a dead process of this machine left is taken over.
+
+The file appears with its content, so that an empty one is never what a process that was killed meanwhile left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+from bagel_compress.errors import BagelCompressError
+
+
+def take_lock(path: Path, what: str, error: type[BagelCompressError]) -> None:
+    """Takes the lock, or one that a dead process left. Raises `error` if it is held; `what` as in "is being built"."""
+    mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
+    for _ in range(2):
+        if _created(path, mine):
+            return
+        remove_if_stale(path, what, error)
+    raise error(f"{path.parent.parent} was taken by another process in this moment; run the command again.")
+
+
+def _created(path: Path, content: str) -> bool:
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    own.write_text(content)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        return _created_in_place(path, content)
+    finally:
+        own.unlink()
+    return True
+
+
+def _created_in_place(path: Path, content: str) -> bool:
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    with os.fdopen(handle, "w") as file:
+        file.write(content)
+    return True
+
+
+def remove_if_stale(path: Path, what: str, error: type[BagelCompressError]) -> None:
+    """Removes the lock of a dead process of this machine. Raises `error` if it is held or says nothing readable."""
+    try:
+        holder = json.loads(path.read_text())
+        pid, host, started = int(holder["pid"]), str(holder["host"]), str(holder["started"])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        raise error(
+            f"{path.parent.parent} is locked and {path} does not say by whom; delete it if no process is at work there."
+        ) from None
+    if host == socket.gethostname() and not is_alive(pid, started):
+        path.unlink(missing_ok=True)
+        return
+    raise error(
+        f"{path.parent.parent} is being {what} by process {pid} on {host}; wait for it, or delete {path} if it is gone."
+    )
+
+
+def is_alive(pid: int, started: str) -> bool:
+    """Whether the process that took the lock still runs; a number that was given out again does not count."""
+    if pid <= 0 or (started and _started(pid) != started):
+        return False
+    if os.name != "posix":
+        return _alive_windows(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _alive_windows(pid: int) -> bool:
+    """`os.kill(pid, 0)` would end the process on Windows, so its handle is asked for instead."""
+    import ctypes
+
+    still_active, query_limited = 259, 0x1000  # STILL_ACTIVE, PROCESS_QUERY_LIMITED_INFORMATION (winbase.h)
+    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
+    handle = kernel.OpenProcess(query_limited, False, pid)
+    if not handle:
+        return False
+    code = ctypes.c_ulong()
+    kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+    kernel.CloseHandle(handle)
+    return code.value == still_active
+
+
+def _started(pid: int) -> str:
+    """Start time of a process in clock ticks (field 22 of /proc/PID/stat); empty where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

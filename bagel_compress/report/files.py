@@ -1,0 +1,57 @@
+"""The files for people that are drawn from reports. They hold nothing of their own and can be drawn again anywhere.
+
+report.html    reports/junit.xml (one test per limit)    reports/summary.md (for the page of a CI run)
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bagel_compress.build.sizes import SizeGroup
+from bagel_compress.parity.report_data import REPORTS, BudgetReport, ParityReport
+from bagel_compress.report.html import render
+from bagel_compress.report.text import junit, markdown
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PAGE, JUNIT, SUMMARY = "report.html", f"{REPORTS}/junit.xml", f"{REPORTS}/summary.md"
+
+
+def picture_name(case: str) -> str:
+    """Path of a case's picture under the build's folder: reference, build and difference side by side."""
+    return f"{REPORTS}/{case}.png"
+
+
+def page_files(
+    folder: Path,
+    report: ParityReport,
+    budgets: Sequence[BudgetReport],
+    pictures: Iterable[str],
+    sizes: Sequence[SizeGroup] = (),
+) -> dict[str, str]:
+    """Path under the build's folder -> content. `pictures`: the cases whose pictures are shown, read from `folder`."""
+    shown = {case: [_png(part) for part in picture_parts(folder, case)] for case in pictures}
+    return {
+        PAGE: render(report, shown, budgets, sizes),
+        JUNIT: junit(report, budgets),
+        SUMMARY: markdown(report, budgets),
+    }
+
+
+def picture_parts(folder: Path, case: str) -> list[Image.Image]:
+    """Reference, build and difference of a case, as validation stored them under the build's folder."""
+    from PIL import Image
+
+    with Image.open(folder / picture_name(case)) as image:
+        width = image.width // 3
+        return [image.crop((i * width, 0, (i + 1) * width, image.height)) for i in range(3)]
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG", optimize=True)
+    return data.getvalue()

@@ -1,0 +1,55 @@
+"""The settings of a drawn picture, as JSON in a text chunk of its PNG file. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from bagel.settings import FlowSettings, TextSettings
+from bagel_compress.errors import InputError
+
+KEY = "bagel-compress"
+
+
+def picture_settings(
+    model: str, prompt: str, seed: int, size: tuple[int, int], flow: FlowSettings, thinking: TextSettings | None
+) -> dict[str, Any]:
+    """What it takes to draw a picture again. `size` is (width, height); `thinking` None: without thoughts.
+
+    Of the model only its name is kept, never the folder it lies in.
+    """
+    return {
+        "model": Path(model).name, "prompt": prompt, "seed": seed, "width": size[0], "height": size[1],
+        "flow": asdict(flow), "thinking": None if thinking is None else asdict(thinking),
+    }  # fmt: skip
+
+
+def png_info(settings: Mapping[str, Any]) -> PngInfo:
+    """For `Image.save(..., pnginfo=)`."""
+    info = PngInfo()
+    info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
+    return info
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that a PNG file holds. Raises InputError if it holds none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            text = str(image.info.get(KEY, ""))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; expected a PNG that was drawn here.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise InputError(f"{path} is no readable PNG.") from None
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        raise InputError(f"{path} holds no settings; only pictures of `generate`, `edit` and the page do.") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} holds no settings that are understood.")
+    return settings
