@@ -29,6 +29,7 @@ def package() -> tuple[ModuleType, ModuleType]:
             sys.modules["pkg_resources"] = types.SimpleNamespace(resource_filename=lambda *_: "decode.ptx")  # type: ignore[assignment]
     from dfloat11 import dfloat11, dfloat11_utils
 
+    dfloat11.stderr = io.StringIO()  # it keeps the one of its import, which a test's capture closes
     return dfloat11, dfloat11_utils
 
 
