@@ -49,7 +49,7 @@ def open_model(
         model.run(["a red cat on a roof"], size=(1024, 1024), seed=7).image.save("cat.png")
         print(model.run([picture, "what is in the picture?"], output="text").text)
     """
-    from bagel_compress.build.artifact import EXPORT_MANIFEST
+    from bagel_compress.build.manifest import EXPORT_MANIFEST
     from bagel_compress.run.load import downloaded
 
     folder = Path(model) if Path(model).exists() else downloaded(str(model))
@@ -120,7 +120,7 @@ def validate(
         print(report.passed, report.broken)
         report.require()
     """
-    from bagel_compress.build.artifact import EXPORT_MANIFEST
+    from bagel_compress.build.manifest import EXPORT_MANIFEST
 
     folder, progress = _folder(build), progress or log.info
     if (folder / EXPORT_MANIFEST).is_file():

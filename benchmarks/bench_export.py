@@ -29,7 +29,7 @@ from bagel.config import BagelConfig, LLMConfig, ViTConfig
 from bagel.layers import attention, rope_table
 from bagel.mot import MoTLayer
 from bagel.vae import VAEConfig
-from bagel_compress.build.artifact import SourceEntry
+from bagel_compress.build.manifest import SourceEntry
 from bagel_compress.build.recipe import Limits, parse_codec
 from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.exporting.build import export

@@ -91,8 +91,8 @@ def checkpoint(model: str, folder: Path) -> Path:
 
 def exported(model: str, form: str, source: Path, folder: Path, threads: int) -> dict[str, Any]:
     """The samplers of one form: ONNX Runtime, and the artifact in torch where there is one."""
-    from bagel_compress.build.artifact import MANIFEST
     from bagel_compress.build.compress import compress
+    from bagel_compress.build.manifest import MANIFEST
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
     from bagel_compress.exporting.build import export

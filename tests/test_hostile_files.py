@@ -26,8 +26,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bagel.errors import BagelError
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.io.packaged import find_recipe, resource, target_files
@@ -220,7 +221,7 @@ def _manifest_of() -> Any:
 
 
 def _export_of() -> Any:
-    from bagel_compress.build.artifact import SourceEntry
+    from bagel_compress.build.manifest import SourceEntry
     from bagel_compress.exporting.manifest import BlockEntry, ExportManifest, ExportSource, config_dict
     from bagel_compress.run.load import load_checkpoint
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from bagel_compress.app.session import OpenModel
 from bagel_compress.app.texts import Texts
-from bagel_compress.build.artifact import EXPORT_MANIFEST, MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import EXPORT_MANIFEST, MANIFEST
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.parity.report_data import ParityReport, load_budgets

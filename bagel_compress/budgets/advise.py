@@ -15,7 +15,8 @@ from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.budgets.plan_devices import gpu_of, held_bytes, plan_map
 from bagel_compress.budgets.predict import least_bytes, predict
 from bagel_compress.budgets.promises import Errors, expected_errors, packaged_recipes, ways
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.plan import make_plan
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import ExportError, TargetError

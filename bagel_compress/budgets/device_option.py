@@ -10,7 +10,8 @@ import torch
 from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.budgets.plan_devices import SLACK, Gpu, held_bytes, plan_map
 from bagel_compress.budgets.planned_build import planned_build
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.errors import TargetError
 from bagel_compress.run.device_map import DeviceChoice
 

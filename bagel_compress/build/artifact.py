@@ -9,204 +9,36 @@ as it is read (`parts`, `file`), and nothing is read that it does not list. `ver
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
-from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from bagel.layout import official_role
-from bagel_compress.build.recipe import Recipe, parse_codec
 from bagel_compress.build.sizes import SizeGroup, group_sizes
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Rounded, Unit
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.bf16 import as_tensor
-from bagel_compress.io.digests import Hash, blake3_file, blake3_of, tensors_digest
-from bagel_compress.io.safe_paths import check_names
+from bagel_compress.io.digests import blake3_of
 from bagel_compress.io.safetensors_file import TensorFile, lay_out
-from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
-from bagel_compress.io.yaml_model import FrozenModel
+from bagel_compress.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from bagel_compress.source.adapter import Adapter
-    from bagel_compress.source.checkpoint import Base, Checkpoint
 
-MANIFEST = "manifest.json"
-EXPORT_MANIFEST = "export.json"  # of a folder of graphs or engines; what it holds is export's matter
-MANIFESTS = (MANIFEST, EXPORT_MANIFEST)
-FORMAT = 1  # version of the manifest's fields
-# What may lie beside the files of the manifest: written after the build, by validation, publishing or signing.
-EXTRAS = {"README.md", "LICENSE", "SHA256SUMS", "model.sig", "report.html", ".gitattributes"}
+from bagel_compress.build.manifest import MANIFEST, Manifest, StoredPart, parse_manifest
+from bagel_compress.build.manifest_files import changed_files, compared_file, extra_files, wrong_sizes
+
 MODEL_FILES = {
     "llm_config.json", "vit_config.json", "config.json", "preprocessor_config.json", "generation_config.json",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "ae.safetensors",
 }  # fmt: skip
-EXTRA_FOLDERS = {"reports", ".cache", ".git"}
-
-
-class StoredPart(FrozenModel):
-    """A stored tensor of a shard."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    blake3: str
-
-    @property
-    def spec(self) -> PartSpec:
-        return PartSpec(self.dtype, self.shape)
-
-
-class TensorEntry(FrozenModel):
-    """A tensor of the checkpoint; `blake3` is over the bf16 values that were coded."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    blake3: str
-
-
-class UnitEntry(FrozenModel):
-    """One unit: its tensors, how they were coded, and what is stored."""
-
-    codec: Annotated[SerializeAsAny[Codec], BeforeValidator(parse_codec)]
-    shard: str
-    tensors: dict[str, TensorEntry]
-    parts: dict[str, StoredPart]
-    snr_db: float | None = None  # of the decoded weights; None: nothing was lost
-    reason: str = ""  # why the codec is not the recipe's
-    rounded: Rounded | None = None  # what a calibrated rounding did; a weight rounded alone has no such key
-
-    @model_serializer(mode="wrap")
-    def _without_rounded(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        if self.rounded is None:
-            del fields["rounded"]
-        return fields
-
-
-class FileEntry(FrozenModel):
-    """A file of the folder, with the digest of its bytes or, for a shard, the one that follows from its tensors'."""
-
-    bytes: int
-    blake3: str = ""
-    blake3_tensors: str = ""  # see `tensors_digest`
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Name of the algorithm -> digest; the one that there is."""
-        return {"blake3_tensors": self.blake3_tensors} if self.blake3_tensors else {"blake3": self.blake3}
-
-
-class _Listing(FrozenModel, extra="ignore"):
-    """What the manifests of artifacts and of exports have in common."""
-
-    files: dict[str, FileEntry]
-
-
-class AdapterEntry(FrozenModel):
-    """An adapter that was merged into the weights; `blake3` is over its config and its weights, as files."""
-
-    name: str
-    blake3: str
-    scales: tuple[float, float]  # least and largest factor of what it adds
-
-
-class BaseEntry(FrozenModel):
-    """A second checkpoint that gave what the first one lacked: tensors, and files by their names."""
-
-    name: str
-    revision: str
-    files: tuple[str, ...]
-    tensors: tuple[str, ...]
-
-
-class SourceEntry(FrozenModel):
-    """The checkpoint that was compressed: its identity, and `data_blake3` over every value that was read.
-
-    `adapter` and `base` are what else decided the values; both are in the identity, which is of the merged values.
-    """
-
-    name: str
-    revision: str
-    digest: str
-    data_blake3: str
-    adapter: AdapterEntry | None = None
-    base: BaseEntry | None = None
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, digest: str, data_blake3: str) -> SourceEntry:
-        """What a manifest says of a checkpoint whose identity is `digest`."""
-        merged, base = checkpoint.adapter, checkpoint.base
-        return cls(
-            name=checkpoint.name,
-            revision=checkpoint.revision,
-            digest=digest,
-            data_blake3=data_blake3,
-            adapter=None if merged is None else _adapter_entry(merged),
-            base=None if base is None else _base_entry(base),
-        )
-
-
-def _adapter_entry(adapter: Adapter) -> AdapterEntry:
-    return AdapterEntry(name=adapter.name, blake3=adapter.digest, scales=adapter.scales)
-
-
-def _base_entry(base: Base) -> BaseEntry:
-    return BaseEntry(name=base.name, revision=base.revision, files=base.files, tensors=base.tensors)
-
-
-class CalibrationEntry(FrozenModel):
-    """The calibration set that chose the codes: its file's sha256, the checkpoint that made it, what it holds."""
-
-    digest: str
-    source: str
-    source_digest: str
-    latents: str  # sampled by the model, or of given pictures
-    rows_und: int
-    rows_gen: int
-
-
-class Manifest(FrozenModel):
-    """Everything known about an artifact when it was built."""
-
-    format: int = FORMAT
-    tool: str
-    plan: str  # digest of the plan
-    source: SourceEntry
-    recipe: Recipe
-    recipe_digest: str
-    calibration: CalibrationEntry | None = None
-    units: dict[str, UnitEntry]
-    files: dict[str, FileEntry]
-
-    @model_serializer(mode="wrap")
-    def _without_calibration(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A build without calibration has no such key."""
-        fields: dict[str, Any] = handler(self)
-        if self.calibration is None:
-            del fields["calibration"]
-        return fields
-
-    def to_bytes(self) -> bytes:
-        """The file's content: deterministic JSON."""
-        return self.model_dump_json(indent=1, by_alias=True).encode() + b"\n"
-
-    @cached_property
-    def unit_of(self) -> dict[str, str]:
-        """Tensor name -> name of the unit that holds it."""
-        return {tensor: name for name, unit in self.units.items() for tensor in unit.tensors}
-
-    @property
-    def shards(self) -> list[str]:
-        return sorted({unit.shard for unit in self.units.values()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,125 +202,6 @@ class Artifact:
     @cached_property
     def _shards(self) -> dict[str, TensorFile]:
         return {}
-
-
-def compared_file(folder: Path, name: str, files: Mapping[str, FileEntry]) -> Path:
-    """The path of a file that a manifest lists. Raises ArtifactError if it does not, or if the bytes are others."""
-    if name not in files:
-        raise ArtifactError(f"{folder} has no {name} among the files of its manifest; copy it again.")
-    path = folder / name
-    try:
-        same = intact(path, files[name])
-    except OSError as fault:
-        raise ArtifactError(f"{path} cannot be read ({fault.strerror}).") from None
-    if not same:
-        raise ArtifactError(f"{path} is not what the manifest says: it was changed or damaged; copy it again.")
-    return path
-
-
-def wrong_sizes(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[str]:
-    """A sentence per file of a manifest that is missing or has another size."""
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{name} is missing"
-        elif path.stat().st_size != entry.bytes:
-            yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
-
-
-def changed_files(folder: Path, files: Mapping[str, FileEntry], sums: dict[str, str] | None = None) -> Iterator[str]:
-    """Reads the files of a manifest that have the right size; names those with other bytes.
-
-    `sums` is filled with the sha256 of the others, taken in the same reading.
-    """
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry.bytes:
-            continue
-        if sums is None:
-            whole = intact(path, entry)
-        else:
-            sha256 = intact_sha256(path, entry)
-            whole = sha256 is not None
-            if sha256 is not None:
-                sums[name] = sha256
-        if not whole:
-            yield name
-
-
-def extra_files(folder: Path, files: Mapping[str, FileEntry], manifest: str) -> Iterator[str]:
-    """A sentence per file that is neither in the manifest nor one of those that come to lie beside a build."""
-    known = files.keys() | EXTRAS | {manifest}
-    for path in (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()):
-        if path.as_posix() not in known and path.parts[0] not in EXTRA_FOLDERS:
-            yield f"{path.as_posix()} is not in the manifest"
-
-
-def intact(path: Path, entry: FileEntry) -> bool:
-    """Reads the file: whether its bytes are those of the entry."""
-    return _matches(path, entry, None)
-
-
-def intact_sha256(path: Path, entry: FileEntry) -> str | None:
-    """Reads the file once: its sha256 if its bytes are those of the entry, else None."""
-    total = hashlib.sha256()
-    return total.hexdigest() if _matches(path, entry, total) else None
-
-
-def _matches(path: Path, entry: FileEntry, also: Hash | None) -> bool:
-    """Whether the file's bytes are those of the entry; `also` is fed with all of them if they are."""
-    if path.stat().st_size != entry.bytes:
-        return False
-    if not entry.blake3_tensors:
-        return blake3_file(path, also) == entry.blake3
-    try:
-        file = TensorFile.open(path, ArtifactError)
-    except ArtifactError:
-        return False
-    in_file = sorted(file.tensors.values(), key=lambda tensor: (tensor.start, tensor.stop))
-    with path.open("rb") as opened:
-        start = opened.read(8 + len(file.header))  # the tensors follow without a gap up to the end of the file
-        if also is not None:
-            also.update(start)
-        digests = [blake3_of(opened, tensor.nbytes, also) for tensor in in_file]
-    return tensors_digest(file.header, digests) == entry.blake3_tensors
-
-
-def parse_manifest(content: bytes, folder: Path) -> Manifest:
-    """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError):
-        raise ArtifactError(f"{folder / MANIFEST} is not JSON; copy the artifact again.") from None
-    if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
-        raise ArtifactError(
-            f"{folder / MANIFEST} has format {data['format']}, this version reads {FORMAT}; update bagel-compress."
-        )
-    try:
-        manifest = Manifest.model_validate(data)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise ArtifactError(
-            f"{folder / MANIFEST} is damaged at {where} ({fault['msg']}); copy the artifact again."
-        ) from None
-    check_names(manifest.files, folder / MANIFEST, ArtifactError)
-    for shard in manifest.shards:
-        if shard not in manifest.files:
-            raise ArtifactError(f"{folder / MANIFEST} puts tensors into {shard}, which is not among its files.")
-    return manifest
-
-
-def listed_files(name: str, content: bytes, folder: Path) -> dict[str, FileEntry]:
-    """The files that a manifest of either kind lists; `name` is its own. Raises ArtifactError as `parse_manifest`."""
-    if name == MANIFEST:
-        return parse_manifest(content, folder).files
-    try:
-        files = _Listing.model_validate_json(content).files
-    except ValidationError:
-        raise ArtifactError(f"{folder / name} is damaged: it lists no files; copy the export again.") from None
-    check_names(files, folder / name, ArtifactError)
-    return files
 
 
 def _mapped(file: TensorFile, name: str, part: StoredPart) -> torch.Tensor:

@@ -29,7 +29,7 @@ from bagel_compress.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from bagel.config import BagelConfig
-    from bagel_compress.build.artifact import UnitEntry
+    from bagel_compress.build.manifest import UnitEntry
     from bagel_compress.build.plan import Placement, Plan
     from bagel_compress.calibrate.moments import Moments
     from bagel_compress.source.checkpoint import Checkpoint

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from bagel_compress.build.artifact import (
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.loader_configs import config_json, index_json, preprocessor_json
+from bagel_compress.build.manifest import (
     MANIFEST,
-    Artifact,
     CalibrationEntry,
     FileEntry,
     Manifest,
@@ -33,7 +34,6 @@ from bagel_compress.build.artifact import (
     TensorEntry,
     UnitEntry,
 )
-from bagel_compress.build.loader_configs import config_json, index_json, preprocessor_json
 from bagel_compress.build.plan import Placement, Plan
 from bagel_compress.build.resume_state import BuildFolder, ShardRecord, finished
 from bagel_compress.build.shard_writer import ShardWriter, WrittenShard

@@ -11,7 +11,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress.build.artifact import MANIFEST, Artifact, FileEntry, UnitEntry
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import MANIFEST, FileEntry, UnitEntry
 from bagel_compress.build.plan import Plan
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.atomic import PARTIAL, write_atomic

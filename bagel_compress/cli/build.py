@@ -161,7 +161,7 @@ def progress_bar(plan: Plan) -> Iterator[Callable[[str, int], None]]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from bagel_compress.build.artifact import MANIFEST
+    from bagel_compress.build.manifest import MANIFEST
     from bagel_compress.cli.export import inspect_export
     from bagel_compress.exporting.manifest import MANIFEST as EXPORT
     from bagel_compress.exporting.manifest import NOTES

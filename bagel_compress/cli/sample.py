@@ -225,7 +225,8 @@ def _with_preset(args: argparse.Namespace, flow: FlowSettings) -> FlowSettings:
     """The settings with a preset of the build's recipe on top. Raises InputError where it has none of that name."""
     if args.preset is None:
         return flow
-    from bagel_compress.build.artifact import MANIFEST, Artifact
+    from bagel_compress.build.artifact import Artifact
+    from bagel_compress.build.manifest import MANIFEST
     from bagel_compress.errors import InputError
 
     folder = _folder(args)
@@ -254,7 +255,7 @@ def _opened(args: argparse.Namespace, check: Callable[[BagelConfig], object] | N
 
     `check` is given the model's configuration before weights are read.
     """
-    from bagel_compress.build.artifact import EXPORT_MANIFEST
+    from bagel_compress.build.manifest import EXPORT_MANIFEST
 
     folder = _folder(args)
     if (folder / EXPORT_MANIFEST).is_file():

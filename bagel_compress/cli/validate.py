@@ -161,7 +161,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from bagel_compress.build.artifact import EXPORT_MANIFEST
+    from bagel_compress.build.manifest import EXPORT_MANIFEST
     from bagel_compress.parity.network_metrics import Networks
     from bagel_compress.validation.artifact import validate_artifact
 
@@ -223,7 +223,7 @@ def _budget(args: argparse.Namespace) -> int:
 def _budget_of_training(args: argparse.Namespace) -> int:
     from bagel_compress.budgets.device_option import build_of
     from bagel_compress.budgets.planned_build import planned_build
-    from bagel_compress.build.artifact import MANIFEST
+    from bagel_compress.build.manifest import MANIFEST
     from bagel_compress.errors import TargetError
     from bagel_compress.finetune.config import FinetuneConfig
     from bagel_compress.finetune.memory import predict_finetune
@@ -244,7 +244,7 @@ def _together(args: argparse.Namespace) -> int:
     from bagel_compress.budgets.device_option import build_of
     from bagel_compress.budgets.plan_devices import gpu_of, plan_map
     from bagel_compress.budgets.planned_build import planned_build
-    from bagel_compress.build.artifact import MANIFEST
+    from bagel_compress.build.manifest import MANIFEST
     from bagel_compress.errors import TargetError
     from bagel_compress.run.target import Target
 

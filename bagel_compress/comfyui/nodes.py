@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bagel.settings import TextSettings
-from bagel_compress.build.artifact import MANIFEST
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.comfyui.drawing import RATIOS, chosen, images, opened, pictures, run, size_of
 from bagel_compress.comfyui.folders import device_targets, find_model, list_models
 from bagel_compress.comfyui.model import BagelModel

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bagel.settings import FlowSettings
-from bagel_compress.build.artifact import EXPORT_MANIFEST, MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import EXPORT_MANIFEST, MANIFEST
 from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate import read_pictures, read_understanding
 from bagel_compress.evaluate.benchmarks import BenchmarkInfo, benchmark_info

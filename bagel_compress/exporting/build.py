@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
 
-from bagel_compress.build.artifact import FileEntry
+from bagel_compress.build.manifest import FileEntry
 from bagel_compress.errors import ExportError
 from bagel_compress.exporting.blocks import all_blocks
 from bagel_compress.exporting.graph import OPSET

@@ -17,15 +17,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from bagel.config import BagelConfig
-from bagel_compress.build.artifact import (
-    EXPORT_MANIFEST,
-    FileEntry,
-    SourceEntry,
-    changed_files,
-    compared_file,
-    extra_files,
-    wrong_sizes,
-)
+from bagel_compress.build.manifest import EXPORT_MANIFEST, FileEntry, SourceEntry
+from bagel_compress.build.manifest_files import changed_files, compared_file, extra_files, wrong_sizes
 from bagel_compress.build.recipe import Limits, Recipe
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.safe_paths import check_names

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel.config import BagelConfig
-from bagel_compress.build.artifact import MANIFEST, Artifact, SourceEntry
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import MANIFEST, SourceEntry
 from bagel_compress.build.recipe import Limits
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec
 from bagel_compress.codecs.raw import Raw

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from blake3 import blake3
 
-from bagel_compress.build.artifact import FileEntry
+from bagel_compress.build.manifest import FileEntry
 from bagel_compress.codecs.traits import FormName
 from bagel_compress.errors import ExportError
 from bagel_compress.exporting.blocks import GraphBlock, matrices

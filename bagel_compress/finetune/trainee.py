@@ -14,7 +14,7 @@ from bagel.model import Bagel
 from bagel.sampler import Sampler
 from bagel.text import TextCodec
 from bagel.training import Losses, PackedBatch, forward
-from bagel_compress.build.artifact import MANIFEST
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.recipe import Match
 from bagel_compress.errors import FinetuneError
 from bagel_compress.finetune.config import FinetuneConfig

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from bagel_compress.build.artifact import Artifact, SourceEntry
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import METRICS
 from bagel_compress.build.loader_table import HEAD, loader_rows
+from bagel_compress.build.manifest import SourceEntry
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.build.sizes import SizeGroup
 from bagel_compress.io.byte_size import size_text

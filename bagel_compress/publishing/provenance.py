@@ -22,7 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bagel_compress.build.artifact import Artifact, SourceEntry
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import SourceEntry
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.io.safe_paths import stays_inside

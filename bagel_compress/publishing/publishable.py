@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bagel_compress.build.artifact import EXPORT_MANIFEST, MANIFEST, Artifact, SourceEntry
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import EXPORT_MANIFEST, MANIFEST, SourceEntry
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.exporting.manifest import NOTES, ExportFolder
 

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress.build.artifact import Artifact, intact_sha256
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest_files import intact_sha256
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.digests import sha256_file

@@ -15,7 +15,7 @@ from dataclasses import replace as replace_fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.build.artifact import MANIFESTS
+from bagel_compress.build.manifest import MANIFESTS
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.io.hub_client import TRIES, client, failures, insist, transient, transport_errors
 from bagel_compress.publishing.release import Release

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress.build.artifact import MANIFESTS, listed_files
+from bagel_compress.build.manifest import MANIFESTS, listed_files
 from bagel_compress.errors import ArtifactError, GateError
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.io.hub_client import client, failures, split_repo_id

@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from bagel_compress.build.artifact import MANIFESTS, Artifact, FileEntry, intact, listed_files
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import MANIFESTS, FileEntry, listed_files
+from bagel_compress.build.manifest_files import intact
 from bagel_compress.errors import ArtifactError, HubError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.hub_client import UnreachableError, download, listing, split_repo_id

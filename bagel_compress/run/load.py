@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bagel.layout import official_role
-from bagel_compress.build.artifact import EXPORT_MANIFEST, MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import EXPORT_MANIFEST, MANIFEST
 from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError, CheckpointError

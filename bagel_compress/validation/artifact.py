@@ -18,8 +18,9 @@ from torch import Tensor
 
 from bagel.layout import official_role
 from bagel.loading import parameter_path
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.codecs.base import Codec, Rounded
 from bagel_compress.errors import TargetError
 from bagel_compress.io.atomic import atomic_path, write_atomic

@@ -13,7 +13,8 @@ from bagel_compress.budgets.measure_gpu import measured, timed
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import predict
 from bagel_compress.budgets.promises import remedy
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import TargetError
 from bagel_compress.parity.compare import Progress

@@ -14,8 +14,9 @@ import torch
 
 from bagel.sampler import Sampler
 from bagel_compress.budgets.latency import device_name
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import Limit, Metric, resolve
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.errors import TargetError, TraceError
 from bagel_compress.io.atomic import write_atomic

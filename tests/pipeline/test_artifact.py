@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from pipeline_data import NF4
 
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main

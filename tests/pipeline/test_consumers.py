@@ -14,9 +14,10 @@ from pipeline_data import NF4, TINY, Write
 from safetensors.torch import save_file
 from test_artifact import SHARD, flip
 
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.comfyui_file import comfyui_file
 from bagel_compress.build.compress import compress
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import ArtifactError, BagelCompressError

@@ -17,8 +17,9 @@ from pipeline_data import Write, folder_bytes
 from safetensors.torch import load_file, save_file
 
 from bagel_compress.build import resume_state, shard_writer
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import Progress, compress
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs.base import Chunk

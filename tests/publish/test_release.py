@@ -38,12 +38,12 @@ def test_the_folder_holds_what_was_verified(artifact: Artifact, tmp_path: Path) 
 
 
 def test_one_reading_takes_all_digests(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import bagel_compress.build.artifact as build
+    import bagel_compress.build.manifest_files as build
     import bagel_compress.publishing.release as module
 
     read: list[str] = []
-    matches, sha256_file = build._matches, module.sha256_file
-    monkeypatch.setattr(build, "_matches", lambda path, *rest: (read.append(path.name), matches(path, *rest))[1])
+    matches, sha256_file = build.matches, module.sha256_file
+    monkeypatch.setattr(build, "matches", lambda path, *rest: (read.append(path.name), matches(path, *rest))[1])
     monkeypatch.setattr(module, "sha256_file", lambda path: (read.append(path.name), sha256_file(path))[1])
     release = make_release(artifact, tmp_path / "release", ORIGIN)
     assert {name: read.count(Path(name).name) for name in artifact.manifest.files} == dict.fromkeys(

@@ -13,7 +13,8 @@ import pytest
 from hub import Fault, Hub, User
 from publish_data import BASE, REPO, TOKEN, flip
 
-from bagel_compress.build.artifact import MANIFEST, Artifact
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.errors import GateError, HubError, PublishError
 from bagel_compress.publishing.model_card import Origin
 from bagel_compress.publishing.release import Release, make_release

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from publish_data import BASE, REPO, budget, parity, picture
 
-from bagel_compress.build.artifact import Artifact, listed_files
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import listed_files
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import ArtifactError, CheckpointError, GateError, RecipeError
 from bagel_compress.parity.report_data import ParityReport, load_budgets

@@ -1,0 +1,98 @@
+"""The files of a folder beside what its manifest lists: missing, changed, or not listed at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from bagel_compress.build.manifest import FileEntry
+from bagel_compress.errors import ArtifactError
+from bagel_compress.io.digests import Hash, blake3_file, blake3_of, tensors_digest
+from bagel_compress.io.safetensors_file import TensorFile
+
+# What may lie beside the files of the manifest: written after the build, by validation, publishing or signing.
+EXTRAS = {"README.md", "LICENSE", "SHA256SUMS", "model.sig", "report.html", ".gitattributes"}
+EXTRA_FOLDERS = {"reports", ".cache", ".git"}
+
+
+def compared_file(folder: Path, name: str, files: Mapping[str, FileEntry]) -> Path:
+    """The path of a file that a manifest lists. Raises ArtifactError if it does not, or if the bytes are others."""
+    if name not in files:
+        raise ArtifactError(f"{folder} has no {name} among the files of its manifest; copy it again.")
+    path = folder / name
+    try:
+        same = intact(path, files[name])
+    except OSError as fault:
+        raise ArtifactError(f"{path} cannot be read ({fault.strerror}).") from None
+    if not same:
+        raise ArtifactError(f"{path} is not what the manifest says: it was changed or damaged; copy it again.")
+    return path
+
+
+def wrong_sizes(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[str]:
+    """A sentence per file of a manifest that is missing or has another size."""
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != entry.bytes:
+            yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+
+
+def changed_files(folder: Path, files: Mapping[str, FileEntry], sums: dict[str, str] | None = None) -> Iterator[str]:
+    """Reads the files of a manifest that have the right size; names those with other bytes.
+
+    `sums` is filled with the sha256 of the others, taken in the same reading.
+    """
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            continue
+        if sums is None:
+            whole = intact(path, entry)
+        else:
+            sha256 = intact_sha256(path, entry)
+            whole = sha256 is not None
+            if sha256 is not None:
+                sums[name] = sha256
+        if not whole:
+            yield name
+
+
+def extra_files(folder: Path, files: Mapping[str, FileEntry], manifest: str) -> Iterator[str]:
+    """A sentence per file that is neither in the manifest nor one of those that come to lie beside a build."""
+    known = files.keys() | EXTRAS | {manifest}
+    for path in (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()):
+        if path.as_posix() not in known and path.parts[0] not in EXTRA_FOLDERS:
+            yield f"{path.as_posix()} is not in the manifest"
+
+
+def intact(path: Path, entry: FileEntry) -> bool:
+    """Reads the file: whether its bytes are those of the entry."""
+    return matches(path, entry, None)
+
+
+def intact_sha256(path: Path, entry: FileEntry) -> str | None:
+    """Reads the file once: its sha256 if its bytes are those of the entry, else None."""
+    total = hashlib.sha256()
+    return total.hexdigest() if matches(path, entry, total) else None
+
+
+def matches(path: Path, entry: FileEntry, also: Hash | None) -> bool:
+    """Whether the file's bytes are those of the entry; `also` is fed with all of them if they are."""
+    if path.stat().st_size != entry.bytes:
+        return False
+    if not entry.blake3_tensors:
+        return blake3_file(path, also) == entry.blake3
+    try:
+        file = TensorFile.open(path, ArtifactError)
+    except ArtifactError:
+        return False
+    in_file = sorted(file.tensors.values(), key=lambda tensor: (tensor.start, tensor.stop))
+    with path.open("rb") as opened:
+        start = opened.read(8 + len(file.header))  # the tensors follow without a gap up to the end of the file
+        if also is not None:
+            also.update(start)
+        digests = [blake3_of(opened, tensor.nbytes, also) for tensor in in_file]
+    return tensors_digest(file.header, digests) == entry.blake3_tensors
