@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.codecs.base import Codec, Unit
+from bagel_compress.codecs.constants import NF4_BLOCK
 from bagel_compress.codecs.int8 import Int8
-from bagel_compress.codecs.nf4 import BLOCK, Nf4
+from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.errors import MissingExtraError
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.load import downloaded, runs_coded
@@ -134,7 +135,7 @@ def _modules(
 ) -> dict[str, torch.nn.Module]:
     """Run-time modules of a unit, on the device."""
     make = _int8 if isinstance(codec, Int8) and codec.dialect == "bitsandbytes" else None
-    if isinstance(codec, Nf4) and (device.type != "cpu" or unit.specs[0].shape[1] % BLOCK == 0):
+    if isinstance(codec, Nf4) and (device.type != "cpu" or unit.specs[0].shape[1] % NF4_BLOCK == 0):
         make = _nf4  # bitsandbytes' kernel for the CPU (0.50.2) takes only rows of whole blocks
     if make is not None:
         return {spec.name: make(spec, parts, biases.get(spec.name), device) for spec in unit.specs}

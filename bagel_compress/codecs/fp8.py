@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.compressed_tensors import DYNAMIC_TOKENS, quantization_config
+from bagel_compress.codecs.constants import FP8_MAX
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, searched
 from bagel_compress.codecs.loaders import TWO_STAGES, Loader, comfyui, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import (
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-FP8_MAX = 448.0  # largest e4m3fn number
 # Words of the smallest normal bf16 number (scales below are too coarse to bring absmax under 448) and of the largest
 # scale whose 448-fold is a bf16 number: 3.3895e38 / 448, rounded down.
 SCALE_WORDS = (0x0080, 0x7B11)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from bagel_compress.codecs.fp8 import FP8_MAX
+from bagel_compress.codecs.constants import FP8_MAX
 from bagel_compress.codecs.linears import ScaledLinear
 
 SCALED_MM_CAPABILITY = (8, 9)  # first CUDA capability with FP8 matrix units (Ada)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
+from bagel_compress.codecs.constants import NF4_BLOCK, NF4_NESTED_BLOCK
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
 from bagel_compress.codecs.loaders import Loader, bitsandbytes, vllm_omni
 from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, check_shapes, not_finite, read_words, self_check
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-BLOCK = 64  # weights per absmax, the bitsandbytes default
-NESTED_BLOCK = 256  # absmax values per nested absmax (`quantize_4bit` passes blocksize=256)
 STATE = "quant_state.bitsandbytes__nf4"
 OFFSET_TEXT = 22  # characters of the longest Python text of a non-negative fp32 number, as in 1.1754943508222875e-38
 DECODE_BLOCKS = 1 << 16  # blocks decoded at a time: bounds the temporaries to a few times 16 MB
@@ -60,7 +59,7 @@ class Nf4(CalibratedCodec, MatrixCodec):
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
-        blocks = -(-spec.numel // BLOCK)
+        blocks = -(-spec.numel // NF4_BLOCK)
         parts = {
             "": PartSpec("U8", (-(-spec.numel // 2), 1)),
             "absmax": PartSpec("U8" if self.double_quant else "F32", (blocks,)),
@@ -68,7 +67,7 @@ class Nf4(CalibratedCodec, MatrixCodec):
             STATE: PartSpec("U8", (len(_state(spec, 0.0 if self.double_quant else None)),)),
         }
         if self.double_quant:
-            parts["nested_absmax"] = PartSpec("F32", (-(-blocks // NESTED_BLOCK),))
+            parts["nested_absmax"] = PartSpec("F32", (-(-blocks // NF4_NESTED_BLOCK),))
             parts["nested_quant_map"] = PartSpec("F32", (256,))
         return {part_name(spec, key): part for key, part in parts.items()}
 
@@ -76,7 +75,7 @@ class Nf4(CalibratedCodec, MatrixCodec):
         return _Nf4Encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
 
     def grid(self, spec: TensorSpec) -> Grid | None:
-        return None if spec.shape[1] % BLOCK else _Nf4Grid(self, spec)
+        return None if spec.shape[1] % NF4_BLOCK else _Nf4Grid(self, spec)
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code book * absmax), the product in fp32: `bitsandbytes.functional.dequantize_4bit`, bit for bit."""
@@ -166,7 +165,7 @@ def stored_absmax(codec: Nf4, spec: TensorSpec, parts: Mapping[str, torch.Tensor
 
 def unnest(codes: torch.Tensor, nested: torch.Tensor, values: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """(B,) uint8 codes, (B/256,) nested absmax, (256,) values -> (B,) fp32 absmax; each step rounded to fp32."""
-    return values[codes.int()] * nested.repeat_interleave(NESTED_BLOCK)[: codes.numel()] + offset
+    return values[codes.int()] * nested.repeat_interleave(NF4_NESTED_BLOCK)[: codes.numel()] + offset
 
 
 def decode_codes(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -178,10 +177,10 @@ def decode_codes(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, .
     out = torch.empty(packed.numel() * 2, dtype=torch.bfloat16, device=packed.device)
     for first in range(0, absmax.numel(), DECODE_BLOCKS):
         scale = absmax[first : first + DECODE_BLOCKS]
-        codes = packed[first * BLOCK // 2 : (first + scale.numel()) * BLOCK // 2]
+        codes = packed[first * NF4_BLOCK // 2 : (first + scale.numel()) * NF4_BLOCK // 2]
         values = pairs[codes.int()].reshape(-1)
-        scale = scale.repeat_interleave(BLOCK)[: values.numel()]
-        out[first * BLOCK : first * BLOCK + values.numel()] = values * scale
+        scale = scale.repeat_interleave(NF4_BLOCK)[: values.numel()]
+        out[first * NF4_BLOCK : first * NF4_BLOCK + values.numel()] = values * scale
     return out[: math.prod(shape)].reshape(shape)
 
 
@@ -203,7 +202,7 @@ def nested_offset(spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> float 
 class _Nf4Grid(Grid):
     """Blocks along the rows: of a width of whole blocks."""
 
-    block = BLOCK
+    block = NF4_BLOCK
 
     def __init__(self, codec: Nf4, spec: TensorSpec) -> None:
         from bagel_compress.codecs.kernels.nf4_kernels import CODE_BOOK
@@ -216,7 +215,7 @@ class _Nf4Grid(Grid):
 
         from bagel_compress.codecs.kernels.nested_kernels import dequantize_absmax, dynamic_map, quantize_absmax
 
-        absmax = block_absmax(weights, BLOCK)
+        absmax = block_absmax(weights, NF4_BLOCK)
         if self.codec.scale == "mse":
             absmax = searched(self, weights, curvature, lambda factor: absmax * factor)
         if not self.codec.double_quant:
@@ -270,7 +269,7 @@ class _Nf4Encoding(Encoding):
                 statistics.append((absmax, errors))
             else:
                 self.quality.add(signal, noise)
-                yield self._chunk("absmax", absmax, start // BLOCK * 4)
+                yield self._chunk("absmax", absmax, start // NF4_BLOCK * 4)
         yield self._chunk("quant_map", CODE_BOOK)
         offset = (yield from self._nest(statistics)) if statistics else None
         yield self._chunk(STATE, np.frombuffer(_state(spec, offset), np.uint8))
@@ -309,12 +308,12 @@ def _encode(words: np.ndarray, codec: Nf4, packed: np.ndarray) -> tuple[np.ndarr
     from bagel_compress.codecs.kernels.nf4_kernels import TILE, encode_blocks, encode_tail
     from bagel_compress.codecs.kernels.threads import split
 
-    whole, tail = divmod(words.size, BLOCK)
+    whole, tail = divmod(words.size, NF4_BLOCK)
     count, tiles = whole + (tail > 0), -(-whole // TILE)
     absmax, errors = np.empty(count, np.float32), np.empty((count if codec.double_quant else 0, 3), np.float32)
     energies = np.empty((tiles + (tail > 0), 3))
-    blocks = words[: whole * BLOCK].reshape(whole, BLOCK)
-    codes = packed[: whole * BLOCK // 2].reshape(whole, BLOCK // 2)
+    blocks = words[: whole * NF4_BLOCK].reshape(whole, NF4_BLOCK)
+    codes = packed[: whole * NF4_BLOCK // 2].reshape(whole, NF4_BLOCK // 2)
 
     def part(a: int, b: int) -> None:
         rows = slice(a * TILE, min(b * TILE, whole))
@@ -322,17 +321,22 @@ def _encode(words: np.ndarray, codec: Nf4, packed: np.ndarray) -> tuple[np.ndarr
 
     split(part, tiles, 1)
     if tail:
-        packed[whole * BLOCK // 2 :], absmax[whole], energies[tiles], last = encode_tail(words[whole * BLOCK :])
+        packed[whole * NF4_BLOCK // 2 :], absmax[whole], energies[tiles], last = encode_tail(words[whole * NF4_BLOCK :])
         errors[whole:] = last
     return absmax, energies, errors
 
 
 def _state(spec: TensorSpec, offset: float | None) -> bytes:
     """The JSON of `QuantState.as_dict(packed=True)`; of fixed length for a shape."""
-    state: dict[str, object] = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": list(spec.shape)}
+    state: dict[str, object] = {
+        "quant_type": "nf4",
+        "blocksize": NF4_BLOCK,
+        "dtype": "bfloat16",
+        "shape": list(spec.shape),
+    }
     if offset is None:
         return json.dumps(state).encode()
-    state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    state |= {"nested_blocksize": NF4_NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     return json.dumps(state).encode().ljust(len(json.dumps(state | {"nested_offset": 0})) - 1 + OFFSET_TEXT)
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from bagel_compress.codecs.constants import NF4_BLOCK
 from bagel_compress.codecs.linears import CodedLinear, bitsandbytes_ops, on_cpu
-from bagel_compress.codecs.nf4 import BLOCK
 from bagel_compress.io.tensor_spec import TensorSpec
 
 
@@ -61,7 +61,7 @@ class Nf4Linear(CodedLinear):
             self.codes,
             self.shape,
             self.nested_absmax if nested else self.absmax,
-            BLOCK,
+            NF4_BLOCK,
             "nf4",
             bias=self._bias(x),
             absmax_8bit=self.absmax if nested else None,
@@ -75,11 +75,11 @@ class Nf4Linear(CodedLinear):
         if self.nested_absmax is not None and self.nested_map is not None and self.offset is not None:
             absmax = self._unnest(absmax, self.nested_absmax, self.nested_map, self.offset)
         library = bitsandbytes_ops()
-        odd = self.shape[1] % 2 or self.codes.numel() * 2 % BLOCK  # it would compile a kernel for these
-        if library is None or odd or (self.shape[1] % BLOCK and on_cpu(self.codes)):
+        odd = self.shape[1] % 2 or self.codes.numel() * 2 % NF4_BLOCK  # it would compile a kernel for these
+        if library is None or odd or (self.shape[1] % NF4_BLOCK and on_cpu(self.codes)):
             # The last: its AVX-512 kernel (0.50.2) takes wrong scales where rows are not whole blocks.
             return self._decode(self.codes, absmax, self.shape)
         weight: torch.Tensor = library.dequantize_4bit.default(
-            self.codes, absmax, BLOCK, "nf4", self.shape, torch.bfloat16
+            self.codes, absmax, NF4_BLOCK, "nf4", self.shape, torch.bfloat16
         )
         return weight

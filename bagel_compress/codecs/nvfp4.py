@@ -25,6 +25,7 @@ from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.block_floats import BlockFloat, Scaling, decode_blocks, scale_name
 from bagel_compress.codecs.comfyui import check_padding, high_first, tiled
 from bagel_compress.codecs.compressed_tensors import quantization_config
+from bagel_compress.codecs.constants import FP4_MAX, FP8_MAX
 from bagel_compress.codecs.loaders import Loader, comfyui, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import as_floats, check_shapes
 from bagel_compress.codecs.traits import Snippet, compressed_tensors_snippet
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-FP4_MAX, FP8_MAX = 6.0, 448.0
 # Exponents of the global scale: below the first, products of a weight would leave the normal numbers of bf16; above
 # the last no bf16 weight needs one.
 EXPONENTS = (-110, 117)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bagel_compress.codecs.nf4 import BLOCK
+from bagel_compress.codecs.constants import NF4_BLOCK
 from bagel_compress.codecs.traits import FormName
 from bagel_compress.errors import ExportError
 
@@ -108,7 +108,7 @@ def _bnb4(x: str, y: str, weight: str, shape: tuple[int, int]) -> list[onnx.Node
 
     node = helper.make_node(
         "MatMulBnb4", [x, f"{weight}.codes", f"{weight}.absmax"], [y], f"{weight}.product", domain="com.microsoft",
-        K=shape[0], N=shape[1], block_size=BLOCK, quant_type=BNB4_NF4,
+        K=shape[0], N=shape[1], block_size=NF4_BLOCK, quant_type=BNB4_NF4,
     )  # fmt: skip
     return [node]
 

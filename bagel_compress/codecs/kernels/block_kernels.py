@@ -11,10 +11,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from bagel_compress.codecs import constants
 from bagel_compress.codecs.kernels.bf16_kernels import as_float, bf16_rounded
 from bagel_compress.codecs.kernels.rows_kernels import FP8_MAX_BITS, FP8_NORMAL_BITS, SUBNORMAL_BITS, SUBNORMAL_MAGIC
 
-FP4_MAX = np.float32(6)  # largest e2m1 number
+FP4_MAX = np.float32(constants.FP4_MAX)
 FP4_MAX_BITS, ONE_BITS = (np.int32(np.float32(x).view(np.int32)) for x in (6, 1))
 HALVES_MAGIC = np.float32(2.0**22)  # one unit in its last place is 0.5, the step of e2m1 below 1
 HALVES_BITS = np.int32(HALVES_MAGIC.view(np.int32))

@@ -16,7 +16,7 @@ from functools import cache
 import numba
 import numpy as np
 
-from bagel_compress.codecs.nf4 import NESTED_BLOCK
+from bagel_compress.codecs.constants import NF4_NESTED_BLOCK
 
 LANES, PARTIALS, LEVELS = 8, 4, 4  # torch SumKernel.cpp: Vectorized<float>::size() of AVX2, ilp_factor, num_levels
 STEPS = 65536  # kLUTSize in bitsandbytes csrc/cpu_ops.cpp
@@ -28,7 +28,7 @@ def quantize_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.floa
     """absmax (B,) fp32 -> codes (B,) uint8, nested absmax (ceil(B/256),) fp32, offset (Inf if the sum is)."""
     offset = np.float32(_sum(absmax) / np.float32(absmax.size))
     codes = np.zeros(absmax.size, np.uint8)
-    nested = np.empty(-(-absmax.size // NESTED_BLOCK), np.float32)
+    nested = np.empty(-(-absmax.size // NF4_NESTED_BLOCK), np.float32)
     if np.isfinite(offset):
         _quantize(absmax - offset, _steps(), codes, nested)
     return codes, nested, offset
@@ -36,7 +36,7 @@ def quantize_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.floa
 
 def dequantize_absmax(codes: np.ndarray, nested: np.ndarray, offset: np.float32) -> np.ndarray:
     """The fp32 absmax that a loader gets back: dynamic_map()[code] * nested + offset, rounded after each step."""
-    return dynamic_map()[codes] * np.repeat(nested, NESTED_BLOCK)[: codes.size] + offset
+    return dynamic_map()[codes] * np.repeat(nested, NF4_NESTED_BLOCK)[: codes.size] + offset
 
 
 @cache
@@ -76,8 +76,8 @@ def _steps() -> np.ndarray:
 @_strict
 def _quantize(values, steps, codes, nested):  # type: ignore[no-untyped-def]
     for b in range(nested.shape[0]):
-        block = values[b * NESTED_BLOCK : (b + 1) * NESTED_BLOCK]
-        out = codes[b * NESTED_BLOCK : (b + 1) * NESTED_BLOCK]
+        block = values[b * NF4_NESTED_BLOCK : (b + 1) * NF4_NESTED_BLOCK]
+        out = codes[b * NF4_NESTED_BLOCK : (b + 1) * NF4_NESTED_BLOCK]
         top = np.float32(0)
         for i in range(block.shape[0]):
             top = max(top, abs(block[i]))

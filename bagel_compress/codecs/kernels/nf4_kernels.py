@@ -17,8 +17,8 @@ from functools import cache
 import numba
 import numpy as np
 
+from bagel_compress.codecs.constants import NF4_BLOCK
 from bagel_compress.codecs.kernels.bf16_kernels import as_float
-from bagel_compress.codecs.nf4 import BLOCK
 
 LANES = 16  # fp32 numbers of a 512-bit register
 TILE = 64  # blocks worked on at once: 8 KB of words, 8 KB of codes and 16 KB of decoded values stay in L1
@@ -116,8 +116,8 @@ def _floats(bits: np.ndarray) -> np.ndarray:
 
 @_strict
 def _encode(words, mse, table, midpoints, pairs, packed, absmax, energies, errors):  # type: ignore[no-untyped-def]
-    tops, codes = np.empty(TILE, np.float32), np.empty((TILE, BLOCK), np.int16)
-    values = np.empty((TILE, BLOCK), np.float32)
+    tops, codes = np.empty(TILE, np.float32), np.empty((TILE, NF4_BLOCK), np.int16)
+    values = np.empty((TILE, NF4_BLOCK), np.float32)
     for tile in range(energies.shape[0]):
         first, last = tile * TILE, min((tile + 1) * TILE, words.shape[0])
         block, scale = words[first:last], absmax[first:last]
@@ -152,7 +152,7 @@ def _absmaxes(words, tops):  # type: ignore[no-untyped-def]
     plain = True
     for j in range(words.shape[0]):
         top = np.uint16(0)
-        for i in range(BLOCK):
+        for i in range(NF4_BLOCK):
             top = np.uint16(max(top, np.uint16(words[j, i] & np.uint16(0x7FFF))))
         tops[j] = as_float(top)
         if not EXPONENTS[0] <= top >> 7 <= EXPONENTS[1]:
@@ -217,7 +217,7 @@ def _block_codes(words, j, scale, table, codes):  # type: ignore[no-untyped-def]
     t0, t1, t2, t3, t4 = table[m, 0], table[m, 1], table[m, 2], table[m, 3], table[m, 4]
     t5, t6, t7, t8, t9 = table[m, 5], table[m, 6], table[m, 7], table[m, 8], table[m, 9]
     t10, t11, t12, t13, t14 = table[m, 10], table[m, 11], table[m, 12], table[m, 13], table[m, 14]
-    for i in range(BLOCK):
+    for i in range(NF4_BLOCK):
         codes[j, i] = _code(
             _relative(words[j, i], floor), t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14
         )
@@ -226,7 +226,7 @@ def _block_codes(words, j, scale, table, codes):  # type: ignore[no-untyped-def]
 @_strict
 def _exact_codes(words, j, absmax, midpoints, codes):  # type: ignore[no-untyped-def]
     inverse = np.float32(1) / max(absmax, TINY)
-    for i in range(BLOCK):
+    for i in range(NF4_BLOCK):
         scaled = as_float(words[j, i]) * inverse
         code = 0
         for k in range(15):
@@ -263,7 +263,7 @@ def _improve(words, values, tops, tried, most, scales):  # type: ignore[no-untyp
     """Keeps each scale tried that saves `most` so far, and leaves in `tried` the best scale for its codes."""
     for j in range(words.shape[0]):
         wc, cc = np.float32(0), np.float32(0)
-        for i in range(BLOCK):
+        for i in range(NF4_BLOCK):
             c = values[j, i]
             wc += as_float(words[j, i]) * c
             cc += c * c
@@ -316,7 +316,7 @@ def _measure_blocks(words, values, absmax, errors):  # type: ignore[no-untyped-d
     for j in range(words.shape[0]):
         inverse = np.float32(1) / max(absmax[j], TINY)
         ee, ec, cc = np.float32(0), np.float32(0), np.float32(0)
-        for i in range(BLOCK):
+        for i in range(NF4_BLOCK):
             c = values[j, i]
             e = as_float(words[j, i]) * inverse - c
             ee += e * e

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from bagel_compress.codecs import constants
 from bagel_compress.codecs.kernels.bf16_kernels import as_float, bf16_rounded
 
-FP8_MAX = np.float32(448)  # largest e4m3fn number; the format has no infinity
+FP8_MAX = np.float32(constants.FP8_MAX)
 FP8_NORMAL = np.float32(2.0**-6)  # smallest normal e4m3fn number; subnormals are multiples of 2^-9
 SUBNORMAL_MAGIC = np.float32(2.0**14)  # one unit in its last place is 2^-9
 ROUND_MAGIC = np.float32(1.5 * 2**23)  # one unit in its last place is 1; 1.5 for either sign
