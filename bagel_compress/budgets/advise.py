@@ -99,10 +99,13 @@ def advise(
             found.append(_with_costs(choice, candidate, source, targets))
     if not found:
         names = " ".join(target.name for target in targets)
-        raise TargetError(
-            f"nothing that comes with the package fits {names}; `bagel-compress fit --target {targets[0].name}` looks"
-            " for the rate that does, with fewer tasks (--tasks t2i) if need be."
+        hint = (
+            "give a target with more memory or with smaller `sizes`"
+            if targets[0].export
+            else f"`bagel-compress fit --target {targets[0].name}` looks for the rate that does, with fewer tasks (--tasks"
+            " t2i) if need be"
         )
+        raise TargetError(f"nothing that comes with the package fits {names}; {hint}.")
     return found
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "BAGEL-nano"
 DEMO_RECIPES = ("nf4", "nf4-nearest", "nf4-official", "fp8-24gb", "int8-24gb", "df11")
-DEMO_CASES = ("draw_two", "edit_recolor", "ask_describe")  # thinking is scored; as a case it would double the time
+DEMO_CASES = ("draw_two", "edit_recolor", "ask_describe", "think_draw")  # one of each task: a verdict needs all four
 CASES_BY_SIDE = ((1024, "."), (128, "tiny"), (0, "nano"))  # largest picture side of the packaged cases, in pixels
 
 

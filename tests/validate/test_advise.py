@@ -94,6 +94,10 @@ def test_without_a_gpu_the_targets_are_named(cli: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", packaged_targets())
 def test_the_commands_of_every_packaged_target_run(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if target in ("nano", "trt-rtx3060-12gb"):  # made for BAGEL-nano; holds no shipped recipe at 768 x 768
+        with pytest.raises(TargetError, match="nothing that comes with the package fits"):
+            advise([Target.load(target)])
+        return
     for choice in advise([Target.load(target)], count=2):
         for command in choice.commands[:2]:  # budget and plan; the others need the weights
             assert main(shlex.split(command)[1:]) == 0, command
