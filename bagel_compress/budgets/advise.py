@@ -102,8 +102,8 @@ def advise(
         hint = (
             "give a target with more memory or with smaller `sizes`"
             if targets[0].export
-            else f"`bagel-compress fit --target {targets[0].name}` looks for the rate that does, with fewer tasks (--tasks"
-            " t2i) if need be"
+            else f"`bagel-compress fit --target {targets[0].name}` looks for the rate that does, with fewer tasks"
+            " (--tasks t2i) if need be"
         )
         raise TargetError(f"nothing that comes with the package fits {names}; {hint}.")
     return found
