@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -120,19 +121,31 @@ def _compress(args: argparse.Namespace) -> int:
     from bagel_compress.build.compress import compress
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
+    from bagel_compress.io.byte_size import size_text
     from bagel_compress.io.packaged import find_recipe
 
     recipe = Recipe.load(find_recipe(args.recipe))
     if args.source is None and recipe.source is not None:
         revision = f"@{recipe.source.revision}" if recipe.source.revision else ""
         args.source = recipe.source.repo + revision
-    checkpoint = open_checkpoint(args)
+    if args.source is not None and not Path(args.source).exists():
+        print(
+            f"{args.source}: what the Hub's cache lacks is downloaded first (the released model: 29.5 GB)",
+            file=sys.stderr,
+        )
+    checkpoint, start = open_checkpoint(args), time.monotonic()
     plan = make_plan(checkpoint, recipe, open_calibration(args.calibration))
+    read = sum(spec.nbytes for p in plan.placements for spec in p.unit.specs)
+    bound = "" if plan.exact else "at most "
+    print(f"reads {size_text(read)} of weights, writes {bound}{size_text(plan.nbytes)} to {args.out}", file=sys.stderr)
     with progress_bar(plan) as step:
         artifact = compress(plan, checkpoint, args.out, step, one_device(args.device))
     stored = sum(entry.bytes for name, entry in artifact.manifest.files.items() if name in plan.shards)
-    text = f"{artifact.path}: {stored:,} bytes in {len(plan.shards)} shards; artifact {artifact.digest[:12]}"
-    emit(args, {"path": str(artifact.path), "digest": artifact.digest, "plan": plan.digest, "bytes": stored}, text)
+    seconds, path = time.monotonic() - start, str(artifact.path)
+    text = f"{path}: {stored:,} bytes in {len(plan.shards)} shards, {seconds:.0f} s; artifact {artifact.digest[:12]}"
+    text += f"\nnext: bagel-compress validate {path} --trace FILE (made once by `bagel-compress trace`), or generate"
+    data = {"path": path, "digest": artifact.digest, "plan": plan.digest, "bytes": stored}
+    emit(args, data | {"seconds": seconds}, text)
     return 0
 
 
