@@ -25,6 +25,7 @@ import threading
 import time
 from pathlib import Path
 
+TINY = Path(__file__).parents[1] / "tests/data/golden/checkpoint"
 RULES = "rules: [{{match: {{kind: [linear, head]}}, codec: {codec}}}, {{match: {{}}, codec: raw}}]"
 CODECS = {
     "raw": "raw",
@@ -143,12 +144,11 @@ def child(name: str, source: str, work: str) -> int:
     from bagel_compress.build.compress import compress
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
-    from bagel_compress.io.packaged import resource
     from bagel_compress.source.checkpoint import Checkpoint
 
     recipe = Recipe.parse(f"name: bench\n{RULES.format(codec=CODECS[name])}", "bench")
     with tempfile.TemporaryDirectory() as folder:
-        tiny = Checkpoint.open(resource("tiny"))
+        tiny = Checkpoint.open(TINY)
         compress(make_plan(tiny, recipe), tiny, Path(folder) / "tiny")
     prepare(Path(source) / "ema.safetensors", Path(work))
     peak, stop = [0], threading.Event()

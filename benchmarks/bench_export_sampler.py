@@ -23,6 +23,7 @@ from typing import Any
 
 from bagel.events import Listener, Step
 
+TINY = Path(__file__).parents[1] / "tests/data/golden/checkpoint"
 SIZES = {"tiny": (128, 128), "medium": (256, 256)}
 STEPS = 6  # points of the schedule: five steps, the first of which is a warm-up
 PAUSE = 0.25  # threads of the other library that wait for work keep its cores busy for a while
@@ -79,11 +80,10 @@ def measure(model: str, forms: tuple[str, ...], rounds: int, folder: Path) -> di
 
 
 def checkpoint(model: str, folder: Path) -> Path:
-    from bagel_compress.io.packaged import resource
     from bagel_compress.source.synthetic import synthesise
 
     if model == "tiny":
-        return resource("tiny")
+        return TINY
     if not (folder / model).exists():
         synthesise(model, folder / model, seed=0)
     return folder / model

@@ -1,6 +1,6 @@
-"""Files that come with the package: recipes, exports, the tiny checkpoint and the configs of the full model.
+"""Files that come with the package: recipes, exports, and configs of the full and of a small model.
 
-They lie under `bagel_compress/data/` in an installed wheel and at their own places in a source tree.
+Recipes and exports lie under `bagel_compress/data/` in an installed wheel and at the top of a source tree.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from pathlib import Path
 from bagel_compress.errors import RecipeError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_IN_TREE = {"recipes": "recipes", "exports": "exports", "tiny": "tests/data/golden/checkpoint"}
 FULL_CONFIGS = _PACKAGE / "data" / "bagel-7b-mot"
+SMALL_CONFIGS = _PACKAGE / "data" / "small"  # and its tokenizer
 
 
 def resource(kind: str) -> Path:
-    """The folder `recipes`, `exports` or `tiny` (a complete small checkpoint), wherever it lies."""
+    """The folder `recipes` or `exports`, wherever it lies."""
     installed = _PACKAGE / "data" / kind
-    return installed if installed.exists() else _PACKAGE.parent / _IN_TREE[kind]
+    return installed if installed.exists() else _PACKAGE.parent / kind
 
 
 def target_files() -> dict[str, Path]:

@@ -28,8 +28,8 @@ from bagel.layout import ModelSizes, expected_tensors, official_role
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io.atomic import PARTIAL, atomic_file, write_atomic
 from bagel_compress.io.byte_size import size_text
-from bagel_compress.io.packaged import FULL_CONFIGS, resource
-from bagel_compress.io.safetensors_file import TensorFile, lay_out
+from bagel_compress.io.packaged import FULL_CONFIGS, SMALL_CONFIGS
+from bagel_compress.io.safetensors_file import lay_out
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 from bagel_compress.source.released_header import full_sizes
 
@@ -77,18 +77,16 @@ def _full(layers: int | None) -> tuple[ModelSizes, VAEConfig, dict[str, dict[str
 
 
 def _small(shape: str, layers: int | None) -> tuple[ModelSizes, VAEConfig, dict[str, dict[str, Any]]]:
-    """The shape of the checkpoint that comes with the package; "medium" has its ends and MEDIUM's decoder."""
+    """A model of three layers of 64; "medium" has its ends and MEDIUM's decoder."""
     from bagel.vae import VAEConfig
 
-    folder = resource("tiny")
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = json.loads((SMALL_CONFIGS / "config.json").read_text("utf-8"))
     llm, vit = config["llm_config"], config["vit_config"]
     if shape == "medium":
         llm, config = llm | MEDIUM, config | {"max_latent_size": MEDIUM_SIDE}
     if layers is not None:
         llm = llm | {"num_hidden_layers": layers}
-    shapes = {name: tensor.shape for name, tensor in TensorFile.open(folder / "ae.safetensors").tensors.items()}
-    vae = VAEConfig.from_shapes(shapes)
+    vae = VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
     sizes = BagelConfig.from_mappings(llm, vit, config, {}, vae.z_channels, vae.downsample).sizes
     return sizes, vae, _configs(llm, vit, config, sizes)
 
@@ -144,7 +142,7 @@ def _write_tokenizer(out: Path, vocab: int) -> None:
     from bagel.errors import BagelError
     from bagel.text import TextCodec
 
-    folder = resource("tiny")
+    folder = SMALL_CONFIGS
     for name in ("merges.txt", "tokenizer_config.json"):
         shutil.copyfile(folder / name, out / name)
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from bagel_compress.build.recipe_text import recipe_text
 from bagel_compress.build.sensitivity import GROUPS, Effect, Group
 from bagel_compress.codecs.base import Unit
 from bagel_compress.errors import PlanError
-from bagel_compress.io.packaged import resource
 from bagel_compress.source.checkpoint import Checkpoint
 
+TINY = Path(__file__).parents[1] / "data/golden/checkpoint"
 RECIPE = """
 name: base
 rules:
@@ -28,7 +29,7 @@ rules:
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return make_plan(Checkpoint.open(resource("tiny")), Recipe.parse(RECIPE, "base"))
+    return make_plan(Checkpoint.open(TINY), Recipe.parse(RECIPE, "base"))
 
 
 def effects_of(plan: Plan) -> dict[Group, tuple[Effect, ...]]:
@@ -84,7 +85,7 @@ def test_a_budget_below_the_smallest_is_refused_with_sizes(plan: Plan) -> None:
 
 def test_one_format_leaves_nothing_to_choose() -> None:
     recipe = Recipe.parse("{name: one, rules: [{match: {}, codec: raw}]}", "one")
-    plan = make_plan(Checkpoint.open(resource("tiny")), recipe)
+    plan = make_plan(Checkpoint.open(TINY), recipe)
     with pytest.raises(PlanError, match="recipe one names 0 lossy format"):
         movable_codecs(plan)
 
@@ -95,7 +96,7 @@ def test_the_recipe_that_is_written_gives_every_group_its_format_and_fits(plan: 
     found = allocate(plan, codecs, effects, budget)
     assert 0 < sum(found.chosen.values()) < len(effects)  # both formats are used
     text = recipe_text(allocated_recipe(plan, found, "mixed"), "why\n\n" + found.table())
-    rebuilt = make_plan(Checkpoint.open(resource("tiny")), Recipe.parse(text, "mixed"))
+    rebuilt = make_plan(Checkpoint.open(TINY), Recipe.parse(text, "mixed"))
     assert rebuilt.nbytes <= budget
     from bagel.loading import parameter_path
 

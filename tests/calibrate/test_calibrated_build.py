@@ -22,6 +22,7 @@ from bagel_compress.io.packaged import resource
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.source.synthetic import synthesise
 
+TINY = Path(__file__).parents[1] / "data/golden/checkpoint"
 RECIPE = """
 name: calibrated
 rules:
@@ -42,7 +43,7 @@ def recipe(rounding: str = "gptq", experts: str = "[und, gen]") -> Recipe:
 
 @pytest.fixture(scope="module")
 def tiny() -> Checkpoint:
-    return Checkpoint.open(resource("tiny"))
+    return Checkpoint.open(TINY)
 
 
 @pytest.fixture(scope="module")

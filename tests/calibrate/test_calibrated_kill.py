@@ -15,9 +15,10 @@ import pytest
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
-from bagel_compress.io.packaged import find_recipe, resource
+from bagel_compress.io.packaged import find_recipe
 from bagel_compress.source.checkpoint import Checkpoint
 
+TINY = Path(__file__).parents[1] / "data/golden/checkpoint"
 KILLS = 10
 KILLS_PER_BUILD = 5
 
@@ -31,7 +32,7 @@ def _build(out: str, unit: int | None, seconds: float) -> None:
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
         seen[0] += 1
 
-    checkpoint = Checkpoint.open(resource("tiny"))
+    checkpoint = Checkpoint.open(TINY)
     compress(make_plan(checkpoint, Recipe.load(find_recipe("nf4"))), checkpoint, out, progress)
 
 
@@ -54,7 +55,7 @@ def test_kill_9_at_ten_random_moments(tmp_path: Path) -> None:
 
     assert run(tmp_path / "whole", None)
     expected, out = _files(tmp_path / "whole"), tmp_path / "killed"
-    units, rng = len(Checkpoint.open(resource("tiny")).specs), random.Random(21)
+    units, rng = len(Checkpoint.open(TINY).specs), random.Random(21)
     finished: list[bool] = []
     for kill in range(KILLS):
         finished.append(run(out, rng.randrange(units * 3 // 4), rng.uniform(0, 0.5)))

@@ -16,6 +16,7 @@ from bagel_compress.io.packaged import resource
 from bagel_compress.run.case import load_cases
 from bagel_compress.scores.nano import nano_benchmark
 
+TINY = Path(__file__).parents[1] / "data/golden/checkpoint"
 FOLDERS = {"7b": "calibration", "nano": "calibration/nano", "tiny": "calibration/tiny"}
 CASES = {"7b": "cases", "nano": "cases/nano", "tiny": "cases/tiny"}
 
@@ -73,7 +74,7 @@ def test_unknown_drawings_and_twice_used_names_are_refused(tmp_path: Path) -> No
 
 
 def test_a_set_that_stopped_goes_on(tmp_path: Path) -> None:
-    sampler = Sampler.from_dir(resource("tiny"))
+    sampler = Sampler.from_dir(TINY)
     jobs = [job for job in load_jobs([resource("exports") / "calibration/tiny"]) if job.kind != "plan"][:4]
     whole = make_set(sampler, ("tiny", "digest"), jobs, tmp_path / "whole")
     seen: list[str] = []

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline_data import folder_bytes
+from pipeline_data import TINY, folder_bytes
 from safetensors.torch import load_file
 
 from bagel_compress.cli import main
 from bagel_compress.errors import CheckpointError
+from bagel_compress.io.packaged import SMALL_CONFIGS
 from bagel_compress.source import synthetic
 from bagel_compress.source.checkpoint import Checkpoint
 
@@ -144,3 +145,12 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(data), "utf-8")
     with pytest.raises(CheckpointError, match=r"<\|vision_end\|> the id 608, the embedding has 608 rows"):
         Checkpoint.open(tmp_path / "a")
+
+
+def test_the_small_shape_is_that_of_the_checkpoint_of_the_tests(tmp_path: Path) -> None:
+    for file in SMALL_CONFIGS.iterdir():
+        assert file.read_bytes() == (TINY / file.name).read_bytes()
+    synthetic.synthesise("tiny", tmp_path, 0)
+    for name in ("ae.safetensors", "ema.safetensors"):
+        made, golden = ({k: t.shape for k, t in load_file(folder / name).items()} for folder in (tmp_path, TINY))
+        assert made == golden
