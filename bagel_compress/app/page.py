@@ -23,8 +23,8 @@ from bagel_compress.app.session import (
     Finished,
     OpenModel,
     StepMade,
+    TextSoFar,
     Visit,
-    Words,
     chosen_seed,
     difference,
     run,
@@ -367,7 +367,7 @@ class _Page:
         flow, text = self._valid(values)
         try:
             for event in run(model, turns, self._fresh(visit), think=think, size=size, flow=flow, text=text, seed=seed):
-                if isinstance(event, Words):
+                if isinstance(event, TextSoFar):
                     words = event.text
                     yield gr.update(), words, t("thinking_now", event.tokens), seed
                 elif isinstance(event, StepMade):
@@ -391,7 +391,7 @@ class _Page:
         text = _checked(self.gr, lambda: text_of(_named("ask", values)))
         try:
             for event in run(self.models[0], turns, self._fresh(visit), output="text", think=think, text=text):
-                if isinstance(event, Words):
+                if isinstance(event, TextSoFar):
                     yield event.text, t("thinking_now", event.tokens) if think else t("reading")
                 elif isinstance(event, Finished):
                     tokens = len(event.result.ids) - 1

@@ -50,7 +50,7 @@ class OpenModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class TextSoFar:
     """Text so far: thoughts or an answer."""
 
     text: str
@@ -74,7 +74,7 @@ class Finished:
     seconds: float
 
 
-Event = Words | StepMade | Finished
+Event = TextSoFar | StepMade | Finished
 
 
 @dataclass(slots=True)
@@ -161,7 +161,7 @@ class _Watch(Listener):
     def token(self, sample: int, token: int) -> None:
         self._go_on()
         self._ids.append(token)
-        self._tell(Words(self._model.sampler.text.answer(self._ids), len(self._ids) - 1))
+        self._tell(TextSoFar(self._model.sampler.text.answer(self._ids), len(self._ids) - 1))
 
     def before_denoise(self, drawing: Drawing) -> None:
         self._go_on()

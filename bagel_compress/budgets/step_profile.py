@@ -53,7 +53,7 @@ def profile_step(sampler: Sampler, size: tuple[int, int], prompt: str = "a red c
     device = sampler.bagel.device
     with torch.no_grad():
         run = _pass(sampler, size, prompt)
-        with _Recorder() as recorder:
+        with _StepRecorder() as recorder:
             run()
         calls = recorder.calls
 
@@ -83,7 +83,7 @@ def _pass(sampler: Sampler, size: tuple[int, int], prompt: str) -> Callable[[], 
     return run
 
 
-class _Recorder(TorchFunctionMode):
+class _StepRecorder(TorchFunctionMode):
     """Keeps the calls of linear products and attention."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from bagel_compress.errors import BenchmarkError, MissingExtraError
-from bagel_compress.evaluate.geneval import COLORS, THRESHOLD, Colors, Detector, Thing
+from bagel_compress.evaluate.geneval import COLORS, THRESHOLD, Colors, Detection, Detector
 from bagel_compress.parity.clip import Clip
 
 COCO_TO_GENEVAL = {  # where the names differ
@@ -50,7 +50,7 @@ def open_detector(folder: str | Path, device: str = "cpu") -> Detector:
     names = model.config.id2label
 
     @torch.no_grad()
-    def detect(image: Image.Image) -> Sequence[Thing]:
+    def detect(image: Image.Image) -> Sequence[Detection]:
         found = model(**processor(images=image, return_tensors="pt").to(device))
         size = [(image.height, image.width)]
         if masks:
@@ -58,19 +58,19 @@ def open_detector(folder: str | Path, device: str = "cpu") -> Detector:
             return _masked(result, names)
         result = processor.post_process_object_detection(found, THRESHOLD, target_sizes=size)[0]
         rows = zip(result["labels"].tolist(), result["boxes"].tolist(), result["scores"].tolist(), strict=True)
-        return [Thing(_name(names, label), tuple(box), score) for label, box, score in rows]
+        return [Detection(_name(names, label), tuple(box), score) for label, box, score in rows]
 
     return detect
 
 
-def _masked(result: Any, names: Any) -> list[Thing]:
+def _masked(result: Any, names: Any) -> list[Detection]:
     things = []
     for segment in result["segments_info"]:
         mask = (result["segmentation"] == segment["id"]).cpu().numpy()
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if len(rows):
             box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-            things.append(Thing(_name(names, segment["label_id"]), box, float(segment["score"]), mask))
+            things.append(Detection(_name(names, segment["label_id"]), box, float(segment["score"]), mask))
     return things
 
 
@@ -83,7 +83,7 @@ def open_colors(folder: str | Path) -> Colors:
     """Zero-shot colours by a CLIP model, with the official prompts. Raises as `Clip.open` does."""
     clip = Clip.open(folder)
 
-    def colors(image: Image.Image, things: Sequence[Thing]) -> list[str]:
+    def colors(image: Image.Image, things: Sequence[Detection]) -> list[str]:
         return [_color(clip, _cut_out(image, thing), thing.name) for thing in things]
 
     return colors
@@ -97,7 +97,7 @@ def _color(clip: Clip, image: Image.Image, name: str) -> str:
     return COLORS[clip.classify(torch.from_numpy(np.array(image)), prompts)]
 
 
-def _cut_out(image: Image.Image, thing: Thing) -> Image.Image:
+def _cut_out(image: Image.Image, thing: Detection) -> Image.Image:
     """The thing alone where there is a mask, else its box."""
     if thing.mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size, BACKDROP), Image.fromarray(thing.mask))

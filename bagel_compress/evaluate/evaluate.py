@@ -21,7 +21,7 @@ from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate import read_pictures, read_understanding
 from bagel_compress.evaluate.benchmarks import BenchmarkInfo, benchmark_info
 from bagel_compress.evaluate.exact import score_mme, score_mmmu, score_mmvp
-from bagel_compress.evaluate.items import Item, Picture, Reading, check_damage
+from bagel_compress.evaluate.items import BenchmarkItems, Item, ItemPicture, check_damage
 from bagel_compress.evaluate.judge import Judge
 from bagel_compress.evaluate.judged import score_judged
 from bagel_compress.evaluate.report import EvaluationReport, JudgeUse, load_values, save_values, scored
@@ -80,11 +80,11 @@ class Scorers:
     device: str = "cpu"
 
 
-def read_items(info: BenchmarkInfo, data: Path, pictures: int) -> Reading:
+def read_items(info: BenchmarkInfo, data: Path, pictures: int) -> BenchmarkItems:
     """The benchmark's items. Raises BenchmarkError if a file is missing or too much of it is damaged."""
     if not data.is_dir():
         raise BenchmarkError(f"{data} is no folder; expected the data of {info.title} (docs/evaluation.md).")
-    readers: dict[str, Callable[[], Reading]] = {
+    readers: dict[str, Callable[[], BenchmarkItems]] = {
         "mme": lambda: read_understanding.read_mme(data),
         "mmmu": lambda: read_understanding.read_mmmu(data),
         "mmvp": lambda: read_understanding.read_mmvp(data),
@@ -173,7 +173,7 @@ def finish(what: Run, scorers: Scorers = Scorers()) -> EvaluationReport | None:
     return report
 
 
-def _prepared(what: Run) -> tuple[BenchmarkInfo, RunSettings, list[Item], Reading]:
+def _prepared(what: Run) -> tuple[BenchmarkInfo, RunSettings, list[Item], BenchmarkItems]:
     info = benchmark_info(what.benchmark)
     pictures = what.pictures or info.pictures
     reading = read_items(info, Path(what.data), pictures)
@@ -249,7 +249,7 @@ def data_digest(items: Sequence[Item]) -> str:
     return found.hexdigest()
 
 
-def _picture_mark(picture: Picture) -> list[Any]:
+def _picture_mark(picture: ItemPicture) -> list[Any]:
     if isinstance(picture.source, bytes):
         return [hashlib.sha256(picture.source).hexdigest(), picture.scale]
     return [picture.source.name, picture.source.stat().st_size, picture.scale]

@@ -24,7 +24,7 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Thing:
+class Detection:
     """What a detector saw: box (x0, y0, x1, y1) in pixels, confidence, and a mask [H, W] if it gives one."""
 
     name: str
@@ -33,8 +33,8 @@ class Thing:
     mask: np.ndarray | None = None
 
 
-Detector = Callable[[Image.Image], Sequence[Thing]]
-Colors = Callable[[Image.Image, Sequence[Thing]], Sequence[str]]  # the colour of each thing
+Detector = Callable[[Image.Image], Sequence[Detection]]
+Colors = Callable[[Image.Image, Sequence[Detection]], Sequence[str]]  # the colour of each thing
 
 
 def score_geneval(items: Sequence[Item], out: Path, detector: Detector, colors: Colors) -> Values:
@@ -48,7 +48,7 @@ def score_geneval(items: Sequence[Item], out: Path, detector: Detector, colors: 
     return Values(values, {"overall": Total(tuple(values))})
 
 
-def faults(image: Image.Image, things: Sequence[Thing], asked: Mapping[str, Any], colors: Colors) -> list[str]:
+def faults(image: Image.Image, things: Sequence[Detection], asked: Mapping[str, Any], colors: Colors) -> list[str]:
     """What is wrong with a picture, a phrase each; nothing if it is right.
 
     `asked`: `include` is a list of class, count and maybe color and position (relation, number of the entry that it is
@@ -56,7 +56,7 @@ def faults(image: Image.Image, things: Sequence[Thing], asked: Mapping[str, Any]
     """
     seen = _by_class(things, COUNTING_THRESHOLD if asked.get("tag") == "counting" else THRESHOLD)
     found: list[str] = []
-    matched: list[Sequence[Thing] | None] = []
+    matched: list[Sequence[Detection] | None] = []
     for wanted in asked.get("include", ()):
         name, count = wanted["class"], wanted["count"]
         group = seen.get(name, [])[:count]
@@ -73,7 +73,7 @@ def faults(image: Image.Image, things: Sequence[Thing], asked: Mapping[str, Any]
     return found
 
 
-def relations(a: Thing, b: Thing) -> set[str]:
+def relations(a: Detection, b: Detection) -> set[str]:
     """Where a is from b, with boxes that have to be apart by a tenth of their sizes."""
     box_a, box_b = np.array(a.box).reshape(2, 2), np.array(b.box).reshape(2, 2)
     offset = box_a.mean(0) - box_b.mean(0)
@@ -86,15 +86,15 @@ def relations(a: Thing, b: Thing) -> set[str]:
     return {name for name, holds in found.items() if holds}
 
 
-def _by_class(things: Sequence[Thing], threshold: float) -> dict[str, list[Thing]]:
-    seen: dict[str, list[Thing]] = defaultdict(list)
+def _by_class(things: Sequence[Detection], threshold: float) -> dict[str, list[Detection]]:
+    seen: dict[str, list[Detection]] = defaultdict(list)
     for thing in sorted(things, key=lambda t: -t.confidence):
         if thing.confidence > threshold and len(seen[thing.name]) < MAX_OBJECTS:
             seen[thing.name].append(thing)
     return seen
 
 
-def _color_fault(image: Image.Image, group: Sequence[Thing], wanted: Mapping[str, Any], colors: Colors) -> str:
+def _color_fault(image: Image.Image, group: Sequence[Detection], wanted: Mapping[str, Any], colors: Colors) -> str:
     found = list(colors(image, group))
     if found.count(wanted["color"]) >= wanted["count"]:
         return ""
@@ -102,7 +102,7 @@ def _color_fault(image: Image.Image, group: Sequence[Thing], wanted: Mapping[str
 
 
 def _position_fault(
-    group: Sequence[Thing], wanted: Mapping[str, Any], matched: Sequence[Sequence[Thing] | None]
+    group: Sequence[Detection], wanted: Mapping[str, Any], matched: Sequence[Sequence[Detection] | None]
 ) -> str:
     relation, target = wanted["position"]
     others = matched[target]

@@ -22,7 +22,7 @@ MAX_DAMAGED = 0.01  # share of rows, pictures or judge's answers that may be unr
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ItemPicture:
     """An input picture, opened when it is asked: a file or the bytes of one; `scale` enlarges it (bilinear)."""
 
     source: Path | bytes
@@ -51,11 +51,11 @@ class Item:
 
     id: str
     category: str
-    turns: tuple[str | Picture, ...]
+    turns: tuple[str | ItemPicture, ...]
     output: Literal["image", "text"] = "image"
     unit: str = ""
     wanted: Mapping[str, Any] = field(default_factory=dict)
-    beside: Mapping[str, str | Picture] = field(default_factory=dict)
+    beside: Mapping[str, str | ItemPicture] = field(default_factory=dict)
 
     @property
     def cluster(self) -> str:
@@ -63,7 +63,7 @@ class Item:
 
 
 @dataclass(slots=True)
-class Reading:
+class BenchmarkItems:
     """Items as they are read, and a sentence per row that could not be."""
 
     where: Path
@@ -80,7 +80,7 @@ class Reading:
     def skip(self, row: str, why: object) -> None:
         self.skipped.append(f"{row}: {why}")
 
-    def checked(self) -> Reading:
+    def checked(self) -> BenchmarkItems:
         """Raises BenchmarkError if there is nothing or too much of it is damaged, or two items are called alike."""
         check_damage(self.skipped, len(self.items) + len(self.skipped), f"{self.where}", "rows")
         if not self.items:
@@ -110,13 +110,13 @@ def required(folder: Path, name: str, benchmark: str, what: str) -> Path:
     return path
 
 
-def existing_picture(folder: Path, name: object) -> Picture:
+def existing_picture(folder: Path, name: object) -> ItemPicture:
     """A picture below a folder of data. Raises BenchmarkError, to be caught as a damaged row."""
     if not isinstance(name, str) or not stays_inside(name):
         raise BenchmarkError(f"the picture {name!r} is no path inside of {folder}")
     if not (folder / name).is_file():
         raise BenchmarkError(f"{folder / name} does not exist")
-    return Picture(folder / name)
+    return ItemPicture(folder / name)
 
 
 def read_json(path: Path) -> Any:

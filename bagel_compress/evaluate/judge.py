@@ -36,7 +36,7 @@ REASKED = 2  # times that an answer without a score is asked for again
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class JudgeQuestion:
     """One question to a judge: `parts` are texts and pictures in order; `read` finds the scores or gives None."""
 
     name: str
@@ -69,7 +69,7 @@ class Judge:
     def host(self) -> str:
         return urlsplit(self.url).netloc
 
-    def ask(self, question: Question) -> tuple[str, int, int]:
+    def ask(self, question: JudgeQuestion) -> tuple[str, int, int]:
         """(answer, tokens in, tokens out). Raises BenchmarkError if the endpoint refuses or stays away."""
         request = urllib.request.Request(
             self.url.rstrip("/") + "/chat/completions", json.dumps(self._body(question)).encode(), self._headers()
@@ -103,7 +103,7 @@ class Judge:
         headers = {"Content-Type": "application/json"}
         return headers | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
 
-    def _body(self, question: Question) -> dict[str, Any]:
+    def _body(self, question: JudgeQuestion) -> dict[str, Any]:
         content: list[dict[str, Any]] = []
         for part in question.parts:
             if isinstance(part, str):
@@ -113,7 +113,7 @@ class Judge:
         system = [{"role": "system", "content": question.system}] if question.system else []
         return {"model": self.model, "temperature": 0, "messages": [*system, {"role": "user", "content": content}]}
 
-    def digest(self, question: Question) -> str:
+    def digest(self, question: JudgeQuestion) -> str:
         """Of all that is asked and of whom, but for the key."""
         return hashlib.sha256(json.dumps([self.host, self._body(question)]).encode()).hexdigest()
 
@@ -129,7 +129,7 @@ class Verdicts:
     completion_tokens: int
 
 
-def judge_all(judge: Judge, questions: Sequence[Question], folder: Path) -> Verdicts:
+def judge_all(judge: Judge, questions: Sequence[JudgeQuestion], folder: Path) -> Verdicts:
     """Asks what is not answered yet, several at a time. An answer without a score is asked for again, twice.
 
     Raises BenchmarkError where `Judge.ask` does; answers so far are kept.
@@ -144,7 +144,7 @@ def judge_all(judge: Judge, questions: Sequence[Question], folder: Path) -> Verd
 
     with _appending(folder / "answers.jsonl") as file:
 
-        def one(question: Question) -> None:
+        def one(question: JudgeQuestion) -> None:
             digest = judge.digest(question)
             told = kept.get(digest, [])
             found = next((s for row in told if (s := question.read(row["answer"])) is not None), None)

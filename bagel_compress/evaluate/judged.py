@@ -17,8 +17,8 @@ from PIL import Image
 
 from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate.benchmarks import BenchmarkInfo
-from bagel_compress.evaluate.items import Item, Picture, check_damage, read_json, required
-from bagel_compress.evaluate.judge import Judge, Question, judge_all
+from bagel_compress.evaluate.items import Item, ItemPicture, check_damage, read_json, required
+from bagel_compress.evaluate.judge import Judge, JudgeQuestion, judge_all
 from bagel_compress.evaluate.report import JudgeUse
 from bagel_compress.evaluate.values import Total, Values
 
@@ -115,7 +115,7 @@ def _filled(prompts: Prompts, name: str, **words: object) -> str:
 
 
 def _pictures(item: Item) -> list[Image.Image]:
-    return [turn.open() for turn in item.turns if isinstance(turn, Picture)]
+    return [turn.open() for turn in item.turns if isinstance(turn, ItemPicture)]
 
 
 def _instruction(item: Item) -> str:
@@ -138,11 +138,11 @@ def _field(name: str, key: str, low: int, high: int) -> Callable[[str], Mapping[
 # --- WISE -------------------------------------------------------------------------------------------------------------
 
 
-def _ask_wise(item: Item, drawn: Path, prompts: Prompts) -> list[Question]:
+def _ask_wise(item: Item, drawn: Path, prompts: Prompts) -> list[JudgeQuestion]:
     named = [n for n, text in prompts.items() if "{Prompt}" in text and "{Explanation}" in text]
     name = named[0] if named else "text with {Prompt} and {Explanation}"
     text = _filled(prompts, name, Prompt=item.wanted["Prompt"], Explanation=item.wanted.get("Explanation", ""))
-    return [Question(item.id, (text, drawn), _read_wise)]
+    return [JudgeQuestion(item.id, (text, drawn), _read_wise)]
 
 
 def _read_wise(answer: str) -> Mapping[str, float] | None:
@@ -165,7 +165,7 @@ def _score_wise(items: Sequence[Item], scores: Scores) -> Values:
 # --- GEdit ------------------------------------------------------------------------------------------------------------
 
 
-def _ask_gedit(item: Item, drawn: Path, prompts: Prompts) -> list[Question]:
+def _ask_gedit(item: Item, drawn: Path, prompts: Prompts) -> list[JudgeQuestion]:
     context = _raw(prompts, "_context_no_delimit")
     rules = (_raw(prompts, "_prompts_0shot_two_image_edit_rule"), _raw(prompts, "_prompts_0shot_tie_rule_SC"))
     semantics = "\n".join([context, *rules]).replace("<instruction>", _instruction(item))
@@ -174,8 +174,8 @@ def _ask_gedit(item: Item, drawn: Path, prompts: Prompts) -> list[Question]:
     with Image.open(drawn) as opened:
         edited = opened.convert("RGB").resize(source.size)
     return [
-        Question(f"{item.id}#SC", (source, edited, semantics), _read_vie),
-        Question(f"{item.id}#PQ", (edited, quality), _read_vie),
+        JudgeQuestion(f"{item.id}#SC", (source, edited, semantics), _read_vie),
+        JudgeQuestion(f"{item.id}#PQ", (edited, quality), _read_vie),
     ]
 
 
@@ -213,9 +213,9 @@ def _score_gedit(items: Sequence[Item], scores: Scores) -> Values:
 # --- ImgEdit ----------------------------------------------------------------------------------------------------------
 
 
-def _ask_imgedit(item: Item, drawn: Path, prompts: Prompts) -> list[Question]:
+def _ask_imgedit(item: Item, drawn: Path, prompts: Prompts) -> list[JudgeQuestion]:
     text = _raw(prompts, item.category).replace("<edit_prompt>", _instruction(item))
-    return [Question(item.id, (text, *_pictures(item), drawn), _read_imgedit)]
+    return [JudgeQuestion(item.id, (text, *_pictures(item), drawn), _read_imgedit)]
 
 
 def _read_imgedit(answer: str) -> Mapping[str, float] | None:
@@ -242,7 +242,7 @@ def _kris_group(category: str) -> str:
     return next((group for group, categories in KRIS_GROUPS.items() if category in categories), category)
 
 
-def _ask_kris(item: Item, drawn: Path, prompts: Prompts) -> list[Question]:
+def _ask_kris(item: Item, drawn: Path, prompts: Prompts) -> list[JudgeQuestion]:
     words = {"instruct": _instruction(item), "explanation": item.wanted.get("explain_en", "")}
     words["N"] = str(len(_pictures(item)) + 1)  # the place of the drawn frame, after the given ones
     before: list[str | Image.Image | Path] = []
@@ -256,7 +256,9 @@ def _ask_kris(item: Item, drawn: Path, prompts: Prompts) -> list[Question]:
         "quality": (_filled(prompts, "prompt_quality"), *after),
     }
     if _kris_group(item.category) in KRIS_KNOWLEDGE:  # one question, two scores
-        dual = Question(f"{item.id}#dual", (_filled(prompts, "prompt_dual_evaluation", **words), *both), _read_dual)
+        dual = JudgeQuestion(
+            f"{item.id}#dual", (_filled(prompts, "prompt_dual_evaluation", **words), *both), _read_dual
+        )
         return [*_kris_questions(item, asked), dual]
     name = f"prompt_instruction{kind}" if kind else "prompt_instruction_following"
     truth: Parts = ()
@@ -266,8 +268,8 @@ def _ask_kris(item: Item, drawn: Path, prompts: Prompts) -> list[Question]:
     return _kris_questions(item, asked)
 
 
-def _kris_questions(item: Item, asked: Mapping[str, Parts]) -> list[Question]:
-    return [Question(f"{item.id}#{n}", parts, _field(n, f"{n}_score", 1, 5)) for n, parts in asked.items()]
+def _kris_questions(item: Item, asked: Mapping[str, Parts]) -> list[JudgeQuestion]:
+    return [JudgeQuestion(f"{item.id}#{n}", parts, _field(n, f"{n}_score", 1, 5)) for n, parts in asked.items()]
 
 
 def _read_dual(answer: str) -> Mapping[str, float] | None:
@@ -289,7 +291,7 @@ def _score_kris(items: Sequence[Item], scores: Scores) -> Values:
 # --- RISE -------------------------------------------------------------------------------------------------------------
 
 
-def _ask_rise(item: Item, drawn: Path, prompts: Prompts) -> list[Question]:
+def _ask_rise(item: Item, drawn: Path, prompts: Prompts) -> list[JudgeQuestion]:
     row, words = item.wanted, {"instruct": _instruction(item), "reference": item.wanted.get("reference", "")}
     truth = row["truth"].open() if "truth" in row else None
     before, with_before = (_pictures(item)[0] if truth is None else truth), truth is not None
@@ -318,7 +320,7 @@ def _ask_rise(item: Item, drawn: Path, prompts: Prompts) -> list[Question]:
         asked["consistency"] = (_filled(prompts, consistency, **words), before, drawn)
     if quality:
         asked["quality"] = (_filled(prompts, quality), drawn)
-    return [Question(f"{item.id}#{name}", parts, _read_final) for name, parts in asked.items()]
+    return [JudgeQuestion(f"{item.id}#{name}", parts, _read_final) for name, parts in asked.items()]
 
 
 def _read_final(answer: str) -> Mapping[str, float] | None:
@@ -349,7 +351,7 @@ def _score_rise(items: Sequence[Item], scores: Scores) -> Values:
     return Values(values, {})
 
 
-_PROTOCOLS: Mapping[str, tuple[Callable[..., list[Question]], Callable[..., Values]]] = {
+_PROTOCOLS: Mapping[str, tuple[Callable[..., list[JudgeQuestion]], Callable[..., Values]]] = {
     "wise": (_ask_wise, _score_wise),
     "gedit": (_ask_gedit, _score_gedit),
     "imgedit": (_ask_imgedit, _score_imgedit),

@@ -9,9 +9,9 @@ from typing import Any
 
 from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate.items import (
+    BenchmarkItems,
     Item,
-    Picture,
-    Reading,
+    ItemPicture,
     existing_picture,
     parquet_rows,
     read_json,
@@ -24,10 +24,10 @@ WISE_FILES = ("cultural_common_sense.json", "spatio-temporal_reasoning.json", "n
 WISE_SCIENCE = {7: "Biology", 8: "Physics", 9: "Chemistry"}  # prompts 701 to 800, 801 to 900, 901 to 1000
 
 
-def read_geneval(data: Path, pictures: int, file: str = "evaluation_metadata.jsonl") -> Reading:
+def read_geneval(data: Path, pictures: int, file: str = "evaluation_metadata.jsonl") -> BenchmarkItems:
     """A JSONL of tag, include, exclude and prompt -> NNNNN/metadata.jsonl and NNNNN/samples/NNNNN.png."""
     path = required(data, file, "geneval", "the prompts")
-    reading = Reading(path)
+    reading = BenchmarkItems(path)
     for number, line in enumerate(read_lines(path)):
         try:
             row = json.loads(line)
@@ -44,10 +44,10 @@ def read_geneval(data: Path, pictures: int, file: str = "evaluation_metadata.jso
     return reading.checked()
 
 
-def read_wise(data: Path) -> Reading:
+def read_wise(data: Path) -> BenchmarkItems:
     """Three lists of Prompt, Explanation, Category, Subcategory, prompt_id -> PROMPT_ID.png."""
     files = [required(data, name, "wise", "a third of the prompts") for name in WISE_FILES]
-    reading = Reading(data)
+    reading = BenchmarkItems(data)
     for file in files:
         for number, row in enumerate(_rows(file)):
             with_row(reading, f"{file.name} entry {number + 1}", _wise_item, row, file.name)
@@ -67,9 +67,9 @@ def _wise_item(row: Mapping[str, Any], file: str) -> Item:
     return Item(str(number), category, (text_of(row, "Prompt"),), wanted=row)
 
 
-def read_prompt_files(data: Path) -> Reading:
+def read_prompt_files(data: Path) -> BenchmarkItems:
     """NAME.txt, one prompt each -> NAME.png."""
-    reading = Reading(data)
+    reading = BenchmarkItems(data)
     for file in sorted(data.glob("*.txt")):
         lines = read_lines(file)
         if lines:
@@ -79,12 +79,12 @@ def read_prompt_files(data: Path) -> Reading:
     return reading.checked()
 
 
-def read_gedit(data: Path) -> Reading:
+def read_gedit(data: Path) -> BenchmarkItems:
     """data/*.parquet, the English half -> fullset/TASK/en/KEY.png and KEY_SRCIMG.png."""
     files = sorted(data.glob("data/*.parquet"))
     if not files:
         required(data, "data/train-00000-of-00001.parquet", "gedit", "the data set")
-    reading = Reading(data)
+    reading = BenchmarkItems(data)
     for name, row in parquet_rows(files):
         if row.get("instruction_language") == "en":
             with_row(reading, name, _gedit_item, row)
@@ -96,16 +96,16 @@ def _gedit_item(row: Mapping[str, Any]) -> Item:
     found = row.get("input_image") or {}
     if not found.get("bytes"):
         raise BenchmarkError("input_image holds no picture")
-    picture = Picture(found["bytes"])
+    picture = ItemPicture(found["bytes"])
     wanted = {"instruction": text_of(row, "instruction")}
     return Item(place, row["task_type"], (picture, row["instruction"]), wanted=wanted,
                 beside={f"{place}_SRCIMG.png": picture})  # fmt: skip
 
 
-def read_imgedit(data: Path) -> Reading:
+def read_imgedit(data: Path) -> BenchmarkItems:
     """singleturn/singleturn.json: key -> id, prompt, edit_type -> KEY.png."""
     file = required(data, "singleturn/singleturn.json", "imgedit", "the edits")
-    rows, reading = read_json(file), Reading(file)
+    rows, reading = read_json(file), BenchmarkItems(file)
     if not isinstance(rows, dict):
         raise BenchmarkError(f"{file} holds a {type(rows).__name__}, expected key -> id, prompt, edit_type.")
 
@@ -118,12 +118,12 @@ def read_imgedit(data: Path) -> Reading:
     return reading.checked()
 
 
-def read_kris(data: Path) -> Reading:
+def read_kris(data: Path) -> BenchmarkItems:
     """CATEGORY/annotation.json: number -> ori_img (one or several), gt_img, ins_en, explain_en -> CATEGORY/N.png."""
     files = sorted(data.glob("*/annotation.json"))
     if not files:
         required(data, "count_change/annotation.json", "kris", "and so on, one folder per category")
-    reading = Reading(data)
+    reading = BenchmarkItems(data)
 
     def item(folder: Path, number: str, row: Mapping[str, Any]) -> Item:
         names = row.get("ori_img")
@@ -131,7 +131,7 @@ def read_kris(data: Path) -> Reading:
         wanted = dict(row)
         if isinstance(row.get("gt_img"), str):
             wanted["truth"] = existing_picture(folder, row["gt_img"])
-        turns: tuple[str | Picture, ...] = (*pictures, text_of(row, "ins_en"))
+        turns: tuple[str | ItemPicture, ...] = (*pictures, text_of(row, "ins_en"))
         return Item(f"{folder.name}/{number}", folder.name, turns, wanted=wanted)
 
     for file in files:
@@ -140,10 +140,10 @@ def read_kris(data: Path) -> Reading:
     return reading.checked()
 
 
-def read_rise(data: Path) -> Reading:
+def read_rise(data: Path) -> BenchmarkItems:
     """datav2_total_w_subtask.json: index, category, instruction, image, ... -> CATEGORY/INDEX.png."""
     file = required(data, "datav2_total_w_subtask.json", "rise", "the edits")
-    reading = Reading(file)
+    reading = BenchmarkItems(file)
 
     def item(row: Mapping[str, Any]) -> Item:
         category = text_of(row, "category")
@@ -158,10 +158,10 @@ def read_rise(data: Path) -> Reading:
     return reading.checked()
 
 
-def read_edit_list(data: Path) -> Reading:
+def read_edit_list(data: Path) -> BenchmarkItems:
     """data.jsonl: id, image (or a list of images), prompt -> ID.png."""
     file = required(data, "data.jsonl", "intelligentbench", "the edits")
-    reading = Reading(file)
+    reading = BenchmarkItems(file)
 
     def item(line: str) -> Item:
         row = json.loads(line)
@@ -174,7 +174,7 @@ def read_edit_list(data: Path) -> Reading:
     return reading.checked()
 
 
-def with_row(reading: Reading, name: str, make: Callable[..., Item], *args: Any) -> None:
+def with_row(reading: BenchmarkItems, name: str, make: Callable[..., Item], *args: Any) -> None:
     """Adds what `make` reads, or counts the row as damaged."""
     try:
         reading.add(make(*args))

@@ -10,9 +10,9 @@ from typing import Any
 
 from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate.items import (
+    BenchmarkItems,
     Item,
-    Picture,
-    Reading,
+    ItemPicture,
     existing_picture,
     parquet_rows,
     read_lines,
@@ -25,11 +25,11 @@ LETTER = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJKLM"
 
 
-def read_mme(data: Path) -> Reading:
+def read_mme(data: Path) -> BenchmarkItems:
     """questions/SUBTASK.txt (tab-separated) and MME_Benchmark_release_version/SUBTASK[/images]/NAME."""
     questions = required(data, "questions", "mme", "a folder of one .txt per subtask")
     pictures = required(data, "MME_Benchmark_release_version", "mme", "the pictures")
-    reading = Reading(questions)
+    reading = BenchmarkItems(questions)
     for file in sorted(questions.glob("*.txt")):
         for number, line in enumerate(read_lines(file)):
             try:
@@ -45,18 +45,18 @@ def read_mme(data: Path) -> Reading:
     return reading.checked()
 
 
-def _mme_picture(folder: Path, name: str) -> Picture:
+def _mme_picture(folder: Path, name: str) -> ItemPicture:
     try:
         return existing_picture(folder, name)
     except BenchmarkError:
         return existing_picture(folder, f"images/{name}")
 
 
-def read_mmvp(data: Path) -> Reading:
+def read_mmvp(data: Path) -> BenchmarkItems:
     """Questions.csv and "MMVP Images"/INDEX.jpg; two questions in a row are a pair."""
     table = required(data, "Questions.csv", "mmvp", "the questions")
     folder = required(data, "MMVP Images", "mmvp", "the pictures")
-    reading = Reading(table)
+    reading = BenchmarkItems(table)
     for number, row in enumerate(csv.DictReader(read_lines(table))):
         try:
             index = text_of(row, "lndex" if "lndex" in row else "Index")
@@ -73,12 +73,12 @@ def read_mmvp(data: Path) -> Reading:
     return reading.checked()
 
 
-def read_mmmu(data: Path) -> Reading:
+def read_mmmu(data: Path) -> BenchmarkItems:
     """SUBJECT/validation-*.parquet; open questions need a judge and are left out, as documented."""
     files = sorted(data.glob("*/validation-*.parquet"))
     if not files:
         required(data, "Art/validation-00000-of-00001.parquet", "mmmu", "and so on, one folder per subject")
-    reading = Reading(data)
+    reading = BenchmarkItems(data)
     for name, row in parquet_rows(files):
         try:
             if row.get("question_type") == "multiple-choice":
@@ -95,7 +95,7 @@ def _mmmu_item(row: Mapping[str, Any]) -> Item:
     options = {letter: str(choice).strip() for letter, choice in zip(LETTERS, choices, strict=False)}
     pictures = [row.get(f"image_{i}") for i in range(1, 8)]
     found = [
-        Picture(picture["bytes"], 2 if i == 0 else 1)  # the official script doubles the first
+        ItemPicture(picture["bytes"], 2 if i == 0 else 1)  # the official script doubles the first
         for i, picture in enumerate(pictures)
         if picture is not None and picture.get("bytes")
     ]

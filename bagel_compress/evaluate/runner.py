@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from bagel.loops import Request
 from bagel.settings import FlowSettings, TextSettings
 from bagel_compress.errors import BenchmarkError, InputError
-from bagel_compress.evaluate.items import Item, Picture
+from bagel_compress.evaluate.items import Item, ItemPicture
 from bagel_compress.io.atomic import atomic_path, write_atomic
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _opened(part: Sequence[tuple[int, Item]], skipped: TextIO) -> list[Opened]:
     found = []
     for index, item in part:
         try:
-            found.append((index, item, [turn.open() if isinstance(turn, Picture) else turn for turn in item.turns]))
+            found.append((index, item, [turn.open() if isinstance(turn, ItemPicture) else turn for turn in item.turns]))
         except InputError as error:
             _append(skipped, {"id": item.id, "why": str(error)})
     return found
@@ -198,7 +198,7 @@ def _draw(settings: RunSettings, sampler: Loops, part: Sequence[Opened], out: Pa
             result.image.save(partial, "PNG")
 
 
-def _write_beside(path: Path, content: str | Picture) -> None:
+def _write_beside(path: Path, content: str | ItemPicture) -> None:
     if path.exists():
         return
     if isinstance(content, str):

@@ -23,7 +23,7 @@ TRAINING_VIT = {"edit": ResizeRule(518, 224, 14), "vlm": ResizeRule(980, 378, 14
 FREE_KEYS = frozenset({"steps", "save_every", "keep_states", "tensorboard"})  # may change when a run goes on
 
 
-class Rule(FrozenModel):
+class PictureSides(FrozenModel):
     """Sides of pictures in pixels; the stride is the model's."""
 
     max_size: int = Field(gt=0, description="longest side")
@@ -42,8 +42,10 @@ class DataGroup(FrozenModel):
     info: str | None = Field(None, description="edit, t2i: parquet_info JSON with the row groups of every file")
     jsonl: str | None = Field(None, description="vlm: the conversations")
     weight: float = Field(1.0, gt=0, description="how often a sample comes from this group, relative to the others")
-    image: Rule | None = Field(None, description="rule of pictures that the VAE encodes; default: the model's")
-    vit: Rule | None = Field(None, description="rule of pictures that the ViT sees; default: the official training's")
+    image: PictureSides | None = Field(None, description="rule of pictures that the VAE encodes; default: the model's")
+    vit: PictureSides | None = Field(
+        None, description="rule of pictures that the ViT sees; default: the official training's"
+    )
     drop_text: float = Field(0.1, ge=0, lt=1)
     drop_vae: float = Field(0.3, ge=0, lt=1)
     drop_vit: float = Field(0.3, ge=0, lt=1)

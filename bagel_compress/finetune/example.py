@@ -12,7 +12,7 @@ class RowError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class TextPart:
     """A text turn. `learnt`: its tokens are predicted; otherwise it is a condition that may be dropped."""
 
     text: str
@@ -20,7 +20,7 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class PicturePart:
     """An upright RGB picture: `drawn` (noised, with loss), `clean` (as latent) and `seen` (by the ViT), in this order.
 
     `droppable`: the clean and seen forms are conditions that may be dropped.
@@ -33,4 +33,4 @@ class Picture:
     droppable: bool = True
 
 
-Example = tuple[Words | Picture, ...]
+Example = tuple[TextPart | PicturePart, ...]

@@ -25,7 +25,7 @@ from bagel_compress.finetune.lora import save_adapter
 from bagel_compress.finetune.packing import Packer, Prepared
 from bagel_compress.finetune.processes import Processes, whole
 from bagel_compress.finetune.readers import open_reader
-from bagel_compress.finetune.stream import Damage, Stream
+from bagel_compress.finetune.stream import Damage, ExampleStream
 from bagel_compress.finetune.trainee import Trainee
 from bagel_compress.io.atomic import write_atomic
 
@@ -39,7 +39,7 @@ class StepResult:
     metrics: dict[str, float]
 
 
-class Optimizer:
+class AveragedAdamW:
     """AdamW with warm-up and schedule, and the moving average of what is trained. State: plain tensors by name."""
 
     def __init__(self, trained: dict[str, nn.Parameter], config: FinetuneConfig) -> None:
@@ -102,12 +102,12 @@ class Trainer:
             raise FinetuneError("the config has no data groups; add one under data.")
         self.trainee, self.config, self.out = trainee, config, out
         self.processes = processes or Processes()
-        self.optimizer = Optimizer(trainee.trained, config)
+        self.optimizer = AveragedAdamW(trainee.trained, config)
         readers = [open_reader(group) for group in config.data]
         self.damage = [Damage(r.group.name, r.rows) for r in readers]
         count = self.processes.world * config.accumulate
         numbers = range(self.processes.rank * config.accumulate, (self.processes.rank + 1) * config.accumulate)
-        streams = [Stream(readers, config.seed, number, count, self.damage) for number in numbers]
+        streams = [ExampleStream(readers, config.seed, number, count, self.damage) for number in numbers]
         self.packers = [Packer(trainee.sampler, config, stream, self.damage) for stream in streams]
         self.step = 0
         self._begin(count)

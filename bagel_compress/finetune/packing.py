@@ -21,8 +21,8 @@ from bagel.sampler import Sampler
 from bagel.training import DroppedImage, Item, LatentItem, PackedBatch, TextItem, ViTItem, pack
 from bagel_compress.errors import FinetuneError
 from bagel_compress.finetune.config import DataGroup, FinetuneConfig
-from bagel_compress.finetune.example import Example, Picture, RowError, Words
-from bagel_compress.finetune.stream import Damage, Drawn, Stream
+from bagel_compress.finetune.example import Example, PicturePart, RowError, TextPart
+from bagel_compress.finetune.stream import Damage, Drawn, ExampleStream
 
 WRAPPERS = 2  # tokens around a picture
 
@@ -55,7 +55,9 @@ class Prepared:
 class Packer:
     """Packs a stream for a model. `sampler` gives configuration, tokenizer and VAE."""
 
-    def __init__(self, sampler: Sampler, config: FinetuneConfig, stream: Stream, damage: Sequence[Damage]) -> None:
+    def __init__(
+        self, sampler: Sampler, config: FinetuneConfig, stream: ExampleStream, damage: Sequence[Damage]
+    ) -> None:
         self.sampler, self.config, self.stream = sampler, config, stream
         self._groups, self._damage = config.data, damage
         self._rules = [group.rules(sampler.bagel.config) for group in config.data]
@@ -149,7 +151,7 @@ def plan(
     """
     items: list[Planned] = []
     for part in example:
-        if isinstance(part, Words):
+        if isinstance(part, TextPart):
             if part.learnt:
                 items += [TextItem(part.text, loss=True)] if config.visual_und else []
             elif rng.random() >= group.drop_text:
@@ -160,7 +162,7 @@ def plan(
 
 
 def _forms(
-    part: Picture,
+    part: PicturePart,
     group: DataGroup,
     rules: tuple[ResizeRule, ResizeRule],
     rng: np.random.Generator,

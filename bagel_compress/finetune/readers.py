@@ -23,7 +23,7 @@ from bagel.errors import BagelError
 from bagel.images import to_rgb
 from bagel_compress.errors import FinetuneError, MissingExtraError
 from bagel_compress.finetune.config import DataGroup
-from bagel_compress.finetune.example import Example, Picture, RowError, Words
+from bagel_compress.finetune.example import Example, PicturePart, RowError, TextPart
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LINES = 256  # lines or files of a chunk, where the layout has no row groups
@@ -31,7 +31,7 @@ IMAGE_MARK = "<image>"  # where a picture stands in a conversation
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class RowChunk:
     """A stretch of rows that is loaded at once."""
 
     file: Path
@@ -45,7 +45,7 @@ class Chunk:
         return f"{self.file.name} line {self.index + row + 1}"
 
 
-class Reader(ABC):
+class ExampleReader(ABC):
     """Chunks and rows of one data group."""
 
     def __init__(self, group: DataGroup) -> None:
@@ -63,11 +63,11 @@ class Reader(ABC):
         return sum(chunk.rows for chunk in self.chunks)
 
     @abstractmethod
-    def find(self) -> list[Chunk]:
+    def find(self) -> list[RowChunk]:
         """All chunks, in the order of their names."""
 
     @abstractmethod
-    def load(self, chunk: Chunk) -> Sequence[Any]:
+    def load(self, chunk: RowChunk) -> Sequence[Any]:
         """The rows of a chunk. Raises RowError if none of it can be read."""
 
     @abstractmethod
@@ -78,11 +78,11 @@ class Reader(ABC):
         return FinetuneError(f"data group {self.group.name}: {what}")
 
 
-class _Parquet(Reader):
+class _Parquet(ExampleReader):
     columns: tuple[str, ...]
     expects = "expected *.parquet files with row groups"
 
-    def find(self) -> list[Chunk]:
+    def find(self) -> list[RowChunk]:
         pq = _pyarrow()
         files = sorted(self.folder.rglob("*.parquet"))
         if not files:
@@ -95,10 +95,10 @@ class _Parquet(Reader):
                 footer = pq.ParquetFile(file).metadata
             except (OSError, ValueError) as fault:  # pyarrow's errors derive from these
                 raise self.fail(f"{file} is no readable parquet file ({fault}); copy it again.") from None
-            chunks += [Chunk(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
+            chunks += [RowChunk(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
         return chunks
 
-    def _listed(self, files: Mapping[str, Path]) -> list[Chunk]:
+    def _listed(self, files: Mapping[str, Path]) -> list[RowChunk]:
         """From parquet_info: file -> num_row_groups and num_rows. Files are found by their names in the folder."""
         path = Path(str(self.group.info))
         try:
@@ -119,10 +119,10 @@ class _Parquet(Reader):
                     f"{path} says {groups} row groups and {rows} rows of {name}, the file has"
                     f" {footer.num_row_groups} and {footer.num_rows}; make the info again."
                 )
-            chunks += [Chunk(files[name], i, footer.row_group(i).num_rows) for i in range(groups)]
+            chunks += [RowChunk(files[name], i, footer.row_group(i).num_rows) for i in range(groups)]
         return chunks
 
-    def load(self, chunk: Chunk) -> Sequence[Any]:
+    def load(self, chunk: RowChunk) -> Sequence[Any]:
         pq = _pyarrow()
         with pq.ParquetFile(chunk.file) as file:
             if missing := [c for c in self.columns if c not in file.schema_arrow.names]:
@@ -133,13 +133,16 @@ class _Parquet(Reader):
                 raise RowError(f"its row group cannot be read ({_short(fault)})") from None
 
 
-class TextToImage(_Parquet):
+class TextToImageReader(_Parquet):
     """Columns `image` (bytes) and `captions` (JSON: a mapping or list of captions, one is chosen; or a text)."""
 
     columns = ("image", "captions")
 
     def example(self, row: Any, rng: np.random.Generator) -> Example:
-        return (Words(_choose(_captions(row["captions"]), rng)), Picture(_picture(row["image"]), drawn=True))
+        return (
+            TextPart(_choose(_captions(row["captions"]), rng)),
+            PicturePart(_picture(row["image"]), drawn=True),
+        )
 
 
 class Editing(_Parquet):
@@ -160,17 +163,17 @@ class Editing(_Parquet):
         first = int(rng.integers(len(images) - 1))
         last = int(rng.integers(first + 1, min(first + 3, len(images))))
         texts = [_choose(_captions(wordings[i]), rng) for i in range(first, last)]
-        parts: list[Words | Picture] = [Picture(_picture(images[first]), clean=True, seen=True)]
+        parts: list[TextPart | PicturePart] = [PicturePart(_picture(images[first]), clean=True, seen=True)]
         if len(texts) == 2 and rng.random() < 0.5:
-            parts.append(Words(" ".join(text.rstrip(".") + "." for text in texts)))
+            parts.append(TextPart(" ".join(text.rstrip(".") + "." for text in texts)))
         else:
             for index, text in enumerate(texts[:-1], first + 1):
-                parts += [Words(text), Picture(_picture(images[index]), drawn=True, clean=True, seen=True)]
-            parts.append(Words(texts[-1]))
-        return (*parts, Picture(_picture(images[last]), drawn=True))
+                parts += [TextPart(text), PicturePart(_picture(images[index]), drawn=True, clean=True, seen=True)]
+            parts.append(TextPart(texts[-1]))
+        return (*parts, PicturePart(_picture(images[last]), drawn=True))
 
 
-class Conversations(Reader):
+class Conversations(ExampleReader):
     """A folder of pictures and a LLaVA-style JSONL: `image` (a name or a list) and `conversations` (`from`, `value`).
 
     What `gpt` says is learnt. `<image>` says where a picture stands; without it pictures come first.
@@ -178,16 +181,16 @@ class Conversations(Reader):
 
     expects = "expected a JSONL with one conversation a line"
 
-    def find(self) -> list[Chunk]:
+    def find(self) -> list[RowChunk]:
         self.file = Path(str(self.group.jsonl))
         try:
             self._starts = _line_starts(self.file)
         except OSError as fault:
             raise self.fail(f"{self.file} cannot be read ({fault}).") from None
         total = len(self._starts)
-        return [Chunk(self.file, i, min(LINES, total - i)) for i in range(0, total, LINES)]
+        return [RowChunk(self.file, i, min(LINES, total - i)) for i in range(0, total, LINES)]
 
-    def load(self, chunk: Chunk) -> Sequence[Any]:
+    def load(self, chunk: RowChunk) -> Sequence[Any]:
         with self.file.open("rb") as file:
             rows = []
             for start in self._starts[chunk.index : chunk.index + chunk.rows]:
@@ -206,16 +209,16 @@ class Conversations(Reader):
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list):
             raise RowError("image is neither a name nor a list of names")
-        pictures = [Picture(_opened(self.folder, name), seen=True, droppable=False) for name in names]
+        pictures = [PicturePart(_opened(self.folder, name), seen=True, droppable=False) for name in names]
         return _conversation(entry["conversations"], pictures)
 
 
-class CaptionedFolder(Reader):
+class CaptionedFolder(ExampleReader):
     """Pictures with captions: `metadata.jsonl` (`file_name`, `text`), or `NAME.txt` beside `NAME.png`."""
 
     expects = f"expected pictures ({', '.join(PICTURES)}) with NAME.txt beside each, or a metadata.jsonl"
 
-    def find(self) -> list[Chunk]:
+    def find(self) -> list[RowChunk]:
         listed = self.folder / "metadata.jsonl"
         if listed.is_file():
             self._rows: list[Any] = [line for line in listed.read_bytes().splitlines() if line.strip()]
@@ -223,16 +226,16 @@ class CaptionedFolder(Reader):
             files = (p for p in self.folder.rglob("*") if p.suffix.lower() in PICTURES)
             self._rows = sorted(p.relative_to(self.folder).as_posix() for p in files)
         total = len(self._rows)
-        return [Chunk(listed, i, min(LINES, total - i)) for i in range(0, total, LINES)]
+        return [RowChunk(listed, i, min(LINES, total - i)) for i in range(0, total, LINES)]
 
-    def load(self, chunk: Chunk) -> Sequence[Any]:
+    def load(self, chunk: RowChunk) -> Sequence[Any]:
         return self._rows[chunk.index : chunk.index + chunk.rows]
 
     def example(self, row: Any, rng: np.random.Generator) -> Example:
         name, text = (row, self._beside(row)) if isinstance(row, str) else _listed_caption(row)
         if not text.strip():
             raise RowError(f"{name} has no caption")
-        return (Words(text.strip()), Picture(_opened(self.folder, name), drawn=True))
+        return (TextPart(text.strip()), PicturePart(_opened(self.folder, name), drawn=True))
 
     def _beside(self, name: str) -> str:
         try:
@@ -243,12 +246,12 @@ class CaptionedFolder(Reader):
             raise RowError(f"the caption of {name} cannot be read ({_short(fault)})") from None
 
 
-READERS: dict[str, type[Reader]] = {
-    "t2i": TextToImage, "edit": Editing, "vlm": Conversations, "folder": CaptionedFolder,
+READERS: dict[str, type[ExampleReader]] = {
+    "t2i": TextToImageReader, "edit": Editing, "vlm": Conversations, "folder": CaptionedFolder,
 }  # fmt: skip
 
 
-def open_reader(group: DataGroup) -> Reader:
+def open_reader(group: DataGroup) -> ExampleReader:
     """The reader of a data group. Raises FinetuneError, or MissingExtraError without pyarrow."""
     return READERS[group.kind](group)
 
@@ -256,8 +259,8 @@ def open_reader(group: DataGroup) -> Reader:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _conversation(turns: list[Any], pictures: list[Picture]) -> Example:
-    parts: list[Words | Picture] = []
+def _conversation(turns: list[Any], pictures: list[PicturePart]) -> Example:
+    parts: list[TextPart | PicturePart] = []
     waiting = list(pictures)
     marked = sum(str(t.get("value", "")).count(IMAGE_MARK) for t in turns if isinstance(t, dict))
     if not marked:
@@ -269,12 +272,12 @@ def _conversation(turns: list[Any], pictures: list[Picture]) -> Example:
         if not isinstance(said, str) or turn.get("from") not in ("human", "gpt"):
             raise RowError("a turn is not {from: human | gpt, value: text}")
         if turn["from"] == "gpt":
-            parts.append(Words(said, learnt=True))
+            parts.append(TextPart(said, learnt=True))
             continue
         for index, text in enumerate(said.split(IMAGE_MARK)):
             parts += [waiting.pop(0)] if index else []
-            parts += [Words(text.strip())] if text.strip() else []
-    if not any(isinstance(part, Words) and part.learnt for part in parts):
+            parts += [TextPart(text.strip())] if text.strip() else []
+    if not any(isinstance(part, TextPart) and part.learnt for part in parts):
         raise RowError("it holds no answer (a turn from gpt)")
     return tuple(parts)
 

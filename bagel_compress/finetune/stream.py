@@ -17,7 +17,7 @@ import numpy as np
 
 from bagel_compress.errors import FinetuneError
 from bagel_compress.finetune.example import Example, RowError
-from bagel_compress.finetune.readers import Chunk, Reader
+from bagel_compress.finetune.readers import ExampleReader, RowChunk
 
 MOST_DAMAGED = 0.01  # share of a group's rows that may be damaged
 NAMED = 3  # damaged rows that an error names
@@ -45,11 +45,11 @@ class Damage:
 class _Cursor:
     """Where a stream is in one group: `position` counts the rows of this epoch that were taken."""
 
-    reader: Reader
+    reader: ExampleReader
     damage: Damage
     epoch: int = 0
     position: int = 0
-    chunk: Chunk | None = None
+    chunk: RowChunk | None = None
     loaded: Sequence[Any] = field(default_factory=tuple)
 
 
@@ -73,11 +73,16 @@ class _Share:
     size: int
 
 
-class Stream:
+class ExampleStream:
     """Stream number `number` of `count`."""
 
     def __init__(
-        self, readers: Sequence[Reader], seed: int, number: int = 0, count: int = 1, damage: Sequence[Damage] = ()
+        self,
+        readers: Sequence[ExampleReader],
+        seed: int,
+        number: int = 0,
+        count: int = 1,
+        damage: Sequence[Damage] = (),
     ) -> None:
         """`damage`: one for each reader, shared by the streams of a process."""
         self.seed, self.number, self.count = seed, number, count
@@ -120,7 +125,7 @@ class Stream:
         for cursor, (epoch, position) in zip(self._cursors, state["cursors"], strict=True):
             cursor.epoch, cursor.position = int(epoch), int(position)
 
-    def _next(self, group: int) -> tuple[Chunk, int]:
+    def _next(self, group: int) -> tuple[RowChunk, int]:
         """The next row of a group: its chunk and its number there."""
         cursor = self._cursors[group]
         if cursor.position >= sum(part.size for part in self._order(group, cursor.epoch)):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate.exact import chosen, score_mme, score_mmmu, score_mmvp, yes_or_no
-from bagel_compress.evaluate.geneval import Thing, faults, relations
+from bagel_compress.evaluate.geneval import Detection, faults, relations
 from bagel_compress.evaluate.items import Item
 from bagel_compress.evaluate.values import Total, Values, difference, figure
 
@@ -61,13 +61,13 @@ def test_yes_and_no_are_read_as_officially(answer: str, word: str) -> None:
     assert yes_or_no(answer) == word
 
 
-def thing(name: str, x: float, y: float, confidence: float = 0.95) -> Thing:
-    return Thing(name, (x, y, x + 10, y + 10), confidence)
+def thing(name: str, x: float, y: float, confidence: float = 0.95) -> Detection:
+    return Detection(name, (x, y, x + 10, y + 10), confidence)
 
 
 CAT, DOG = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}
 LEFT = {"include": [DOG, {**CAT, "position": ["left of", 0]}]}
-CASES: list[tuple[str, dict[str, Any], list[Thing], bool]] = [
+CASES: list[tuple[str, dict[str, Any], list[Detection], bool]] = [
     ("single_object", {"include": [CAT]}, [thing("cat", 0, 0, 0.31)], True),
     ("single_object", {"include": [CAT]}, [thing("cat", 0, 0, 0.29)], False),
     ("two_object", {"include": [CAT, DOG]}, [thing("cat", 0, 0), thing("dog", 30, 0)], True),
@@ -89,7 +89,7 @@ CASES: list[tuple[str, dict[str, Any], list[Thing], bool]] = [
 
 
 @pytest.mark.parametrize(("tag", "asked", "things", "right"), CASES)
-def test_the_six_categories_of_geneval(tag: str, asked: dict[str, Any], things: list[Thing], right: bool) -> None:
+def test_the_six_categories_of_geneval(tag: str, asked: dict[str, Any], things: list[Detection], right: bool) -> None:
     image = Image.new("RGB", (64, 64))
 
     def colors(image: Image.Image, group: Any) -> list[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate.benchmarks import benchmark_info
 from bagel_compress.evaluate.evaluate import read_items
-from bagel_compress.evaluate.judge import Judge, Question, judge_all
+from bagel_compress.evaluate.judge import Judge, JudgeQuestion, judge_all
 from bagel_compress.evaluate.judged import read_prompts, score_judged
 from bagel_compress.evaluate.values import figure
 
@@ -164,7 +164,7 @@ def test_failures_that_pass_are_tried_again_with_backoff(stub: Stub, tmp_path: P
     states, waits = [429, 503, 200], list[float]()
     stub.reply = lambda body: (states.pop(0), "3")
     judge = stub.judge(sleep=waits.append)
-    found = judge_all(judge, [Question("q", ("what", Image.new("RGB", (4, 4))), third)], tmp_path)
+    found = judge_all(judge, [JudgeQuestion("q", ("what", Image.new("RGB", (4, 4))), third)], tmp_path)
     assert found.scores == {"q": {"score": 3}}
     assert waits == [1, 2]
 
@@ -175,7 +175,7 @@ def test_an_endpoint_that_refuses_is_one_sentence_without_the_key(
 ) -> None:
     stub.reply = lambda body: (status, KEY)
     with pytest.raises(BenchmarkError, match=rf"stub-1 at 127.0.0.1:\d+ .*HTTP {status}") as caught:
-        judge_all(stub.judge(attempts=3), [Question("q", ("what",), third)], tmp_path)
+        judge_all(stub.judge(attempts=3), [JudgeQuestion("q", ("what",), third)], tmp_path)
     assert KEY not in str(caught.value)
     assert len(stub.bodies) == asked  # a redirect is not followed
 
@@ -183,16 +183,16 @@ def test_an_endpoint_that_refuses_is_one_sentence_without_the_key(
 def test_an_answer_without_a_score_is_asked_for_again_and_then_counted(stub: Stub, tmp_path: Path) -> None:
     words = ["what a nice picture", "3"]
     stub.reply = lambda body: (200, words.pop(0))
-    assert judge_all(stub.judge(), [Question("q", ("what",), third)], tmp_path / "a").scores == {"q": {"score": 3}}
+    assert judge_all(stub.judge(), [JudgeQuestion("q", ("what",), third)], tmp_path / "a").scores == {"q": {"score": 3}}
     stub.reply = lambda body: (200, "as a language model, I")
-    found = judge_all(stub.judge(), [Question("q", ("what",), third)], tmp_path / "b")
+    found = judge_all(stub.judge(), [JudgeQuestion("q", ("what",), third)], tmp_path / "b")
     assert (found.scores, found.unreadable, found.answers) == ({}, ("q",), 3)
     with pytest.raises(BenchmarkError, match=r"3 of 3 answers cannot be used"):
         judged("wise", stub, tmp_path)
 
 
 def test_a_killed_run_asks_only_what_is_left(stub: Stub, tmp_path: Path) -> None:
-    questions = [Question(str(i), (f"what {i}",), third) for i in range(4)]
+    questions = [JudgeQuestion(str(i), (f"what {i}",), third) for i in range(4)]
     stub.reply = lambda body: (401, "") if len(stub.bodies) > 2 else (200, "3")
     with pytest.raises(BenchmarkError):
         judge_all(stub.judge(threads=1), questions, tmp_path)

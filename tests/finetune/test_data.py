@@ -13,16 +13,16 @@ pytest.importorskip("pyarrow")
 
 from bagel_compress.errors import FinetuneError
 from bagel_compress.finetune.config import DataGroup, FinetuneConfig
-from bagel_compress.finetune.example import Picture, Words
+from bagel_compress.finetune.example import PicturePart, TextPart
 from bagel_compress.finetune.readers import open_reader
-from bagel_compress.finetune.stream import Stream
+from bagel_compress.finetune.stream import ExampleStream
 
 
 def group(kind: str, path: Path, **more: object) -> DataGroup:
     return DataGroup.model_validate({"kind": kind, "path": str(path)} | more)
 
 
-def draw(stream: Stream, count: int) -> None:
+def draw(stream: ExampleStream, count: int) -> None:
     for _ in range(count):
         stream.draw()
 
@@ -43,7 +43,7 @@ def test_every_layout_gives_its_examples(tmp_path: Path) -> None:
     assert [r.rows for r in readers] == [12, 8, 10, 8]
     shapes: list[set[tuple[str, ...]]] = [set() for _ in readers]
     for index, reader in enumerate(readers):
-        stream = Stream([reader], seed=1)
+        stream = ExampleStream([reader], seed=1)
         for _ in range(5 * reader.rows):
             shapes[index].add(tuple(_kind(part) for part in stream.draw().example))
     draw, one, answer = ("words", "drawn"), ("clean seen", "words", "drawn"), ("seen", "words", "learnt")
@@ -53,27 +53,27 @@ def test_every_layout_gives_its_examples(tmp_path: Path) -> None:
     assert shapes[2] == {answer}
 
 
-def _kind(part: Words | Picture) -> str:
-    if isinstance(part, Words):
+def _kind(part: TextPart | PicturePart) -> str:
+    if isinstance(part, TextPart):
         return "learnt" if part.learnt else "words"
     return " ".join(name for name in ("drawn", "clean", "seen") if getattr(part, name))
 
 
 def test_streams_repeat_share_the_rows_and_go_on(tmp_path: Path) -> None:
     readers = [open_reader(g) for g in groups(tmp_path)]
-    one = Stream(readers, 7)
+    one = ExampleStream(readers, 7)
     seen = [one.draw() for _ in range(40)]
-    again = Stream(readers, 7)
+    again = ExampleStream(readers, 7)
     for _ in range(25):
         again.draw()
-    resumed = Stream(readers, 7)
+    resumed = ExampleStream(readers, 7)
     resumed.load(again.state())
     for drawn in seen[25:]:
         other = resumed.draw()
         assert (other.row, other.key) == (drawn.row, drawn.key)
     t2i = readers[:1]  # four row groups: whole ones are dealt to three streams, single rows to five
     for count in (3, 5):
-        rows = [Stream(t2i, 7, n, count) for n in range(count)]
+        rows = [ExampleStream(t2i, 7, n, count) for n in range(count)]
         taken = [s.draw().row for s in rows for _ in range(sum(part.size for part in s._order(0, 0)))]
         assert len(taken) == len(set(taken)) == 12
 
@@ -87,7 +87,7 @@ def test_damaged_rows_are_skipped_and_named_and_more_than_a_hundredth_is_an_erro
     ]  # fmt: skip
     (folder / "data.jsonl").write_text("\n".join(good * 100 + bad[:3]) + "\n")
     wanted = group("vlm", folder, jsonl=str(folder / "data.jsonl"))
-    stream = Stream([open_reader(wanted)], 1)
+    stream = ExampleStream([open_reader(wanted)], 1)
     draw(stream, 300)
     (damage,) = [c.damage for c in stream._cursors]
     assert damage.found == {
@@ -96,7 +96,7 @@ def test_damaged_rows_are_skipped_and_named_and_more_than_a_hundredth_is_an_erro
         "data.jsonl line 303": f"'../x.png' is no name inside of {folder}",
     }
     (folder / "data.jsonl").write_text("\n".join(good * 100 + bad[:4]) + "\n")
-    stream = Stream([open_reader(wanted)], 1)
+    stream = ExampleStream([open_reader(wanted)], 1)
     with pytest.raises(FinetuneError, match=r"4 of its 304 rows cannot be used, more than 1 % \(data.jsonl line 30"):
         draw(stream, 304)
 
@@ -127,13 +127,13 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     content[4:2000] = b"\xff" * 1996  # pages, not the footer
     file.write_bytes(content)
     with pytest.raises(FinetuneError, match=r"00001.parquet row group 0 row \d: its row group cannot be read"):
-        draw(Stream([open_reader(group("t2i", folder))], 1), 12)
+        draw(ExampleStream([open_reader(group("t2i", folder))], 1), 12)
     file.write_bytes(content[:-100])
     with pytest.raises(FinetuneError, match=r"00001.parquet is no readable parquet file"):
         open_reader(group("t2i", folder))
     data.write_parquet(folder / "00001.parquet", {"picture": [b""], "captions": ["x"]})
     with pytest.raises(FinetuneError, match="has no column image"):
-        draw(Stream([open_reader(group("t2i", folder))], 1), 12)
+        draw(ExampleStream([open_reader(group("t2i", folder))], 1), 12)
     edits = data.edit(tmp_path / "edit")
     info = edits / "parquet_info.json"
     info.write_text(json.dumps({"edits.parquet": {"num_row_groups": 2, "num_rows": 7}}))
