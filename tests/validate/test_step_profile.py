@@ -5,13 +5,13 @@ import json
 import pytest
 from tiny_suite import TINY
 
-from bagel_compress.budgets.step_profile import _pass, _Recorder, profile_step
+from bagel_compress.budgets.step_profile import _pass, _StepRecorder, profile_step
 from bagel_compress.cli import main
 
 
 def test_the_floor_is_every_product_and_attention_of_a_pass(reference):
     run = _pass(reference, (32, 32), "a cat")
-    with _Recorder() as recorder:
+    with _StepRecorder() as recorder:
         run()
     layers = reference.bagel.config.llm.num_layers
     names = [function.__name__ for function, _, _ in recorder.calls]
