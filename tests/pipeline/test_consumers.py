@@ -128,8 +128,6 @@ SOURCES: dict[str, Callable[[Path, Tensors], object]] = {
         '{"num_hidden_layers": ' + "9" * 5000 + "}"
     ),
     "a config that is a folder": _folder_for_config,
-        (folder / "config.json").unlink() or (folder / "config.json").mkdir()
-    ),
     "heads that do not divide": _config("llm_config.json", {"num_attention_heads": 3}),
     "a patch size of zero": _config("vit_config.json", {"patch_size": 0}),
 }
