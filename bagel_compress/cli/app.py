@@ -58,7 +58,8 @@ def _serve(args: argparse.Namespace, folder: Path) -> int:
     import signal
     import threading
 
-    from bagel_compress.app.page import CSS, build_page, theme
+    from bagel_compress.app.controls import CSS, theme
+    from bagel_compress.app.page import build_page
     from bagel_compress.app.session import open_models
     from bagel_compress.app.uploads import MAX_BYTES
 

@@ -95,7 +95,7 @@ def test_settings_of_a_picture_never_name_a_folder(tmp_path: Path) -> None:
 
 def test_turns_with_places_for_pictures() -> None:
     pytest.importorskip("gradio")
-    from bagel_compress.app.page import turns_of
+    from bagel_compress.app.runs import turns_of
 
     a, b = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))
     assert turns_of("make it night", [a, b]) == [a, b, "make it night"]
