@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,14 @@ def _answers(url: str) -> bool:
         return False
 
 
+@pytest.fixture(scope="session")
+def launched() -> Callable[[Any], AbstractContextManager[str]]:
+    """Serves a page from this process: page -> a context that is its address."""
+    return _launched
+
+
 @contextmanager
-def launched(page: Any) -> Iterator[str]:
+def _launched(page: Any) -> Iterator[str]:
     """A page (gradio.Blocks) served by this process: its address."""
     from bagel_compress.app.controls import CSS, theme
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import launched
 
 from bagel_compress.budgets import advise as advising
 from bagel_compress.budgets.predict import least_bytes
@@ -21,7 +20,7 @@ GIB = 2**30
 
 
 @pytest.fixture(scope="module")
-def advice_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def advice_page(launched: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A page without a model. Peaks are the least that a build holds and 3 GiB: the prediction is another test's."""
     pytest.importorskip("gradio", reason="the page needs the extra `app`")
     from bagel_compress.app.page import build_page
