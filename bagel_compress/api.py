@@ -50,9 +50,10 @@ def open_model(
         print(model.run([picture, "what is in the picture?"], output="text").text)
     """
     from bagel_compress.build.manifest import EXPORT_MANIFEST
+    from bagel_compress.io.safe_paths import exists
     from bagel_compress.run.load import downloaded
 
-    folder = Path(model) if Path(model).exists() else downloaded(str(model))
+    folder = Path(model) if exists(model) else downloaded(str(model))
     log.info("opening %s on %s", model, device)
     if (folder / EXPORT_MANIFEST).is_file():
         from bagel_compress.exporting.ort_sampler import open_onnx

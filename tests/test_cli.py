@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,6 +157,21 @@ def test_a_picture_is_overwritten_only_if_asked_and_else_numbered(
     Path("out.png").write_bytes(b"old")
     assert cli("generate", tiny, "x", *FAST, "--size", "32x32", "--out", "out.png", "--force")[0] == 0
     assert Image.open("out.png").size == (32, 32)
+
+
+def test_closed_standard_files_are_not_given_to_the_next_file(tmp_path: Path) -> None:
+    """Else what is printed goes into whatever file is opened next: a shard, say."""
+    script = (
+        "import os, sys; from bagel_compress.cli import main\n"
+        "for number in (0, 1, 2): os.close(number)\n"
+        "sys.stdin = sys.stdout = sys.stderr = None\n"
+        "code = main(['inspect', 'none']), main([])\n"
+        f"opened = os.open({str(tmp_path / 'x')!r}, os.O_CREAT | os.O_WRONLY)\n"
+        "print('words', flush=True); print('words', file=sys.stderr, flush=True)\n"
+        "os.write(opened, f'{code} {opened > 2}'.encode()); os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert (tmp_path / "x").read_text() == "(2, 0) True"
 
 
 def test_only_what_can_be_resumed_says_so(

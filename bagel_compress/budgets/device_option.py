@@ -13,7 +13,7 @@ from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.errors import TargetError
-from bagel_compress.run.device_map import DeviceChoice
+from bagel_compress.run.device_map import DeviceChoice, device_named
 
 # What one GPU must have free beside the weights to be taken without planning: more than any phase takes (the
 # scratch of a decoder and the VAE's at 1024 x 1024, 4.8 GB) and long contexts.
@@ -61,20 +61,9 @@ def one_device(name: str) -> str:
     """The name of one device; "auto" is CUDA where there is one. Raises TargetError if it is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise TargetError(f"--device {name}: this machine has no CUDA device that torch can use; use --device cpu.")
     if "," in name:
         raise TargetError(f"--device {name}: fp32 and --target take one device; give one of them.")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise TargetError(
-            f"--device {name!r} is no device; expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M."
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise TargetError(
-            f"--device {name}: this machine has {count} CUDA devices; expected cuda:0 to cuda:{count - 1}."
-        )
+    device_named(name)
     return name
 
 

@@ -17,6 +17,7 @@ from bagel_compress.budgets.predict import run_passes, with_verdict
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import TargetError
 from bagel_compress.parity.report_data import BudgetReport
+from bagel_compress.run.device_map import device_named
 from bagel_compress.run.load import load, load_checkpoint
 from bagel_compress.run.offload import place
 from bagel_compress.run.target import Target
@@ -66,12 +67,12 @@ def _beside(source: Checkpoint, device: str) -> Sampler:
 
 def require_gpu(device: str, target: Target) -> str:
     """The name of the GPU. Raises TargetError if there is none, or another one."""
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+    if device.partition(":")[0] != "cuda" or not torch.cuda.is_available():
         raise TargetError(
             f"{device} is no CUDA device here, so {target.name} ({target.device.name}) cannot be measured; leave"
             " --device away for a prediction."
         )
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device_named(device))
     if name != target.device.name:
         raise TargetError(f"{device} is {name}, the target {target.name} is {target.device.name}; measure on that GPU.")
     return name

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from bagel.json_file import small_bytes
 from bagel.layout import official_role
 from bagel_compress.build.sizes import SizeGroup, group_sizes
 from bagel_compress.codecs.base import TORCH_DTYPES, Codec, Rounded, Unit
@@ -78,7 +79,7 @@ class Artifact:
         missing or has a wrong size."""
         folder = Path(path)
         try:
-            content = (folder / MANIFEST).read_bytes()
+            content = small_bytes(folder / MANIFEST)
         except OSError:
             begun = (folder / ".build").exists()
             hint = "its build did not finish, run the same command again" if begun else "give one that compress wrote"

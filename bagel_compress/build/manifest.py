@@ -7,13 +7,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, SerializeAsAny, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
+from bagel.errors import shown
 from bagel_compress.build.recipe import Recipe, parse_codec
 from bagel_compress.codecs.base import Codec, Rounded
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.safe_paths import check_names
-from bagel_compress.io.tensor_spec import PartSpec
+from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec
 from bagel_compress.io.yaml_model import FrozenModel
 
 if TYPE_CHECKING:
@@ -26,10 +34,19 @@ MANIFESTS = (MANIFEST, EXPORT_MANIFEST)
 FORMAT = 1  # version of the manifest's fields
 
 
+def _known(dtype: str) -> str:
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"{shown(dtype)} is no dtype of safetensors")
+    return dtype
+
+
+Dtype = Annotated[str, AfterValidator(_known)]
+
+
 class StoredPart(FrozenModel):
     """A stored tensor of a shard."""
 
-    dtype: str
+    dtype: Dtype
     shape: tuple[int, ...]
     blake3: str
 
@@ -41,7 +58,7 @@ class StoredPart(FrozenModel):
 class TensorEntry(FrozenModel):
     """A tensor of the checkpoint; `blake3` is over the bf16 values that were coded."""
 
-    dtype: str
+    dtype: Dtype
     shape: tuple[int, ...]
     blake3: str
 

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from bagel.json_file import small_bytes
 from bagel.layout import BLOCKS, COMPONENTS, EXPERTS, KINDS, Role
 from bagel_compress.build.limits import METRICS, unknown_metric
 from bagel_compress.build.speed_settings import SpeedPreset
@@ -29,8 +30,17 @@ from bagel_compress.codecs import by_name
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import RecipeError
 from bagel_compress.io.packaged import find_recipe, target_files
+from bagel_compress.io.safe_paths import is_file
 from bagel_compress.io.tensor_spec import TensorSpec
-from bagel_compress.io.yaml_model import FrozenModel, did_you_mean, load_yaml, meaning_digest, parse_yaml
+from bagel_compress.io.yaml_model import (
+    MOST,
+    FrozenModel,
+    did_you_mean,
+    load_yaml,
+    meaning_digest,
+    parse_yaml,
+    plain_yaml,
+)
 
 _CHOICES = {"component": COMPONENTS, "expert": EXPERTS, "kind": KINDS, "block": BLOCKS}
 
@@ -218,12 +228,12 @@ class Recipe(FrozenModel):
 def _check_target(name: str, known: Sequence[str], where: str) -> None:
     """Raises RecipeError unless the target comes with the package or its file is there."""
     own = Path(where.partition(": ")[0]).with_name(f"{name.removesuffix('.yaml')}.yaml")
-    if name not in known and not own.is_file() and not Path(name).is_file():
+    if name not in known and not is_file(own) and not is_file(name):
         raise RecipeError(
             f"{where}: {name!r} is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}, or a file"
             f" {own.name} beside the recipe."
         )
-    file = own if own.is_file() else Path(name)
+    file = own if is_file(own) else Path(name)
     if name not in known and (written := _name_in(file)) != file.stem:
         raise RecipeError(
             f"{where}: {file} calls itself {written!r}; name it {file.stem}, as the recipe and the file do."
@@ -232,8 +242,8 @@ def _check_target(name: str, known: Sequence[str], where: str) -> None:
 
 def _name_in(file: Path) -> str:
     try:
-        return str(yaml.safe_load(file.read_text("utf-8"))["name"])
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return str(plain_yaml(small_bytes(file, MOST).decode())["name"])
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
         return ""
 
 

@@ -11,6 +11,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from bagel.json_file import small_bytes
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.manifest import MANIFEST, FileEntry, UnitEntry
 from bagel_compress.build.plan import Plan
@@ -58,9 +61,10 @@ class BuildFolder:
     def record(self, shard: str) -> ShardRecord | None:
         """The record of a finished shard whose file is still there in full, else None."""
         path = self.out / STATE / f"{shard}.json"
-        if not path.exists():
+        try:
+            record = ShardRecord.model_validate_json(small_bytes(path))
+        except (OSError, ValidationError):  # none, or a damaged one: the shard is built again
             return None
-        record = ShardRecord.model_validate_json(path.read_bytes())
         file = self.out / shard
         return record if file.is_file() and file.stat().st_size == record.file.bytes else None
 
@@ -116,6 +120,6 @@ def _refuse_foreign(out: Path, plan: Plan) -> None:
 
 def _plan_digest(path: Path) -> str:
     try:
-        return str(json.loads(path.read_bytes())["plan"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(small_bytes(path))["plan"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return "unreadable"

@@ -7,6 +7,7 @@ needs is imported inside the verb. Exit codes: 0 done, 1 a gate did not pass, 2 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import json
@@ -31,6 +32,7 @@ WORD = 300  # characters of a word in a message; names in files have no end
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
+    _open_standard_files()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = command_parser()
     if not argv:
@@ -39,26 +41,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv[0].startswith("-") and argv[0] not in (verbs := _verbs(parser)):
         close = difflib.get_close_matches(argv[0], verbs, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"verbs are {', '.join(verbs)}."
-        print(printable(f"bagel-compress: there is no verb {argv[0]!r}; {hint}"), file=sys.stderr)
+        say(printable(f"bagel-compress: there is no verb {argv[0]!r}; {hint}"))
         return 2
     args = parser.parse_args(argv)
     try:
         code: int = args.verb(args)
         sys.stdout.flush()
     except (BagelCompressError, BagelError) as error:
-        print(printable(f"bagel-compress: {error}"), file=sys.stderr)
+        say(printable(f"bagel-compress: {error}"))
         return error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # what no verb expected of a file: a name too long, a disk that failed
-        print(printable(f"bagel-compress: {error.filename or 'a file'}: {error.strerror or error}."), file=sys.stderr)
+        say(printable(f"bagel-compress: {error.filename or 'the output'}: {error.strerror or error}."))
         return 2
     except KeyboardInterrupt:
         hint = "; the same command goes on from there" if argv[0] in GOES_ON else ""
-        print(f"bagel-compress: interrupted{hint}.", file=sys.stderr)
+        say(f"bagel-compress: interrupted{hint}.")
         return 130
     return code
+
+
+def _open_standard_files() -> None:
+    """Where the caller closed one (`>&-`), the next file that is opened, a shard say, would be written to as output."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - as long as the process
 
 
 def printable(text: str) -> str:
@@ -83,8 +99,9 @@ def add_verb(verbs: Any, name: str, text: str, examples: str) -> argparse.Argume
 
 
 def say(message: str) -> None:
-    """A line about what is being done, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """A line about what is being done, on stderr. Nobody may be there to read it: that ends no work."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ def register(verbs: Any) -> None:
 
 
 def _allocate(args: argparse.Namespace) -> int:
+    from bagel_compress.budgets.device_option import one_device
     from bagel_compress.build.allocate import allocate, allocated_recipe, movable_codecs
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
@@ -41,7 +42,7 @@ def _allocate(args: argparse.Namespace) -> int:
     from bagel_compress.io.atomic import write_atomic
     from bagel_compress.io.packaged import find_recipe
 
-    checkpoint = open_checkpoint(args)
+    device, checkpoint = one_device(args.device), open_checkpoint(args)
     recipe = Recipe.load(find_recipe(args.recipe))
     plan = make_plan(checkpoint, recipe, open_calibration(args.calibration))
     codecs = movable_codecs(plan)
@@ -49,7 +50,7 @@ def _allocate(args: argparse.Namespace) -> int:
         raise CalibrationError(
             "allocate measures on a calibration set and has none; give --calibration FILE (`bagel-compress calibrate`)."
         )
-    effects = sensitivities(checkpoint, plan.calibration, codecs, args.device, say)
+    effects = sensitivities(checkpoint, plan.calibration, codecs, device, say)
     found = allocate(plan, codecs, effects, int(args.budget_gb * 1e9))
     made = allocated_recipe(plan, found, Path(args.out).stem)
     source = f"{checkpoint.name} {checkpoint.digest[:12]}, calibration set {plan.calibration.digest[:12]}"

@@ -60,6 +60,10 @@ def register(verbs: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from bagel_compress.budgets.device_option import one_device
+
+    for name in args.device.split(","):
+        one_device(name)
     checkpoint = open_checkpoint(args)
     artifact = _compress(args, checkpoint)
     trace = Path(args.trace or f"{Path(args.out)}.trace.safetensors")

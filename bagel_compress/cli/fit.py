@@ -97,11 +97,13 @@ def _fitted(args: argparse.Namespace) -> Fitted:
 
 def _measured(checkpoint: Checkpoint, family: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """What groups of weights cost in the family's first format with a rate, and the words for it."""
+    from bagel_compress.budgets.device_option import one_device
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.sensitivity import sensitivities
     from bagel_compress.cli.build import open_calibration
     from bagel_compress.errors import CalibrationError
 
+    device = one_device(args.device)
     plan = make_plan(checkpoint, family, open_calibration(args.calibration))
     codec = next((p.codec for p in plan.placements if p.calibrated and hasattr(p.codec, "bits")), None)
     if codec is None or plan.calibration is None:
@@ -109,7 +111,7 @@ def _measured(checkpoint: Checkpoint, family: Recipe, args: argparse.Namespace) 
             f"recipe {family.name} has no calibrated format with a rate (bits: ...), so nothing can be spread by a"
             " calibration set; give a recipe such as ecq-12gb."
         )
-    found = sensitivities(checkpoint, plan.calibration, [codec], args.device, say)
+    found = sensitivities(checkpoint, plan.calibration, [codec], device, say)
     words = f"measured on {checkpoint.name} {checkpoint.digest[:12]}, calibration set {plan.calibration.digest[:12]}"
     return {"effects": {group: effect for group, (effect,) in found.items()}, "measured": words}
 

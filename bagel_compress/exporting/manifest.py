@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from bagel.config import BagelConfig
+from bagel.json_file import small_bytes
 from bagel_compress.build.manifest import EXPORT_MANIFEST, FileEntry, SourceEntry
 from bagel_compress.build.manifest_files import changed_files, compared_file, extra_files, wrong_sizes
 from bagel_compress.build.recipe import Limits, Recipe
@@ -137,7 +138,7 @@ class ExportFolder:
         missing file or a wrong size."""
         folder = Path(path)
         try:
-            content = (folder / MANIFEST).read_bytes()
+            content = small_bytes(folder / MANIFEST)
         except OSError:
             begun = (folder / NOTES).exists()
             hint = "its export did not finish, run the same command again" if begun else "give one that export wrote"

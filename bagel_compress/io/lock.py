@@ -10,6 +10,7 @@ import os
 import socket
 from pathlib import Path
 
+from bagel.json_file import small_bytes
 from bagel_compress.errors import BagelCompressError
 
 
@@ -50,11 +51,11 @@ def _created_in_place(path: Path, content: str) -> bool:
 def remove_if_stale(path: Path, what: str, error: type[BagelCompressError]) -> None:
     """Removes the lock of a dead process of this machine. Raises `error` if it is held or says nothing readable."""
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(small_bytes(path))
         pid, host, started = int(holder["pid"]), str(holder["host"]), str(holder["started"])
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         raise error(
             f"{path.parent.parent} is locked and {path} does not say by whom; delete it if no process is at work there."
         ) from None

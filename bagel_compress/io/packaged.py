@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bagel_compress.errors import RecipeError
+from bagel_compress.io.safe_paths import is_file
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 FULL_CONFIGS = _PACKAGE / "data" / "bagel-7b-mot"
@@ -27,10 +28,10 @@ def target_files() -> dict[str, Path]:
 
 def find_recipe(name: str) -> Path:
     """A recipe file by its path, or one that comes with the package by its name. Raises RecipeError with the names."""
-    if Path(name).is_file():
+    if is_file(name):
         return Path(name)
     packaged = resource("recipes") / f"{Path(name).stem if name.endswith('.yaml') else name}.yaml"
-    if packaged.is_file() and Path(name).parent.name in ("", "recipes"):
+    if is_file(packaged) and Path(name).parent.name in ("", "recipes"):
         return packaged
     known = ", ".join(sorted(path.stem for path in resource("recipes").glob("*.yaml")))
     raise RecipeError(f"recipe {name} does not exist; give a YAML file or one of {known}.")

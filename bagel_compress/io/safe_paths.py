@@ -18,6 +18,20 @@ def stays_inside(name: str) -> bool:
     return bool(path.parts) and not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name)
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder; False where no system takes the name (too long, or with a NUL)."""
+    try:
+        Path(path).stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file, no folder, pipe or device; False as of `exists`."""
+    return exists(path) and Path(path).is_file()
+
+
 def leads_away(path: Path, folder: Path) -> bool:
     """True if `path`, which lies in `folder`, is reached by a link that leaves the folder.
 

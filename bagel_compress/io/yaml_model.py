@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bagel.errors import shown
 from bagel_compress.errors import BagelCompressError
 
-MOST = 8 << 20  # bytes of a file that a person wrote
+MOST = 128 << 10  # bytes of a file that a person wrote
+DEEPEST = 50  # levels of it
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is a hundred times faster
 Model = TypeVar("Model", bound=BaseModel)
 Resolve = Callable[[type[BaseModel], Any], type[BaseModel]]
 
@@ -68,7 +70,7 @@ def parse_yaml(
     sentence about an unknown key then lists the right keys.
     """
     try:
-        data = yaml.load(text, _PlainLoader)
+        data = plain_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as fault:
         # ValueError: impossible dates, integers of 5,000 digits; TypeError: a mapping as a key
         raise error(f"{where} is not YAML: {' '.join(str(fault).split())}.") from None
@@ -81,13 +83,17 @@ def parse_yaml(
         raise error(_sentence(fault, model, data, where, resolve)) from None
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, of which a few lines stand for more than memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
+def plain_yaml(text: str) -> Any:
+    """YAML as data. Raises YAMLError on aliases, of which a few lines stand for more than memory holds, and on endless
+    nesting; ValueError, TypeError or RecursionError on values that Python has not."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not taken, write the value out")
-        return super().compose_node(parent, index)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"more than {DEEPEST} levels of nesting")
+    return yaml.load(text, _Loader)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
 
+from bagel.json_file import small_bytes
 from bagel_compress.errors import ArtifactError, GateError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.yaml_model import FrozenModel
@@ -215,7 +216,7 @@ class BudgetReport(FrozenModel):
     target: str = Field(pattern=NAME)
     device: str
     limit: Number | None  # usable device memory in bytes
-    phases: tuple[PhaseUse, ...]
+    phases: tuple[PhaseUse, ...] = Field(min_length=1)
     disk: Number = 0.0
     disk_limit: Number | None = None
     timings: tuple[Timing, ...] = ()
@@ -275,9 +276,7 @@ def write_json(model: BaseModel, path: Path) -> Path:
 def read_json(model: type[Any], path: Path) -> Any:
     """Reads a report. Raises ArtifactError on a missing or foreign file."""
     try:
-        if not path.is_file():
-            raise FileNotFoundError
-        return model.model_validate_json(path.read_text(encoding="utf-8"))
+        return model.model_validate_json(small_bytes(path))
     except OSError:
         raise ArtifactError(f"{path} does not exist; run `bagel-compress validate` first.") from None
     except (UnicodeDecodeError, ValidationError) as error:

@@ -29,6 +29,7 @@ from bagel_compress.errors import BagelCompressError, RecipeError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.jobs import Executor, run_jobs
+from bagel_compress.io.safe_paths import exists, is_file
 from bagel_compress.io.yaml_model import FrozenModel, load_yaml
 
 SUMMARY = "batch.json"
@@ -76,7 +77,7 @@ class BatchFile(FrozenModel):
         from bagel_compress.io.packaged import find_recipe
 
         base = Path(self.folder)
-        files = [find_recipe(str(base / name) if (base / name).is_file() else name) for name in self.recipes]
+        files = [find_recipe(str(base / name) if is_file(base / name) else name) for name in self.recipes]
         names = [Recipe.load(file).name for file in files]
         if len(set(names)) < len(names):
             raise RecipeError(f"two of the recipes are called {max(names, key=names.count)!r}; names must differ.")
@@ -92,7 +93,7 @@ class BatchFile(FrozenModel):
         if path is None:
             return None
         here = Path(self.folder) / path
-        return str(here) if here.exists() else path
+        return str(here) if exists(here) else path
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bagel.json_file import small_bytes
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.manifest import SourceEntry
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
@@ -62,12 +63,18 @@ def read_sums(text: str) -> dict[str, str]:
     return found
 
 
-def check_sums(folder: Path) -> list[str]:
-    """One sentence per file that is missing, changed, or not covered. Raises ArtifactError without SHA256SUMS."""
+def sums_of(folder: Path) -> dict[str, str]:
+    """`read_sums` of a folder's SHA256SUMS. Raises ArtifactError if it has no readable one."""
     try:
-        listed = read_sums((folder / SUMS).read_text(encoding="utf-8"))
+        text = small_bytes(folder / SUMS).decode()
     except (OSError, UnicodeDecodeError):
         raise ArtifactError(f"{folder} has no readable {SUMS}; it was not published by bagel-compress.") from None
+    return read_sums(text)
+
+
+def check_sums(folder: Path) -> list[str]:
+    """One sentence per file that is missing, changed, or not covered. Raises ArtifactError without SHA256SUMS."""
+    listed = sums_of(folder)
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     faults = [f"{path} is missing" for path in listed if path not in present]
     faults += [f"{p} was changed" for p in listed if p in present and sha256_file(folder / p) != listed[p]]
@@ -128,9 +135,9 @@ def _altering(source: SourceEntry) -> list[dict[str, Any]]:
 def subjects(folder: Path) -> dict[str, dict[str, str]]:
     """Digests by file as the statement of a released folder gives them; empty where it cannot be read."""
     try:
-        found = json.loads((folder / PROVENANCE).read_bytes())
+        found = json.loads(small_bytes(folder / PROVENANCE))
         return {str(subject["name"]): dict(subject["digest"]) for subject in found["subject"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return {}
 
 

@@ -45,7 +45,7 @@ def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
     publishable = open_publishable(folder)
     published = (folder / provenance.SUMS).is_file()
     if published:
-        files, faults = len(_sums(folder)), provenance.check_sums(folder)
+        files, faults = len(provenance.sums_of(folder)), provenance.check_sums(folder)
         faults += _against_manifest(folder, publishable.manifest.files, manifest_name(publishable), publishable.digest)
         faults = faults or publishable.verify()  # the manifest's own digests, should all the others have been forged
     else:
@@ -74,7 +74,7 @@ def verify_repo(repo: str, revision: str | None = None, full: bool = False, publ
         got = {name: Path(client().hf_hub_download(repo, name, revision=remote.commit)) for name in _small(remote)}
     path = got.get(own) or Path(client().hf_hub_download(repo, own, revision=remote.commit))  # a large one is in LFS
     listed, digest = listed_files(own, path.read_bytes(), Path(repo)), sha256_file(path)
-    sums = _sums(got[provenance.SUMS].parent)
+    sums = provenance.sums_of(got[provenance.SUMS].parent)
     held = {n: d.partition(":")[2] if n not in got else sha256_file(got[n]) for n, d in remote.files.items()}
     faults = [f"{name} is missing" for name in sums if name not in held]
     faults += [f"{name} is not what was released" for name in sums if name in held and held[name] != sums[name]]
@@ -96,17 +96,13 @@ def _small(remote: Remote) -> list[str]:
     return [name for name, digest in remote.files.items() if digest.startswith("sha1:")]
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    return provenance.read_sums((folder / provenance.SUMS).read_text(encoding="utf-8"))
-
-
 def _covered(name: str) -> bool:
     return name not in provenance.NOT_SUMMED
 
 
 def _against_manifest(folder: Path, files: Files, own: str, digest: str) -> list[str]:
     """SHA256SUMS and the manifest have to say the same: the provenance statement has a file's digest of both kinds."""
-    sums, subjects = _sums(folder), provenance.subjects(folder)
+    sums, subjects = provenance.sums_of(folder), provenance.subjects(folder)
     faults = [
         f"{name} has another digest in {provenance.SUMS} or {provenance.PROVENANCE} than in the manifest"
         for name, entry in files.items()

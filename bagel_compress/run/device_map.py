@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from bagel_compress.errors import TargetError
+
 if TYPE_CHECKING:
     import torch
 
@@ -53,6 +55,27 @@ class DeviceMap:
 
         layers = tuple(self.device_of(f"layers.{index}") for index in range(len(self.layers)))
         return Places(self.device_of("home"), layers, self.device_of("vit"), self.device_of("lm_head"))
+
+
+def device_named(name: str) -> torch.device:
+    """One device of this machine by torch's name. Raises TargetError if there is no such device, or none that works."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except (RuntimeError, ValueError):  # ValueError: a NUL or a lone surrogate in the name
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise TargetError(f"--device {name!r} is no device; expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise TargetError(f"--device {name}: this machine has no Metal device that torch can use; use --device cpu.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TargetError(f"--device {name}: this machine has no CUDA device that torch can use; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise TargetError(
+            f"--device {name}: this machine has {count} CUDA devices; expected cuda:0 to cuda:{count - 1}."
+        )
+    return device
 
 
 def group_of(path: str) -> str:

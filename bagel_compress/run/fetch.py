@@ -19,6 +19,7 @@ from bagel_compress.build.manifest_files import intact
 from bagel_compress.errors import ArtifactError, HubError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.hub_client import UnreachableError, download, listing, split_repo_id
+from bagel_compress.io.safe_paths import exists
 
 Kind = Literal["model", "everything"]
 Files = Mapping[str, FileEntry]
@@ -79,7 +80,7 @@ def manifest_in(names: Collection[str]) -> str | None:
 
 def open_artifact(path_or_repo: str | Path, revision: str | None = None) -> Artifact:
     """An artifact from a folder or from the Hub; one from the Hub has every digest checked."""
-    if Path(path_or_repo).exists():
+    if exists(path_or_repo):
         return Artifact.open(path_or_repo)
     return Artifact.open(fetch(str(path_or_repo), revision))
 
@@ -120,7 +121,7 @@ def _known(notes: Path) -> dict[str, list[str | int]]:
     """What was verified in this snapshot before; anything unreadable counts as nothing."""
     try:
         found = json.loads(notes.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

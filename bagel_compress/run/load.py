@@ -19,7 +19,8 @@ from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.errors import ArtifactError, CheckpointError
 from bagel_compress.io.hub_client import parse_repo_id
-from bagel_compress.run.device_map import DeviceChoice, DeviceMap
+from bagel_compress.io.safe_paths import exists
+from bagel_compress.run.device_map import DeviceChoice, DeviceMap, device_named
 from bagel_compress.source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def open_model(
     before weights are read, and may raise. Raises CheckpointError, ArtifactError or BagelError.
     """
     folder = Path(path)
-    if not folder.exists():
+    if not exists(folder):
         folder = downloaded(str(path))
     if (folder / EXPORT_MANIFEST).exists():
         raise CheckpointError(f"{path} is an export; open it with bagel_compress.exporting.ort_sampler.open_onnx.")
@@ -153,11 +154,9 @@ def _row(tensor: str, module: Any) -> CensusRow:
 
 def _lies_on(device: DeviceChoice) -> Callable[[str], torch.device]:
     """Path of a module -> where its weights are loaded."""
-    import torch
-
     if isinstance(device, DeviceMap):
         return device.lies_on
-    everywhere = torch.device(device)
+    everywhere = device_named(device) if isinstance(device, str) else device
     return lambda path: everywhere
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.errors import TargetError
 from bagel_compress.io.packaged import resource, target_files
+from bagel_compress.io.safe_paths import is_file
 from bagel_compress.io.yaml_model import FrozenModel, load_yaml
 from bagel_compress.run.export_settings import ExportSettings
 
@@ -114,10 +115,10 @@ class Target(FrozenModel):
     @classmethod
     def load(cls, path: str | Path) -> Target:
         """A YAML file, or the name of a target that comes with the package. Raises TargetError."""
-        if Path(path).is_file():
+        if is_file(path):
             return load_yaml(cls, Path(path), "target", TargetError)
         packaged = resource("exports") / f"{str(path).removeprefix('exports/').removesuffix('.yaml')}.yaml"
-        if not packaged.is_file():
+        if not is_file(packaged):
             known = ", ".join(target_files())
             raise TargetError(f"target {path} does not exist; give a YAML file or one of {known}.")
         return load_yaml(cls, packaged, "target", TargetError)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bagel.json_file import small_bytes
 from bagel_compress.errors import CheckpointError
 from bagel_compress.source.patterns import PatternError, first_match, fullmatch
 
@@ -148,9 +149,7 @@ def _refuse(raw: Mapping[str, Any], path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; it is no adapter_config.json of peft.")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(small_bytes(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or integers of 5,000 digits
         raise CheckpointError(f"{path} is not readable JSON ({error}); give the folder that peft saved.") from None
     if not isinstance(raw, dict):

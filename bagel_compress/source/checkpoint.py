@@ -26,7 +26,7 @@ from bagel_compress.errors import CheckpointError
 from bagel_compress.io import bf16
 from bagel_compress.io.digests import blake3_file
 from bagel_compress.io.hub_client import parse_repo_id
-from bagel_compress.io.safe_paths import check_names, leads_away
+from bagel_compress.io.safe_paths import check_names, exists, leads_away
 from bagel_compress.io.safetensors_file import Stamp, StoredTensor, TensorFile, stamp_of
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.source.adapter import ADAPTER_FILES, Adapter
@@ -190,7 +190,7 @@ def normal_name(name: str) -> str | None:
 def locate(source: str | Path, weights: bool) -> tuple[Path, str, str]:
     """Path, public name and revision of a source; downloads a repository id."""
     path = Path(source)
-    if path.exists():
+    if exists(path):
         if (path / "manifest.json").exists():
             raise CheckpointError(
                 f"{path} is an artifact of bagel-compress, not a full-precision checkpoint; give its source."
@@ -211,10 +211,12 @@ def _aux_files(folders: list[Path]) -> dict[str, Path]:
     places = {name: (name,) for name in (*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES)} | {"ae.safetensors": VAE_FILES}
     files: dict[str, Path] = {}
     for name, options in places.items():
-        found = [folder / option for folder in folders for option in options if (folder / option).is_file()]
+        found = [folder / option for folder in folders for option in options if (folder / option).exists()]
         if found:
             files[name] = found[0]
     for file in files.values():
+        if not file.is_file():
+            raise CheckpointError(f"{file} is no file; put the file of the base model there.")
         if file.suffix != ".safetensors" and leads_away(file, file.parent):  # it would be copied into every build
             raise CheckpointError(
                 f"{file} is a link to {file.resolve()}, outside its folder; put the file itself there."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from bagel.errors import BagelError
+from bagel.json_file import read_object
 from bagel_compress.errors import CheckpointError
 from bagel_compress.io.hub_client import UnreachableError, download, listing
+from bagel_compress.io.safe_paths import check_names
 
 
 def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequence[str]) -> tuple[Path, str]:
@@ -60,8 +62,11 @@ def _shards(path: Path, name: str) -> list[str]:
     if not name.endswith(".index.json"):
         return []
     try:
-        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError):
-        raise CheckpointError(
-            f"{path} has no weight_map from tensor names to files; the repository is damaged."
-        ) from None
+        weight_map = read_object(path, "the repository is damaged").get("weight_map")
+    except BagelError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensor names to files; the repository is damaged.")
+    files = sorted(set(weight_map.values()))
+    check_names(files, path, CheckpointError)
+    return files

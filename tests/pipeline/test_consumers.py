@@ -105,6 +105,11 @@ def _small_vocabulary(folder: Path, tensors: Tensors) -> None:
     _config("llm_config.json", {"vocab_size": 560})(folder, tensors)
 
 
+def _folder_for_config(folder: Path, tensors: Tensors) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+
+
 SOURCES: dict[str, Callable[[Path, Tensors], object]] = {
     "a small vocabulary": _small_vocabulary,
     "a latent table of 50 rows": _saved(lambda t: {"latent_pos_embed.pos_embed": t["latent_pos_embed.pos_embed"][:50]}),
@@ -122,6 +127,7 @@ SOURCES: dict[str, Callable[[Path, Tensors], object]] = {
     "a count of 5,000 digits": lambda folder, _: (folder / "llm_config.json").write_text(
         '{"num_hidden_layers": ' + "9" * 5000 + "}"
     ),
+    "a config that is a folder": _folder_for_config,
     "heads that do not divide": _config("llm_config.json", {"num_attention_heads": 3}),
     "a patch size of zero": _config("vit_config.json", {"patch_size": 0}),
 }

@@ -8,11 +8,22 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from bagel_compress.errors import RecipeError, TargetError
+from bagel.json_file import small_bytes
+from bagel_compress import open_model
+from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import MANIFEST
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.errors import ArtifactError, BagelCompressError, RecipeError, TargetError
+from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.io.atomic import atomic_file, atomic_path, write_atomic
-from bagel_compress.io.safe_paths import check_names, stays_inside
+from bagel_compress.io.packaged import find_recipe
+from bagel_compress.io.pictures import read_picture
+from bagel_compress.io.safe_paths import check_names, exists, stays_inside
 from bagel_compress.io.yaml_model import FrozenModel, load_yaml, meaning_digest, parse_yaml
+from bagel_compress.parity.trace import TraceFile
 from bagel_compress.run.target import Target
+from bagel_compress.source.adapter_config import AdapterConfig
+from bagel_compress.source.checkpoint import Checkpoint
 
 
 class Part(FrozenModel):
@@ -95,6 +106,47 @@ def test_a_file_that_is_not_there_or_no_yaml(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="is not YAML") as caught:
         load_yaml(Tree, tmp_path / "a.yaml", "tree", TargetError)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: &x [1]\nb: *x\n", "aliases"),
+        ("a: " + "[" * 60 + "]" * 60, "50 levels of nesting"),
+        ("[" * 100_000, "is not YAML"),
+        ("a: " + "9" * 5000, "is not YAML"),
+        ("# " + "x" * 200_000, "more than 131072"),
+    ],
+)
+def test_yaml_that_is_short_and_means_much(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "hostile.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=says):
+        Recipe.load(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / MANIFEST)
+    for opens in (Artifact.open, ExportFolder.open):
+        with pytest.raises(ArtifactError, match="has no"):
+            opens(tmp_path)
+    for read in (Recipe.load, Target.load, TraceFile.open, Checkpoint.open, read_picture, AdapterConfig.read):
+        with pytest.raises(BagelCompressError):
+            read(tmp_path / MANIFEST)
+    with pytest.raises(OSError, match="no file"):
+        small_bytes(tmp_path / MANIFEST)
+    (tmp_path / "large").write_bytes(b"x" * 11)
+    with pytest.raises(OSError, match="11 bytes"):
+        small_bytes(tmp_path / "large", most=10)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "/".join(["y" * 200] * 30)])
+def test_a_name_that_no_system_takes_is_one_that_is_not_there(name: str) -> None:
+    assert not exists(name)
+    for read in (find_recipe, Target.load, Checkpoint.open, open_model):
+        with pytest.raises(BagelCompressError):
+            read(name)
 
 
 def test_a_nested_key_of_a_target_is_answered_with_the_keys_beside_it(tmp_path: Path) -> None:

@@ -146,9 +146,12 @@ def test_auto_takes_one_card_where_there_is_room_and_else_a_map(two_cards, build
         ("cuda:0,cuda:0", "no GPU of its own"),
         ("cuda:0,cpu", "no GPU of its own"),
         ("card", "is no device"),
+        ("meta", "is no device"),
+        ("mps", "no Metal device"),
     ],
 )
-def test_devices_that_are_not_there(two_cards, device, sentence):
+def test_devices_that_are_not_there(two_cards, monkeypatch, device, sentence):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(TargetError, match=sentence):
         device_option.choose_device(device, "model")
 
