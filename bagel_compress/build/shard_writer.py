@@ -165,7 +165,7 @@ class _OpenShard:
             self.pending.remove(write)
 
     def sync_early(self, pool: ThreadPoolExecutor) -> None:
-        """Has the disk take what was written so far, if that is much and it is not at it already."""
+        """Starts an fsync when at least SYNC_BYTES were written since the last one began and none is running."""
         total = self.filled.total()
         if total - self.synced >= SYNC_BYTES and (self.syncing is None or self.syncing.done()):
             self.synced, self.syncing = total, pool.submit(os.fsync, self.handle().fileno())

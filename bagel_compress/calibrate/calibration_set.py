@@ -36,28 +36,28 @@ VERSION = 1  # of the header; raised by any change of what a field means
 WRAPPERS = 2  # tokens around a picture
 
 
-class Words(FrozenModel):
+class TextPass(FrozenModel):
     """A text turn, wrapped: causal, each id takes a rope position."""
 
     kind: Literal["words"] = "words"
     ids: tuple[int, ...] = Field(min_length=1)
 
 
-class Seen(FrozenModel):
+class ImagePass(FrozenModel):
     """A picture as ViT features between two wrapper tokens."""
 
     kind: Literal["seen"] = "seen"
     picture: int = Field(ge=0)
 
 
-class Clean(FrozenModel):
+class CleanLatent(FrozenModel):
     """A picture as clean latent (t = 0) between two wrapper tokens."""
 
     kind: Literal["clean"] = "clean"
     latent: int = Field(ge=0)
 
 
-class Decoded(FrozenModel):
+class DecodedText(FrozenModel):
     """A text that was decoded after the first `after` events of the trunk, start token first."""
 
     kind: Literal["decoded"] = "decoded"
@@ -65,7 +65,7 @@ class Decoded(FrozenModel):
     ids: tuple[int, ...] = Field(min_length=1)
 
 
-class Noised(FrozenModel):
+class NoisedLatent(FrozenModel):
     """A denoising pass at time `time` after the first `after` events of the trunk."""
 
     kind: Literal["noised"] = "noised"
@@ -74,11 +74,11 @@ class Noised(FrozenModel):
     time: float = Field(ge=0, le=1)
 
 
-Event = Annotated[Words | Seen | Clean, Field(discriminator="kind")]
-Branch = Annotated[Decoded | Noised, Field(discriminator="kind")]
+Event = Annotated[TextPass | ImagePass | CleanLatent, Field(discriminator="kind")]
+Branch = Annotated[DecodedText | NoisedLatent, Field(discriminator="kind")]
 
 
-class Reading(FrozenModel):
+class RecordedSequence(FrozenModel):
     """What one context reads, and what is computed on top of it."""
 
     name: str
@@ -119,7 +119,7 @@ class Header(FrozenModel):
     source_digest: str
     latents: Literal["sampled", "pictures"] = Field(description="by the model's sampler, or of given pictures")
     versions: dict[str, str] = Field(default_factory=dict)
-    sequences: tuple[Reading, ...] = ()
+    sequences: tuple[RecordedSequence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +177,15 @@ class CalibrationSet:
             for item in (*sequence.trunk, *sequence.branches):
                 own_und, own_gen = self.rows_of(item)
                 und, gen = und + own_und, gen + own_gen
-                read_und += own_und if isinstance(item, Decoded) else 0
-                read_gen += own_gen if isinstance(item, Noised) else 0
+                read_und += own_und if isinstance(item, DecodedText) else 0
+                read_gen += own_gen if isinstance(item, NoisedLatent) else 0
         return Rows(und, gen, read_und, read_gen)
 
-    def rows_of(self, item: Words | Seen | Clean | Decoded | Noised) -> tuple[int, int]:
+    def rows_of(self, item: TextPass | ImagePass | CleanLatent | DecodedText | NoisedLatent) -> tuple[int, int]:
         """Rows of the understanding and of the generation expert."""
-        if isinstance(item, Words | Decoded):
+        if isinstance(item, TextPass | DecodedText):
             return len(item.ids), 0
-        if isinstance(item, Seen):
+        if isinstance(item, ImagePass):
             height, width, channels = self.shapes[f"picture/{item.picture}"]
             return height * width * channels // self.header.inputs.vit_patch + WRAPPERS, 0
         rows, cols, _ = self.shapes[f"latent/{item.latent}"]
@@ -228,15 +228,18 @@ class CalibrationSet:
         for sequence in self.header.sequences:
             for item in (*sequence.trunk, *sequence.branches):
                 fault = ""
-                if isinstance(item, Words | Decoded) and not 0 <= min(item.ids) <= max(item.ids) < inputs.vocabulary:
+                if (
+                    isinstance(item, TextPass | DecodedText)
+                    and not 0 <= min(item.ids) <= max(item.ids) < inputs.vocabulary
+                ):
                     fault = f"a token id outside of 0 .. {inputs.vocabulary - 1}"
-                if isinstance(item, Seen) and f"picture/{item.picture}" not in self.shapes:
+                if isinstance(item, ImagePass) and f"picture/{item.picture}" not in self.shapes:
                     fault = f"picture {item.picture}, which is not there"
-                if isinstance(item, Clean | Noised):
+                if isinstance(item, CleanLatent | NoisedLatent):
                     shape = self.shapes.get(f"latent/{item.latent}", ())
                     if len(shape) != 3 or shape[2] != inputs.latent_width:
                         fault = f"latent {item.latent}, which is not there or not {inputs.latent_width} wide"
-                if isinstance(item, Decoded | Noised) and item.after > len(sequence.trunk):
+                if isinstance(item, DecodedText | NoisedLatent) and item.after > len(sequence.trunk):
                     fault = f"a branch after {item.after} of {len(sequence.trunk)} events"
                 if fault:
                     raise CalibrationError(
@@ -254,9 +257,9 @@ def save(path: Path, header: Header, tensors: Mapping[str, torch.Tensor], key: s
         save_file(ordered, str(partial), metadata=metadata)
 
 
-def join(sets: Iterable[CalibrationSet]) -> tuple[tuple[Reading, ...], dict[str, torch.Tensor]]:
+def join(sets: Iterable[CalibrationSet]) -> tuple[tuple[RecordedSequence, ...], dict[str, torch.Tensor]]:
     """Sequences and tensors of several sets as one; a picture that several hold is kept once."""
-    sequences: list[Reading] = []
+    sequences: list[RecordedSequence] = []
     tensors: dict[str, torch.Tensor] = {}
     known: dict[bytes, int] = {}
     latents = 0
@@ -300,11 +303,11 @@ def codec_fingerprint(text: Any) -> str:
     return total.hexdigest()
 
 
-def _renumbered(sequence: Reading, pictures: Sequence[int], latents: int) -> Reading:
+def _renumbered(sequence: RecordedSequence, pictures: Sequence[int], latents: int) -> RecordedSequence:
     def moved(item: Any) -> Any:
-        if isinstance(item, Seen):
+        if isinstance(item, ImagePass):
             return item.model_copy(update={"picture": pictures[item.picture]})
-        if isinstance(item, Clean | Noised):
+        if isinstance(item, CleanLatent | NoisedLatent):
             return item.model_copy(update={"latent": item.latent + latents})
         return item
 

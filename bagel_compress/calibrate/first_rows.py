@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from bagel.loading import parameter_path, put, unfilled
 from bagel.model import Bagel
-from bagel_compress.calibrate.calibration_set import CalibrationSet, Clean, Decoded, Noised, Seen, Words
+from bagel_compress.calibrate.calibration_set import (
+    CalibrationSet,
+    CleanLatent,
+    DecodedText,
+    ImagePass,
+    NoisedLatent,
+    TextPass,
+)
 from bagel_compress.calibrate.layout import Layout, Pass
 from bagel_compress.codecs.base import Reader
 from bagel_compress.errors import CalibrationError
@@ -49,9 +56,9 @@ def first_rows(
     seen: dict[int, Tensor] = {}
     for sequence, reading in zip(layout.sequences, calibration.header.sequences, strict=True):
         for p in sequence:
-            if isinstance(p.item, Words | Decoded):
+            if isinstance(p.item, TextPass | DecodedText):
                 inside = front.embed_tokens(torch.tensor(p.item.ids, device=device))
-            elif isinstance(p.item, Seen):
+            elif isinstance(p.item, ImagePass):
                 if p.item.picture not in seen:
                     seen[p.item.picture] = _features(front, calibration.picture(p.item.picture)).to("cpu", keep)
                 inside = torch.cat([start, seen[p.item.picture].to(device, dtype), end])
@@ -86,12 +93,12 @@ def _features(front: Bagel, picture: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _latents(front: Bagel, calibration: CalibrationSet, p: Pass, name: str, wrap: tuple[int, int]) -> Tensor:
-    assert isinstance(p.item, Clean | Noised)
+    assert isinstance(p.item, CleanLatent | NoisedLatent)
     latent = calibration.latent(p.item.latent)
     if not bool(torch.isfinite(latent).all()):
         raise CalibrationError(
             f"calibration set {calibration.path}: latent {p.item.latent} of {name} holds NaN or Inf; make it again."
         )
-    time = torch.tensor(p.item.time if isinstance(p.item, Noised) else 0.0)
+    time = torch.tensor(p.item.time if isinstance(p.item, NoisedLatent) else 0.0)
     block = front.noisy_block(latent.flatten(0, 1), time, [(latent.shape[0], latent.shape[1])], wrap)
     return block.latents

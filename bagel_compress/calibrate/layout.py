@@ -17,15 +17,15 @@ from torch import Tensor
 from bagel_compress.calibrate.calibration_set import (
     WRAPPERS,
     CalibrationSet,
-    Clean,
-    Decoded,
-    Noised,
-    Reading,
-    Seen,
-    Words,
+    CleanLatent,
+    DecodedText,
+    ImagePass,
+    NoisedLatent,
+    RecordedSequence,
+    TextPass,
 )
 
-Item = Words | Seen | Clean | Decoded | Noised
+Item = TextPass | ImagePass | CleanLatent | DecodedText | NoisedLatent
 
 
 @dataclass(slots=True)
@@ -94,7 +94,9 @@ def lay_out(calibration: CalibrationSet) -> Layout:
     """The layout of a set."""
     total = calibration.rows
     wrappers = WRAPPERS * sum(
-        isinstance(item, Clean | Noised) for s in calibration.header.sequences for item in (*s.trunk, *s.branches)
+        isinstance(item, CleanLatent | NoisedLatent)
+        for s in calibration.header.sequences
+        for item in (*s.trunk, *s.branches)
     )
     narrow = total.und - wrappers
     counters = _Counters(0, narrow, total.und)
@@ -102,16 +104,16 @@ def lay_out(calibration: CalibrationSet) -> Layout:
     return Layout(sequences, narrow, total.und, total.und + total.gen)
 
 
-def _sequence(calibration: CalibrationSet, reading: Reading, counters: _Counters) -> tuple[Pass, ...]:
+def _sequence(calibration: CalibrationSet, reading: RecordedSequence, counters: _Counters) -> tuple[Pass, ...]:
     ropes = [0]
     passes = []
     for index, event in enumerate(reading.trunk):
         rows = _take(counters, *calibration.rows_of(event))
-        causal = isinstance(event, Words)
+        causal = isinstance(event, TextPass)
         passes.append(Pass(event, rows, index, ropes[-1], causal, on_trunk=True, read=False))
         ropes.append(ropes[-1] + (len(rows) if causal else 1))
     for branch in reading.branches:
-        causal = isinstance(branch, Decoded)
+        causal = isinstance(branch, DecodedText)
         rows = _take(counters, *calibration.rows_of(branch))
         passes.append(Pass(branch, rows, branch.after, ropes[branch.after], causal, on_trunk=False, read=True))
     return tuple(passes)

@@ -20,7 +20,14 @@ from bagel.branches import Branches, Noise
 from bagel.events import Drawing, Listener, Step
 from bagel.inputs import to_rgb, to_tensor
 from bagel.sampler import Sampler, TextSettings, Turn
-from bagel_compress.calibrate.calibration_set import Clean, Decoded, Noised, Reading, Seen, Words
+from bagel_compress.calibrate.calibration_set import (
+    CleanLatent,
+    DecodedText,
+    ImagePass,
+    NoisedLatent,
+    RecordedSequence,
+    TextPass,
+)
 from bagel_compress.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ GOLDEN = 0.6180339887498949  # fractional parts of its multiples are spread even
 class Recorded:
     """Sequences of one prompt with their tensors, as a calibration set numbers them; and what was drawn."""
 
-    readings: list[Reading] = field(default_factory=list)
+    readings: list[RecordedSequence] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     drawn: Image.Image | None = None
@@ -68,34 +75,34 @@ class _InputRecorder:
         think = job.kind == "plan"
         turns: list[Turn] = [job.asked.prompt] if picture is None else [picture, job.asked.prompt]
         last = self.sampler.read(branches, [turns], output, think, [self._noise])
-        made: list[Decoded | Noised] = []
+        made: list[DecodedText | NoisedLatent] = []
         if output == "text" or think:
             ids = self._decoded(branches)
-            made.append(Decoded(after=len(branches.trunk), ids=tuple(ids)))
+            made.append(DecodedText(after=len(branches.trunk), ids=tuple(ids)))
             if think:
                 branches.add_thoughts([self.sampler.text.answer(ids)])
-        dropped: list[Noised] = []
+        dropped: list[NoisedLatent] = []
         if output == "image":
             grid = self.sampler.grid(last[0] if last else job.size)
             steps = self._given_steps(grid) if self.given is not None else self._sampled_steps(branches, grid)
             for x, t in steps:
                 self._keep_pass(branches, self.add_latent(x, grid), t, made, dropped)
-        self.found.readings.append(Reading(name=job.name, trunk=tuple(branches.trunk), branches=tuple(made)))
+        self.found.readings.append(RecordedSequence(name=job.name, trunk=tuple(branches.trunk), branches=tuple(made)))
         if dropped:
             name, trunk = f"{job.name}.image_dropped", tuple(branches.image_trunk)
-            self.found.readings.append(Reading(name=name, trunk=trunk, branches=tuple(dropped)))
+            self.found.readings.append(RecordedSequence(name=name, trunk=trunk, branches=tuple(dropped)))
         return self.found
 
-    def add_picture(self, pixels_CHW: Tensor) -> Seen:
+    def add_picture(self, pixels_CHW: Tensor) -> ImagePass:
         """Keeps a picture as the ViT gets it, in [-1, 1]."""
         self.found.pictures.append(((pixels_CHW + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).contiguous())
-        return Seen(picture=len(self.found.pictures) - 1)
+        return ImagePass(picture=len(self.found.pictures) - 1)
 
-    def add_clean(self, latent_CHW: Tensor) -> Clean:
+    def add_clean(self, latent_CHW: Tensor) -> CleanLatent:
         """Keeps a clean latent [z, h, w]."""
         patch = self.sampler.bagel.config.latent_patch_size
         grid = (latent_CHW.shape[1] // patch, latent_CHW.shape[2] // patch)
-        return Clean(latent=self.add_latent(self.sampler.bagel.pack_latent(latent_CHW), grid))
+        return CleanLatent(latent=self.add_latent(self.sampler.bagel.pack_latent(latent_CHW), grid))
 
     def add_latent(self, packed: Tensor, grid: tuple[int, int]) -> int:
         """Keeps packed latent tokens [N, p*p*z] and returns their number."""
@@ -147,16 +154,21 @@ class _InputRecorder:
         return vae.encode(to_tensor(image)[None].to(device), draw.to(device))[0].cpu()
 
     def _keep_pass(
-        self, branches: _RecordedBranches, latent: int, t: Any, made: list[Decoded | Noised], dropped: list[Noised]
+        self,
+        branches: _RecordedBranches,
+        latent: int,
+        t: Any,
+        made: list[DecodedText | NoisedLatent],
+        dropped: list[NoisedLatent],
     ) -> None:
         """The passes of one step: those that the sampler makes for the guidance branches."""
         flow, time = self.job.flow, float(t)
-        made.append(Noised(after=len(branches.trunk), latent=latent, time=time))
+        made.append(NoisedLatent(after=len(branches.trunk), latent=latent, time=time))
         guided = flow.guides(t) and flow.cfg_text_scale > 1
         if guided and branches.text_after != len(branches.trunk):
-            made.append(Noised(after=branches.text_after, latent=latent, time=time))
+            made.append(NoisedLatent(after=branches.text_after, latent=latent, time=time))
         if guided and flow.cfg_img_scale > 1 and not branches.image_equals_cond:
-            dropped.append(Noised(after=len(branches.image_trunk), latent=latent, time=time))
+            dropped.append(NoisedLatent(after=len(branches.image_trunk), latent=latent, time=time))
 
 
 class _KeptSteps(Listener):
@@ -176,8 +188,8 @@ class _RecordedBranches(Branches):
 
     def __init__(self, recorder: _InputRecorder) -> None:
         self._recorder = recorder
-        self.trunk: list[Words | Seen | Clean] = []
-        self.image_trunk: list[Words | Seen | Clean] = []
+        self.trunk: list[TextPass | ImagePass | CleanLatent] = []
+        self.image_trunk: list[TextPass | ImagePass | CleanLatent] = []
         self.text_after = 0  # events of the trunk that the text-dropped branch reads
         super().__init__(recorder.sampler)
 
@@ -195,9 +207,9 @@ class _RecordedBranches(Branches):
         content: Sequence[Any],
         branch: Literal["cond", "image_dropped"] = "cond",
     ) -> None:
-        event: Words | Seen | Clean
+        event: TextPass | ImagePass | CleanLatent
         if kind == "text":
-            event = Words(ids=tuple(content[0]))
+            event = TextPass(ids=tuple(content[0]))
         else:
             event = (self._recorder.add_clean if kind == "latent" else self._recorder.add_picture)(content[0])
         (self.trunk if branch == "cond" else self.image_trunk).append(event)

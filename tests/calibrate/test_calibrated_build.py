@@ -15,7 +15,14 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
-from bagel_compress.calibrate.calibration_set import CalibrationSet, Decoded, Header, Reading, Words, save
+from bagel_compress.calibrate.calibration_set import (
+    CalibrationSet,
+    DecodedText,
+    Header,
+    RecordedSequence,
+    TextPass,
+    save,
+)
 from bagel_compress.cli import main
 from bagel_compress.errors import CalibrationError, PlanError
 from bagel_compress.io.packaged import resource
@@ -156,7 +163,9 @@ def test_a_set_that_is_too_small_is_refused(tiny: Checkpoint, tmp_path: Path) ->
 
 
 def test_rows_that_are_all_equal_are_refused(tiny: Checkpoint, tmp_path: Path) -> None:
-    same = Reading(name="same", trunk=(Words(ids=(7,) * 40),), branches=(Decoded(after=1, ids=(7,) * 60),))
+    same = RecordedSequence(
+        name="same", trunk=(TextPass(ids=(7,) * 40),), branches=(DecodedText(after=1, ids=(7,) * 60),)
+    )
     plan = make_plan(tiny, recipe(experts="und"), changed_set(tmp_path / "same", {"sequences": (same,)}))
     with pytest.raises(CalibrationError, match="all 100 rows of inputs that the calibration set gave are equal"):
         compress(plan, tiny, tmp_path / "out")
@@ -192,11 +201,11 @@ def test_a_foreign_or_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_events_that_point_nowhere_are_named(tmp_path: Path) -> None:
-    lost = Reading(name="lost", trunk=(Words(ids=(7,)),), branches=(Decoded(after=2, ids=(7,)),))
+    lost = RecordedSequence(name="lost", trunk=(TextPass(ids=(7,)),), branches=(DecodedText(after=2, ids=(7,)),))
     with pytest.raises(CalibrationError, match="sequence lost holds a branch after 2 of 1 events"):
         changed_set(tmp_path / "lost", {"sequences": (lost,)})
     with pytest.raises(CalibrationError, match=r"holds a token id outside of 0 \.\. 607"):
-        changed_set(tmp_path / "id", {"sequences": (Reading(name="id", trunk=(Words(ids=(608,)),)),)})
+        changed_set(tmp_path / "id", {"sequences": (RecordedSequence(name="id", trunk=(TextPass(ids=(608,)),)),)})
 
 
 def test_packaged_recipes_are_calibrated_and_planned_without_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,11 @@ from bagel.sampler import Sampler
 from bagel.settings import FlowSettings
 from bagel_compress.calibrate.calibration_set import (
     CalibrationSet,
-    Clean,
-    Decoded,
-    Noised,
-    Seen,
-    Words,
+    CleanLatent,
+    DecodedText,
+    ImagePass,
+    NoisedLatent,
+    TextPass,
 )
 from bagel_compress.calibrate.first_rows import first_rows
 from bagel_compress.calibrate.layer_run import LayerRun, Stream
@@ -82,23 +82,23 @@ def sampled(calibration: CalibrationSet, passes: Sequence[Pass], sampler: Sample
         seen: dict[str, Tensor] = {}
         tap = seen.__setitem__
         item, at = p.item, [c.fork() for c in before[p.sees]]
-        if isinstance(item, Words):
+        if isinstance(item, TextPass):
             model.prefill_text(at, [item.ids], tap)
-        elif isinstance(item, Seen):
+        elif isinstance(item, ImagePass):
             pixels = (calibration.picture(item.picture).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
             model.prefill_vit(at, [pixels], sampler.wrap, tap)
-        elif isinstance(item, Clean):
+        elif isinstance(item, CleanLatent):
             latent = calibration.latent(item.latent)
             rows, cols, _ = latent.shape
             model.prefill_latent(at, [model.unpack_latent(latent.flatten(0, 1).float(), rows, cols)], sampler.wrap, tap)
-        elif isinstance(item, Noised):
+        elif isinstance(item, NoisedLatent):
             latent = calibration.latent(item.latent)
             block = model.noisy_block(
                 latent.flatten(0, 1), torch.tensor(item.time), [tuple(latent.shape[:2])], sampler.wrap
             )
             seen["velocity"] = model.velocity(block, at, tap)
         else:
-            assert isinstance(item, Decoded)
+            assert isinstance(item, DecodedText)
             seen["logits"] = torch.cat([model.next_logits(at, [token]) for token in item.ids])
         if p.on_trunk:
             before.append(at)
@@ -202,5 +202,5 @@ def test_a_set_of_given_pictures_needs_no_weights(tmp_path: Path, sampler: Sampl
     kinds = [[event.kind for event in reading.trunk] for reading in found.header.sequences]
     assert kinds == [["words"], ["clean", "seen", "words"], ["words"], ["seen", "words"]]
     decoded = found.header.sequences[-1].branches[0]
-    assert isinstance(decoded, Decoded)
+    assert isinstance(decoded, DecodedText)
     assert sampler.text.decode(decoded.ids[1:]) == "a red circle"
