@@ -44,17 +44,17 @@ class Branches:
         self._add_text([prompt] * len(self.cond))
 
     def add_text(self, texts: Sequence[str]) -> None:
-        """One text turn per sample."""
+        """Appends one text turn per sample; the text-dropped branch stays at the state before it."""
         self.text_dropped = forks(self.cond)
         self._add_text(texts)
 
     def add_thoughts(self, texts: Sequence[str]) -> None:
-        """Decoded thoughts: re-tokenised, appended to cond alone."""
+        """Re-tokenises decoded thoughts and appends them to the cond branch only."""
         self._split_off_image_dropped()
         self.prefill("text", self._turns(texts))
 
     def add_image(self, images: Sequence[Image.Image], noises: Sequence[Noise] | None) -> None:
-        """One picture per sample (RGB, already resized by the VAE rule); without noises, as ViT features only."""
+        """Appends one picture per sample (RGB, already resized by the VAE rule); no noises: ViT features only."""
         self._split_off_image_dropped()
         if noises is not None:
             self._listener.before_encode(images)

@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 LLM_FILE, VIT_FILE, EXTRA_FILE = "llm_config.json", "vit_config.json", "config.json"
 LATENT_INPUT, LATENT_TABLE, VIT_TABLE = "vae2llm.weight", "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
-# Sizes are compared with the tensors that there are only after names were made of them, so they have ends.
+# Sizes from a file are bounded: tensor names are made from them before they are compared with the stored tensors.
 MOST, MOST_LAYERS, LARGEST = 1 << 24, 1000, 1e30
 VAE_SCALE, VAE_SHIFT = 0.3611, 0.1159  # of FLUX's autoencoder
 _OFFICIAL_VAE_SIDES, _OFFICIAL_VIT_SIDES = (1024, 512, 16), (980, 224, 14)  # longest, shortest, stride
@@ -117,7 +117,7 @@ class BagelConfig:
 
     @property
     def sizes(self) -> ModelSizes:
-        """What fixes the shapes of all tensors."""
+        """The numbers that fix the shapes of all tensors."""
         llm, vit = self.llm, self.vit
         return ModelSizes(
             llm.hidden_size, llm.intermediate_size, llm.num_layers, llm.num_heads, llm.num_kv_heads, llm.vocab_size,
@@ -198,7 +198,7 @@ def vae_factors(extra: Mapping[str, Any], file: Path) -> tuple[float, float]:
 
 
 def config_files(folder: Path) -> dict[str, Path]:
-    """Those of the three JSON files that a folder has, by name."""
+    """Paths of those of the three JSON files that the folder has, by file name."""
     return {name: folder / name for name in (LLM_FILE, VIT_FILE, EXTRA_FILE) if (folder / name).exists()}
 
 

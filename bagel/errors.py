@@ -1,4 +1,4 @@
-"""What a user of the model can get wrong. One sentence: what, found, expected, what to do."""
+"""Errors of the model package. A message is one sentence: what is wrong, what was found and expected, what to do."""
 
 
 class BagelError(Exception):
@@ -8,11 +8,11 @@ class BagelError(Exception):
 
 
 class Cancelled(Exception):  # noqa: N818 - nothing went wrong
-    """A listener ended a run because somebody asked it to; not a fault."""
+    """Raised by a listener to end a run on request; not a fault."""
 
 
 def shown(value: object) -> str:
-    """A value from a file as a sentence shows it: its repr, of 80 characters at most."""
+    """The repr of a value for an error message, shortened if it is longer than 80 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # integers of 5,000 digits; lists in lists in lists

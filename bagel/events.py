@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and what a listener may change.
+"""The events of a run, and what a listener may change in each.
 
     class Bar(Listener):
         def after_step(self, step: Step) -> Step:
@@ -103,7 +103,7 @@ class Step:
 
 
 class Listener:
-    """Hears the events of a run. This one changes nothing and costs nothing."""
+    """Base class for listeners to a run's events; every method here leaves the run unchanged."""
 
     # --- reading the turns --------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class Listener:
         return work
 
     def after_prefill(self, work: Prefill) -> None:
-        """It was appended: the contexts are longer."""
+        """The turn or picture was appended: the contexts are longer."""
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
@@ -126,10 +126,10 @@ class Listener:
         """Logits [B, V] of what follows in the samples that go on. Returns their next tokens; None: as sampled."""
 
     def token(self, sample: int, token: int) -> None:
-        """A token became part of a sample's text. Start and end token are not told."""
+        """A token became part of a sample's text. Not called for the start and end tokens."""
 
     def thoughts(self, texts: Sequence[str]) -> Sequence[str]:
-        """Thoughts of each sample before a picture; what is returned is put into the contexts."""
+        """Called with each sample's thoughts before a picture; the returned texts go into the contexts."""
         return texts
 
     # --- pictures -----------------------------------------------------------------------------------------------------
@@ -138,11 +138,11 @@ class Listener:
         """Contexts are complete, denoising begins."""
 
     def before_step(self, work: StepInput) -> StepInput | None:
-        """A step is about to be made, from another x or t if wanted; None leaves it out, and x stays as it is."""
+        """Called before a step. The run makes the returned step; None skips the step and leaves x as it is."""
         return work
 
     def after_step(self, step: Step) -> Step:
-        """A step was made; the run goes on from `x_next` of what is returned."""
+        """Called after a step. The run continues from `x_next` of the returned value."""
         return step
 
     def before_picture(self, latents: Sequence[Array]) -> Sequence[Array]:

@@ -1,4 +1,4 @@
-"""Numbers that a run makes are finite, or the run ends: a NaN would become a black picture or a word of its own."""
+"""Stops a run on NaN or infinity, which would otherwise become a black picture or an arbitrary token."""
 
 from __future__ import annotations
 

@@ -28,14 +28,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises BagelError on a mode without one meaning as a picture, such as floating-point values.
     """
-    image.load()  # Pillow turns TIFF files while it loads them, and then forgets how they lay
+    image.load()  # Pillow rotates TIFF files while loading and then drops their orientation tag
     turn = TURNS.get(_orientation(image))
     upright = _flat(image)
     return upright if turn is None else upright.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF value, or 1; damaged EXIF data turn nothing, as in viewers."""
+    """The EXIF orientation; 1 (upright) where it is absent or damaged, as in viewers."""
     try:
         value = image.getexif().get(ORIENTATION)
     except (SyntaxError, struct.error, ValueError, KeyError, TypeError, OSError):  # what Pillow's readers raise
@@ -44,7 +44,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """RGB without transparency, not turned."""
+    """The picture as RGB, transparency on white, not rotated."""
     if image.mode in DEEP or (image.mode == "I" and image.format == "PNG"):  # Pillow 10 opens 16-bit PNGs as I
         return _grey16(image)
     if image.mode in TRANSPARENT or (image.mode in OPAQUE and "transparency" in image.info):

@@ -1,4 +1,4 @@
-"""From pictures to tensors and ids; text and resize rules, which need no torch, are in `text` and `images`."""
+"""Converts pictures to tensors and position ids. Text and resize rules need no torch: see `text` and `images`."""
 
 from __future__ import annotations
 

@@ -79,13 +79,13 @@ def load_vae(
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Modules made inside are on the meta device, without initial values: drawing them is slow even for nothing."""
+    """Modules created inside are on the meta device and skip their slow random initialisation."""
     with torch.device("meta"), _Unfilled():
         yield
 
 
 class _Unfilled(TorchFunctionMode):
-    """What would fill a tensor leaves it as it is."""
+    """Replaces an initialiser: returns the tensor unchanged."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == nn.init.__name__:  # called as fill(tensor=...) by torch's dispatcher
@@ -161,7 +161,7 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def shapes_of(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    """Shapes from the headers; no data is read."""
+    """Tensor shapes from the files' headers; no data is read."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file, names in _by_file(files):
         with _opened(file) as handle:

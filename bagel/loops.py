@@ -45,7 +45,7 @@ class Request:
 
 @dataclass(slots=True)
 class Result:
-    """What a run gave. `text` is the answer or the thoughts; `ids` as decoded, start token first."""
+    """The result of a run. `text` is the answer or the thoughts; `ids` as decoded, start token first."""
 
     text: str | None = None
     ids: list[int] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Result:
 
 
 class Loops(ABC):
-    """The sampler without its arithmetic."""
+    """The sampler's control flow; a backend supplies the arithmetic."""
 
     bagel: Any
     text: TextCodec
@@ -128,7 +128,7 @@ class Loops(ABC):
         return results
 
     def _check(self, requests: Sequence[Request], output: Output) -> None:
-        """What cannot be is refused before any work."""
+        """Raises BagelError on an impossible request, before any work is done."""
         kinds = {tuple(isinstance(turn, str) for turn in request.turns) for request in requests}
         if len(kinds) != 1:
             raise BagelError(
@@ -301,7 +301,7 @@ class Loops(ABC):
         return v, v_text, v_image
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, cols) of latent tokens of an image of (H, W) pixels. Raises BagelError on a size that cannot be."""
+        """(rows, cols) of latent tokens of a picture of (H, W) pixels. Raises BagelError on an impossible size."""
         stride = self.bagel.config.image_stride
         self.bagel.config.check_size(size)
         return size[0] // stride, size[1] // stride
@@ -337,7 +337,7 @@ class Loops(ABC):
 
     @abstractmethod
     def start(self, x: Array) -> Array:
-        """The initial noise as fp32 where the loop keeps x."""
+        """The initial noise in fp32, on the device that holds x."""
 
     @abstractmethod
     def guide(self, v: Array, v_text: Array, v_image: Array | None, flow: FlowSettings) -> Array:

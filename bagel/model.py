@@ -85,7 +85,7 @@ class NoisyBlock:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The devices of a model that is spread over several. A layer's caches live with it; hidden rows travel."""
+    """The devices of a model split over several. A layer's cache is on its device; hidden rows move between them."""
 
     home: torch.device  # embeddings, bridges, norms: where rows enter and leave
     layers: tuple[torch.device, ...]
@@ -133,7 +133,7 @@ class Bagel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where rows enter and leave, and x is kept."""
+        """The device that takes a pass's input rows, returns its output rows and holds x."""
         return self.norm_und.weight.device if self.places is None else self.places.home
 
     @property

@@ -6,10 +6,10 @@
     sampler.run([picture, "what is this?"], output="text").text            understanding
     think=True lets the model plan in words first, in all of them.
 
-The script of a run is in `bagel.loops`; here are its torch parts. A listener (`bagel.events`) hears every token and
-step and may change them, so that whoever wants to watch, record, replay or stop a run needs no sampler of his own.
-Randomness comes from an explicit CPU generator or from given tensors. Branches of guidance that would repeat another
-one's work are not evaluated (`share_branches = False` turns that off).
+The script of a run is in `bagel.loops`; here are its torch parts. A listener (`bagel.events`) receives every
+token and step and may change them, so watching, recording, replaying or stopping a run needs no second sampler.
+Randomness comes from an explicit CPU generator or from given tensors. A guidance branch that equals another
+branch is not evaluated a second time (`share_branches = False` evaluates all of them).
 """
 
 from __future__ import annotations

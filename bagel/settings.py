@@ -1,4 +1,4 @@
-"""What a run can be told: how an image is sampled and how text is decoded. No torch."""
+"""Settings of a run: how an image is sampled and how text is decoded. No torch."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TextSettings:
 
 
 def check_seed(seed: int) -> int:
-    """The seed. Raises BagelError if it is none that every generator takes: 0 to 2^63 - 1."""
+    """Returns the seed. Raises BagelError if it is outside 0 to 2^63 - 1, the range every generator accepts."""
     if type(seed) is not int or not 0 <= seed < SEEDS:
         raise BagelError(f"the seed is {str(seed)[:40]}, expected a whole number from 0 to 2^63 - 1.")
     return seed

@@ -1,7 +1,7 @@
 """Solvers of the flow's differential equation dx/dt = v(x, t), from t = 1 (noise) down to 0 (data). No array library.
 
-Every solver is an Euler step with another velocity; it is this velocity that differs. With a step from t to t' and
-the one before it from s to t:
+Every solver makes an Euler step; solvers differ only in the velocity they use. For a step from t to t' that follows a
+step from s to t:
 
     euler   v                                        the official sampler; error of order 1 in the step
     ab2     v + (t - t') / (2 (s - t)) (v - v_s)     Adams-Bashforth of order 2 for steps of unequal length
@@ -30,7 +30,7 @@ Array = Any
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """What the step before was made from: time, fp32 x and guided v there, and whether guidance acted."""
+    """The previous step's inputs: its time, x and guided v in fp32, and whether guidance acted."""
 
     t: float
     x: Array
@@ -42,13 +42,13 @@ class MultiStep:
     """Velocities of ab2 and dpm2 along one path."""
 
     def __init__(self, solver: str, widen: Callable[[Array], Array]) -> None:
-        """`widen`: an array as fp32 where x is."""
+        """`widen` converts an array to fp32 on the device of x."""
         self._velocity = {"ab2": _ab2, "dpm2": _dpm2}.get(solver)
         self._widen = widen
         self._before: _Before | None = None
 
     def velocity(self, x: Array, v: Array, t: float, t_next: float, guided: bool) -> Array:
-        """The velocity for an Euler step from (x, t) to t_next, where the guided one is v; v itself at first."""
+        """The velocity for an Euler step from (x, t) to t_next; v, the guided velocity at (x, t), in the first step."""
         before, now = self._before, _Before(t, x, self._widen(v), guided)
         self._before = now
         if self._velocity is None or before is None or before.guided != guided:
@@ -57,7 +57,7 @@ class MultiStep:
 
 
 class Past:
-    """What the steps of one path leave for those after them."""
+    """State that one path's steps keep for later steps: the solver's previous step and the step cache."""
 
     def __init__(self, flow: FlowSettings, widen: Callable[[Array], Array]) -> None:
         self.solver = MultiStep(flow.solver, widen)

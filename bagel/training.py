@@ -176,7 +176,7 @@ def _attend_with(batch: PackedBatch, order: Tensor) -> Callable[[int, Tensor, Te
 
 
 class _Packer:
-    """Rows of a batch as they are laid out."""
+    """Collects the rows of a batch while samples are packed."""
 
     def __init__(self, model: Bagel, text: TextCodec) -> None:
         self.config, self.text = model.config, text

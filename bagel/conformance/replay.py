@@ -34,7 +34,7 @@ MAX_THINK_TOKENS = 1000
 
 
 class _ContextRecorder(Listener):
-    """Puts down every event under the recorded names, and feeds what the recording had: noise, ids, velocities in bf16.
+    """Stores every event under the recorded names, and feeds what the recording had: noise, ids, velocities in bf16.
 
     Ids are always the recorded ones, since an early flip would make all later logits incomparable.
     """
