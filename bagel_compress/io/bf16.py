@@ -74,7 +74,7 @@ def as_words(values: torch.Tensor) -> np.ndarray:
 
 @cache
 def _accept_read_only() -> None:
-    """torch warns once per process about read-only arrays; ours are never written to, so the warning is spent here."""
+    """torch warns once per process about read-only arrays; ours are never written to, so it is silenced here."""
     import numpy as np
     import torch
 

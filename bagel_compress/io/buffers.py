@@ -1,7 +1,7 @@
-"""Buffers that are used again: the first touch of fresh memory costs more than reading into it.
+"""Reuses read buffers: the first touch of fresh memory costs more than reading into it.
 
-A buffer is free when nothing refers to it any more: no array made from it, no tensor on its memory, nothing that waits
-in a queue. So a reader just reads, and whoever got the bytes keeps them for as long as it needs them.
+A buffer is free when nothing refers to it any more: no array made from it, no tensor on its memory, no entry of
+a queue. A caller never returns a buffer: it is reused once the last reference to it is gone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SIZE = 8 << 20  # bytes of a buffer: what a reader of weights asks for at once
 SMALL = SIZE // 8
-KEPT = 16  # buffers that are kept; more are given while they are asked for
+KEPT = 16  # buffers kept for reuse; further ones are allocated and freed
 
 
 class Buffers:
@@ -27,7 +27,7 @@ class Buffers:
         self._idle = 0  # references to a buffer that nobody uses: those of this class
 
     def take(self, nbytes: int) -> np.ndarray:
-        """uint8 [nbytes], with any content. It is the caller's for as long as anything refers to it."""
+        """uint8 [nbytes], content undefined. The memory is not reused while anything refers to it."""
         import numpy as np
 
         if not SMALL < nbytes <= SIZE:  # small: no gain, and it would hold a large one

@@ -25,7 +25,7 @@ def tensors_digest(header: bytes, digests: Iterable[str]) -> str:
 
 
 def blake3_file(path: Path, also: Hash | None = None) -> str:
-    """BLAKE3 of a file's bytes; `also` is fed with them too."""
+    """BLAKE3 of a file's bytes; `also` is updated with the same bytes."""
     with path.open("rb") as file:
         return blake3_of(file, path.stat().st_size, also)
 

@@ -85,7 +85,7 @@ def parse_yaml(
 
 def plain_yaml(text: str) -> Any:
     """YAML as data. Raises YAMLError on aliases, of which a few lines stand for more than memory holds, and on endless
-    nesting; ValueError, TypeError or RecursionError on values that Python has not."""
+    nesting; ValueError, TypeError or RecursionError on values Python cannot hold."""
     depth = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):
