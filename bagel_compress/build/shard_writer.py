@@ -32,7 +32,7 @@ PIECE = 8 << 20  # bytes written at once
 BUFFERS = 6  # being filled, being written, and a few between, since encoding and writing do not keep step
 LASTING = 128  # lasting chunks that may wait: copied tensors must not hold up the coding of the next
 HASH_BLOCK = 1 << 18  # bytes read back at a time: they stay in the second-level cache
-SYNC_BYTES = 192 << 20  # put between two requests to the disk; it would otherwise wait for the end of a shard
+SYNC_BYTES = 192 << 20  # written between two fsyncs: without them the disk would idle until the end of a shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class ShardWriter:
         shard.sync_early(self._syncing)
 
     def end(self) -> Future[WrittenShard]:
-        """Every byte was put. The result is there when the file is written, hashed, synced and under its name."""
+        """Call it after the last `put`. The future is done when the file is written, hashed, synced and renamed."""
         shard = self._shards[-1]
         for part, spec in shard.parts.items():
             if shard.filled[part] != spec.nbytes:
@@ -141,7 +141,7 @@ class _OpenShard:
     size: int
     filled: Counter[str] = field(default_factory=Counter)
     pending: list[Future[None]] = field(default_factory=list)
-    synced: int = 0  # bytes that were put when the disk was last asked
+    synced: int = 0  # bytes that were written when the last fsync began
     syncing: Future[None] | None = None
 
     def handle(self) -> FileIO:
@@ -159,7 +159,7 @@ class _OpenShard:
             rest = rest[file.write(rest) :]
 
     def raise_failures(self) -> None:
-        """Re-raises what a finished background write met, and forgets the ones that went well."""
+        """Re-raises the error of a background write that failed; drops those that succeeded."""
         for write in [w for w in self.pending if w.done()]:
             write.result()
             self.pending.remove(write)

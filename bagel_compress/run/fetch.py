@@ -43,7 +43,7 @@ def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
             f"{repo} has no {' or '.join(MANIFESTS)}: it is no artifact of bagel-compress, or not a finished one."
         )
     manifest_path = download(repo, revision, [own])[own]  # by its name: the cache then knows the name
-    if manifest_path.parent.name != commit:  # somebody published in this moment
+    if manifest_path.parent.name != commit:  # the repository changed between the two requests
         commit, names = listing(repo, manifest_path.parent.name)
     files = listed_files(own, manifest_path.read_bytes(), Path(repo))
     missing = files.keys() - names
@@ -74,7 +74,7 @@ def fetch_model(repo: str) -> Path:
 
 
 def manifest_in(names: Collection[str]) -> str | None:
-    """The manifest among the files of a folder or repository; None: it holds nothing of ours."""
+    """The manifest among the files of a folder or repository; None if there is no artifact and no export."""
     return next((manifest for manifest in MANIFESTS if manifest in names), None)
 
 
@@ -86,7 +86,7 @@ def open_artifact(path_or_repo: str | Path, revision: str | None = None) -> Arti
 
 
 def _check(repo: str, commit: str, folder: Path, files: Files) -> None:
-    """Reads every file of the manifest; a wrong one is loaded again, once."""
+    """Reads every file of the manifest; a wrong one is downloaded again, once."""
     for name in _wrong(folder, files, files):
         _forget(folder / name)
         download(repo, commit, [name])

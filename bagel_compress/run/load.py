@@ -161,7 +161,7 @@ def _lies_on(device: DeviceChoice) -> Callable[[str], torch.device]:
 
 
 def _spread(sampler: Sampler, device: DeviceChoice) -> Sampler:
-    """The sampler, told of its map if it has one."""
+    """The sampler; with a device map, its model computes each layer on the map's device."""
     if isinstance(device, DeviceMap):
         from bagel_compress.run.offload import wait
 
@@ -172,7 +172,7 @@ def _spread(sampler: Sampler, device: DeviceChoice) -> Sampler:
 
 
 def _fill(bagel: Bagel, artifact: Artifact, lies_on: Callable[[str], torch.device], dtype: torch.dtype | None) -> None:
-    """Biases first, so that a linear's module is made whole; then every unit in the order of the shards."""
+    """Loads the weights: biases first, because a linear's module is made with its bias, then units in shard order."""
     from bagel.loading import parameter_path, put
 
     biases: dict[str, torch.Tensor] = {}

@@ -51,7 +51,10 @@ def reside(sampler: Sampler, plan: Mapping[Phase, tuple[Part, ...]], device: tor
 
 
 def wait(sampler: Sampler, places: DeviceMap) -> Residency:
-    """Lets a sampler that was loaded by a map bring what the map keeps in host memory. Changes it in place."""
+    """Has a sampler that was loaded by a device map copy the groups in host memory to the GPU when they are used.
+
+    Changes the sampler in place.
+    """
 
     def device_of(path: str) -> torch.device | None:
         group = group_of(path)
