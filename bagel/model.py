@@ -219,7 +219,7 @@ class Bagel(nn.Module):
         ones = [1] * len(contexts)
         for context in contexts:
             context.reserve(1)
-        work = _Pass(contexts, ones, [0] * len(ones), self._rope(positions), causal=True, append=True)
+        work = _Pass(contexts, ones, [0] * len(ones), self.rope(positions), causal=True, append=True)
         h_TD = self._run(x_TD, work, first_in_last=0)
         for context in contexts:
             context.advance(1, 1)
@@ -254,7 +254,7 @@ class Bagel(nn.Module):
     def velocity(self, block: NoisyBlock, contexts: Sequence[Context], tap: Tap | None = None) -> Tensor:
         """Predicted noise - data of every latent token, [N, p*p*z]. Contexts are read, not changed."""
         count = len(contexts)
-        rope = self._rope(self._block_positions(contexts, block.lens))
+        rope = self.rope(self._block_positions(contexts, block.lens))
         work = _Pass(contexts, [2] * count, block.lens, rope, causal=False, append=False)
         x_TD = torch.cat([block.wrappers, block.latents])
         if tap:
@@ -289,7 +289,7 @@ class Bagel(nn.Module):
         counts = [u + g for u, g in zip(und_lens, gen_lens, strict=True)]
         for context, count in zip(contexts, counts, strict=True):
             context.reserve(count)
-        work = _Pass(contexts, und_lens, gen_lens, self._rope(positions), causal, append=True)
+        work = _Pass(contexts, und_lens, gen_lens, self.rope(positions), causal, append=True)
         self._run(x_TD, work, x_TD.shape[0] if self.skip_unused and not tap else 0, tap)
         for context, count, step in zip(contexts, counts, rope_steps, strict=True):
             context.advance(count, step)
@@ -307,7 +307,7 @@ class Bagel(nn.Module):
                 tap(f"layer{index}", _official_order(x_TD, work))
         return x_TD if places is None else x_TD.to(places.home)
 
-    def _rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         llm = self.config.llm
         return rope_table(positions_T.to(self.device), llm.head_dim, llm.rope_theta, self.dtype)
 

@@ -20,7 +20,7 @@ from bagel.layers import RMSNorm
 from bagel.loading import parameter_path
 from bagel_compress.build.calibrated import model_config
 from bagel_compress.calibrate.first_rows import first_rows
-from bagel_compress.calibrate.layer_run import ATTENDED, GATED, QKV, LayerRun, Stream
+from bagel_compress.calibrate.layer_run import ATTENDED, DOWN, GATED, QKV, LayerRun, Stream
 from bagel_compress.calibrate.layout import lay_out
 from bagel_compress.calibrate.rounding import round_unit
 from bagel_compress.codecs.base import Codec, Unit
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bagel_compress.calibrate.moments import Moments
     from bagel_compress.source.checkpoint import Checkpoint
 
-GROUPS = {"qkv": QKV, "o": ATTENDED, "gate_up": GATED, "down": ("down_proj",)}
+GROUPS = {"qkv": QKV, "o": ATTENDED, "gate_up": GATED, "down": DOWN}
 Progress = Callable[[str], None]
 ROWS = 2048  # of the set that are measured, about; differences between groups are far larger than those of samples
 

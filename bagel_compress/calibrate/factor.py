@@ -61,3 +61,14 @@ def factorise(h: Tensor, damping: float, act_order: bool) -> Factor:
         f"second moments of {len(h)} inputs have no Cholesky factor even with {MOST:g} of their mean diagonal added;"
         " the calibration set or the checkpoint is damaged, make the set again."
     )
+
+
+def refit_map(h: Tensor, cross: Tensor, factor: Factor) -> Tensor:
+    """(K, K) fp32, rows in rounding order, such that `refit_map @ W^T` are the refitted weights' columns in that order.
+
+    Inputs of a layer whose predecessors were rounded differ from the full model's. With C = X_full^T X_rounded and
+    H = X_rounded^T X_rounded, W + W (C - H) (H + damping)^-1 is the least squares fit of the full layer's output.
+    """
+    moved = factor.solve((cross - h).T)
+    moved.diagonal().add_(1)
+    return moved[factor.order]

@@ -3,7 +3,8 @@
 The layer is done in the order of its linears: q, k and v; o; gate and up; down. After the moments of one group are
 known, its weights may be rounded at once, so that with `refit` the next group sees what the rounded ones give. Then the
 rows exist twice, as the full model has them and as the rounded one has them; else once. Weights are read for the group
-that needs them and dropped after it: no whole layer is ever in memory.
+that needs them and dropped after it: no whole layer is ever in memory. The MLP's inner rows, its largest product, are
+computed once and kept for one expert at a time, in the rows' own dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from bagel_compress.calibrate.layout import Layout
 
 CHUNK = 1024  # rows through a linear at a time: at 7B the MLP's products of a chunk take 0.23 GB in fp32
-QKV, ATTENDED, GATED = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
+QKV, ATTENDED, GATED, DOWN = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 
 Weight = Callable[[str], Tensor]  # path of a parameter, such as layers.3.gen.q_proj.weight -> its value, bf16
 
@@ -92,17 +93,24 @@ class LayerRun:
                 raise CalibrationError(
                     f"the rows that enter layer {layer} hold NaN or Inf; the checkpoint is damaged, verify it."
                 )
-        step.collect(QKV, self._normed("input_layernorm"), split_query=True)
+        for name in self.experts:
+            step.collect(name, QKV, self._normed("input_layernorm"), split_query=True)
         for stream in streams:
             self._attend(step, stream)
-        step.collect(ATTENDED, step.attended_rows)
-        for stream in streams:
-            self._add(step, stream, ATTENDED, step.attended_rows)
+        for name in self.experts:
+            step.collect(name, ATTENDED, step.attended_rows)
+            for stream in streams:
+                self._add(step, name, stream, "o_proj", step.attended_rows)
         step.attended.clear()
-        step.collect(GATED, self._normed("post_attention_layernorm"))
-        step.collect(("down_proj",), self._gated, needs=GATED)
+        for name in self.experts:
+            step.collect(name, GATED, self._normed("post_attention_layernorm"))
+            for stream in streams:
+                self._gate(step, name, stream)
+            step.collect(name, DOWN, step.gated_rows)
+            for stream in streams:
+                self._add(step, name, stream, "down_proj", step.gated_rows)
+            step.gated.clear()
         for stream in streams:
-            self._add(step, stream, ("down_proj",), self._gated, needs=GATED)
             stream.coded.clear()
 
     def parts(self, expert: str) -> list[_Part]:
@@ -132,19 +140,27 @@ class LayerRun:
 
         return inputs
 
-    def _gated(self, expert: Expert, stream: Stream, rows: slice) -> Tensor:
-        x_TD = self._normed("post_attention_layernorm")(expert, stream, rows)
-        return nn.functional.silu(expert.gate_proj(x_TD)) * expert.up_proj(x_TD)
+    def _gate(self, step: _Step, name: str, stream: Stream) -> None:
+        """Inner rows of the MLP, [rows of the expert, F] in `step.gated`."""
+        parts = self.parts(name)
+        first, last = parts[0].start, parts[-1].stop
+        normed = self._normed("post_attention_layernorm")
+        with step.loaded(name, stream, GATED) as expert:
+            width = expert.gate_proj.out_features
+            found = torch.empty(last - first, width, device=self.device, dtype=stream.rows.dtype)
+            for rows in self.chunks(name):
+                x_TD = normed(expert, stream, rows)
+                found[rows.start - first : rows.stop - first] = nn.functional.silu(
+                    expert.gate_proj(x_TD)
+                ) * expert.up_proj(x_TD)
+        step.gated[stream.rounded] = first, found
 
-    def _add(
-        self, step: _Step, stream: Stream, names: tuple[str, ...], inputs: Inputs, needs: tuple[str, ...] = ()
-    ) -> None:
-        """rows += linear(inputs)."""
-        for name in self.experts:
-            with step.loaded(name, stream, (*names, *needs)) as expert:
-                for rows in self.chunks(name):
-                    found = expert.get_submodule(names[0])(inputs(expert, stream, rows))
-                    stream.rows[rows] = (stream.rows[rows].to(self.dtype) + found).to(stream.rows.dtype)
+    def _add(self, step: _Step, name: str, stream: Stream, linear: str, inputs: Inputs) -> None:
+        """rows += linear(inputs), of one expert."""
+        with step.loaded(name, stream, (linear,)) as expert:
+            for rows in self.chunks(name):
+                found = expert.get_submodule(linear)(inputs(expert, stream, rows))
+                stream.rows[rows] = (stream.rows[rows].to(self.dtype) + found).to(stream.rows.dtype)
 
     def _attend(self, step: _Step, stream: Stream) -> None:
         """Attention of every pass over its trunk and itself; leaves [total, H, E] in `step.attended`."""
@@ -184,15 +200,19 @@ class _Step:
     rounder: Rounder | None
     last: bool
     attended: dict[bool, Tensor] = field(default_factory=dict)  # [total, H, E] of each version of the model
+    gated: dict[bool, tuple[int, Tensor]] = field(default_factory=dict)  # of one expert: its first row, [its rows, F]
 
     def attended_rows(self, expert: Expert, stream: Stream, rows: slice) -> Tensor:
         """Inputs of o_proj."""
         return self.attended[stream.rounded][rows].flatten(1)
 
-    def collect(
-        self, names: tuple[str, ...], inputs: Inputs, needs: tuple[str, ...] = (), split_query: bool = False
-    ) -> None:
-        """Moments of the inputs of linears that see the same ones, then their rounding, expert by expert.
+    def gated_rows(self, expert: Expert, stream: Stream, rows: slice) -> Tensor:
+        """Inputs of down_proj."""
+        first, found = self.gated[stream.rounded]
+        return found[rows.start - first : rows.stop - first].to(self.owner.dtype)
+
+    def collect(self, expert: str, names: tuple[str, ...], inputs: Inputs, split_query: bool = False) -> None:
+        """Moments of the inputs of an expert's linears that see the same ones, then their rounding.
 
         In the last layer only rows whose result is read count, except for keys and values (`split_query`).
         """
@@ -201,23 +221,21 @@ class _Step:
         groups: tuple[tuple[tuple[str, ...], bool], ...] = ((names, self.last),)
         if split_query and self.last:
             groups = ((("q_proj",), True), (("k_proj", "v_proj"), False))
-        for expert in self.owner.experts:
-            for group, masked in groups:
-                paths = [f"{self.prefix}.{expert}.{name}.weight" for name in group]
-                if wanted := [path for path in paths if self.rounder.wants(path)]:
-                    moments = self._moments(expert, group[0], inputs, needs, masked)
-                    decoded = self.rounder.take(wanted, moments)
-                    if self.rounder.refit:
-                        self.streams[-1].coded.update(decoded)
+        for group, masked in groups:
+            paths = [f"{self.prefix}.{expert}.{name}.weight" for name in group]
+            if wanted := [path for path in paths if self.rounder.wants(path)]:
+                decoded = self.rounder.take(wanted, self._moments(expert, group[0], inputs, masked))
+                if self.rounder.refit:
+                    self.streams[-1].coded.update(decoded)
 
-    def _moments(self, expert: str, name: str, inputs: Inputs, needs: tuple[str, ...], masked: bool) -> Moments:
+    def _moments(self, expert: str, name: str, inputs: Inputs, masked: bool) -> Moments:
         assert self.rounder is not None
         linear = self.owner.module(expert, False).get_submodule(name)
         assert isinstance(linear, nn.Linear)
         width = linear.in_features
         moments = Moments(width, block=block_width(width), cross=self.rounder.refit, device=self.owner.device)
         with ExitStack() as stack:
-            modules = [stack.enter_context(self.loaded(expert, stream, needs)) for stream in self.streams]
+            modules = [stack.enter_context(self.loaded(expert, stream, ())) for stream in self.streams]
             for rows in self.owner.chunks(expert):
                 found = [inputs(module, stream, rows) for module, stream in zip(modules, self.streams, strict=True)]
                 if masked:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from bagel_compress.calibrate.factor import Factor, factorise
+from bagel_compress.calibrate.factor import Factor, factorise, refit_map
 from bagel_compress.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Moments:
         self._varied = False
         self._mirrored = True
         self._factors: dict[tuple[float, bool], list[Factor]] = {}
+        self._refits: dict[tuple[float, bool], list[torch.Tensor | None]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -102,9 +103,17 @@ class Moments:
             self._factors = {key: [factorise(block.h, damping, act_order) for block in self.blocks()]}
         return self._factors[key]
 
+    def refits(self, damping: float, act_order: bool) -> Sequence[torch.Tensor | None]:
+        """`refit_map` of each block, kept like the factors; None for moments without cross products."""
+        key = (damping, act_order)
+        if key not in self._refits:
+            pairs = zip(self.blocks(), self.factors(damping, act_order), strict=True)
+            self._refits = {key: [None if b.cross is None else refit_map(b.h, b.cross, f) for b, f in pairs]}
+        return self._refits[key]
+
     def forget_factors(self) -> None:
-        """Frees the factors that are kept."""
-        self._factors = {}
+        """Frees the factors and refits that are kept."""
+        self._factors, self._refits = {}, {}
 
     def diagonal(self) -> torch.Tensor:
         """(width,) fp32: the diagonal of H."""

@@ -89,14 +89,15 @@ def round_weights(grid: Grid, weights: Tensor, moments: Moments, method: Gptq) -
     """
     blocks = moments.blocks()
     factors = moments.factors(method.damping, method.act_order)
+    refits = moments.refits(method.damping, method.act_order) if method.refit else [None] * len(blocks)
     curvature = Curvature(moments.diagonal(), torch.cat([f.conditional[f.order.argsort()] for f in factors]))
     scales = grid.scales(weights, curvature)
     levels = torch.empty_like(weights)
     total = _Total()
-    for block, factor in zip(blocks, factors, strict=True):
+    for block, factor, refit in zip(blocks, factors, refits, strict=True):
         columns = slice(block.start, block.stop)
-        own = _Columns(grid, weights[:, columns], scales.values, block, factor)
-        levels[:, columns] = own.rounded(method, total)
+        own = _Columns(grid, weights[:, columns], scales.values, block, factor, refit)
+        levels[:, columns] = own.rounded(method.passes, total)
     report = Rounded(
         method=method.method,
         rows=moments.rows,
@@ -106,15 +107,6 @@ def round_weights(grid: Grid, weights: Tensor, moments: Moments, method: Gptq) -
         predictor=float((curvature.conditional.sum() / curvature.diagonal.sum()).sqrt()),
     )
     return levels, scales, report
-
-
-def refitted(weights: Tensor, block: MomentBlock, factor: Factor) -> Tensor:
-    """(N, B) fp32 weights for inputs that went through rounded layers: W + W (C - H) (H + damping)^-1.
-
-    C = X_full^T X_quantised and H = X_quantised^T X_quantised: the least squares fit of the full layer's output.
-    """
-    assert block.cross is not None
-    return weights + factor.solve((weights @ (block.cross - block.h)).T).T
 
 
 @dataclass(slots=True)
@@ -129,23 +121,25 @@ class _Total:
 class _Columns:
     """The columns of one block of moments, in the order in which they are rounded; column-major throughout."""
 
-    def __init__(self, grid: Grid, weights: Tensor, scales: Tensor, block: MomentBlock, factor: Factor) -> None:
-        self.grid, self.weights, self.block, self.factor = grid, weights, block, factor
+    def __init__(
+        self, grid: Grid, weights: Tensor, scales: Tensor, block: MomentBlock, factor: Factor, refit: Tensor | None
+    ) -> None:
+        """`refit`: what `refit_map` gives for the block, None to round the weights as they are."""
+        self.grid, self.weights, self.factor, self.refit = grid, weights, factor, refit
         self.scale_of = (block.start + factor.order) // grid.block  # (B,)
         self.scales = scales.expand(weights.shape[0], -1).T  # (scales, N)
 
-    def rounded(self, method: Gptq, total: _Total) -> Tensor:
-        """(N, B) levels."""
+    def rounded(self, passes: int, total: _Total) -> Tensor:
+        """(N, B) levels after feedback and so many rounds of coordinate descent."""
         factor = self.factor
-        target = refitted(self.weights, self.block, factor) if method.refit and self.block.cross is not None else None
-        values = (self.weights if target is None else target).T[factor.order].contiguous()
+        values = self.weights.T[factor.order].contiguous() if self.refit is None else self.refit @ self.weights.T
         plain, plain_errors = self._nearest(values)
         plain_loss = self._loss(plain_errors)
         levels, errors, loss = self._feedback(values)
         worse = plain_loss < loss
         levels[:, worse], errors[:, worse], loss[worse] = plain[:, worse], plain_errors[:, worse], plain_loss[worse]
         del plain, plain_errors
-        for _ in range(method.passes):
+        for _ in range(passes):
             self._descend(levels, errors, loss)
         added = factor.added
         total.signal += float((self._loss(values) - added * values.square().sum(0)).double().sum())

@@ -91,6 +91,11 @@ class UnitDecoder:
         self._following: dict[tuple[int, int], ref[StoredUnit]] = {}
         self._before, self._last = 0, 0
 
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of scratch memory that are held now."""
+        return self._ring.nbytes
+
     def expect(self, unit: StoredUnit) -> None:
         """Lets the ring be large enough for a unit when it is first allocated."""
         if (unit.name, unit.numel) not in self._expected:
@@ -156,7 +161,7 @@ class UnitDecoder:
 
     def _prefetch(self, current: StoredUnit) -> None:
         """Decodes the next unit that is not there yet, behind everything that was launched so far."""
-        following = self._next(current)
+        following = self.following(current)
         if following is None or self._side is None:
             return
         start = self._make_room(following, spare=current)
@@ -169,7 +174,7 @@ class UnitDecoder:
             self._prefetched.record(self._side)
         self._live[following] = start
 
-    def _next(self, current: StoredUnit) -> StoredUnit | None:
+    def following(self, current: StoredUnit) -> StoredUnit | None:
         """The unit to come, by what followed these two before, that has to be decoded into the ring."""
         before, last = self._before, id(current)
         for _ in range(LOOK_AHEAD):

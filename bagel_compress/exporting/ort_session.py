@@ -83,7 +83,7 @@ class Sessions:
         """The session of a block, made when first asked for."""
         if block not in self._sessions:
             entry = self.folder.manifest.blocks[block]
-            options = self._options()
+            options = self.session_options()
             self.folder.file(entry.data)
             path = str(self.folder.file(entry.model))
             try:
@@ -97,7 +97,7 @@ class Sessions:
                 ) from None
         return self._sessions[block]
 
-    def _options(self) -> ort.SessionOptions:
+    def session_options(self) -> ort.SessionOptions:
         options = self._ort.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 3

@@ -87,12 +87,13 @@ class ExampleStream:
         """`damage`: one for each reader, shared by the streams of a process."""
         self.seed, self.number, self.count = seed, number, count
         damage = damage or [Damage(r.group.name, r.rows) for r in readers]
+        self.damage = tuple(damage)
         self._cursors = [_Cursor(reader, found) for reader, found in zip(readers, damage, strict=True)]
         weights = np.array([r.group.weight for r in readers])
         self._shares = weights / weights.sum()
         self.draws = 0
         for index, cursor in enumerate(self._cursors):
-            if not sum(part.size for part in self._order(index, 0)):
+            if not self.rows(index, 0):
                 raise FinetuneError(
                     f"data group {cursor.reader.group.name} has {cursor.reader.rows} rows, too few for {count} streams"
                     " (processes times accumulate); use fewer."
@@ -119,6 +120,10 @@ class ExampleStream:
         """Where the stream is, as plain numbers."""
         return {"draws": self.draws, "cursors": [[c.epoch, c.position] for c in self._cursors]}
 
+    def rows(self, group: int, epoch: int = 0) -> int:
+        """How many rows of a group are this stream's in an epoch."""
+        return sum(part.size for part in self._order(group, epoch))
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state` was."""
         self.draws = int(state["draws"])
@@ -128,7 +133,7 @@ class ExampleStream:
     def _next(self, group: int) -> tuple[RowChunk, int]:
         """The next row of a group: its chunk and its number there."""
         cursor = self._cursors[group]
-        if cursor.position >= sum(part.size for part in self._order(group, cursor.epoch)):
+        if cursor.position >= self.rows(group, cursor.epoch):
             cursor.epoch, cursor.position = cursor.epoch + 1, 0
         left = cursor.position
         cursor.position += 1

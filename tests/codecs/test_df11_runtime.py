@@ -113,7 +113,7 @@ def test_the_next_unit_is_known_from_the_pass_before() -> None:
         a_pass(units, decoder)
     decoder.flat(units["0.self_attn"][0])
     decoder.flat(units["0.mlp"][0])
-    following = decoder._next(units["0.mlp"][0])
+    following = decoder.following(units["0.mlp"][0])
     assert following is not None
     assert following.name.endswith("0.mlp_moe_gen")  # attention comes first, but it is still there
 

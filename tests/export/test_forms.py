@@ -33,7 +33,7 @@ def layer_inputs(fp32: Sampler) -> dict[str, np.ndarray]:
     block = fp32.bagel.noisy_block(noise, torch.tensor(0.7), [(4, 6)], fp32.wrap)
     fp32.bagel.velocity(block, [context], taps.__setitem__)
     rows, (k, v) = taps["layer0"].numpy(), context.keys_values(1)
-    cos, sin = fp32.bagel._rope(torch.tensor([context.rope]))
+    cos, sin = fp32.bagel.rope(torch.tensor([context.rope]))
     half = fp32.bagel.config.llm.head_dim // 2
     return {
         "wrappers": rows[[0, -1]],
@@ -146,7 +146,7 @@ def test_no_matrix_is_unpacked_in_every_pass(
     """The runtime reads codes inside its products; a DequantizeLinear that is left unpacks a matrix each time."""
     folder = make(WeightSource.open(artifact(codec)), blocks=LAYERS)
     sessions = Sessions(folder, threads=1)
-    options = sessions._options()
+    options = sessions.session_options()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     graph = str(folder.path / "gen_layer_00.onnx")
     onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=HARMFUL)

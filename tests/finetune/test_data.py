@@ -74,7 +74,7 @@ def test_streams_repeat_share_the_rows_and_go_on(tmp_path: Path) -> None:
     t2i = readers[:1]  # four row groups: whole ones are dealt to three streams, single rows to five
     for count in (3, 5):
         rows = [ExampleStream(t2i, 7, n, count) for n in range(count)]
-        taken = [s.draw().row for s in rows for _ in range(sum(part.size for part in s._order(0, 0)))]
+        taken = [s.draw().row for s in rows for _ in range(s.rows(0))]
         assert len(taken) == len(set(taken)) == 12
 
 
@@ -89,7 +89,7 @@ def test_damaged_rows_are_skipped_and_named_and_more_than_a_hundredth_is_an_erro
     wanted = group("vlm", folder, jsonl=str(folder / "data.jsonl"))
     stream = ExampleStream([open_reader(wanted)], 1)
     draw(stream, 300)
-    (damage,) = [c.damage for c in stream._cursors]
+    (damage,) = stream.damage
     assert damage.found == {
         "data.jsonl line 301": "it is not JSON",
         "data.jsonl line 302": "it has no list of conversations",

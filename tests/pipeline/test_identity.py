@@ -14,7 +14,6 @@ from pipeline_data import TINY, Write, folder_bytes
 from safetensors.torch import load_file, save_file
 from test_adapter import lora, save
 
-from bagel_compress.build import compress as building
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
@@ -43,20 +42,18 @@ def build(source: Path, recipe: Recipe, out: Path, **given: Any) -> Artifact:
     return compress(make_plan(checkpoint, recipe), checkpoint, out)
 
 
-def interrupted(source: Path, recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch, shards: int = 2) -> None:
+def interrupted(source: Path, recipe: Recipe, out: Path, shards: int = 2) -> None:
     """A build that ends after some shards."""
-    checkpoint, begun, write = Checkpoint.open(source), [], building._write_shard
+    checkpoint = Checkpoint.open(source)
+    plan = make_plan(checkpoint, recipe)
+    last = plan.in_shard(plan.shards[shards])[0].unit.name  # coded once the shards before it are written
 
-    def stops(*args: Any) -> Any:
-        if len(begun) == shards:
+    def stops(unit: str, nbytes: int) -> None:
+        if unit == last:
             raise StoppedError
-        begun.append(args)
-        return write(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(building, "_write_shard", stops)
-        with pytest.raises(StoppedError):
-            compress(make_plan(checkpoint, recipe), checkpoint, out)
+    with pytest.raises(StoppedError):
+        compress(plan, checkpoint, out, stops)
 
 
 def test_any_changed_element_changes_the_identity(write: Write, tensors: Tensors, tiny: Checkpoint) -> None:
@@ -110,11 +107,10 @@ def test_a_build_goes_on_with_its_own_source_alone(
     tensors: Tensors,
     tmp_path: Path,
     request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = request.getfixturevalue(recipe_name)
     folder = write(tensors)
-    interrupted(folder, recipe, tmp_path / "a", monkeypatch)
+    interrupted(folder, recipe, tmp_path / "a")
     save_file(tuned(tensors), folder / "ema.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=rf"source has changed since \({EMBED} differs\)"):
         build(folder, recipe, tmp_path / "a")
@@ -127,24 +123,23 @@ def test_a_build_goes_on_with_its_own_source_alone(
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "ae.safetensors", "tokenizer.json", "config.json"])
 def test_a_source_that_changes_while_it_is_built_ends_without_a_manifest(
-    name: str, write: Write, tensors: Tensors, nf4: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, write: Write, tensors: Tensors, nf4: Recipe, tmp_path: Path
 ) -> None:
     """The change leaves size and time of the data as they were."""
-    folder, written, record = write(tensors), [], building._record
+    folder, begun = write(tensors), []
     stamp = os.stat(folder / name)
 
-    def changes(*args: Any) -> Any:
-        if not written:
-            written.append(args)
+    def changes(unit: str, nbytes: int) -> None:
+        if not begun:
+            begun.append(unit)
             with (folder / name).open("r+b") as file:
                 file.seek(-1, os.SEEK_END)
                 file.write(b"\x01")
             os.utime(folder / name, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-        return record(*args)
 
-    monkeypatch.setattr(building, "_record", changes)
+    checkpoint = Checkpoint.open(folder)
     with pytest.raises(CheckpointError, match="was changed while it was read"):
-        build(folder, nf4, tmp_path / "a")
+        compress(make_plan(checkpoint, nf4), checkpoint, tmp_path / "a", changes)
     assert not (tmp_path / "a" / "manifest.json").exists()
 
 

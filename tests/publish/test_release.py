@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,18 +57,16 @@ def test_one_reading_takes_all_digests(artifact: Artifact, tmp_path: Path, monke
 def test_a_file_that_changes_after_it_was_verified(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bagel_compress.publishing.release as module
+    real = os.link
 
-    real = module._fresh
-
-    def meddle(folder: Path) -> None:
+    def meddle(source: Path, target: Path) -> None:
         shard = artifact.path / artifact.manifest.shards[0]
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
         shard.write_bytes(bytes(data))
-        real(folder)
+        real(source, target)
 
-    monkeypatch.setattr(module, "_fresh", meddle)
+    monkeypatch.setattr(os, "link", meddle)
     with pytest.raises(GateError, match="was changed while it was published"):
         make_release(artifact, tmp_path / "release", ORIGIN)
 
