@@ -180,8 +180,8 @@ class Recipe(FrozenModel):
         other = next((rule.codec.format for rule in self.rules if not rule.codec.served), None)
         if self.serve and other is not None:
             raise ValueError(
-                f"serve is {self.serve}, whose loader takes raw and fp8 with dialect vllm, found codec {other};"
-                " remove serve or change the codec"
+                f"serve is {self.serve}, whose loader takes raw, fp8 with dialect vllm and int4 with dialect "
+                f"auto-round, found codec {other}; remove serve or change the codec"
             )
         return self
 

@@ -8,6 +8,8 @@ Parts of `X.weight` of shape (N, K), K a multiple of the group G, which is 32, 6
     X.weight_shape         I64  (2,)                N, K
     X.weight_zero_point    I32  (ceil(N/8), K/G)    asymmetric only: of eight rows in a word, stored as code + 8
 
+Dialect auto-round holds the same codes in the layout of codecs/int4_auto_round.py.
+
 With group 32 and symmetric it is the format of TensorRT and of standard ONNX for four bits (DequantizeLinear with
 blocks of 32); NF4 is closer to the weights at the same size, but has no operator there. vLLM's kernels take all groups.
 Scale "absmax" is compressed-tensors' own rule, absmax / 7.5; "mse" tries smaller ones and keeps what leaves the least
@@ -30,6 +32,15 @@ from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.compressed_tensors import quantization_config
 from bagel_compress.codecs.constants import INT4_WIDE
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
+from bagel_compress.codecs.int4_auto_round import (
+    PER_WORD,
+    TransposedEncoding,
+    TransposedGrid,
+    by_rows,
+    reader_config,
+    stored_parts,
+)
+from bagel_compress.codecs.int4_search import LEVELS, error, quantised
 from bagel_compress.codecs.loaders import TWO_STAGES, Loader, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import (
     INFINITY_WORD,
@@ -51,7 +62,6 @@ if TYPE_CHECKING:
 
 BLOCK: Final = 32  # weights per scale, unless a recipe says otherwise
 CHUNK_ELEMENTS = 1 << 20  # coded at a time; a search holds some fp32 copies of it
-LEVELS = 7.5  # half of the 15 steps between -8 and 7
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # factors on absmax that a search tries
 # Relative errors of normal weights by group: absmax, searched scales, zero points.
 NORMAL_ERRORS = {32: (0.095, 0.088, 0.081), 64: (0.103, 0.096, 0.091), 128: (0.111, 0.102, 0.101)}
@@ -64,17 +74,26 @@ class Int4(CalibratedCodec, MatrixCodec):
     scale: Literal["absmax", "mse"] = "absmax"
     group: Literal[32, 64, 128] = Field(default=BLOCK, description="weights per scale")
     symmetric: bool = Field(default=True, description="false: a zero point per group")
-    later: ClassVar[tuple[str, ...]] = ("rounding", "group", "symmetric")
+    dialect: Literal["compressed-tensors", "auto-round"] = Field(
+        default="compressed-tensors", description="whose layout and config.json are written; the codes are the same"
+    )
+    later: ClassVar[tuple[str, ...]] = ("rounding", "group", "symmetric", "dialect")
     tag: ClassVar[str] = "4-bit"
 
     @property
     def normal_error(self) -> float:
         return NORMAL_ERRORS[self.group][2 if not self.symmetric else self.scale == "mse"]
 
+    @property
+    def served(self) -> bool:
+        return self.dialect == "auto-round"
+
     @model_validator(mode="after")
     def _symmetric_where_needed(self) -> Int4:
         if not self.symmetric and (self.scale != "absmax" or self.calibrated):
             raise ValueError("codec int4 with symmetric: false has scale absmax and rounding nearest only")
+        if not self.symmetric and self.dialect == "auto-round":
+            raise ValueError("codec int4 with dialect auto-round has no zero points; leave symmetric out")
         return self
 
     def check(self, unit: Unit) -> None:
@@ -85,9 +104,17 @@ class Int4(CalibratedCodec, MatrixCodec):
                     f"{spec.name}: codec int4 needs rows of a multiple of {self.group} weights, found {spec.shape[1]};"
                     " give it a smaller group, codec int8 or raw in the recipe."
                 )
+            if self.dialect == "auto-round" and spec.shape[0] % PER_WORD:
+                raise PlanError(
+                    f"{spec.name}: codec int4 with dialect auto-round needs a multiple of {PER_WORD} rows, found "
+                    f"{spec.shape[0]}; give it codec raw in the recipe."
+                )
 
     def parts(self, unit: Unit) -> dict[str, PartSpec]:
         (spec,) = unit.specs
+        return stored_parts(spec, self.group) if self.dialect == "auto-round" else self._parts_by_rows(spec)
+
+    def _parts_by_rows(self, spec: TensorSpec) -> dict[str, PartSpec]:
         rows, columns = spec.shape
         parts = {
             f"{spec.name}_packed": PartSpec("I32", (rows, columns // 8)),
@@ -100,21 +127,28 @@ class Int4(CalibratedCodec, MatrixCodec):
 
     def begin(self, unit: Unit, source: Reader) -> Encoding:
         encoding = _Int4Encoding if self.scale == "absmax" else _SearchedEncoding
-        return encoding(codec=self, parts=self.parts(unit), spec=unit.specs[0], source=source)
+        (spec,) = unit.specs
+        found = encoding(codec=self, parts=self._parts_by_rows(spec), spec=spec, source=source)
+        if self.dialect == "compressed-tensors":
+            return found
+        return TransposedEncoding(codec=self, parts=self.parts(unit), spec=spec, inner=found)
 
     def grid(self, spec: TensorSpec) -> Grid:
-        return _Int4Grid(self, spec)
+        grid = _Int4Grid(self, spec)
+        return TransposedGrid(grid, spec) if self.dialect == "auto-round" else grid
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16((code - zero point) * scale), the product in fp32."""
         (spec,) = unit.specs
         self._check(spec, parts)
+        if self.dialect == "auto-round":
+            return {spec.name: decode_codes(*by_rows(spec, parts))}
         packed, scale = parts[f"{spec.name}_packed"], parts[f"{spec.name}_scale"]
         zeros = None if self.symmetric else unpack(parts[zero_name(spec)].t()).t()[: spec.shape[0]]
         return {spec.name: decode_codes(packed, scale, zeros)}
 
     def linear(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.nn.Module:
-        if not self.symmetric:
+        if not self.symmetric or self.dialect == "auto-round":
             return super().linear(spec, parts, bias)
         from bagel_compress.codecs.int4_linear import Int4Linear
 
@@ -122,10 +156,14 @@ class Int4(CalibratedCodec, MatrixCodec):
         return Int4Linear(spec, parts[f"{spec.name}_packed"], parts[f"{spec.name}_scale"], bias, decode_codes)
 
     def config(self, units: Sequence[Unit], others: Sequence[str]) -> dict[str, Any]:
+        if self.dialect == "auto-round":
+            return reader_config(self.group, units, others)
         weights = {"num_bits": 4, "type": "int", "symmetric": self.symmetric, "strategy": "group", "dynamic": False}
         return quantization_config("pack-quantized", weights | {"group_size": self.group}, None, others)
 
     def loaders(self) -> list[Loader]:
+        if self.dialect == "auto-round":
+            return [vllm_omni(), TWO_STAGES]
         return [
             compressed_tensors("any"),
             vllm_omni("Unknown quantization method: 'compressed_tensors'"),
@@ -133,12 +171,17 @@ class Int4(CalibratedCodec, MatrixCodec):
         ]
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:
+        if self.dialect == "auto-round":
+            return []
         scheme = f'num_bits=4, type="int", strategy="group", group_size={self.group}, symmetric={self.symmetric}'
         return [compressed_tensors_snippet(repo, tensor, shard, self.format, "PackedQuantizationCompressor", scheme)]
 
     def onnx_form(self, tensor: str, runtime: str, activations: str) -> FormName:
-        if self.group != BLOCK or not self.symmetric:
-            raise ExportError(f"{tensor}: exports carry int4 with group {BLOCK}, symmetric; compress it that way.")
+        if self.group != BLOCK or not self.symmetric or self.dialect == "auto-round":
+            raise ExportError(
+                f"{tensor}: exports carry int4 with group {BLOCK}, symmetric, in compressed-tensors' dialect; "
+                "compress it that way."
+            )
         return "int4"
 
     def onnx_codes(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> OnnxCodes:
@@ -147,6 +190,8 @@ class Int4(CalibratedCodec, MatrixCodec):
 
     def _check(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> None:
         check_shapes(self, Unit(spec.name, (spec,)), parts)
+        if self.dialect == "auto-round":
+            return
         shape = tuple(parts[f"{spec.name}_shape"].tolist())
         if shape != spec.shape:
             raise CodecError(f"{spec.name}: weight_shape says {shape}, expected {spec.shape}; the artifact is damaged.")
@@ -341,56 +386,10 @@ class _SearchedEncoding(Encoding):
             weights = torch.from_numpy(as_floats(words)).reshape(-1, codec.group)
             if not bool(torch.isfinite(weights).all()):
                 raise not_finite(spec, codec)
-            codes, scale = _quantised(weights, SHRINK)
-            self.quality.add(float(weights.double().square().sum()), _error(weights, codes, scale))
+            codes, scale = quantised(weights, SHRINK)
+            self.quality.add(float(weights.double().square().sum()), error(weights, codes, scale))
             nibbles = (codes.flatten() + 8).to(torch.uint8)
             packed = nibbles[0::2] | (nibbles[1::2] << 4)
             yield Chunk(f"{spec.name}_packed", row * columns // 2, packed.numpy())
             yield Chunk(f"{spec.name}_scale", row * columns // codec.group * 2, scale.view(torch.uint8).numpy())
         yield Chunk(f"{spec.name}_shape", 0, np.array(spec.shape, np.int64).view(np.uint8))
-
-
-def _quantised(weights: torch.Tensor, shrink: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks (B, G) fp32 -> codes (B, G) and bf16 scales (B,) of least squared error among the factors."""
-    import torch
-
-    absmax = weights.abs().amax(1)
-    best_codes, best_scale = _rounded(weights, absmax)
-    best = (weights - best_codes * best_scale.float()[:, None]).square().sum(1)
-    for factor in shrink[1:]:
-        codes, scale = _rounded(weights, absmax * factor)
-        error = (weights - codes * scale.float()[:, None]).square().sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_codes = torch.where(better[:, None], codes, best_codes)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_codes, _unshrunk(weights, best_codes, best_scale, absmax)
-
-
-def _unshrunk(weights: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """Scales under which a block keeps its length along its weights: sum(w * decoded) = sum(w * w).
-
-    Least squares shrinks every block by its relative squared error (about 1 %), which would be a gain below 1 in every
-    layer; taking that back costs a hundredth of the error.
-    """
-    import torch
-
-    unit = weights / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # squares of weights may overflow
-    along = (unit * codes).sum(1) * scale.float()
-    gain = torch.where((along > 0) & (absmax <= INT4_WIDE), unit.square().sum(1) * absmax / along, 1.0)
-    return (scale.float() * gain).bfloat16()
-
-
-def _rounded(weights: torch.Tensor, top: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    scale = (top / LEVELS).bfloat16()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    low = torch.where(top > INT4_WIDE, -7.0, -8.0)[:, None]
-    return torch.maximum((weights / scale.float()[:, None]).round().clamp(max=7.0), low), scale
-
-
-def _error(weights: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> float:
-    """Squared error of what `decode` will give."""
-    decoded = (codes * scale.float()[:, None]).bfloat16()
-    return float((weights - decoded.float()).double().square().sum())

@@ -18,7 +18,14 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
     "nf4": [{"double_quant": d, "scale": s} for d in (False, True) for s in ("absmax", "mse")],
     "int8": [{"scale": s} for s in ("absmax", "mse")] + [{"dialect": "compressed-tensors"}],
     **{name: [{"scale": s} for s in ("absmax", "mse")] for name in ("nvfp4", "mxfp4")},
-    "int4": [{}, {"scale": "mse"}, {"group": 64, "scale": "mse"}, {"group": 128}, {"group": 64, "symmetric": False}],
+    "int4": [
+        {},
+        {"scale": "mse"},
+        {"group": 64, "scale": "mse"},
+        {"group": 128},
+        {"group": 64, "symmetric": False},
+        {"dialect": "auto-round", "scale": "mse"},
+    ],
     "ecq": [{"bits": bits} for bits in (4.13, 7.0)],
     "fp8": [{"granularity": g, "scale": s} for g in ("channel", "tensor") for s in ("absmax", "mse")]
     + [{"granularity": "tensor", "dialect": "vllm"}],

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from codec_weights import NAME, decoded, encoded, same_bytes, unit_of, weight
 from other_packages import comfy_kitchen_weight, compressed_tensors_weight
 
 from bagel_compress.build.recipe import Recipe
-from bagel_compress.codecs.base import Codec
+from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.codecs.fp8 import Fp8
 from bagel_compress.codecs.int4 import Int4, packed_zeros, unpack
 from bagel_compress.codecs.int8 import Int8
 from bagel_compress.errors import ExportError, PlanError, RecipeError
+from bagel_compress.io.tensor_spec import TensorSpec
 
 COMPRESSED_TENSORS = [
     *(Int4(group=g, symmetric=s) for g in (32, 64, 128) for s in (True, False)),
@@ -90,6 +93,9 @@ def test_asymmetric_codes_are_the_nearest() -> None:
         ("{format: int4, symmetric: false, rounding: gptq}", "symmetric: false has scale absmax and rounding nearest"),
         ("{format: fp8, dialect: vllm}", "one scale per weight; add granularity: tensor"),
         ("{format: int8, dialect: comfyui}", "dialect"),
+        ("{format: nvfp4, dialect: comfyui}", "dialect"),
+        ("{format: mxfp8, scale: mse}", "scale"),
+        ("{format: int4, dialect: auto-round, symmetric: false}", "auto-round has no zero points"),
         ("{format: int4, group: 48}", "group"),
     ],
 )
@@ -110,5 +116,47 @@ def test_refusals() -> None:
         Int8().comfyui_values(unit_of(values), encoded(Int8(), values))
     with pytest.raises(PlanError, match="multiple of 128 weights, found 192"):
         Int4(group=128).check(unit_of(weight(8, 192)))
+    with pytest.raises(PlanError, match="auto-round needs a multiple of 8 rows, found 12"):
+        Int4(dialect="auto-round").check(unit_of(weight(12, 64)))
+    with pytest.raises(ExportError, match="compressed-tensors' dialect"):
+        Int4(dialect="auto-round").onnx_form("x.weight", "onnxruntime-cpu", "none")
     with pytest.raises(ExportError, match="group 32"):
         Int4(group=64).onnx_form("x.weight", "onnxruntime-cpu", "none")
+
+
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
+def test_auto_round_holds_the_same_codes_by_columns(scale: str) -> None:
+    values = weight(72, 128)
+    one, other = Int4(scale=scale), Int4(scale=scale, dialect="auto-round")
+    a, b = encoded(one, values), encoded(other, values)
+    words = b["w.qweight"]  # (K/8, N): code k of a word is that of column 8 * row + k
+    codes = torch.stack([(words >> 4 * k & 15) - 8 for k in range(8)], 1).flatten(0, 1).t()
+    assert torch.equal(codes.to(torch.int8), unpack(a[f"{NAME}_packed"]))
+    assert torch.equal(b["w.scales"].t(), a[f"{NAME}_scale"])
+    assert bool((b["w.qzeros"] == 0x77777777).all())
+    assert torch.equal(decoded(one, values), decoded(other, values))
+
+
+def test_auto_rounds_patterns_name_what_is_not_coded() -> None:
+    mlp = [unit_of_name(f"language_model.model.layers.{i}.mlp.up_proj.weight") for i in range(2)]
+    others = ["language_model.model.layers.1.self_attn.q_proj", "lm_head", "vit.layers.1.mlp.fc1"]
+    entry = Int4(dialect="auto-round").config(mlp, others)["quantization_config"]["extra_config"]
+
+    def bits(name: str) -> set[int]:
+        return {value["bits"] for pattern, value in entry.items() if re.search(pattern, name)}
+
+    assert bits("bagel.language_model.model.layers.27.self_attn.qkv_proj") == {16}
+    assert bits("bagel.language_model.lm_head") == {16}
+    assert bits("bagel.vit.layers.20.mlp.fc2") == {16}
+    assert not bits("bagel.language_model.model.layers.1.mlp.gate_up_proj")
+    whole = "language_model.model.layers.1.mlp"
+    with pytest.raises(PlanError, match=rf"{whole}: .*codes some of its weights"):
+        Int4(dialect="auto-round").config(mlp, [f"{whole}.down_proj"])
+    first = Int4(dialect="auto-round").config(mlp[1:], ["language_model.model.layers.0.mlp.up_proj"])
+    (pattern,) = first["quantization_config"]["extra_config"]
+    assert re.search(pattern, "bagel.language_model.model.layers.0.mlp.gate_up_proj")
+    assert not re.search(pattern, "bagel.language_model.model.layers.1.mlp.gate_up_proj")
+
+
+def unit_of_name(name: str) -> Unit:
+    return Unit(name, (TensorSpec("BF16", (8, 64), name),))

@@ -40,7 +40,7 @@ def all_codecs() -> list[Codec]:
     """Every format that has loaders, in every dialect."""
     codecs = [codec() for codec in CODECS if codec.name() not in ("raw", "ecq")]
     dialects = [Int8(dialect="compressed-tensors"), Fp8(granularity="tensor", dialect="vllm")]
-    return [*codecs, *dialects, Fp8(granularity="tensor"), Int4(group=64, symmetric=False)]
+    return [*codecs, *dialects, Fp8(granularity="tensor"), Int4(group=64, symmetric=False), Int4(dialect="auto-round")]
 
 
 def test_the_table_is_what_the_tests_show() -> None:
@@ -69,7 +69,7 @@ def dialect(codec: Codec) -> tuple[object, ...]:
         ("raw", "ComfyUI-BAGEL, 2026 rewrite", None),
         ("fp8-vllm", "vLLM-Omni, one stage", "vLLM-Omni 0.30, two stages"),
         ("comfyui-nvfp4", "ComfyUI (comfy-kitchen)", "accelerate"),
-        ("w4a16-vllm", "compressed-tensors", "vLLM-Omni 0.30, two stages"),
+        ("w4a16-vllm", "vLLM-Omni, one stage", "vLLM-Omni 0.30, two stages"),
     ],
 )
 def test_rows_of_artifacts(tiny: Checkpoint, tmp_path: Path, recipe: str, opens: str, wrong: str | None) -> None:

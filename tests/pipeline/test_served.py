@@ -18,10 +18,11 @@ from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs.fp8 import Fp8
+from bagel_compress.codecs.int4 import Int4
 from bagel_compress.errors import RecipeError
 from bagel_compress.source.checkpoint import Checkpoint
 
-RECIPES = ("bf16-32gb", "fp8-vllm")
+RECIPES = ("bf16-32gb", "fp8-vllm", "w4a16-vllm")
 
 
 def built(tiny: Checkpoint, recipe: str, out: Path) -> Artifact:
@@ -53,7 +54,7 @@ def test_a_bf16_build_without_its_manifest_is_a_checkpoint(tiny: Checkpoint, tmp
 
 
 def test_formats_that_the_server_does_not_take_are_refused() -> None:
-    with pytest.raises(RecipeError, match="takes raw and fp8 with dialect vllm, found codec int4"):
+    with pytest.raises(RecipeError, match=r"takes raw, fp8 .* and int4 with dialect auto-round, found codec int4"):
         Recipe.parse("name: x\nserve: vllm-omni\nrules: [{match: {}, codec: int4}]", "x.yaml")
     assert "serve" not in Recipe.load("fp8-24gb").model_dump()
 
@@ -84,6 +85,8 @@ def test_vllm_omni_takes_the_folder(tiny: Checkpoint, tmp_path: Path, recipe: st
     assert not theirs
     if recipe == "bf16-32gb":
         assert config.quantization_config is None
+    elif recipe == "w4a16-vllm":
+        expect_four_bits(config.quantization_config, artifact)
     else:
         expect_stored_codes(config.quantization_config, artifact)
 
@@ -100,3 +103,31 @@ def expect_stored_codes(quantization, artifact: Artifact) -> None:  # type: igno
         ):
             module = "bagel." + name.removesuffix(".weight")
             assert is_layer_skipped(module, quantization.ignored_layers) == (not isinstance(unit.codec, Fp8)), name
+
+
+def expect_four_bits(quantization, artifact: Artifact) -> None:  # type: ignore[no-untyped-def]
+    """Its AutoRound method takes exactly the coded modules for four bits, and vLLM unpacks the codes to our weights."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
+    from vllm.scalar_type import scalar_types
+
+    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+    fused |= {"up_proj": "gate_up_proj"}
+    assert quantization.get_name() == "inc"
+    coded = 0
+    for name, unit in artifact.manifest.units.items():
+        if not name.startswith(("language_model.model.layers.", "connector.")) or not name.endswith(".weight"):
+            continue
+        parent, _, last = name.removesuffix(".weight").rpartition(".")
+        module = f"bagel.{parent}.{fused.get(last, last)}"
+        if "norm" in last:
+            continue
+        bits = quantization.get_layer_config(None, module)[0]
+        assert bits == (4 if isinstance(unit.codec, Int4) else 16), module
+        if bits == 4:
+            parts = artifact.parts(name)
+            codes = unpack_quantized_values_into_int32(parts[f"{parent}.{last}.qweight"], scalar_types.uint4b8)
+            scales = parts[f"{parent}.{last}.scales"].float().repeat_interleave(unit.codec.group, 0)
+            theirs = ((codes - scalar_types.uint4b8.bias) * scales).t().bfloat16()
+            assert torch.equal(theirs, artifact.decode(name)[name])
+            coded += 1
+    assert coded == 18  # 3 matrices, 2 experts, 3 layers

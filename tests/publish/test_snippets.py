@@ -34,7 +34,7 @@ CASES = [
     ("df11", "Python"), ("df11", "dfloat11"), ("df11", "ComfyUI"), ("df11", "ComfyUI nodes"),
     ("fp8-24gb", "Official BAGEL code"), ("comfyui-nvfp4", "compressed-tensors (nvfp4)"), ("fp8-vllm", "ComfyUI"),
     ("mxfp8-24gb", "compressed-tensors (mxfp8)"), ("comfyui-int8", "compressed-tensors (int8)"),
-    ("w4a16-vllm", "compressed-tensors (int4)"), ("nvfp4-16gb", "compressed-tensors (nvfp4)"),
+    ("w4a16-vllm", "Python"), ("nvfp4-16gb", "compressed-tensors (nvfp4)"),
 ]  # fmt: skip
 SLOW = [("int8-24gb", "ONNX Runtime"), ("mixed-16gb", "ONNX Runtime")]
 Online = Callable[[str], tuple[Artifact, str]]
