@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from bagel.errors import shown
 from bagel.json_file import small_bytes
 from bagel.layout import official_role
 from bagel_compress.build.sizes import SizeGroup, group_sizes
@@ -108,7 +109,11 @@ class Artifact:
 
         Raises ArtifactError if one is not what the manifest says, byte for byte.
         """
-        entry = self.manifest.units[name]
+        entry, unit = self.manifest.units[name], self.unit(name)
+        entry.codec.check(unit)
+        if (expected := entry.codec.parts(unit).keys()) != entry.parts.keys():
+            found, named = ", ".join(entry.parts), ", ".join(expected)
+            raise ArtifactError(f"{self.path}: {name} has the parts {shown(found)}, expected {named}; copy it again.")
         file = self._shard(entry.shard)
         return {part: _mapped(file, part, stored) for part, stored in entry.parts.items()}
 

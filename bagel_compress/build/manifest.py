@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    NonNegativeInt,
+    PositiveInt,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -17,6 +19,7 @@ from pydantic import (
 )
 
 from bagel.errors import shown
+from bagel.layout import role_of
 from bagel_compress.build.recipe import Recipe, parse_codec
 from bagel_compress.codecs.base import Codec, Rounded
 from bagel_compress.errors import ArtifactError
@@ -47,7 +50,7 @@ class StoredPart(FrozenModel):
     """A stored tensor of a shard."""
 
     dtype: Dtype
-    shape: tuple[int, ...]
+    shape: tuple[NonNegativeInt, ...]
     blake3: str
 
     @property
@@ -59,7 +62,7 @@ class TensorEntry(FrozenModel):
     """A tensor of the checkpoint; `blake3` is over the bf16 values that were coded."""
 
     dtype: Dtype
-    shape: tuple[int, ...]
+    shape: tuple[PositiveInt, ...]
     blake3: str
 
 
@@ -220,7 +223,10 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
     check_names(manifest.files, folder / MANIFEST, ArtifactError)
     for shard in manifest.shards:
         if shard not in manifest.files:
-            raise ArtifactError(f"{folder / MANIFEST} puts tensors into {shard}, which is not among its files.")
+            raise ArtifactError(f"{folder / MANIFEST} puts tensors into {shown(shard)}, which is not among its files.")
+    for name, unit in manifest.units.items():
+        if not unit.tensors or any(role_of(tensor) is None for tensor in unit.tensors):
+            raise ArtifactError(f"{folder / MANIFEST}: unit {shown(name)} holds no tensor of BAGEL; copy it again.")
     return manifest
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from bagel_compress.build.manifest import FileEntry
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.digests import Hash, blake3_file, blake3_of, tensors_digest
+from bagel_compress.io.safe_paths import is_file
 from bagel_compress.io.safetensors_file import TensorFile
 
 # What may lie beside the files of the manifest: written after the build, by validation, publishing or signing.
@@ -34,7 +35,7 @@ def wrong_sizes(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[str]:
     """A sentence per file of a manifest that is missing or has another size."""
     for name, entry in files.items():
         path = folder / name
-        if not path.is_file():
+        if not is_file(path):
             yield f"{name} is missing"
         elif path.stat().st_size != entry.bytes:
             yield f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"

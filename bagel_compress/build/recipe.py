@@ -227,7 +227,8 @@ class Recipe(FrozenModel):
 
 def _check_target(name: str, known: Sequence[str], where: str) -> None:
     """Raises RecipeError unless the target comes with the package or its file is there."""
-    own = Path(where.partition(": ")[0]).with_name(f"{name.removesuffix('.yaml')}.yaml")
+    beside = Path(where.partition(": ")[0]).parent
+    own = beside / f"{name.removesuffix('.yaml')}.yaml" if Path(name).name == name else Path(name)
     if name not in known and not is_file(own) and not is_file(name):
         raise RecipeError(
             f"{where}: {name!r} is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}, or a file"

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
 from bagel_compress.errors import HubError
+from bagel_compress.io.patience import within
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -26,6 +30,8 @@ REPO_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@(\S+))?")  # owner/name, owner/
 SECRET = re.compile(r"hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^/@\s]+(?=@)")  # tokens, and logins in an address
 TRIES = 3  # attempts at a request that may be repeated
 PAUSE = 1.0  # seconds before the second attempt, doubled before the third
+ANSWER = 120.0  # seconds in which a request for a few lines has to be answered
+STALLED, LEAST = 300.0, 64 << 10  # a download is given up if fewer bytes than LEAST came in that many seconds
 DOWNLOADS = 4  # files that are downloaded at a time
 T = TypeVar("T")
 
@@ -72,8 +78,8 @@ def client() -> HfApi:
 def listing(repo: str, revision: str | None) -> tuple[str, set[str]]:
     """The commit that a revision (None: main) points to now, and the names of the files in it. Raises HubError."""
     with failures(f"{repo} cannot be read"):
-        info = insist(lambda: client().model_info(repo, revision=revision))
-    return str(info.sha), {sibling.rfilename for sibling in info.siblings or ()}
+        info = answered(lambda: client().model_info(repo, revision=revision))
+        return str(info.sha), {str(sibling.rfilename) for sibling in info.siblings or ()}
 
 
 def download(repo: str, revision: str | None, names: Iterable[str]) -> dict[str, Path]:
@@ -84,13 +90,44 @@ def download(repo: str, revision: str | None, names: Iterable[str]) -> dict[str,
     from huggingface_hub import hf_hub_download
 
     def one(name: str) -> tuple[str, Path]:
-        return name, Path(insist(lambda: hf_hub_download(repo, name, revision=revision or "main")))
+        def call() -> str:
+            return insist(lambda: hf_hub_download(repo, name, revision=revision or "main"))
 
+        return name, Path(within(STALLED, call, partial(_bytes_in_cache, repo), least, stopped))
+
+    least, stopped = 0 if _xet_is_used() else LEAST, Event()
     with (
         failures(f"the download of {repo} broke off"),
         ThreadPoolExecutor(DOWNLOADS, "download") as pool,
     ):
-        return dict(pool.map(one, names))
+        try:
+            return dict(pool.map(one, names))
+        finally:
+            stopped.set()  # after Ctrl-C nobody waits for the files that are still coming
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def answered(call: Callable[[], T]) -> T:
+    """`insist` on a request for a few lines. Raises TimeoutError if it takes longer than ANSWER."""
+    return within(ANSWER, lambda: insist(call))
+
+
+def _xet_is_used() -> bool:
+    """Whether files come by the Xet protocol, which writes them in large pieces and has time limits of its own."""
+    from huggingface_hub import constants
+
+    return importlib.util.find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
+
+
+def _bytes_in_cache(repo: str) -> int:
+    """Bytes of a repository's files in the client's cache, begun ones included."""
+    from huggingface_hub import constants
+
+    total = 0
+    for path in Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs").glob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile
+            total += path.stat().st_size
+    return total
 
 
 @contextmanager
@@ -126,6 +163,17 @@ def failures(what: str) -> Iterator[None]:
         raise UnreachableError(
             f"{what}: the Hub cannot be reached ({scrubbed(first_line(error))}); run the same command again later."
         ) from None
+    except TimeoutError as error:
+        raise UnreachableError(
+            f"{what}: the Hub sends next to nothing ({error}); run the same command again later, it goes on from there."
+        ) from None
+    except (AttributeError, KeyError, IndexError, TypeError, AssertionError, RecursionError, OverflowError) as error:
+        raise HubError(
+            f"{what}: what the Hub sent makes no sense ({scrubbed(first_line(error))}); run the same command again"
+            " later, or tell the owner of the repository."
+        ) from None
+    except OSError as error:  # a full disk, a name that no file can have, a file that came with another size
+        raise HubError(f"{what}: {scrubbed(first_line(error))}; run the same command again.") from None
     except (HFValidationError, ValueError) as error:
         raise HubError(f"{what}: {scrubbed(' '.join(str(error).split()))}") from None
 

@@ -10,9 +10,11 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
 
+from bagel.errors import shown
 from bagel.json_file import small_bytes
+from bagel_compress.build.limits import METRICS, unknown_metric
 from bagel_compress.errors import ArtifactError, GateError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.yaml_model import FrozenModel
@@ -84,11 +86,17 @@ class CaseParity(FrozenModel):
     has_image: bool = False
 
 
+def _known(metric: str) -> str:
+    if metric not in METRICS:
+        raise ValueError(unknown_metric(shown(metric)))
+    return metric
+
+
 class Row(FrozenModel):
     """One value with its limit. `case` is empty for values over all cases."""
 
     case: str
-    metric: str
+    metric: Annotated[str, AfterValidator(_known)]
     value: Number
     floor: Number | None
     limit: Number

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel_compress.io.digests import sha256_file
-from bagel_compress.io.hub_client import failures, insist
+from bagel_compress.io.hub_client import answered, download, failures
 from bagel_compress.publishing.release import Release
 from bagel_compress.run.fetch import manifest_in
 
@@ -35,9 +35,9 @@ def look(api: HfApi, repo: str, revision: str) -> Remote | None:
 
     with failures(f"{repo} cannot be read"):
         try:
-            info = insist(lambda: api.model_info(repo, revision=revision))
+            info = answered(lambda: api.model_info(repo, revision=revision))
         except RevisionNotFoundError:
-            info = insist(lambda: api.model_info(repo))
+            info = answered(lambda: api.model_info(repo))
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
@@ -45,7 +45,7 @@ def look(api: HfApi, repo: str, revision: str) -> Remote | None:
         files = listed_digests(api, repo, str(info.sha))
         manifest = None
         if (own := manifest_in(files)) is not None:
-            local = Path(api.hf_hub_download(repo, own, revision=info.sha))
+            local = download(repo, str(info.sha), [own])[own]
             manifest = sha256_file(local)
     return Remote(str(info.sha), bool(info.private), files, manifest)
 
@@ -54,7 +54,7 @@ def listed_digests(api: HfApi, repo: str, commit: str) -> dict[str, str]:
     """path -> digest of every file at a commit, as the Hub computed it when the file arrived; see `Remote.files`."""
     from huggingface_hub.hf_api import RepoFile
 
-    tree = insist(lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
+    tree = answered(lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
     entries = [e for e in tree if isinstance(e, RepoFile)]
     return {e.path: f"sha256:{e.lfs.sha256}" if e.lfs else f"sha1:{e.blob_id}" for e in entries}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from bagel_compress.build.manifest import MANIFESTS, listed_files
 from bagel_compress.errors import ArtifactError, GateError
 from bagel_compress.io.digests import sha256_file
-from bagel_compress.io.hub_client import client, failures, split_repo_id
+from bagel_compress.io.hub_client import client, download, split_repo_id
 from bagel_compress.parity.report_data import REPORTS
 from bagel_compress.publishing import provenance
 from bagel_compress.publishing.publishable import Publishable, manifest_name, open_publishable
@@ -70,9 +70,8 @@ def verify_repo(repo: str, revision: str | None = None, full: bool = False, publ
     if own is None or provenance.SUMS not in remote.files:
         missing = provenance.SUMS if own else " or ".join(MANIFESTS)
         raise ArtifactError(f"{repo} has no {missing}: it was not published by bagel-compress.")
-    with failures(f"{repo} cannot be read"):
-        got = {name: Path(client().hf_hub_download(repo, name, revision=remote.commit)) for name in _small(remote)}
-    path = got.get(own) or Path(client().hf_hub_download(repo, own, revision=remote.commit))  # a large one is in LFS
+    got = download(repo, remote.commit, _small(remote))
+    path = got.get(own) or download(repo, remote.commit, [own])[own]  # a large one is in LFS
     listed, digest = listed_files(own, path.read_bytes(), Path(repo)), sha256_file(path)
     sums = provenance.sums_of(got[provenance.SUMS].parent)
     held = {n: d.partition(":")[2] if n not in got else sha256_file(got[n]) for n, d in remote.files.items()}

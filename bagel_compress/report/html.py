@@ -130,7 +130,7 @@ def _to_limit(row: Row) -> str:
     small, large = (row.value, row.limit) if METRICS[row.metric].sense == "max" else (row.limit, row.value)
     if METRICS[row.metric].sense == "min" and row.limit <= 1:  # a likeness, of 1 at best: how much of it is missing
         small, large = 1 - row.value, 1 - row.limit
-    share = 1.0 if not row.ok else 0.0 if small <= 0 or large == math.inf else min(1.0, small / large)
+    share = 1.0 if not row.ok else 0.0 if small <= 0 or large in (0.0, math.inf) else min(1.0, small / large)
     kind = "" if row.ok else " class='over'"
     return f"<div class='bar' title='{share:.0%} of the limit'><i{kind} style='width:{share:.0%}'></i></div>"
 

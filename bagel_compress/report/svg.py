@@ -70,6 +70,7 @@ def bars(rows: Sequence[tuple[str, float | None, str]], scale: float | None = No
 
 def stacked(parts: Sequence[tuple[str, float]], scale: float, limit: float | None) -> str:
     """One bar of named parts, drawn against `scale`, with a mark at `limit`."""
+    scale = scale or 1.0
     pieces = "".join(
         f'<i title="{escape(name)}" style="width:{value / scale:.2%};background:var(--c{i % COLOURS})"></i>'
         for i, (name, value) in enumerate(parts)

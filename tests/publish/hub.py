@@ -7,7 +7,8 @@ commits, lists, downloads and verifies, with faults on demand.
 
 `faults` are matched in order against "METHOD /path"; each is used up after `times` requests. `on_request(k, line)` is
 called before request number k is served and `on_reply(k, line)` after it was served but before the answer is sent:
-from there a test kills the client at any request.
+from there a test kills the client at any request. `altered` may change what is answered to "METHOD /path". The action
+"drip" of a fault sends the body a byte at a time.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ TREE_PAGE = 20  # entries of one page of a tree listing; small, so that paging i
 PIPELINES = {"any-to-any", "text-to-image", "image-text-to-text"}
 
 
+Answer = tuple[int, bytes, dict[str, str]]  # status, body, headers
+
+
 @dataclass
 class Fault:
     """What goes wrong at the next `times` requests whose line "METHOD /path?query" matches.
 
     action: status (answer with `status`), cut (drop the connection half-way), slow (wait `seconds` first),
-    flip (change one byte of the body that is served).
+    flip (change one byte of the body that is served), drip (a byte of it every `seconds`).
     """
 
     match: str
@@ -57,6 +61,7 @@ class Hub:
         self.requests: list[str] = []
         self.on_request: Callable[[int, str], None] = lambda k, line: None
         self.on_reply: Callable[[int, str], None] = lambda k, line: None
+        self.altered: Callable[[str, Answer], Answer] = lambda line, answer: answer
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -137,6 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
         self.hub.on_reply(self.number, self.line)
+        status, data, headers = self.hub.altered(self.line, (status, data, headers or {}))
         if self.fault and self.fault.action == "flip" and data:
             data = data[:-1] + bytes([data[-1] ^ 1])
         self.send_response(status)
@@ -145,6 +151,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
+            return
+        if self.fault and self.fault.action == "drip":
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(self.fault.seconds)
             return
         if self.fault and self.fault.action == "cut":
             self.wfile.write(data[: len(data) // 2])
