@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo app test lint coverage test-slow test-gpu bench mutants nano nano-table clean
+.PHONY: demo app test lint coverage test-slow test-gpu bench gpu-day mutants nano nano-table clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ test-gpu: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+gpu-day: $(READY)  # make gpu-day ARGS="kernels decoders"; ARGS=--dry-run without a GPU
+	$(BIN)/python benchmarks/gpu_day.py $(ARGS)
 
 mutants: $(READY)  # make mutants MODULE=bagel/settings.py TESTS=tests/bagel/test_settings.py
 	$(BIN)/python benchmarks/mutants.py $(MODULE) $(TESTS)

@@ -23,7 +23,7 @@ from bench_df11 import mixed
 from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import Unit
 from bagel_compress.codecs.df11 import triton_kernel, unpack
-from bagel_compress.codecs.df11.device import StoredUnit
+from bagel_compress.codecs.df11.device import Df11Unit
 from bagel_compress.io.tensor_spec import TensorSpec
 
 NAME = "bench"
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def kernels(unit: Unit, parts: dict[str, torch.Tensor], out: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    stored = StoredUnit(unit, parts)
+    stored = Df11Unit(unit, parts)
     found: dict[str, Callable[[], Any]] = {"ours": lambda: stored.decode_into(out)}
     arrays = [parts[f"{NAME}.{s}"] for s in ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps")]
     positions = arrays[3].cpu().numpy().view("<u4").astype(np.int64)

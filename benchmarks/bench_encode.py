@@ -1,4 +1,6 @@
-"""Encoding speed of the lossy codecs beside bitsandbytes, comfy-kitchen and torch: same tensor, process and threads.
+"""Encoding speed of the lossy codecs beside bitsandbytes, compressed-tensors, comfy-kitchen and torch.
+
+The same tensor, process and threads for all.
 
     python benchmarks/bench_encode.py [--rows 4096] [--columns 3584] [--repeats 5] [--threads 1 2] [--clock wall]
 
@@ -56,9 +58,14 @@ RATIOS = {
     "nf4 double_quant": "bitsandbytes quantize_4bit nested",
     "int8": "bitsandbytes int8_vectorwise_quant",
     "fp8": "torch fp8 by row",
+    "int4 (W4A16)": "compressed-tensors int4 (W4A16)",
+    "int4 asymmetric": "compressed-tensors int4 asymmetric",
     "nvfp4": "comfy-kitchen quantize_nvfp4, eager",
     "mxfp8": "comfy-kitchen quantize_mxfp8, eager",
+    "mxfp4": "compressed-tensors mxfp4",
 }
+PACKAGES = ("bagel-compress", "torch", "numba", "bitsandbytes", "compressed-tensors", "comfy-kitchen")
+COMPRESSED_TENSORS = ("int4 (W4A16)", "int4 asymmetric", "nvfp4", "mxfp8", "mxfp4")
 
 
 def main() -> int:
@@ -118,9 +125,32 @@ def peers(weights: torch.Tensor) -> dict[str, Callable[[], Any]]:
         "torch fp8 by row": by_row,
         "comfy-kitchen quantize_nvfp4, eager": lambda: eager.quantize_nvfp4(weights, weights.abs().amax() / 2688),
         "comfy-kitchen quantize_mxfp8, eager": lambda: eager.quantize_mxfp8(weights),
+        **{f"compressed-tensors {name}": compressed_tensors(weights, OURS[name]) for name in COMPRESSED_TENSORS},
         "torch fp8 cast, no scale": lambda: weights.to(torch.float8_e4m3fn),
         "torch copy": lambda: copy.copy_(weights),
     }
+
+
+def compressed_tensors(weights: torch.Tensor, codec: Codec) -> Callable[[], Any]:
+    """Its scales by absmax and its compressor, told the format by the codec's own entry of config.json."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    config = QuantizationConfig.model_validate(codec.config([_unit(weights)], [])["quantization_config"])
+    compressor, scheme = BaseCompressor.get_value_from_registry(config.format), config.config_groups["group_0"]
+
+    def run() -> Any:
+        blocks = weights.unflatten(1, (-1, scheme.weights.group_size))
+        low, high = blocks.amin(2), blocks.amax(2)
+        whole = {}
+        if scheme.weights.strategy == "tensor_group":
+            whole["weight_global_scale"] = generate_gparam(low.amin(), high.amax())
+        scale, zero = calculate_qparams(low, high, scheme.weights, whole.get("weight_global_scale"))
+        state = {"weight": weights, "weight_scale": scale, "weight_zero_point": zero} | whole
+        return compressor.compress(state, scheme)
+
+    return run
 
 
 def seconds(work: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
@@ -145,7 +175,7 @@ def report(args: argparse.Namespace, rates: dict[str, dict[str, float]], identic
     record = {
         "benchmark": "encode",
         "cpu": _cpu(),
-        "versions": {name: version(name) for name in ("bagel-compress", "torch", "numba", "bitsandbytes")},
+        "versions": {name: version(name) for name in PACKAGES},
         "shape": [args.rows, args.columns],
         "clock": args.clock,
         "bytes_equal_bitsandbytes": identical,

@@ -17,7 +17,14 @@ CSS = """
 .upload img {width: 100% !important; height: auto !important; max-height: 50vh !important; object-fit: contain}
 .small img {image-rendering: pixelated}
 .progress {min-height: 1.6em}
-@media (max-width: 640px) {.picture .grid-container {grid-template-columns: 1fr 1fr}}
+.typed textarea {font-family: ui-monospace, monospace; font-size: 85%}
+.wide {overflow-x: auto}
+.wide td, .wide th {padding: 4px 8px !important; white-space: nowrap; word-break: normal}
+@media (max-width: 640px) {
+  .picture .grid-container {grid-template-columns: 1fr 1fr}
+  .tab-container button {padding-left: 8px; padding-right: 8px}
+  .wide {font-size: 85%}
+}
 """
 SMALL = 128  # pixels: the pictures of a smaller model are shown enlarged, their pixels sharp
 
@@ -37,7 +44,7 @@ class Controls:
     ) -> None:
         """`sizes`: ratio -> (width, height) of the model. `read`: an uploaded file -> picture, or gradio's Error."""
         self.gr, self.t, self.sizes, self._read = gr, t, sizes, read
-        self.look = ["picture", "small"] if max(map(max, sizes.values())) < SMALL else ["picture"]
+        self.look = ["picture", "small"] if max(map(max, sizes.values()), default=0) < SMALL else ["picture"]
 
     def prompt(self, key: str) -> Any:
         return self.gr.Textbox(label=self.t("prompt"), placeholder=self.t(key), lines=3, max_lines=8)

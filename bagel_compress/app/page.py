@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bagel_compress.app.advice import MOST_GPUS, Advisor, machine_line
 from bagel_compress.app.controls import Controls
 from bagel_compress.app.model_info import model_table
 from bagel_compress.app.runs import Runs
@@ -21,22 +22,30 @@ from bagel_compress.errors import MissingExtraError
 from bagel_compress.run.picture_settings import read_settings
 
 
-def build_page(models: Sequence[OpenModel], folder: Path, language: str = "en") -> Any:
-    """The page (gradio.Blocks) over these models; pictures are kept in `folder`. Raises MissingExtraError."""
+def build_page(models: Sequence[OpenModel], folder: Path, language: str = "en", advisor: Advisor | None = None) -> Any:
+    """The page (gradio.Blocks) over these models, none to two; pictures are kept in `folder`.
+
+    `advisor` ranks the builds of its first screen. Raises MissingExtraError.
+    """
     try:
         import gradio as gr
     except ImportError:
         raise MissingExtraError("the page needs gradio; install bagel-compress[app].") from None
 
     first, *others = [language, *(other for other in LANGUAGES if other != language)]
+    advisor = advisor or Advisor()
     visits: defaultdict[str, Visit] = defaultdict(Visit)
+
+    def runs(language: str) -> Runs:
+        return Runs(gr, Texts(language), models, folder, visits, advisor)
+
     with gr.Blocks(title=Texts(first)("title"), analytics_enabled=False) as page:
         gr.Navbar(main_page_name=LANGUAGES[first])
-        _Page(gr, Runs(gr, Texts(first), models, folder, visits), "public").build()
+        _Page(gr, runs(first), "public").build()
     for other in others:
         with page.route(LANGUAGES[other], other):
             gr.Navbar(main_page_name=LANGUAGES[first])
-            _Page(gr, Runs(gr, Texts(other), models, folder, visits), "private").build()
+            _Page(gr, runs(other), "private").build()
     page.queue(default_concurrency_limit=1, max_size=64)
     return page
 
@@ -47,13 +56,19 @@ class _Page:
     def __init__(self, gr: Any, runs: Runs, api: str) -> None:
         """`api`: whether its runs are named in the API, "public" or "private"."""
         self.gr, self.runs, self.t, self.models, self.api = gr, runs, runs.t, runs.models, api
-        self.controls = Controls(gr, self.t, self.models[0].sizes, lambda path: runs.told(read_picture, path))
+        sizes = self.models[0].sizes if self.models else {}
+        self.controls = Controls(gr, self.t, sizes, lambda path: runs.told(read_picture, path))
 
     def build(self) -> None:
         gr, t = self.gr, self.t
-        gr.Markdown(f"## {t('title')}\n{t('models', ', '.join(model.name for model in self.models))}")
+        names = ", ".join(model.name for model in self.models)
+        gr.Markdown(f"## {t('title')}\n{t('models', names) if names else t('no_model')}")
         self.visit = gr.State(None)
         with gr.Tabs():
+            with gr.Tab(t("tab_advise")):
+                self._advise_tab()
+            if not self.models:
+                return
             with gr.Tab(t("tab_draw")):
                 self._draw_tab()
             with gr.Tab(t("tab_edit")):
@@ -76,8 +91,10 @@ class _Page:
         stop.click(self.runs.stop, self.visit, None, queue=False, api_visibility="private")
         return go
 
-    def _starts(self, button: Any, call: Any, inputs: list[Any], outputs: list[Any], status: Any, name: str) -> None:
-        """A button starts a run: first it says that the run waits, then the run tells the rest."""
+    def _starts(
+        self, button: Any, call: Any, inputs: list[Any], outputs: list[Any], status: Any, name: str, line: str = "model"
+    ) -> None:
+        """A button starts a run: first it says that the run waits, then the run tells the rest. `line`: its queue."""
         waiting = button.click(
             self.runs.arrive,
             self.visit,
@@ -87,9 +104,31 @@ class _Page:
             api_visibility="private",
         )
         waiting.then(
-            call, [self.visit, *inputs], outputs, concurrency_id="model", show_progress="hidden", api_name=name,
+            call, [self.visit, *inputs], outputs, concurrency_id=line, show_progress="hidden", api_name=name,
             api_visibility=self.api,
         )  # fmt: skip
+
+    def _advise_tab(self) -> None:
+        gr, t, advisor = self.gr, self.t, self.runs.advisor
+        gr.Markdown(f"{t('advise_lead')}  \n{machine_line(advisor.machine, t)}")
+        name, count = advisor.found()
+        with gr.Row():
+            target = gr.Dropdown(
+                advisor.targets(), value=name, label=t("target"), info=t.info("target"), min_width=230, scale=2
+            )
+            gpus = gr.Slider(1, MOST_GPUS, value=count, step=1, label=t("gpus"), min_width=200)
+        go = self._go("advise")
+        status = self.controls.status()
+        table = gr.Markdown(elem_classes=["wide"])
+        chosen = gr.Radio([], label=t("show_commands"), visible=False)
+        commands = gr.Textbox(
+            label=t("commands"), interactive=False, visible=False, lines=5, max_lines=20, buttons=["copy"],
+            elem_classes=["typed"],
+        )  # fmt: skip
+        self._starts(
+            go, self.runs.advise, [target, gpus], [table, chosen, commands, status], status, "advise", "advise"
+        )
+        chosen.change(self.runs.commands, [target, gpus, chosen], commands, queue=False, api_visibility="private")
 
     def _draw_tab(self) -> None:
         gr, t = self.gr, self.t

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from bagel.errors import BagelError, Cancelled
+from bagel_compress.app.advice import Advisor, ranking_table
 from bagel_compress.app.session import (
     Finished,
     OpenModel,
@@ -40,9 +41,16 @@ class Runs:
     """What clicks start, for the page in one language."""
 
     def __init__(
-        self, gr: Any, t: Texts, models: Sequence[OpenModel], folder: Path, visits: defaultdict[str, Visit]
+        self,
+        gr: Any,
+        t: Texts,
+        models: Sequence[OpenModel],
+        folder: Path,
+        visits: defaultdict[str, Visit],
+        advisor: Advisor,
     ) -> None:
-        self.gr, self.t, self.models, self.folder, self.visits = gr, t, models, folder, visits
+        self.gr, self.t, self.models, self.folder = gr, t, models, folder
+        self.visits, self.advisor = visits, advisor
 
     def arrive(self, visit: str | None) -> tuple[str, str]:
         return visit or secrets.token_hex(8), self.t("waiting")
@@ -68,6 +76,30 @@ class Runs:
     def prompts_of(self, path: str) -> str:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
         return "\n".join(self.told(read_prompts, text))
+
+    def advise(self, visit: str | None, target: str | None, gpus: float) -> Iterator[tuple[Any, ...]]:
+        """Table, names to choose from, commands and progress of a ranking."""
+        gr, t = self.gr, self.t
+        if target is None:
+            raise self._error(t("advise_first"))
+        same = gr.update()
+        try:
+            for event in self.advisor.ranking(target, int(gpus), self._fresh(visit)):
+                if isinstance(event, str):
+                    yield same, same, same, t("predicting", event)
+                    continue
+                table = ranking_table(event, self.advisor.machine, t)
+                names = gr.update(choices=[choice.name for choice in event], value=event[0].name, visible=True)
+                commands = gr.update(value="\n".join(event[0].commands), visible=True)
+                yield table, names, commands, t("ranked", len(event))
+        except Cancelled:
+            yield same, same, same, t("cancelled")
+        except FAULTS as fault:
+            raise self._error(str(fault)) from None
+
+    def commands(self, target: str, gpus: float, name: str | None) -> str:
+        """The commands of a row of a ranking that was made."""
+        return "\n".join(self.advisor.commands(target, int(gpus), name))
 
     def draw(self, visit: str | None, prompt: str, think: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
         yield from self._drawn(visit, [prompt], prompt, think, _named("draw", values))

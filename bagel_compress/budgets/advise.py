@@ -1,7 +1,7 @@
-"""advise: what to take for a GPU. The packaged recipes and the builds that lie here, ranked by expected error.
+"""advise: what to take for a GPU. The packaged recipes and builds that are known, ranked by expected error.
 
 Each is held against the packaged ways to use the GPU (everything on it, parts in host memory) by the prediction that
-`budget` makes; the first way that holds is the one that is named. Nothing is downloaded and no weight is read.
+`budget` makes; the first way that holds is the one that is named. No weight is read.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bagel_compress.budgets.fake_model import BuildOutline
+from bagel_compress.budgets.known_builds import KnownBuild
+from bagel_compress.budgets.machine import Machine
 from bagel_compress.budgets.plan_devices import gpu_of, held_bytes, plan_map
 from bagel_compress.budgets.predict import least_bytes, predict
 from bagel_compress.budgets.promises import Errors, expected_errors, packaged_recipes, ways
-from bagel_compress.build.artifact import Artifact
-from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.plan import make_plan
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import ExportError, TargetError
@@ -31,9 +31,9 @@ ALIKE = 0.01  # relative: recipes whose errors and sizes are that close, on one 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A recipe, or a build that lies here, on one packaged target (or on several GPUs together)."""
+    """A recipe, or a finished build, on one packaged target (or on several GPUs together)."""
 
-    name: str  # of the recipe, or the folder of the build
+    name: str  # of the recipe, or the folder or repository of the build
     summary: str
     target: str  # names of targets, a space between several
     placed: bool  # parts of the model wait in host memory, so --target must be given to use it
@@ -42,8 +42,8 @@ class Choice:
     limit: int
     weights: int  # bytes of the build
     download: int
-    disk: int  # bytes needed: download and build
-    build_seconds: float | None  # None: not known, it needs a calibration set
+    disk: int  # bytes needed: download and build; 0 where the build lies here
+    build_seconds: float | None  # 0: it is built; None: not known, it needs a calibration set
     calibrated: bool
     alike: tuple[str, ...] = ()  # recipes with the same size and error, for other loaders
     commands: tuple[str, ...] = ()
@@ -53,21 +53,12 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """What was found here: free bytes of the disk, bytes of memory (None: not known), names of GPUs."""
-
-    disk: int
-    memory: int | None
-    gpus: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class _Candidate:
     name: str
     build: BuildOutline
     errors: Errors
     calibrated: bool
-    here: bool = False
+    known: KnownBuild | None = None  # None: a recipe, still to be built
     summary: str = ""
     codecs: frozenset[Codec] = field(default_factory=frozenset)
 
@@ -76,24 +67,25 @@ def advise(
     targets: Sequence[Target],
     *,
     source: str = REPO,
-    builds: Sequence[Path] = (),
+    builds: Sequence[KnownBuild] = (),
     count: int = SHOWN,
-    say: Callable[[str], None] = lambda text: None,
+    looks_at: Callable[[str], None] = lambda name: None,
 ) -> list[Choice]:
     """What fits the target, or the GPUs of several targets together: the least expected error first.
 
-    `source` is where weights come from (a Hub id, or a folder, which needs no download); `builds` are artifacts of the
-    released model's size that lie here. Raises TargetError if nothing that is shipped fits.
+    `source` is where weights come from (a Hub id, or a folder, which needs no download); `builds` are ranked too.
+    `looks_at` is told the name of each candidate before its peak is predicted, which takes seconds. Raises TargetError
+    if nothing fits.
     """
     found: list[Choice] = []
-    for candidate in sorted(_candidates(targets[0], builds), key=lambda c: (c.errors.all, not c.here, c.build.disk)):
+    for candidate in sorted(_candidates(targets[0], builds), key=_rank):
         same = next((i for i, choice in enumerate(found) if _alike(choice, candidate)), None)
         if same is not None:
             found[same] = _joined(found[same], candidate)
             continue
         if len(found) >= count:
             break
-        say(f"predicting the peak of {candidate.name}")
+        looks_at(candidate.name)
         choice = _together(candidate, targets) if len(targets) > 1 else _alone(candidate, targets[0])
         if choice is not None:
             found.append(_with_costs(choice, candidate, source, targets))
@@ -109,7 +101,7 @@ def advise(
     return found
 
 
-def _candidates(target: Target, builds: Sequence[Path]) -> Iterator[_Candidate]:
+def _candidates(target: Target, builds: Sequence[KnownBuild]) -> Iterator[_Candidate]:
     for name, recipe in packaged_recipes().items():
         if (recipe.export is None) != (target.export is None):
             continue
@@ -119,14 +111,18 @@ def _candidates(target: Target, builds: Sequence[Path]) -> Iterator[_Candidate]:
         if errors is not None and _runs(codecs, target):
             build = BuildOutline.of_plan(plan)
             yield _Candidate(name, build, errors, plan.calibrated, summary=recipe.summary, codecs=codecs)
-    released = sum(spec.numel for spec in TrueHeader().specs)
-    for folder in builds:
-        if not (folder / MANIFEST).exists() or target.export is not None:
-            continue
-        build = BuildOutline.of_artifact(Artifact.open(folder))
-        errors = expected_errors((stored.codec, stored.unit.specs) for stored in build.units)
-        if errors is not None and sum(stored.unit.numel for stored in build.units) == released:
-            yield _Candidate(str(folder), build, errors, False, here=True, summary=f"{build.name}, built already")
+    for known in builds if target.export is None else ():
+        errors = expected_errors((stored.codec, stored.unit.specs) for stored in known.build.units)
+        if errors is not None:
+            where = f"{known.build.name}, " + ("to download" if known.download else "built already")
+            yield _Candidate(known.name, known.build, errors, False, known, where)
+
+
+def _rank(candidate: _Candidate) -> tuple[float, int, int]:
+    """Least error first; of equal ones what lies here, then what is built, then what is smaller."""
+    known = candidate.known
+    effort = 2 if known is None else 1 if known.download else 0
+    return candidate.errors.all, effort, candidate.build.disk
 
 
 def _runs(codecs: frozenset[Codec], target: Target) -> bool:
@@ -181,7 +177,7 @@ def _choice(candidate: _Candidate, target: str, placed: bool, peak: float, limit
 
 def _alike(choice: Choice, candidate: _Candidate) -> bool:
     pairs = [(choice.weights, candidate.build.disk), (choice.errors.all, candidate.errors.all)]
-    return not candidate.here and all(abs(a - b) <= ALIKE * max(a, b) for a, b in pairs)
+    return candidate.known is None and all(abs(a - b) <= ALIKE * max(a, b) for a, b in pairs)
 
 
 def _joined(choice: Choice, candidate: _Candidate) -> Choice:
@@ -191,8 +187,9 @@ def _joined(choice: Choice, candidate: _Candidate) -> Choice:
 
 def _with_costs(choice: Choice, candidate: _Candidate, source: str, targets: Sequence[Target]) -> Choice:
     commands = tuple(_commands(choice, candidate, source, targets))
-    if candidate.here:
-        return replace(choice, commands=commands)
+    if candidate.known is not None:
+        needed = candidate.known.download
+        return replace(choice, download=needed, disk=needed, commands=commands)
     header = TrueHeader()
     weights = sum(spec.nbytes for spec in header.specs)
     vae = candidate.build.disk - sum(stored.nbytes for stored in candidate.build.units)
@@ -203,11 +200,13 @@ def _with_costs(choice: Choice, candidate: _Candidate, source: str, targets: Seq
 
 
 def _commands(choice: Choice, candidate: _Candidate, source: str, targets: Sequence[Target]) -> Iterator[str]:
-    """What to type, in order. Several GPUs share the model; a build that lies here is used at once."""
+    """What to type, in order. Several GPUs share the model; a finished build is used at once."""
     several = len(targets) > 1
-    out = choice.name if candidate.here else f"out/{choice.name}"
-    yield f"bagel-compress budget {choice.name} --target {choice.target}" + (" --together" if several else "")
-    if not candidate.here:
+    known = candidate.known
+    out = f"out/{choice.name}" if known is None else choice.name
+    if known is None or not known.download:  # `budget` reads files
+        yield f"bagel-compress budget {choice.name} --target {choice.target}" + (" --together" if several else "")
+    if known is None:
         yield f"bagel-compress plan {choice.name}"
         if choice.calibrated:
             yield f"bagel-compress calibrate --source {source} --out {CALIBRATION}"
@@ -230,7 +229,11 @@ def advice_table(choices: Sequence[Choice], machine: Machine) -> str:
     lines = [row("recipe", "target", "drawing", "answers", "peak GiB", "of", "download", "disk", "build")]
     for c in choices:
         build = (
-            "-" if not c.disk else "(1)" if c.build_seconds is None else f"{max(1, round(c.build_seconds / 60))} min"
+            "-"
+            if c.build_seconds == 0
+            else "(1)"
+            if c.build_seconds is None
+            else f"{max(1, round(c.build_seconds / 60))} min"
         )
         sizes = (f"{c.download / 1e9:.1f} GB" if c.download else "-", f"{c.disk / 1e9:.1f} GB" if c.disk else "-")
         peak = (f"{c.peak / GIB:.2f}", f"{c.limit / GIB:.2f}")

@@ -76,11 +76,7 @@ class BuildOutline:
     @classmethod
     def of_artifact(cls, artifact: Artifact) -> BuildOutline:
         """The outline of an artifact; sizes are exact, as they are stored."""
-        entries = artifact.manifest.units
-        units = tuple(
-            UnitOutline(artifact.unit(name), e.codec, {n: p.spec for n, p in e.parts.items()})
-            for name, e in entries.items()
-        )
+        units = _stored(artifact)
         shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
         vae_shapes = shapes_of(dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path))
         config = read_config(artifact.path, shapes, vae_shapes)
@@ -88,6 +84,15 @@ class BuildOutline:
         return cls(
             artifact.manifest.recipe.name, artifact.digest, config, VAEConfig.from_shapes(vae_shapes), units, disk
         )
+
+    @classmethod
+    def of_manifest(cls, artifact: Artifact) -> BuildOutline:
+        """The outline of a build of the released model of which the manifest alone lies here."""
+        units = _stored(artifact)
+        shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
+        config = BagelConfig.from_dir(FULL_CONFIGS, shapes, OFFICIAL_VAE.z_channels, OFFICIAL_VAE.downsample)
+        disk = sum(entry.bytes for entry in artifact.manifest.files.values())
+        return cls(artifact.manifest.recipe.name, artifact.digest, config, OFFICIAL_VAE, units, disk)
 
     @classmethod
     def of_plan(cls, plan: Plan, folder: Path = FULL_CONFIGS, vae: VAEConfig = OFFICIAL_VAE) -> BuildOutline:
@@ -102,6 +107,14 @@ class BuildOutline:
             vae_bytes = sum(p.nbytes for p in AutoEncoder(vae).parameters())
         disk = sum(stored.nbytes for stored in units) + vae_bytes
         return cls(plan.recipe.name, plan.digest, config, vae, units, disk)
+
+
+def _stored(artifact: Artifact) -> tuple[UnitOutline, ...]:
+    """The units of an artifact, from its manifest."""
+    return tuple(
+        UnitOutline(artifact.unit(name), entry.codec, {part: stored.spec for part, stored in entry.parts.items()})
+        for name, entry in artifact.manifest.units.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)

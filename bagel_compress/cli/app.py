@@ -19,7 +19,10 @@ def register(verbs: Any) -> None:
         "  bagel-compress app BAGEL-7B-MoT out/nf4 --device cuda:0,cuda:1\n"
         "  bagel-compress app out/nf4 --zh --host 0.0.0.0 --password SECRET",
     )  # fmt: skip
-    app.add_argument("model", metavar="MODEL", help="checkpoint, artifact or ONNX export, or a Hub id of one")
+    app.add_argument(
+        "model", metavar="MODEL", nargs="?",
+        help="checkpoint, artifact or ONNX export, or a Hub id of one; none: the page says which to take",
+    )  # fmt: skip
     app.add_argument("second", metavar="MODEL2", nargs="?", help="another build, drawn beside the first")
     app.add_argument("--zh", action="store_true", help="in Chinese first; the page has a switch")
     app.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
@@ -28,6 +31,9 @@ def register(verbs: Any) -> None:
     app.add_argument("--password", metavar="WORD", help="asked of every visitor; any user name")
     app.add_argument("--device", default="auto", help="as of `generate` (%(default)s)")
     app.add_argument("--target", metavar="T", help="place the model as this target says")
+    app.add_argument(
+        "--builds", nargs="+", default=(), metavar="DIR|REPO", help="builds that the first screen ranks too"
+    )
     app.set_defaults(verb=_app)
 
     settings = add_verb(
@@ -58,14 +64,17 @@ def _serve(args: argparse.Namespace, folder: Path) -> int:
     import signal
     import threading
 
+    from bagel_compress.app.advice import Advisor
     from bagel_compress.app.controls import CSS, theme
     from bagel_compress.app.page import build_page
     from bagel_compress.app.session import open_models
     from bagel_compress.app.uploads import MAX_BYTES
+    from bagel_compress.budgets.known_builds import known_builds
 
-    names = [args.model] if args.second is None else [args.model, args.second]
+    names = [name for name in (args.model, args.second) if name is not None]
+    advisor = Advisor(known_builds(args.builds, say))
     models = open_models(names, args.device, args.target)
-    page = build_page(models, folder, "zh" if args.zh else "en")
+    page = build_page(models, folder, "zh" if args.zh else "en", advisor)
     word = args.password
     auth = None if word is None else lambda user, given: hmac.compare_digest(given.encode(), word.encode())
     ended = threading.Event()
@@ -75,7 +84,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> int:
         quiet=True, show_error=True, footer_links=[], max_file_size=MAX_BYTES, ssr_mode=False, theme=theme(), css=CSS,
         enable_monitoring=False, mcp_server=False, pwa=False,
     )  # fmt: skip
-    say(f"{', '.join(model.name for model in models)}: {address}" + (f" and {shared}" if shared else ""))
+    say(f"{', '.join(model.name for model in models) or 'no model'}: {address}" + (f" and {shared}" if shared else ""))
     say("uploads and pictures are deleted at exit (Ctrl-C); download those that you want to keep")
     try:
         while not ended.wait(1):

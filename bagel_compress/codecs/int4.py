@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.compressed_tensors import quantization_config
+from bagel_compress.codecs.constants import INT4_WIDE
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
 from bagel_compress.codecs.loaders import TWO_STAGES, Loader, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import (
@@ -51,9 +52,7 @@ if TYPE_CHECKING:
 BLOCK: Final = 32  # weights per scale, unless a recipe says otherwise
 CHUNK_ELEMENTS = 1 << 20  # coded at a time; a search holds some fp32 copies of it
 LEVELS = 7.5  # half of the 15 steps between -8 and 7
-STEPS = 15.0
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # factors on absmax that a search tries
-WIDE = 3.0e38  # blocks beyond it use codes -7..7, so that no decoded value overflows
 # Relative errors of normal weights by group: absmax, searched scales, zero points.
 NORMAL_ERRORS = {32: (0.095, 0.088, 0.081), 64: (0.103, 0.096, 0.091), 128: (0.111, 0.102, 0.101)}
 
@@ -252,11 +251,10 @@ class _Int4Encoding(Encoding):
         from bagel_compress.codecs.kernels.threads import split
 
         scales, zeros, bottoms = self._scales(words)
-        plain, sums = bool(not zeros.any() and (bottoms == -8).all()), np.empty((len(words), 3))
+        sums = np.empty((len(words), 3))
 
         def part(a: int, b: int) -> None:
-            s, z, low = scales[a:b], zeros[a:b], bottoms[a:b]
-            int4_blocks(words[a:b], self.codec.group, s, z, low, plain, packed[a:b], sums[a:b])
+            int4_blocks(words[a:b], self.codec.group, scales[a:b], zeros[a:b], bottoms[a:b], packed[a:b], sums[a:b])
 
         split(part, len(words), 1)
         self_check(self.spec, self.codec, not sums[:, 2].any())
@@ -264,7 +262,10 @@ class _Int4Encoding(Encoding):
         return scales, zeros.astype(np.int8)
 
     def _scales(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Scales that bf16 holds, zero points and lowest codes, (R, K / group) fp32 each."""
+        """Scales that bf16 holds, zero points and lowest codes, (R, K / group) fp32 each, or (0, 0): 0 and -8."""
+        return self._plain(words) if self.codec.symmetric else self._asymmetric(words)
+
+    def _plain(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         import numpy as np
         import torch
 
@@ -274,29 +275,38 @@ class _Int4Encoding(Encoding):
         group = self.codec.group
         tops = np.empty((len(words), words.shape[1] // group), np.uint16)
         split(lambda a, b: absmax_blocks(words[a:b], group, tops[a:b]), len(words), 1)
-        if (tops >= INFINITY_WORD).any():
-            raise not_finite(self.spec, self.codec)
-        absmax = as_floats(tops)
-        wide = absmax > np.float32(WIDE)
-        if not self.codec.symmetric:
-            return self._asymmetric(words, wide)
-        plain = _plain_scale(torch.from_numpy(absmax), 1.0).numpy()
-        return plain, np.zeros_like(plain), np.where(wide, np.float32(-7), np.float32(-8))
+        absmax = self._finite(tops)
+        scales = _plain_scale(torch.from_numpy(absmax), 1.0).numpy()
+        wide = absmax > np.float32(INT4_WIDE)
+        return scales, _none(), np.where(wide, np.float32(-7), np.float32(-8)) if wide.any() else _none()
 
-    def _asymmetric(self, words: np.ndarray, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _asymmetric(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         import numpy as np
-        import torch
 
-        from bagel_compress.codecs.kernels.int4_kernels import ends_blocks
+        from bagel_compress.codecs.kernels.int4_kernels import asymmetric_blocks
         from bagel_compress.codecs.kernels.threads import split
 
-        lows, highs = np.empty(wide.shape, np.float32), np.empty(wide.shape, np.float32)
-        split(lambda a, b: ends_blocks(words[a:b], self.codec.group, lows[a:b], highs[a:b]), len(words), 1)
-        reach = (highs / np.float32(STEPS) - lows / np.float32(STEPS)) * np.where(wide, np.float32(0.95), np.float32(1))
-        scale = torch.from_numpy(reach).bfloat16().float()
-        scales = scale.where(scale > 0, scale.new_ones(())).numpy()
-        zeros = np.rint(np.float32(-8) - lows / scales).clip(-8, 7).astype(np.float32)
-        return scales, zeros, np.full_like(scales, -8)
+        shape = (len(words), words.shape[1] // self.codec.group)
+        scales, zeros, tops = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, np.uint16)
+
+        def part(a: int, b: int) -> None:
+            asymmetric_blocks(words[a:b], self.codec.group, scales[a:b], zeros[a:b], tops[a:b])
+
+        split(part, len(words), 1)
+        self._finite(tops)
+        return scales, zeros, _none()
+
+    def _finite(self, tops: np.ndarray) -> np.ndarray:
+        """Largest magnitudes as values, from their words. Raises CodecError on NaN and Inf."""
+        if (tops >= INFINITY_WORD).any():
+            raise not_finite(self.spec, self.codec)
+        return as_floats(tops)
+
+
+def _none() -> np.ndarray:
+    import numpy as np
+
+    return np.empty((0, 0), np.float32)
 
 
 def packed_zeros(zeros: np.ndarray) -> np.ndarray:
@@ -367,7 +377,7 @@ def _unshrunk(weights: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, a
 
     unit = weights / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # squares of weights may overflow
     along = (unit * codes).sum(1) * scale.float()
-    gain = torch.where((along > 0) & (absmax <= WIDE), unit.square().sum(1) * absmax / along, 1.0)
+    gain = torch.where((along > 0) & (absmax <= INT4_WIDE), unit.square().sum(1) * absmax / along, 1.0)
     return (scale.float() * gain).bfloat16()
 
 
@@ -376,7 +386,7 @@ def _rounded(weights: torch.Tensor, top: torch.Tensor) -> tuple[torch.Tensor, to
 
     scale = (top / LEVELS).bfloat16()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    low = torch.where(top > WIDE, -7.0, -8.0)[:, None]
+    low = torch.where(top > INT4_WIDE, -7.0, -8.0)[:, None]
     return torch.maximum((weights / scale.float()[:, None]).round().clamp(max=7.0), low), scale
 
 

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,27 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+@pytest.fixture(scope="session")
+def launched() -> Callable[[Any], AbstractContextManager[str]]:
+    """Serves a page from this process: page -> a context that is its address."""
+    return _launched
+
+
+@contextmanager
+def _launched(page: Any) -> Iterator[str]:
+    """A page (gradio.Blocks) served by this process: its address."""
+    from bagel_compress.app.controls import CSS, theme
+
+    _, url, _ = page.launch(
+        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_error=True, footer_links=[], css=CSS,
+        ssr_mode=False, theme=theme(), enable_monitoring=False, mcp_server=False, pwa=False,
+    )  # fmt: skip
+    try:
+        yield url
+    finally:
+        page.close(verbose=False)
 
 
 @pytest.fixture(scope="session")

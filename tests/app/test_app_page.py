@@ -19,7 +19,9 @@ NAMES = {
     "raw",
     "gb",
     "English",
+    "GB",
     "GiB",
+    "resident",
     "MB",
     "PNG",
     "cpu",
@@ -37,6 +39,7 @@ def page(server: Any, browser: Any) -> Any:
     faults: list[str] = []
     page.on("pageerror", lambda fault: faults.append(str(fault)))
     page.goto(server.url)
+    tab(page, "Text to image")
     page.get_by_label("Prompt").first.wait_for()
     yield page
     assert faults == []
@@ -142,9 +145,9 @@ def test_compare_two_builds(page: Any) -> None:
 
 def test_chinese_has_no_english_left(page: Any) -> None:
     page.get_by_text("中文", exact=True).click()
-    page.get_by_label("提示词").first.wait_for()
+    page.get_by_role("button", name="排列版本").wait_for()
     seen = ""
-    for name in ("文生图", "图像编辑", "图像理解", "对比两个版本", "批量", "历史", "模型"):
+    for name in ("我的显卡", "文生图", "图像编辑", "图像理解", "对比两个版本", "批量", "历史", "模型"):
         tab(page, name)
         opened = page.get_by_text("设置", exact=True).locator("visible=true")
         if opened.count():
@@ -161,7 +164,9 @@ def test_a_phone_shows_everything_in_its_width(server: Any, browser: Any) -> Non
     context = browser.new_context(viewport={"width": 390, "height": 844})
     page = context.new_page()
     page.goto(server.url)
-    page.get_by_label("Prompt").first.wait_for()
+    page.get_by_role("button", name="Rank the builds").wait_for()
+    shot(page, "phone-first")
+    tab(page, "Text to image")
     write(page, PROMPT)
     fast(page)
     press(page, "Draw")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bagel_compress.budgets import advise as advising
-from bagel_compress.budgets.advise import Machine, advice_table, advise
+from bagel_compress.budgets.advise import advice_table, advise
+from bagel_compress.budgets.machine import Machine
 from bagel_compress.budgets.plan_devices import Gpu, plan_map
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import least_bytes, predict

@@ -52,7 +52,8 @@ def fp4_blocks(words, block, scales, table, packed, sums):  # type: ignore[no-un
             out = packed[r, first // 2 : (first + count) // 2]
             for i in range(out.shape[0]):
                 out[i] = np.uint8(codes[2 * i] | (codes[2 * i + 1] << 4))
-            _fp4_measure(words[r, first : first + count], scale, codes, sums[r])
+            unit = table[np.max(scales[r, first // block : (first + count) // block])]
+            _fp4_measure(words[r, first : first + count], scale, unit, codes, sums[r])
 
 
 @_strict
@@ -68,7 +69,8 @@ def fp8_blocks(words, block, scales, table, codes, sums):  # type: ignore[no-unt
             out = codes[r, first : first + count]
             for i in range(count):
                 out[i] = np.uint8(found[i])
-            fp8_measure(words[r, first : first + count], scale, found, sums[r])
+            unit = table[np.max(scales[r, first // block : (first + count) // block])]
+            fp8_measure(words[r, first : first + count], scale, unit, found, sums[r])
 
 
 @_strict
@@ -148,20 +150,21 @@ def _fp4_errors(x, scale, codes, errors):  # type: ignore[no-untyped-def]
 
 
 @_sums
-def _fp4_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
-    ww, ee, beyond = np.float64(0), np.float64(0), np.int32(0)
+def _fp4_measure(x, scale, unit, codes, sums):  # type: ignore[no-untyped-def]
+    ww, ee, beyond, inverse = np.float32(0), np.float32(0), np.int32(0), np.float32(1) / unit
     for i in range(x.shape[0]):
         w = as_float(x[i])
         e = w - _fp4_decoded(codes[i], scale[i])
-        ww += np.float64(w) * np.float64(w)
-        ee += np.float64(e) * np.float64(e)
+        ww += (w * inverse) * (w * inverse)
+        ee += (e * inverse) * (e * inverse)
         # One bit after the leading one: half of the last is a quarter of the value at most; 2^-8 for bf16; half of
         # e2m1's and of bf16's smallest steps; and what is clipped.
-        limit = np.float32(0.2545) * abs(w) + np.float32(2.0**-134) + np.float32(0.2505) * scale[i]
+        limit = np.float32(0.2545) * abs(w) + np.float32(0.2505) * scale[i]
         limit += max(abs(w) - FP4_MAX * scale[i], np.float32(0))
         beyond = np.int32(beyond + np.int32(abs(e) > limit))
-    sums[0] += ww
-    sums[1] += ee
+    square = np.float64(unit) * np.float64(unit)
+    sums[0] += ww * square
+    sums[1] += ee * square
     sums[2] += beyond
 
 
@@ -186,18 +189,19 @@ def _fp8_decoded(code, scale):  # type: ignore[no-untyped-def]
 
 
 @_sums
-def fp8_measure(x, scale, codes, sums):  # type: ignore[no-untyped-def]
-    ww, ee, beyond = np.float64(0), np.float64(0), np.int32(0)
+def fp8_measure(x, scale, unit, codes, sums):  # type: ignore[no-untyped-def]
+    ww, ee, beyond, inverse = np.float32(0), np.float32(0), np.int32(0), np.float32(1) / unit
     for i in range(x.shape[0]):
         w = as_float(x[i])
         e = w - _fp8_decoded(codes[i], scale[i])
-        ww += np.float64(w) * np.float64(w)
-        ee += np.float64(e) * np.float64(e)
+        ww += (w * inverse) * (w * inverse)
+        ee += (e * inverse) * (e * inverse)
         # Three bits after the leading one: half of the last is 2^-4 of the value; 2^-8 for bf16; half of e4m3fn's and
         # of bf16's smallest steps; and what is clipped.
-        limit = np.float32(0.0665) * abs(w) + np.float32(2.0**-134) + np.float32(0.001) * scale[i]
+        limit = np.float32(0.0665) * abs(w) + np.float32(0.001) * scale[i]
         limit += max(abs(w) - np.float32(448) * scale[i], np.float32(0))
         beyond = np.int32(beyond + np.int32(abs(e) > limit))
-    sums[0] += ww
-    sums[1] += ee
+    square = np.float64(unit) * np.float64(unit)
+    sums[0] += ww * square
+    sums[1] += ee * square
     sums[2] += beyond

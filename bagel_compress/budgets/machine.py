@@ -1,0 +1,56 @@
+"""What this machine has: GPUs, disk, memory; and the packaged targets that its GPUs are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from bagel_compress.budgets.promises import packaged_targets
+from bagel_compress.errors import TargetError
+from bagel_compress.run.target import Target
+
+SEEN = 1.03  # torch counts a little less memory than nvidia-smi, which the targets quote
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What was found here: free bytes of the disk, bytes of memory (None: not known), names of GPUs."""
+
+    disk: int
+    memory: int | None
+    gpus: tuple[str, ...] = ()
+
+    @classmethod
+    def found(cls) -> Machine:
+        """This machine; the disk is that of the working folder."""
+        import torch
+
+        memory = None
+        if hasattr(os, "sysconf"):  # not on Windows
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = tuple(torch.cuda.get_device_name(index) for index in range(count))
+        return cls(shutil.disk_usage(Path.cwd()).free, memory, names)
+
+
+def found_targets(machine: Machine) -> list[Target]:
+    """A target for each GPU here: the packaged one of its memory, or the next smaller. Raises TargetError."""
+    import torch
+
+    known = [t for t in packaged_targets().values() if t.export is None and t.residency is None]
+    names = ", ".join(sorted(packaged_targets()))
+    if not machine.gpus:
+        raise TargetError(f"no CUDA device was found here; name the GPU with --target, one of {names}.")
+    found = []
+    for index, name in enumerate(machine.gpus):
+        memory = torch.cuda.get_device_properties(index).total_memory
+        fitting = [t for t in known if t.device.memory_mib * 2**20 <= memory * SEEN]
+        eight = packaged_targets()["8gb"]
+        if not fitting and eight.device.memory_mib * 2**20 <= memory * SEEN:
+            fitting = [eight]
+        if not fitting:
+            raise TargetError(f"{name} has {memory / 2**30:.1f} GiB; the smallest packaged target is 8gb.")
+        found.append(max(fitting, key=lambda t: (t.limit, -len(t.name))))
+    return found
