@@ -123,10 +123,10 @@ class Fp8(CalibratedCodec, MatrixCodec):
         return Fp8Linear(spec, parts[spec.name], parts[scale_name(spec)], bias, decode_codes)
 
     def loaders(self) -> list[Loader]:
-        rows = [comfyui("RTX 40 and up", "test_dialects")]
+        rows = [comfyui("RTX 40 and up")]
         if self.dialect == "vllm":
             return [*rows, vllm_omni(), TWO_STAGES]
-        own = compressed_tensors("RTX 40 and up", "test_dialects")
+        own = compressed_tensors("RTX 40 and up")
         refused = vllm_omni("Unknown quantization method: 'compressed_tensors'")
         return [own, *(rows if self.granularity == "tensor" else []), refused]
 

@@ -127,7 +127,7 @@ class Int4(CalibratedCodec, MatrixCodec):
 
     def loaders(self) -> list[Loader]:
         return [
-            compressed_tensors("any", "test_dialects"),
+            compressed_tensors("any"),
             vllm_omni("Unknown quantization method: 'compressed_tensors'"),
             TWO_STAGES,
         ]

@@ -135,8 +135,8 @@ class Int8(CalibratedCodec, MatrixCodec):
                 vllm_omni("its bitsandbytes method quantises at load and reads no stored codes"),
             ]
         return [
-            compressed_tensors("RTX 20 and up", "test_dialects"),
-            comfyui("RTX 20 and up", "test_dialects"),
+            compressed_tensors("RTX 20 and up"),
+            comfyui("RTX 20 and up"),
         ]
 
     def snippets(self, repo: str, tensor: str, shard: str, alone: bool) -> list[Snippet]:

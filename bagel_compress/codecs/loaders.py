@@ -64,15 +64,13 @@ RAW = (
 )  # fmt: skip
 
 
-def compressed_tensors(gpus: str, tests: str) -> Loader:
-    """Shown by the file `tests` of tests/codecs."""
-    proof = f"tests/codecs/{tests}.py::test_compressed_tensors_decodes_the_same_weights"
+def compressed_tensors(gpus: str) -> Loader:
+    proof = "tests/pipeline/test_other_loaders.py::test_compressed_tensors_reads_every_layer_of_nano"
     return Loader("compressed-tensors", "0.20", "opens", gpus, "each weight, by its compressor", proof)
 
 
-def comfyui(gpus: str, tests: str) -> Loader:
-    """Shown by the file `tests` of tests/codecs."""
-    proof = f"tests/codecs/{tests}.py::test_comfy_kitchen_decodes_the_same_weights"
+def comfyui(gpus: str) -> Loader:
+    proof = "tests/pipeline/test_other_loaders.py::test_comfy_kitchen_reads_every_layer_of_nano"
     return Loader("ComfyUI (comfy-kitchen)", "0.2.40", "opens", gpus, "the file of `bagel-compress comfyui`", proof)
 
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import torch
 
 BIAS = 127  # of E8M0
-TESTS = "test_block_floats"
 PACKED = "its fused attention has no path for packed codes"
 LOW = 11  # 2^-116: every product with a level is a normal bf16 number, so no decoder rounds or flushes it
 
@@ -93,7 +92,7 @@ class Mxfp4(_Mx):
         return [compressed_tensors_snippet(repo, tensor, shard, self.format, "MXFP4PackedCompressor", scheme)]
 
     def loaders(self) -> list[Loader]:
-        return [compressed_tensors("RTX 50, B200", TESTS), vllm_omni(PACKED)]
+        return [compressed_tensors("RTX 50, B200"), vllm_omni(PACKED)]
 
 
 class Mxfp8(_Mx):
@@ -136,7 +135,7 @@ class Mxfp8(_Mx):
         return [compressed_tensors_snippet(repo, tensor, shard, self.format, "MXFP8QuantizationCompressor", scheme)]
 
     def loaders(self) -> list[Loader]:
-        return [compressed_tensors("RTX 50, B200", TESTS), comfyui("RTX 50, B200", TESTS)]
+        return [compressed_tensors("RTX 50, B200"), comfyui("RTX 50, B200")]
 
 
 def powers(scales: torch.Tensor) -> torch.Tensor:

@@ -107,8 +107,8 @@ class Nvfp4(BlockFloat):
 
     def loaders(self) -> list[Loader]:
         return [
-            compressed_tensors("RTX 50, B200", "test_block_floats"),
-            comfyui("RTX 50, B200", "test_block_floats"),
+            compressed_tensors("RTX 50, B200"),
+            comfyui("RTX 50, B200"),
             vllm_omni("its fused attention has no path for packed codes"),
         ]
 

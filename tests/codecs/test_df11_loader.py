@@ -90,6 +90,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     }
 
 
+@pytest.mark.loader
 @pytest.mark.parametrize(("recipe", "units"), [("df11", 3 + 3), ("df11-expert", 3 * 3 + 2)])
 def test_the_official_loader_gives_the_same_outputs(built: dict[str, Artifact], recipe: str, units: int) -> None:
     x = torch.linspace(-2, 2, 8).bfloat16()

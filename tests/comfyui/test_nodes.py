@@ -123,6 +123,7 @@ def test_memory_is_given_back_when_comfyui_asks(comfy: Comfy) -> None:
     assert comfy.loaded == [patcher]  # the loader's output was kept, and its weights were read again
 
 
+@pytest.mark.loader
 def test_builds_of_several_formats_open(comfy: Comfy, cli: Callable[..., tuple[int, str, str]]) -> None:
     """Put into models/bagel, they are listed; what each draws is what `open_model` draws, also placed by a target."""
     from bagel_compress.run.load import open_model

@@ -60,42 +60,7 @@ def test_the_verb(tiny: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["comfyui", str(tmp_path / "a"), "--out", str(out)]) == 2
 
 
-@pytest.mark.parametrize(
-    ("recipe", "form"),
-    [
-        ("comfyui-nvfp4", "nvfp4"),
-        ("mxfp8-24gb", "mxfp8"),
-        ("comfyui-int8", "int8_tensorwise"),
-        ("fp8-vllm", "float8_e4m3fn"),
-    ],
-)
-def test_comfy_kitchen_reads_every_layer_of_nano(tmp_path: Path, recipe: str, form: str) -> None:
-    """From the file alone: each layer by the kernel that its metadata names, equal to the artifact to the bit."""
-    pytest.importorskip("comfy_kitchen")
-    from comfy_kitchen.backends import eager
-
-    from bagel_compress.io.packaged import FULL_CONFIGS
-
-    nano = Checkpoint.open(FULL_CONFIGS.parent / "BAGEL-nano")
-    artifact = compress(make_plan(nano, Recipe.load(find_recipe(recipe))), nano, tmp_path / "a")
-    comfyui_file(artifact, tmp_path / "m.safetensors")
-    with safe_open(tmp_path / "m.safetensors", "pt") as file:
-        layers = json.loads(file.metadata()["_quantization_metadata"])["layers"]
-        assert len(layers) == 84  # 7 matrices, 2 experts, 6 layers
-        for name, entry in layers.items():
-            assert entry == {"format": form}
-            weight, scale = file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.weight_scale")
-            if form == "nvfp4":
-                found = eager.dequantize_nvfp4(weight, file.get_tensor(f"{name}.weight_scale_2"), scale)
-            elif form == "mxfp8":
-                found = eager.dequantize_mxfp8(weight, scale.view(torch.float8_e8m0fnu))
-            elif form == "int8_tensorwise":
-                found = eager.dequantize_int8_simple(weight, scale).bfloat16()
-            else:
-                found = eager.dequantize_per_tensor_fp8(weight, scale)
-            assert found.equal(artifact.decode(f"{name}.weight")[f"{name}.weight"])
-
-
+@pytest.mark.loader
 def test_a_file_without_codes_names_its_model(tiny: Checkpoint, tmp_path: Path) -> None:
     """One bf16 file with original names, no VAE, and the key by which the ComfyUI-BAGEL nodes know it."""
     artifact = compress(make_plan(tiny, Recipe.load(find_recipe("raw"))), tiny, tmp_path / "a")
@@ -112,6 +77,7 @@ def test_a_file_without_codes_names_its_model(tiny: Checkpoint, tmp_path: Path) 
     assert configs == {name: tiny.configs[name] for name in ("llm_config.json", "vit_config.json")}
 
 
+@pytest.mark.loader
 def test_any_build_decodes_to_the_same_file(
     tiny: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def module_names(artifact: Artifact, format: str) -> list[str]:
     return [name.removesuffix(".weight") for name, unit in units.items() if unit.codec.format == format]
 
 
+@pytest.mark.loader
 @pytest.mark.parametrize("recipe", ["nf4", "nf4-official", "nf4-12gb"])
 def test_bitsandbytes_loads_nf4(
     tiny: Checkpoint, tmp_path: Path, recipe: str, bnb_decoded: Callable[..., torch.Tensor]
@@ -59,6 +60,7 @@ def test_bitsandbytes_loads_nf4(
         assert theirs.equal(artifact.decode(f"{name}.weight")[f"{name}.weight"])
 
 
+@pytest.mark.loader
 def test_bitsandbytes_loads_int8(tiny: Checkpoint, tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     artifact, tensors, config = opened(tiny, "int8-24gb", tmp_path / "a")

@@ -31,6 +31,7 @@ def nano_build(recipe: str, out: Path) -> Artifact:
     ("recipe", "kind", "most"),
     [("nf4-nearest", "Linear4bit", 0.02), ("int8-24gb", "Linear8bitLt", 0.03), ("fp8-24gb", "Fp8Linear", 0.02)],
 )
+@pytest.mark.loader
 def test_the_official_model_computes_with_what_is_stored(
     recipe: str, kind: str, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from test_other_loaders import COMFYUI, COMPRESSED_TENSORS
 
 from bagel_compress.build.compress import compress
 from bagel_compress.build.loader_table import HEAD, loader_rows, loaders_of
@@ -14,40 +15,52 @@ from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
 from bagel_compress.codecs import CODECS
+from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.fp8 import Fp8
+from bagel_compress.codecs.int4 import Int4
 from bagel_compress.codecs.int8 import Int8
 from bagel_compress.codecs.loaders import DECODED, OURS, RAW, SERVED
 from bagel_compress.io.packaged import find_recipe
 from bagel_compress.source.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
-# Every test that opens what is stored with somebody else's loader.
-LOADER_TESTS = {
-    "tests/codecs/test_block_floats.py::test_comfy_kitchen_decodes_the_same_weights",
-    "tests/codecs/test_block_floats.py::test_compressed_tensors_decodes_the_same_weights",
-    "tests/codecs/test_df11_loader.py::test_the_official_loader_gives_the_same_outputs",
-    "tests/codecs/test_dialects.py::test_comfy_kitchen_decodes_the_same_weights",
-    "tests/codecs/test_dialects.py::test_compressed_tensors_decodes_the_same_weights",
-    "tests/comfyui/test_nodes.py::test_builds_of_several_formats_open",
-    "tests/pipeline/test_comfy.py::test_any_build_decodes_to_the_same_file",
-    "tests/pipeline/test_interop.py::test_the_official_model_computes_with_what_is_stored",
-    "tests/pipeline/test_comfy.py::test_a_file_without_codes_names_its_model",
-    "tests/pipeline/test_foreign.py::test_bitsandbytes_loads_int8",
-    "tests/pipeline/test_foreign.py::test_bitsandbytes_loads_nf4",
-    "tests/pipeline/test_served.py::test_vllm_omni_takes_the_folder",
-}
+
+
+def loader_tests() -> set[str]:
+    """Every test with the mark `loader`, as "tests/file.py::function"."""
+    found = set()
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and "pytest.mark.loader" in map(ast.unparse, node.decorator_list):
+                found.add(f"{path.relative_to(ROOT).as_posix()}::{node.name}")
+    return found
+
+
+def all_codecs() -> list[Codec]:
+    """Every format that has loaders, in every dialect."""
+    codecs = [codec() for codec in CODECS if codec.name() not in ("raw", "ecq")]
+    dialects = [Int8(dialect="compressed-tensors"), Fp8(granularity="tensor", dialect="vllm")]
+    return [*codecs, *dialects, Fp8(granularity="tensor"), Int4(group=64, symmetric=False)]
 
 
 def test_the_table_is_what_the_tests_show() -> None:
-    codecs = [codec() for codec in CODECS if codec.name() not in ("raw", "ecq")]
-    codecs += [Int8(dialect="compressed-tensors"), Fp8(granularity="tensor", dialect="vllm"), Fp8(granularity="tensor")]
-    rules = [*OURS, DECODED, *RAW, SERVED, *(rule for codec in codecs for rule in codec.loaders())]
-    assert {rule.proof for rule in rules if rule.proof} == LOADER_TESTS
-    for proof in LOADER_TESTS:
-        file, _, name = proof.partition("::")
-        tree = ast.parse((ROOT / file).read_text("utf-8"))
-        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    rules = [*OURS, DECODED, *RAW, SERVED, *(rule for codec in all_codecs() for rule in codec.loaders())]
+    assert {rule.proof for rule in rules if rule.proof} == loader_tests()
     assert all(rule.result == "opens" for rule in rules if rule.proof)
+
+
+@pytest.mark.parametrize(
+    ("name", "tested"), [("compressed-tensors", COMPRESSED_TENSORS), ("ComfyUI (comfy-kitchen)", COMFYUI)]
+)
+def test_a_package_is_named_for_what_its_test_opens(name: str, tested: list[Codec]) -> None:
+    """Not for a format or a dialect more, nor less."""
+    claimed = {dialect(codec) for codec in all_codecs() if name in {rule.name for rule in codec.loaders()}}
+    assert claimed == {dialect(codec) for codec in tested}
+
+
+def dialect(codec: Codec) -> tuple[object, ...]:
+    """What decides who can open it: not how scales were found, nor the size of a group."""
+    return (codec.format, *(getattr(codec, field, None) for field in ("dialect", "granularity", "symmetric")))
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_formats_that_the_server_does_not_take_are_refused() -> None:
     assert "serve" not in Recipe.load("fp8-24gb").model_dump()
 
 
+@pytest.mark.loader
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_vllm_omni_takes_the_folder(tiny: Checkpoint, tmp_path: Path, recipe: str) -> None:

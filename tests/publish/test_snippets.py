@@ -32,7 +32,9 @@ CASES = [
     ("fp8-24gb", "compressed-tensors (fp8)"), ("mixed-16gb", "bitsandbytes"),
     ("mixed-16gb", "compressed-tensors (fp8)"), ("fp8-comfyui", "compressed-tensors (fp8)"), ("fp8-comfyui", "ComfyUI"),
     ("df11", "Python"), ("df11", "dfloat11"), ("df11", "ComfyUI"), ("df11", "ComfyUI nodes"),
-    ("fp8-24gb", "Official BAGEL code"),
+    ("fp8-24gb", "Official BAGEL code"), ("comfyui-nvfp4", "compressed-tensors (nvfp4)"), ("fp8-vllm", "ComfyUI"),
+    ("mxfp8-24gb", "compressed-tensors (mxfp8)"), ("comfyui-int8", "compressed-tensors (int8)"),
+    ("w4a16-vllm", "compressed-tensors (int4)"), ("nvfp4-16gb", "compressed-tensors (nvfp4)"),
 ]  # fmt: skip
 SLOW = [("int8-24gb", "ONNX Runtime"), ("mixed-16gb", "ONNX Runtime")]
 Online = Callable[[str], tuple[Artifact, str]]
@@ -98,6 +100,7 @@ def test_it_runs(
     if title.startswith("compressed-tensors"):
         compressor = next(value for key, value in found.items() if key.endswith("Compressor"))
         theirs = compressor.decompress(found["stored"], found["scheme"])["weight"]
+        theirs = theirs.bfloat16()  # int8's come as fp32, as its scales are
         assert torch.equal(theirs, decoded(artifact, found["name"]))
     if title == "bitsandbytes" and recipe == "int8-24gb":
         x = torch.eye(found["codes"].shape[1], dtype=torch.bfloat16)
