@@ -34,6 +34,7 @@ CODECS = {
     "fp8": "fp8",
     "int8": "int8",
     "df11": "df11",
+    "ecq": "{format: ecq, bits: 4.13}",
 }
 
 

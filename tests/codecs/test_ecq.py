@@ -15,6 +15,7 @@ from bagel_compress.codecs import CODECS
 from bagel_compress.codecs.ecq import Ecq, encode, step
 from bagel_compress.codecs.ecq.layout import RUN, bound
 from bagel_compress.errors import CodecError
+from bagel_compress.io.tensor_spec import TensorSpec
 
 RATES = (1.5, 2.0, 2.5, 3.0, 4.13, 5.0, 6.0, 7.0, 8.5)
 
@@ -199,12 +200,25 @@ def test_codes_that_the_coder_misjudges_still_fit() -> None:
         assert bits - 0.02 <= rate <= bits
 
 
+class Changing(Whole):
+    """A weight that is another one at its second reading."""
+
+    def __init__(self, readings: list[torch.Tensor]) -> None:
+        super().__init__(readings[0])
+        self._readings = iter(readings)
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        return Whole(next(self._readings)).read(spec, start, stop)
+
+
 def test_a_source_that_changes_is_noticed() -> None:
+    """Also where all words of the second reading were among those of the first."""
     tensor = weight(64, 1024)
-    encoding = Ecq().begin(unit_of(tensor), Whole(tensor))
-    tensor[3] = 17.0
-    with pytest.raises(CodecError, match=f"{NAME}: .*source was changed"):
-        list(encoding.chunks())
+    for rows in (torch.full((1024,), 17.0), tensor[1]):
+        second = tensor.clone()
+        second[0] = rows
+        with pytest.raises(CodecError, match=f"{NAME}: .*source was changed"):
+            Ecq().begin(unit_of(tensor), Changing([tensor, second]))
 
 
 def test_sizes_of_a_plan() -> None:

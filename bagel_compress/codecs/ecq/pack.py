@@ -221,58 +221,6 @@ def _four(symbols, entries, following, scratch):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def measure(
-    symbols: np.ndarray, low_bits: int, escaping: bool, entries: np.ndarray, following: np.ndarray, sizes: np.ndarray
-) -> None:
-    """Bytes of every run that `pack` makes of uint8 `symbols`, into int64 `sizes` [runs].
-
-    `escaping`: there may be ESCAPEs. Up to seven bytes behind the symbols are read.
-    """
-    book, states, address = address_of(entries), address_of(following), address_of(symbols)
-    runs, whole = sizes.size, symbols.size // RUN
-    r = 0
-    while r < runs:
-        if r + 4 <= whole:
-            sizes[r], sizes[r + 1], sizes[r + 2], sizes[r + 3] = _bits_of_four(address + r * RUN, book, states)
-            r += 4
-        else:
-            sizes[r] = _bits_of(address + r * RUN, min(RUN, symbols.size - r * RUN), book, states)
-            r += 1
-    for r in range(runs):
-        size = min(RUN, symbols.size - r * RUN)
-        escapes = count_escapes(address + r * RUN, size) if escaping else 0
-        sizes[r] = 2 + ((sizes[r] + 7) >> 3) + low_bits * ((size + 7) >> 3) + 2 * escapes
-
-
-@_inlined
-def _step(symbol, entries, following, state, total):  # type: ignore[no-untyped-def]
-    entry = load64(entries + np.int64(symbol << _U(3)))
-    bits = (state + (entry & _LOW32)) >> _U(16)
-    index = np.int64(state >> bits) + (np.int64(entry) >> np.int64(32))
-    return load16(following + 2 * index), total + bits
-
-
-@_compiled
-def _bits_of(symbols, size, entries, following):  # type: ignore[no-untyped-def]
-    state, total = _U(STATES), _U(0)
-    for i in range(symbols + size - 1, symbols - 1, -1):
-        state, total = _step(load8(i), entries, following, state, total)
-    return np.int64(total)
-
-
-@_compiled
-def _bits_of_four(symbols, entries, following):  # type: ignore[no-untyped-def]
-    a = b = c = d = _U(STATES)
-    bits_a = bits_b = bits_c = bits_d = _U(0)
-    for i in range(symbols + RUN - 1, symbols - 1, -1):
-        a, bits_a = _step(load8(i), entries, following, a, bits_a)
-        b, bits_b = _step(load8(i + RUN), entries, following, b, bits_b)
-        c, bits_c = _step(load8(i + 2 * RUN), entries, following, c, bits_c)
-        d, bits_d = _step(load8(i + 3 * RUN), entries, following, d, bits_d)
-    return np.int64(bits_a), np.int64(bits_b), np.int64(bits_c), np.int64(bits_d)
-
-
-@_compiled
 def pack(
     symbols: np.ndarray,
     lows: np.ndarray,
