@@ -17,9 +17,10 @@ from bagel_compress.app.model_info import model_table
 from bagel_compress.app.runs import Runs
 from bagel_compress.app.session import OpenModel, Visit
 from bagel_compress.app.texts import LANGUAGES, Texts
-from bagel_compress.app.uploads import SUFFIXES, read_picture
+from bagel_compress.app.uploads import SUFFIXES
 from bagel_compress.errors import MissingExtraError
 from bagel_compress.run.picture_settings import read_settings
+from bagel_compress.run.presets import presets_of
 
 
 def build_page(models: Sequence[OpenModel], folder: Path, language: str = "en", advisor: Advisor | None = None) -> Any:
@@ -57,7 +58,8 @@ class _Page:
         """`api`: whether its runs are named in the API, "public" or "private"."""
         self.gr, self.runs, self.t, self.models, self.api = gr, runs, runs.t, runs.models, api
         sizes = self.models[0].sizes if self.models else {}
-        self.controls = Controls(gr, self.t, sizes, lambda path: runs.told(read_picture, path))
+        presets = presets_of(self.models[0].folder) if self.models else {}
+        self.controls = Controls(gr, self.t, sizes, presets, runs.told)
 
     def build(self) -> None:
         gr, t = self.gr, self.t
@@ -137,7 +139,7 @@ class _Page:
                 prompt, think = self.controls.prompt("prompt_draw"), self.controls.think()
                 go = self._go("draw")
                 controls = self.controls.settings("draw")
-                load = gr.UploadButton(t("load"), file_types=[".png"], size="sm")
+                load = self.controls.upload_button("load", [".png"])
             with gr.Column(min_width=320):
                 outputs = self.controls.result()
                 again = gr.Button(t("reuse"), size="sm")
@@ -145,7 +147,7 @@ class _Page:
         thoughts = outputs[1]
         think.change(lambda on: gr.update(visible=on), think, thoughts, queue=False, api_visibility="private")
         again.click(lambda seed: seed or 0, outputs[3], controls[0], queue=False, api_visibility="private")
-        load.upload(self.runs.load, load, [prompt, think, outputs[2], *controls], queue=False, api_visibility="private")
+        load.upload(self.runs.load, load, [prompt, think, outputs[2], *controls], api_visibility="private")
         self._starts(go, self.runs.draw, [prompt, think, *controls], list(outputs), outputs[2], "draw")
 
     def _edit_tab(self) -> None:
@@ -154,7 +156,7 @@ class _Page:
             with gr.Column(min_width=320):
                 picture = self.controls.upload()
                 with gr.Row():
-                    more = gr.UploadButton(t("more"), file_count="multiple", file_types=SUFFIXES, size="sm")
+                    more = self.controls.upload_button("more", SUFFIXES, several=True)
                     chosen = gr.Markdown(t.info("more"))
                 prompt, think = self.controls.prompt("prompt_edit"), self.controls.think()
                 go = self._go("edit")
@@ -203,7 +205,7 @@ class _Page:
         gr, t = self.gr, self.t
         gr.Markdown(t.info("batch"))
         prompts = gr.Textbox(label=t("prompts"), lines=6)
-        file = gr.UploadButton(t("prompts_file"), file_types=[".txt"], size="sm")
+        file = self.controls.upload_button("prompts_file", [".txt"])
         go = self._go("batch")
         status = self.controls.status()
         gallery = self.controls.gallery("result")

@@ -17,7 +17,9 @@ import numpy as np
 from PIL import Image
 
 from bagel.errors import BagelError, Cancelled
+from bagel.settings import FlowSettings
 from bagel_compress.app.advice import Advisor, ranking_table
+from bagel_compress.app.refusals import RefusedError, sentence
 from bagel_compress.app.session import (
     Finished,
     OpenModel,
@@ -28,10 +30,12 @@ from bagel_compress.app.session import (
     difference,
     run,
 )
-from bagel_compress.app.settings import SETTINGS, flow_of, text_of
+from bagel_compress.app.settings import NO_PRESET, flow_of, settings_of, text_of
 from bagel_compress.app.texts import Texts
 from bagel_compress.app.uploads import read_picture, read_prompts
+from bagel_compress.errors import InputError
 from bagel_compress.run.picture_settings import picture_settings, png_info, read_settings
+from bagel_compress.run.presets import with_preset
 
 MARK = re.compile(r"<([1-9])>")
 FAULTS = (BagelError, RuntimeError, MemoryError, OSError)  # of a run, told to the visitor
@@ -61,15 +65,19 @@ class Runs:
     def load(self, path: str) -> list[Any]:
         """Controls from the settings of a picture; unknown values stay as they are."""
         gr = self.gr
-        found = self.told(read_settings, path)
+        try:
+            found: dict[str, Any] = read_settings(path)
+        except InputError:
+            raise self._error(RefusedError("no_settings")) from None
         flow = found.get("flow") or {}
         thinking = found.get("thinking") or {}
         known: dict[str, Any] = {**flow, **thinking, "seed": found.get("seed")}
         known["cfg_interval_start"] = (flow.get("cfg_interval") or [None])[0]
-        sizes = {size: ratio for ratio, size in self.models[0].sizes.items()}
+        sizes: dict[Any, str] = {size: ratio for ratio, size in self.models[0].sizes.items()}
+        known["preset"] = NO_PRESET  # what it gave is among the settings
         known["ratio"] = sizes.get((found.get("width"), found.get("height")))
         values = [
-            gr.update() if known.get(s.name) is None else gr.update(value=known[s.name]) for s in SETTINGS["draw"]
+            gr.update() if known.get(s.name) is None else gr.update(value=known[s.name]) for s in settings_of("draw")
         ]
         return [str(found.get("prompt", "")), bool(thinking), "", *values]
 
@@ -81,7 +89,7 @@ class Runs:
         """Table, names to choose from, commands and progress of a ranking."""
         gr, t = self.gr, self.t
         if target is None:
-            raise self._error(t("advise_first"))
+            raise self._error(RefusedError("advise_first"))
         same = gr.update()
         try:
             for event in self.advisor.ranking(target, int(gpus), self._fresh(visit)):
@@ -95,7 +103,7 @@ class Runs:
         except Cancelled:
             yield same, same, same, t("cancelled")
         except FAULTS as fault:
-            raise self._error(str(fault)) from None
+            raise self._error(fault) from None
 
     def commands(self, target: str, gpus: float, name: str | None) -> str:
         """The commands of a row of a ranking that was made."""
@@ -116,7 +124,7 @@ class Runs:
         others = [self.told(read_picture, path) for path in more or []]
         pictures = [*([picture] if picture is not None else []), *others]
         if not pictures:
-            raise self._error(self.t("drop"))
+            raise self._error(RefusedError("picture_missing"))
         yield from self._drawn(visit, turns_of(prompt, pictures), prompt, think, _named("edit", values))
 
     def _drawn(
@@ -129,7 +137,7 @@ class Runs:
         model = self.models[0]
         size = model.sizes[values["ratio"]] if "ratio" in values else None
         yield picture, words, t("reading"), seed
-        flow, text = self.told(flow_of, values), self.told(text_of, values)
+        flow, text = self._flow(values), self.told(text_of, values)
         try:
             for event in run(model, turns, self._fresh(visit), think=think, size=size, flow=flow, text=text, seed=seed):
                 if isinstance(event, TextSoFar):
@@ -145,7 +153,7 @@ class Runs:
         except Cancelled:
             yield gr.update(), gr.update(), t("cancelled"), seed
         except FAULTS as fault:
-            raise self._error(str(fault)) from None
+            raise self._error(fault) from None
 
     def ask(
         self, visit: str | None, picture: Image.Image | None, prompt: str, think: bool, *values: Any
@@ -164,7 +172,7 @@ class Runs:
         except Cancelled:
             yield self.gr.update(), t("cancelled")
         except FAULTS as fault:
-            raise self._error(str(fault)) from None
+            raise self._error(fault) from None
 
     def compare(self, visit: str | None, prompt: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Two builds from the same noise, and how they differ."""
@@ -172,7 +180,7 @@ class Runs:
         named = _named("draw", values)
         seed, stop = chosen_seed(named["seed"]), self._fresh(visit)
         shown: list[Any] = [None, None, None]
-        flow, text = self.told(flow_of, named), self.told(text_of, named)
+        flow, text = self._flow(named), self.told(text_of, named)
         drawn: list[Image.Image] = []
         begun = time.perf_counter()
         try:
@@ -190,7 +198,7 @@ class Runs:
             yield *(gr.update() for _ in shown), "", t("cancelled")
             return
         except FAULTS as fault:
-            raise self._error(str(fault)) from None
+            raise self._error(fault) from None
         apart, gain, largest = difference(*drawn)
         shown[2] = apart
         verdict = t("equal") if not largest else t("psnr", f"{psnr(*drawn):.2f}", largest, gain)
@@ -202,7 +210,7 @@ class Runs:
         named = _named("draw", values)
         lines = self.told(read_prompts, prompts)
         seed, stop, files = chosen_seed(named["seed"]), self._fresh(visit), []
-        flow, text = self.told(flow_of, named), self.told(text_of, named)
+        flow, text = self._flow(named), self.told(text_of, named)
         size, begun = model.sizes[named["ratio"]], time.perf_counter()
         try:
             for index, line in enumerate(lines):
@@ -217,19 +225,26 @@ class Runs:
             yield list(files), t("cancelled")
             return
         except FAULTS as fault:
-            raise self._error(str(fault)) from None
+            raise self._error(fault) from None
         yield list(files), t("batch_done", len(files), f"{time.perf_counter() - begun:.1f}")
 
-    def _error(self, sentence: str) -> Exception:
-        fault: Exception = self.gr.Error(sentence, title=self.t("error"), print_exception=False)
-        return fault
+    def _error(self, fault: BaseException) -> Exception:
+        """What gradio shows of a fault."""
+        shown: Exception = self.gr.Error(sentence(fault, self.t), print_exception=False)
+        return shown
+
+    def _flow(self, values: Mapping[str, Any]) -> FlowSettings:
+        """The sampler's settings, a preset of the first model's build on top."""
+        flow: FlowSettings = self.told(flow_of, values)
+        preset = values["preset"]
+        return flow if preset == NO_PRESET else self.told(with_preset, flow, preset, self.models[0].folder)
 
     def told(self, call: Callable[..., Any], *values: Any) -> Any:
         """What a call returns; where it fails, gradio's Error with the sentence to show."""
         try:
             return call(*values)
         except FAULTS as fault:
-            raise self._error(str(fault)) from None
+            raise self._error(fault) from None
 
     def _fresh(self, visit: str | None) -> Any:
         """A stop of the visitor's that is not set."""
@@ -252,7 +267,7 @@ class Runs:
 
 
 def _named(tab: str, values: Sequence[Any]) -> dict[str, Any]:
-    return {setting.name: value for setting, value in zip(SETTINGS[tab], values, strict=True)}
+    return {setting.name: value for setting, value in zip(settings_of(tab), values, strict=True)}
 
 
 def turns_of(prompt: str, pictures: Sequence[Image.Image]) -> list[str | Image.Image]:

@@ -102,9 +102,9 @@ def open_models(names: Sequence[str], device: str, target: str | None) -> list[O
     return found
 
 
-def chosen_seed(seed: float) -> int:
-    """The seed that was given, or a random one for 0."""
-    return int(seed) or random.randint(1, LARGEST_SEED)
+def chosen_seed(seed: float | None) -> int:
+    """The seed that was given, or a random one for 0 or none."""
+    return int(seed or 0) or random.randint(1, LARGEST_SEED)
 
 
 def run(

@@ -1,5 +1,7 @@
 """Every setting of the page in one table: its range and its default, as the official page has them. No torch.
 
+ADVANCED is what the official page has not: solvers and the step cache (docs/speed.md), at first the official sampler.
+
 The official page offers a renorm type `local`, which its sampler refuses; the right name is `channel`.
 """
 
@@ -9,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bagel.settings import FlowSettings, TextSettings
+from bagel.settings import MAX_CACHE_ORDER, SOLVERS, FlowSettings, TextSettings
 
 RATIOS = {"1:1": (1024, 1024), "4:3": (1024, 768), "3:4": (768, 1024), "16:9": (1024, 576), "9:16": (576, 1024)}
 FULL = 1024  # pixels of the longer side; a smaller model draws the same ratios at its own size
@@ -68,13 +70,32 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         Setting("max_tokens", 512, 64, 4096, 1),
     ),
 }
-_FLOW = ("num_timesteps", "timestep_shift", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min", "cfg_renorm_type")
+NO_PRESET = "none"
+_SPEED = (
+    Setting("preset", NO_PRESET, choices=(NO_PRESET,)),  # and those that the build's recipe promises
+    Setting("solver", "euler", choices=SOLVERS),
+    Setting("cache_every", 1, 1, 8, 1),
+    Setting("cache_threshold", 0.0, 0.0, 0.5, 0.01),
+    Setting("cache_order", 1, 0, MAX_CACHE_ORDER, 1),
+    Setting("guidance_every", 1, 1, 8, 1),
+)
+ADVANCED: dict[str, tuple[Setting, ...]] = {"draw": _SPEED, "edit": _SPEED, "ask": ()}
+_COUNTS = ("num_timesteps", "cache_every", "cache_order", "guidance_every")
+_FLOW = (
+    "num_timesteps", "timestep_shift", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min", "cfg_renorm_type", "solver",
+    "cache_every", "cache_threshold", "cache_order", "guidance_every",
+)  # fmt: skip
+
+
+def settings_of(tab: str) -> tuple[Setting, ...]:
+    """All controls of a tab, the official ones first."""
+    return (*SETTINGS[tab], *ADVANCED[tab])
 
 
 def flow_of(values: Mapping[str, Any]) -> FlowSettings:
     """The sampler's settings from the controls' values. Raises BagelError on values that cannot be meant."""
     given: dict[str, Any] = {name: values[name] for name in _FLOW if name in values}
-    given["num_timesteps"] = int(given["num_timesteps"])
+    given |= {name: int(given[name]) for name in _COUNTS if name in given}
     return FlowSettings(**given, cfg_interval=(values["cfg_interval_start"], 1.0))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from bagel_compress.errors import InputError
+from bagel_compress.app.refusals import RefusedError
 
 KINDS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
@@ -17,12 +17,10 @@ MAX_PROMPTS = 200
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """An uploaded picture, decoded. Raises InputError; a picture that is too large is refused before it is decoded."""
+    """An uploaded picture, decoded. Raises RefusedError; one that is too large is refused before it is decoded."""
     file = Path(path)
     if file.stat().st_size > MAX_BYTES:
-        raise InputError(
-            f"the picture has {file.stat().st_size / 2**20:.0f} MB, expected at most {MAX_BYTES >> 20}; shrink it."
-        )
+        raise RefusedError("too_many_bytes", f"{file.stat().st_size / 2**20:.0f}", MAX_BYTES >> 20)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its size is asked below
@@ -31,17 +29,15 @@ def read_picture(path: str | Path) -> Image.Image:
             raise Image.DecompressionBombError
         image.load()
     except Image.DecompressionBombError:
-        raise InputError(
-            f"the picture has more than {MAX_PIXELS / 1e6:.0f} megapixels, the most that is read; shrink it."
-        ) from None
+        raise RefusedError("too_many_pixels", MAX_PIXELS // 1_000_000) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise InputError("this file is no picture that can be read; expected PNG, JPEG or WebP.") from None
+        raise RefusedError("no_picture") from None
     return image
 
 
 def read_prompts(text: str) -> list[str]:
-    """The lines of a text that are not empty. Raises InputError if there are none, or too many."""
+    """The lines of a text that are not empty. Raises RefusedError if there are none, or too many."""
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not 0 < len(prompts) <= MAX_PROMPTS:
-        raise InputError(f"there are {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}, one on each line.")
+        raise RefusedError("prompts_count", len(prompts), MAX_PROMPTS)
     return prompts

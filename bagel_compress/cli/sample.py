@@ -214,27 +214,12 @@ def _ask(args: argparse.Namespace) -> int:
 
 def _flow(args: argparse.Namespace) -> FlowSettings:
     from bagel.settings import FlowSettings, check_seed
+    from bagel_compress.run.presets import with_preset
 
     check_seed(args.seed)
     names = FlowSettings.__dataclass_fields__
     asked = FlowSettings(**{**{n: getattr(args, n) for n in names}, "cfg_interval": tuple(args.cfg_interval)})
-    return _with_preset(args, asked)
-
-
-def _with_preset(args: argparse.Namespace, flow: FlowSettings) -> FlowSettings:
-    """The settings with a preset of the build's recipe on top. Raises InputError where it has none of that name."""
-    if args.preset is None:
-        return flow
-    from bagel_compress.build.artifact import Artifact
-    from bagel_compress.build.manifest import MANIFEST
-    from bagel_compress.errors import InputError
-
-    folder = _folder(args)
-    presets = dict(Artifact.open(folder).manifest.recipe.fast) if (folder / MANIFEST).is_file() else {}
-    if args.preset not in presets:
-        known = ", ".join(presets) or "none"
-        raise InputError(f"{args.model} promises no preset {args.preset!r} (its presets: {known}).")
-    return presets[args.preset].applied(flow)
+    return asked if args.preset is None else with_preset(asked, args.preset, _folder(args))
 
 
 def _folder(args: argparse.Namespace) -> Path:

@@ -12,8 +12,10 @@ from PIL import Image
 from bagel.loops import Loops, Result, Turn
 from bagel.settings import FlowSettings, TextSettings
 from bagel_compress.comfyui.model import BagelModel
+from bagel_compress.comfyui.sockets import NO_PRESET, SPEED
 from bagel_compress.comfyui.watch import Watch, giving_back
 from bagel_compress.errors import InputError
+from bagel_compress.run.presets import with_preset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +28,19 @@ THINK_TOKENS = 1024
 
 
 def run(
-    sampler: Loops,
+    model: Any,
     turns: Sequence[Turn],
     settings: Mapping[str, Any],
     seed: int,
     node: str | None,
-    size: tuple[int, int] | None = None,
+    ratio: str | None = None,
 ) -> Result:
-    """A picture by a node's settings. Seed 0 draws one, which the log tells."""
+    """A picture by a node's settings, from what its model socket carries. Seed 0 draws one, which the log tells.
+
+    `ratio`: one of RATIOS; None: the size of the input picture. Raises InputError, BagelError.
+    """
+    sampler = opened(model)
+    size = None if ratio is None else size_of(sampler, ratio)
     flow = FlowSettings(
         num_timesteps=settings["num_timesteps"],
         timestep_shift=settings.get("timestep_shift", 3.0),
@@ -42,7 +49,11 @@ def run(
         cfg_interval=(settings.get("cfg_interval", 0.4), 1.0),
         cfg_renorm_min=settings.get("cfg_renorm_min", 0.0),
         cfg_renorm_type=settings.get("cfg_renorm_type", "global"),
+        **{name: settings[name] for name in SPEED if name in settings},
     )
+    preset = settings.get("preset", NO_PRESET)
+    if preset != NO_PRESET:
+        flow = with_preset(flow, preset, model.weights.folder)
     text = TextSettings(THINK_TOKENS, temperature=settings.get("text_temperature", 0.3))
     think = settings.get("show_thinking", False)
     with giving_back():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bagel.settings import TextSettings
 from bagel_compress.build.manifest import MANIFEST
-from bagel_compress.comfyui.drawing import RATIOS, chosen, images, opened, pictures, run, size_of
+from bagel_compress.comfyui.drawing import RATIOS, chosen, images, opened, pictures, run
 from bagel_compress.comfyui.folders import device_targets, find_model, list_models
 from bagel_compress.comfyui.model import BagelModel
 from bagel_compress.comfyui.sockets import (
@@ -111,8 +111,7 @@ class TextToImage(_Picture):
     def draw(
         self, model: BagelModel, prompt: str, seed: int, image_ratio: str, node: str | None = None, **settings: Any
     ) -> tuple[Tensor, str]:
-        sampler = opened(model)
-        result = run(sampler, [prompt], settings, seed, node, size=size_of(sampler, image_ratio))
+        result = run(model, [prompt], settings, seed, node, image_ratio)
         return pictures([result]), result.text or ""
 
 
@@ -131,8 +130,7 @@ class ImageEdit(_Picture):
         self, model: BagelModel, image: Tensor, prompt: str, seed: int, node: str | None = None, **settings: Any
     ) -> tuple[Tensor, str]:
         seed = chosen(seed)
-        sampler = opened(model)
-        results = [run(sampler, [one, prompt], settings, seed + k, node) for k, one in enumerate(images(image))]
+        results = [run(model, [one, prompt], settings, seed + k, node) for k, one in enumerate(images(image))]
         return pictures(results), "\n".join(result.text or "" for result in results)
 
 
@@ -155,7 +153,7 @@ class MultiImageEdit(_Picture):
     ) -> tuple[Tensor, str]:  # fmt: skip
         given = [ref_image_1, ref_image_2, ref_image_3, ref_image_4]
         turns = [one for batch in given if batch is not None for one in images(batch)]
-        result = run(opened(model), [*turns, prompt], settings, seed, node)
+        result = run(model, [*turns, prompt], settings, seed, node)
         return pictures([result]), result.text or ""
 
 
@@ -205,11 +203,8 @@ class Compare(_Picture):
     ) -> tuple[Tensor, Tensor, Tensor, str]:  # fmt: skip
         from bagel_compress.parity.metrics import psnr
 
-        seed, drawn = chosen(seed), []
-        for model in (model_a, model_b):
-            sampler = opened(model)
-            drawn.append(run(sampler, [prompt], settings, seed, node, size=size_of(sampler, image_ratio)))
-            del sampler  # the second model may need the room
+        seed = chosen(seed)
+        drawn = [run(model, [prompt], settings, seed, node, image_ratio) for model in (model_a, model_b)]
         a, b = (pictures([result]) for result in drawn)
         if a.shape != b.shape:
             raise InputError(

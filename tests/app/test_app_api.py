@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bagel_compress.app.settings import SETTINGS
+from bagel_compress.app.settings import settings_of
 from bagel_compress.cli import main
 from bagel_compress.run.picture_settings import read_settings
 
@@ -30,7 +30,7 @@ def client(server: Any) -> Any:
 def values(tab: str, **changed: Any) -> list[Any]:
     """The controls of a tab with their defaults."""
     changed = {"seed": 7, "num_timesteps": 10} | changed
-    return [changed.get(setting.name, setting.default) for setting in SETTINGS[tab]]
+    return [changed.get(setting.name, setting.default) for setting in settings_of(tab)]
 
 
 def pixels(path: Any) -> bytes:

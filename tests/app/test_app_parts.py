@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 from PIL import Image
 
 from bagel.errors import BagelError
-from bagel_compress.app.session import difference, small_picture
-from bagel_compress.app.settings import RATIOS, SETTINGS, flow_of, sizes_of, text_of
+from bagel.settings import FlowSettings
+from bagel_compress.app.session import Finished, StepMade, difference, open_models, run, small_picture
+from bagel_compress.app.settings import ADVANCED, RATIOS, SETTINGS, flow_of, settings_of, sizes_of, text_of
 from bagel_compress.app.texts import LANGUAGES, TEXTS
 from bagel_compress.app.uploads import read_picture, read_prompts
 from bagel_compress.errors import InputError
 from bagel_compress.run.picture_settings import picture_settings, png_info, read_settings
 
+NANO = Path(__file__).parents[2] / "bagel_compress" / "data" / "BAGEL-nano"
 # The official page: name, lowest, highest, default. `local` of its renorm types is `channel`.
 OFFICIAL: dict[str, dict[str, tuple[Any, ...]]] = {
     "draw": {
@@ -51,7 +54,8 @@ def test_official_ratios_and_a_small_model_s() -> None:
 def test_defaults_are_the_sampler_s() -> None:
     from bagel.settings import EDIT_FLOW, FlowSettings
 
-    defaults = {tab: {s.name: s.default for s in found} for tab, found in SETTINGS.items()}
+    defaults = {tab: {s.name: s.default for s in settings_of(tab)} for tab in SETTINGS}
+    assert {s.name for s in ADVANCED["draw"]} - {"preset"} <= FlowSettings.__dataclass_fields__.keys()
     assert flow_of(defaults["draw"]) == FlowSettings()
     assert flow_of(defaults["edit"]) == EDIT_FLOW
     with pytest.raises(BagelError, match="temperature"):
@@ -65,7 +69,7 @@ def test_every_language_has_every_text() -> None:
         for key, text in texts.items():
             assert text.count("{}") == TEXTS["en"][key].count("{}"), (language, key)
     latin = {word for text in TEXTS["zh"].values() for word in re.findall(r"[A-Za-z]{2,}", text)}
-    assert latin <= {"BAGEL", "GB", "GiB", "resident"}
+    assert latin <= {"BAGEL", "GB", "GiB", "MB", "resident", "PNG", "JPEG", "WebP"}
 
 
 def test_pictures_and_prompts_of_visitors(tmp_path: Path) -> None:
@@ -77,7 +81,7 @@ def test_pictures_and_prompts_of_visitors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="PNG, JPEG or WebP"):
         read_picture(gif)
     assert read_prompts("a\n\n b \n") == ["a", "b"]
-    with pytest.raises(InputError, match="there are 0 prompts"):
+    with pytest.raises(InputError, match="There are 0 prompts"):
         read_prompts("\n")
 
 
@@ -101,6 +105,21 @@ def test_turns_with_places_for_pictures() -> None:
     assert turns_of("make it night", [a, b]) == [a, b, "make it night"]
     assert turns_of("put the cat of <2> into <1>", [a, b]) == ["put the cat of", b, "into", a]
     assert turns_of("a <3> b", [a]) == [a, "a <3> b"]
+
+
+@pytest.mark.parametrize(("target", "previews"), [("12gb-resident", False), ("8gb", False), ("nano", True)])
+def test_a_model_that_a_target_places_draws_what_it_draws_elsewhere(target: str, previews: bool) -> None:
+    """The page's own way of opening, on the CPU: parts that wait are moved there and back."""
+    [placed] = open_models([str(NANO)], "cpu", target)
+    [plain] = open_models([str(NANO)], "cpu", None)
+    assert (placed.place, placed.previews, plain.place, plain.previews) == (target, previews, "cpu", True)
+    drawn, previewed = [], []
+    for model in (placed, plain):
+        events = list(run(model, ["a red circle"], threading.Event(), size=(32, 32), flow=FlowSettings(12), seed=7))
+        drawn.append(next(e.result.image for e in events if isinstance(e, Finished)))
+        previewed.append(any(isinstance(e, StepMade) and e.preview is not None for e in events))
+    assert drawn[0].tobytes() == drawn[1].tobytes()
+    assert previewed == [previews, True]
 
 
 def test_the_difference_is_made_visible() -> None:

@@ -141,11 +141,12 @@ class Comfy:
         inputs = kind.INPUT_TYPES()  # type: ignore[attr-defined]
         specs = inputs["required"] | inputs["optional"]
         written = list(node["widgets_values"])
-        for name, (form, _) in specs.items():
+        for name, (form, options) in specs.items():
             if form in ("BAGEL_MODEL", "IMAGE"):
                 assert name in values or name in inputs["optional"]
                 continue
-            value = written.pop(0)
+            # a workflow that was saved before a setting existed: ComfyUI shows the setting with its default
+            value = written.pop(0) if written else options["default"]
             value = changes.get(name, value)
             if name == "seed":
                 assert written.pop(0) == "fixed"

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from bagel.nano.scenes import render, sample_scene
 from bagel.sampler import Sampler
 from bagel.settings import EDIT_FLOW, FlowSettings, TextSettings
-from bagel_compress.errors import BagelCompressError
+from bagel_compress.errors import BagelCompressError, InputError
 from bagel_compress.io.packaged import FULL_CONFIGS, resource
 
 NANO = FULL_CONFIGS.parent / "BAGEL-nano"
@@ -141,6 +141,21 @@ def test_builds_of_several_formats_open(comfy: Comfy, cli: Callable[..., tuple[i
         comfy.unload_all()
 
 
+def test_solvers_and_the_step_cache_are_the_sampler_s(comfy: Comfy, nano: Sampler) -> None:
+    prompt = "a red circle left of a blue square on a white background"
+    flow, chosen = FlowSettings(6, solver="ab2", cache_every=2), {"solver": "ab2", "cache_every": 2}
+    image = comfy.run(FLOWS / "text_to_image.json", num_timesteps=6, **chosen)["SaveImage"][0]
+    drawn = nano.run([prompt], size=(32, 32), flow=flow, seed=7).image
+    assert np.array_equal(to_pixels(image), np.asarray(drawn))
+    assert not np.array_equal(
+        np.asarray(drawn), np.asarray(nano.run([prompt], size=(32, 32), flow=FlowSettings(6), seed=7).image)
+    )
+    comfy.models.clear()
+    comfy.unload_all()
+    with pytest.raises(InputError, match="promises no preset 'fast'"):
+        comfy.run(FLOWS / "text_to_image.json", num_timesteps=6, preset="fast")
+
+
 def test_old_workflows_find_their_nodes_and_another_package_keeps_its_own(comfy: Comfy) -> None:
     """Order and names of ComfyUI-BAGEL's settings, as its saved workflows list the values."""
     nodes = comfy.nodes
@@ -149,6 +164,7 @@ def test_old_workflows_find_their_nodes_and_another_package_keeps_its_own(comfy:
     assert order["BagelModelLoader"] == ["model_path", "allow_auto_download", "quantization_mode", "target"]
     assert order["BagelTextToImage"] == [
         "model", "prompt", "seed", "image_ratio", "cfg_text_scale", "num_timesteps", *sampling, "text_temperature",
+        "solver", "cache_every", "cache_threshold", "cache_order", "guidance_every", "preset",
     ]  # fmt: skip
     assert order["BagelImageUnderstanding"][3:] == ["show_thinking", "do_sample", "text_temperature", "max_new_tokens"]
     assert order["BagelImageEdit"][4:7] == ["cfg_text_scale", "cfg_img_scale", "num_timesteps"]

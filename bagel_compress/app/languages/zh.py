@@ -1,7 +1,7 @@
 """The words of the page in Chinese."""
 
 NAME = "中文"
-CHOICES = {"global": "全局", "channel": "逐通道", "text_channel": "文本逐通道"}
+CHOICES = {"global": "全局", "channel": "逐通道", "text_channel": "文本逐通道", "none": "无"}
 TEXTS = {
     "title": "BAGEL：绘图、编辑、理解",
     "models": "模型：{}",
@@ -74,6 +74,26 @@ TEXTS = {
     "max_tokens": "最大词元数",
     "temperature": "温度",
     "temperature_info": "用于采样",
+    "advanced": "高级",
+    "advanced_info": "减少网络计算次数，误差见速度文档。保持默认值时，图片与官方采样器一致。",
+    "preset": "预设",
+    "preset_info": "由该版本的配方保证；替代下列设置和步数",
+    "solver": "求解器",
+    "solver_info": "如何由速度得到一步",
+    "cache_every": "每隔几步计算一次",
+    "cache_every_info": "其余各步用外推；1 为关闭",
+    "cache_threshold": "变化达到多少再计算",
+    "cache_threshold_info": "占图像的比例；0 为关闭",
+    "cache_order": "外推阶数",
+    "guidance_every": "每几次计算做一次引导",
+    "guidance_every_info": "1 为关闭",
+    "toolkit_says": "程序报告（英文原文）：{}",
+    "out_of_range": "“{}”为 {}，应在 {} 与 {} 之间。",
+    "too_many_bytes": "图片有 {} MB，最多 {} MB；请缩小。",
+    "too_many_pixels": "图片超过 {} 百万像素的上限；请缩小。",
+    "no_picture": "该文件不是可读取的图片；请使用 PNG、JPEG 或 WebP。",
+    "picture_missing": "还没有图片；请拖入一张。",
+    "prompts_count": "共有 {} 条提示词，应为 1 至 {} 条，每行一条。",
     "edit_tip": "若编辑结果模糊：改用全局重归一化、降低其下限，或减小引导强度。",
     "draw": "绘图",
     "edit": "编辑",
@@ -106,7 +126,6 @@ TEXTS = {
     "load_info": "由本页面或命令行生成的图片",
     "settings_of": "图片的设置",
     "no_settings": "此图片不含设置。",
-    "error": "操作未成功",
     "recipe": "配方",
     "format": "权重",
     "bytes": "大小",
