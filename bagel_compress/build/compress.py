@@ -66,7 +66,8 @@ def compress(
 ) -> Artifact:
     """Builds the artifact in the folder `out`, or goes on with a build of the same plan there.
 
-    Weights are streamed: memory holds a few tensors, never the model. The bytes depend on plan and source alone.
+    Weights are streamed: memory holds a few tensors, never the model. The bytes depend on plan and source
+    alone; those of calibrated rounding on the machine and torch's number of threads as well.
     `progress` gets the name of each unit and the bytes of the source that it covers. `device` is where the layers of a
     calibrated build run; nothing else uses it.
 

@@ -74,7 +74,7 @@ class UnitEntry(FrozenModel):
     tensors: dict[str, TensorEntry]
     parts: dict[str, StoredPart]
     snr_db: float | None = None  # of the decoded weights; None: nothing was lost
-    reason: str = ""  # why the codec is not the recipe's
+    reason: str = ""  # why the codec is not the recipe's, or what did not go as usual
     rounded: Rounded | None = None  # what a calibrated rounding did; a weight rounded alone has no such key
 
     @model_serializer(mode="wrap")

@@ -62,7 +62,7 @@ def round_unit(codec: CalibratedCodec, unit: Unit, source: Reader, moments: Mome
     found = codec.decode(unit, stored)[spec.name].to(expected.device)
     self_check(spec, codec, torch.equal(found, expected))
     parts = codec.parts(unit) if codec.exact else {n: _spec_of(part) for n, part in stored.items()}
-    packed = Packed(codec=codec, parts=parts, stored=stored, rounded=report)
+    packed = Packed(codec=codec, parts=parts, reason=grid.note, stored=stored, rounded=report)
     packed.quality.add(_energy(weights), _energy(weights - found.float()))
     return packed
 

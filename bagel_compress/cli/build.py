@@ -252,7 +252,7 @@ def _artifact_text(artifact: Artifact, tensors: bool, verified: bool) -> str:
     ]
     for name, unit in manifest.units.items():
         if unit.reason:
-            lines.append(f"{name}: {unit.codec.format} instead of the recipe's codec ({unit.reason})")
+            lines.append(f"{name} is in {unit.codec.format}: {unit.reason}")
         if tensors:
             lines.append(f"{name} {unit.codec.format} {'lossless' if unit.snr_db is None else f'{unit.snr_db:.2f} dB'}")
     made = f"recipe {manifest.recipe.name}, source {manifest.source.digest[:12]}, {manifest.tool}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_errors
-from bagel_compress.codecs.matrix import INFINITY_WORD, MatrixCodec, not_finite, read_rows, self_check
+from bagel_compress.codecs.matrix import INFINITY_WORD, MatrixCodec, as_floats, not_finite, read_rows, self_check
 from bagel_compress.errors import PlanError
 from bagel_compress.io.tensor_spec import TensorSpec
 
@@ -39,6 +39,17 @@ class Scaling:
     high: int
     plain: np.ndarray  # (32768,) uint8: the byte for a block's largest magnitude, by its bf16 word
     stored: dict[str, np.ndarray] = field(default_factory=dict)  # further parts, by full name
+    least: float = 0.0  # largest magnitude of a block under which its scale is too large for it
+
+    def note(self, tops: np.ndarray) -> str:
+        """What the manifest says of blocks whose largest magnitudes have the bf16 words `tops`: "" if all have their
+        scale."""
+        import numpy as np
+
+        lost = np.count_nonzero((tops > 0) & (as_floats(tops) < self.least)) if self.least else 0
+        return (
+            f"{lost:,} of {tops.size:,} blocks are under the range of its scales and got the smallest" if lost else ""
+        )
 
 
 class BlockFloat(CalibratedCodec, MatrixCodec):
@@ -124,9 +135,12 @@ class _BlockEncoding(Encoding):
         scaling, blocks = codec.scaling(spec, self._top()), spec.shape[1] // codec.block
         width, encode = (spec.shape[1], fp8_blocks) if codec.eight_bits else (spec.shape[1] // 2, fp4_blocks)
         codes = np.empty((0, width), np.uint8)
+        tops = np.empty((spec.shape[0], blocks), np.uint16)
         for first, words in read_rows(self.source, spec):
+            own = tops[first : first + len(words)]
+            own[:] = self._tops(words, codec.block)
             codes = np.empty((len(words), width), np.uint8) if len(codes) < len(words) else codes[: len(words)]
-            scales, sums = self._scales(words, scaling), np.empty((len(words), 3))
+            scales, sums = self._scales(words, own, scaling), np.empty((len(words), 3))
 
             def part(a: int, b: int) -> None:
                 encode(words[a:b], codec.block, scales[a:b], scaling.table, codes[a:b], sums[a:b])  # noqa: B023
@@ -138,6 +152,7 @@ class _BlockEncoding(Encoding):
             yield Chunk(scale_name(spec), first * blocks, scales.reshape(-1))
         for name, values in scaling.stored.items():
             yield Chunk(name, 0, values.view(np.uint8))
+        self.reason = scaling.note(tops)
 
     def _top(self) -> int:
         """The word of the weight's largest magnitude, 0 where the codec does not ask for it."""
@@ -158,15 +173,15 @@ class _BlockEncoding(Encoding):
             raise not_finite(self.spec, self.codec)
         return tops
 
-    def _scales(self, words: np.ndarray, scaling: Scaling) -> np.ndarray:
-        """(R, B) uint8."""
+    def _scales(self, words: np.ndarray, tops: np.ndarray, scaling: Scaling) -> np.ndarray:
+        """(R, B) uint8; `tops`: words of the blocks' largest magnitudes."""
         import numpy as np
 
         from bagel_compress.codecs.kernels.block_kernels import fp4_search
         from bagel_compress.codecs.kernels.threads import split
 
         codec = self.codec
-        plain = scaling.plain[self._tops(words, codec.block)]
+        plain = scaling.plain[tops]
         if codec.scale == "absmax":
             return plain
         best, offsets = np.empty_like(plain), np.array(codec.offsets, np.int32)
@@ -190,6 +205,7 @@ class _BlockGrid(Grid):
 
         words = weights.unflatten(1, (-1, self.block)).abs().amax(2).bfloat16().view(torch.int16).int()
         scaling = self.codec.scaling(self.spec, int(words.max()))
+        self.note = scaling.note(words.cpu().numpy().astype("uint16"))
         table, plain = (torch.from_numpy(a).to(weights.device) for a in (scaling.table, scaling.plain))
         codes = plain[words].int()
         if self.codec.scale == "mse":

@@ -81,6 +81,7 @@ class Grid(ABC):
     levels: Levels
     block: int  # columns that share a scale: column j takes scale j // block of its row
     factor: float = 1.0  # what decoding multiplies level * scale with, apart
+    note: str = ""  # what the manifest should say of the scales, once they are known
 
     @abstractmethod
     def scales(self, weights: torch.Tensor, curvature: Curvature) -> Scales:

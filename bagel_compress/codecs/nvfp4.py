@@ -11,9 +11,9 @@ and the inverse of the global scale (codecs/comfyui.py). Read in the other's ord
 
 The global scale is a power of two, the smallest under which the largest block scale fits e4m3fn: a power of two costs
 no precision, and every product of a weight is exact, so all decoders agree to the bit. Block scales reach down to 2^-9
-of the global one, a range of 2^17; blocks below it get the smallest scale and lose up to all of their bits. Scale
-"absmax" maps a block's largest magnitude to 6. "mse" tries eight more around it, up to the one that maps it to 4
-("four over six": between 4 and 6 the codes have a gap), and keeps that of least squared error.
+of the global one, a range of 2^17; blocks below it get the smallest scale and lose up to all of their bits, and the
+manifest counts them. Scale "absmax" maps a block's largest magnitude to 6. "mse" tries eight more around it, up to the
+one that maps it to 4 ("four over six": between 4 and 6 the codes have a gap), and keeps that of least squared error.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Nvfp4(BlockFloat):
         with np.errstate(over="ignore", invalid="ignore"):
             wanted = np.minimum(magnitudes / np.float32(FP4_MAX) / np.float32(2.0**exponent), np.float32(largest))
         high = int(bytes_[:127][values[:127] <= largest][-1])
-        return Scaling(table, 1, high, e4m3_bytes(wanted), {global_name(spec): np.array([2.0**-exponent], np.float32)})
+        stored = {global_name(spec): np.array([2.0**-exponent], np.float32)}
+        return Scaling(table, 1, high, e4m3_bytes(wanted), stored, least=float(table[1]) * FP4_MAX / 2)
 
     def decode(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """bf16(code * (scale / global scale)), each step in fp32: compressed-tensors' own arithmetic."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from bagel_compress.codecs.base import Codec, Quality, Unit, dtype_code
+from bagel_compress.codecs.base import Codec, Encoding, Quality, Unit, dtype_code
 from bagel_compress.io.tensor_spec import TensorSpec
 
 NAME = "w.weight"
@@ -30,11 +30,16 @@ def decoded(codec: Codec, tensor: torch.Tensor) -> torch.Tensor:
     return codec.decode(unit_of(tensor), encoded(codec, tensor))[NAME]
 
 
-def quality_of(codec: Codec, tensor: torch.Tensor) -> Quality:
+def written(codec: Codec, tensor: torch.Tensor) -> Encoding:
+    """The encoding after all of its chunks."""
     encoding = codec.begin(unit_of(tensor), Whole(tensor))
     for _ in encoding.chunks():
         pass
-    return encoding.quality
+    return encoding
+
+
+def quality_of(codec: Codec, tensor: torch.Tensor) -> Quality:
+    return written(codec, tensor).quality
 
 
 def snr_db(tensor: torch.Tensor, other: torch.Tensor) -> float:

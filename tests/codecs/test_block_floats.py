@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from codec_weights import NAME, decoded, encoded, quality_of, same_bytes, snr_db, unit_of, weight
+from codec_weights import NAME, decoded, encoded, quality_of, same_bytes, snr_db, unit_of, weight, written
 from other_packages import comfy_kitchen_weight, compressed_tensors_weight
 
 from bagel_compress.codecs.base import Codec
@@ -109,6 +109,8 @@ def test_blocks_under_the_range_of_scales_get_the_smallest_one() -> None:
     parts = encoded(Nvfp4(), tensor)
     assert parts[f"{NAME}_scale"][1].view(torch.uint8).eq(1).all()
     assert not decoded(Nvfp4(), tensor)[1].any()
+    assert "4 of 16 blocks are under the range" in written(Nvfp4(), tensor).reason
+    assert written(Nvfp4(), weight(4, 64)).reason == ""
 
 
 @every
