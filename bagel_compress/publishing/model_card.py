@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from bagel_compress.publishing.release_reports import ReleaseReports
 
 CARD = "README.md"
+WIDTH_SHARE = 0.1  # of the coded weights: what a build must have in a width to be called by it
 FAMILY_START, FAMILY_END = "<!-- builds of this base -->", "<!-- end of builds -->"
 UPSTREAM = "https://huggingface.co/ByteDance-Seed/BAGEL-7B-MoT"
 
@@ -102,9 +104,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _tags(artifact: Artifact) -> list[str]:
-    codecs = [u.codec for u in artifact.manifest.units.values() if not u.codec.stored_as_is]
-    formats = sorted({codec.format for codec in codecs})
-    bits = sorted({codec.tag for codec in codecs if codec.tag and not codec.lossless})
+    """Formats, and the widths of a tenth of the coded weights at least: a head in INT8 makes no build an 8-bit one."""
+    coded = [u for u in artifact.manifest.units.values() if not u.codec.stored_as_is]
+    formats = sorted({u.codec.format for u in coded})
+    weights: Counter[str] = Counter()
+    for unit in coded:
+        weights[unit.codec.tag if not unit.codec.lossless else ""] += sum(
+            math.prod(t.shape) for t in unit.tensors.values()
+        )
+    bits = sorted(tag for tag, count in weights.items() if tag and count >= WIDTH_SHARE * weights.total())
     lossless = all(u.snr_db is None for u in artifact.manifest.units.values())
     last = ["lossless-compression"] if lossless and formats else []
     return [*formats, *bits, *last]

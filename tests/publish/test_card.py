@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from markdown_it import MarkdownIt
 from publish_data import BASE, REPO, TOKEN, budget, parity
 
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.codecs.base import Codec
+from bagel_compress.codecs.ecq import Ecq
+from bagel_compress.codecs.int8 import Int8
+from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.publishing.model_card import Origin, code, model_card, plain
 from bagel_compress.publishing.release_reports import ReleaseReports, load_reports
 
@@ -63,6 +68,20 @@ def test_front_matter(artifact: Artifact) -> None:
     assert {(r.metric_type, r.metric_value) for r in data.eval_results or ()} >= {
         ("latent.path", 0.11), ("image.psnr", 24.5),
     }  # fmt: skip
+
+
+def test_a_build_is_called_by_the_width_of_most_of_its_weights(artifact: Artifact) -> None:
+    def tags(codecs: Mapping[str, Codec]) -> set[str]:
+        units = {n: u.model_copy(update={"codec": codecs.get(n, codecs[""])}) for n, u in coded.items()}
+        other = replace(artifact, manifest=artifact.manifest.model_copy(update={"units": units}))
+        return set(ModelCard(card_of(other)).data.tags or ())
+
+    coded = {name: unit for name, unit in artifact.manifest.units.items() if unit.codec.format == "nf4"}
+    smallest = min(coded, key=lambda name: artifact.unit(name).numel)
+    assert {"nf4", "int8", "4-bit"} <= tags({smallest: Int8(), "": Nf4()})
+    assert "8-bit" not in tags({smallest: Int8(), "": Nf4()})
+    assert "ecq" in tags({smallest: Int8(), "": Ecq(bits=4.13)})
+    assert not {"4-bit", "8-bit"} & tags({smallest: Int8(), "": Ecq(bits=4.13)})
 
 
 def test_a_lossless_build_is_called_so(built: Callable[[str], Artifact]) -> None:
