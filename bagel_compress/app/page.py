@@ -90,21 +90,20 @@ class _Page:
     def _go(self, key: str) -> Any:
         """The button that starts a run; the one beside it stops it."""
         go, stop = self.controls.buttons(key)
-        stop.click(self.runs.stop, self.visit, None, queue=False, api_visibility="private")
+        self._does(stop.click, self.runs.stop, self.visit, None)
         return go
+
+    def _does(self, event: Any, call: Any, inputs: Any, outputs: Any, queue: bool = False) -> Any:
+        """Something short happens at an event. Its progress is hidden: gradio lays it over the outputs and, when the
+        call is refused, leaves it there, over controls that the visitor wants to click.
+        """
+        return event(call, inputs, outputs, queue=queue, show_progress="hidden", api_visibility="private")
 
     def _starts(
         self, button: Any, call: Any, inputs: list[Any], outputs: list[Any], status: Any, name: str, line: str = "model"
     ) -> None:
         """A button starts a run: first it says that the run waits, then the run tells the rest. `line`: its queue."""
-        waiting = button.click(
-            self.runs.arrive,
-            self.visit,
-            [self.visit, status],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        waiting = self._does(button.click, self.runs.arrive, self.visit, [self.visit, status])
         waiting.then(
             call, [self.visit, *inputs], outputs, concurrency_id=line, show_progress="hidden", api_name=name,
             api_visibility=self.api,
@@ -130,7 +129,7 @@ class _Page:
         self._starts(
             go, self.runs.advise, [target, gpus], [table, chosen, commands, status], status, "advise", "advise"
         )
-        chosen.change(self.runs.commands, [target, gpus, chosen], commands, queue=False, api_visibility="private")
+        self._does(chosen.change, self.runs.commands, [target, gpus, chosen], commands)
 
     def _draw_tab(self) -> None:
         gr, t = self.gr, self.t
@@ -145,9 +144,9 @@ class _Page:
                 again = gr.Button(t("reuse"), size="sm")
         self.draw_controls = controls
         thoughts = outputs[1]
-        think.change(lambda on: gr.update(visible=on), think, thoughts, queue=False, api_visibility="private")
-        again.click(lambda seed: seed or 0, outputs[3], controls[0], queue=False, api_visibility="private")
-        load.upload(self.runs.load, load, [prompt, think, outputs[2], *controls], api_visibility="private")
+        self._does(think.change, lambda on: gr.update(visible=on), think, thoughts)
+        self._does(again.click, lambda seed: seed or 0, outputs[3], controls[0])
+        self._does(load.upload, self.runs.load, load, [prompt, think, outputs[2], *controls], queue=True)
         self._starts(go, self.runs.draw, [prompt, think, *controls], list(outputs), outputs[2], "draw")
 
     def _edit_tab(self) -> None:
@@ -165,9 +164,9 @@ class _Page:
             with gr.Column(min_width=320):
                 outputs = self.controls.result()
                 again = gr.Button(t("reuse"), size="sm")
-        more.upload(lambda files: t("chosen", len(files or [])), more, chosen, queue=False, api_visibility="private")
-        think.change(lambda on: gr.update(visible=on), think, outputs[1], queue=False, api_visibility="private")
-        again.click(lambda seed: seed or 0, outputs[3], controls[0], queue=False, api_visibility="private")
+        self._does(more.upload, lambda files: t("chosen", len(files or [])), more, chosen)
+        self._does(think.change, lambda on: gr.update(visible=on), think, outputs[1])
+        self._does(again.click, lambda seed: seed or 0, outputs[3], controls[0])
         self._starts(go, self.runs.edit, [picture, more, prompt, think, *controls], list(outputs), outputs[2], "edit")
 
     def _ask_tab(self) -> None:
@@ -209,7 +208,7 @@ class _Page:
         go = self._go("batch")
         status = self.controls.status()
         gallery = self.controls.gallery("result")
-        file.upload(self.runs.prompts_of, file, prompts, queue=False, api_visibility="private")
+        self._does(file.upload, self.runs.prompts_of, file, prompts)
         self._starts(go, self.runs.batch, [prompts, *self.draw_controls], [gallery, status], status, "batch")
 
     def _history_tab(self, tab: Any) -> None:
@@ -217,17 +216,10 @@ class _Page:
         gr.Markdown(t.info("history"))
         gallery = self.controls.gallery("history")
         about = gr.JSON(label=t("settings_of"))
-        tab.select(
-            lambda visit: self.runs.visits[visit or ""].files[::-1],
-            self.visit,
-            gallery,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        self._does(tab.select, lambda visit: self.runs.visits[visit or ""].files[::-1], self.visit, gallery)
 
         def show(visit: str | None, event: Any) -> Any:
             return read_settings(self.runs.visits[visit or ""].files[::-1][event.index])
 
         show.__annotations__["event"] = gr.SelectData
-        gallery.select(show, self.visit, about, queue=False, api_visibility="private")
+        self._does(gallery.select, show, self.visit, about)

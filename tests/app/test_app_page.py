@@ -71,9 +71,15 @@ def shot(page: Any, name: str) -> None:
         page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
 
 
+def opened(page: Any, name: str) -> None:
+    """An accordion opened, its controls at rest: Gradio sets their first values only after they are drawn."""
+    page.get_by_text(name, exact=True).locator("visible=true").click()
+    page.wait_for_timeout(500)
+
+
 def fast(page: Any) -> None:
     """Settings opened, ten steps."""
-    page.get_by_text("Settings", exact=True).locator("visible=true").click()
+    opened(page, "Settings")
     page.get_by_label("number input for Steps").locator("visible=true").fill("10")
 
 
@@ -130,8 +136,8 @@ def test_settings_come_back_from_a_picture(page: Any, tmp_path: Path) -> None:
     Image.new("RGB", (32, 24)).save(tmp_path / "a.png", pnginfo=png_info(held))
     page.locator("[role=tabpanel]:visible input[type=file]").set_input_files(tmp_path / "a.png")
     page.wait_for_function("document.querySelector('textarea').value == 'a green triangle'")
-    page.get_by_text("Settings", exact=True).locator("visible=true").click()
-    page.get_by_text("Advanced", exact=True).locator("visible=true").click()
+    opened(page, "Settings")
+    opened(page, "Advanced")
     for name, value in (("Steps", "12"), ("Timestep shift", "2.5"), ("Guidance from", "0.2")):
         assert page.get_by_label(f"number input for {name}").locator("visible=true").input_value() == value
     assert page.get_by_label("Seed").locator("visible=true").first.input_value() == "4321"
@@ -182,12 +188,12 @@ def test_errors_are_in_the_page_s_language(server: Any, browser: Any, tmp_path: 
     tab(page, "文生图")
     page.locator("[role=tabpanel]:visible input[type=file]").set_input_files(plain)
     told("此图片不含设置")
-    page.get_by_text("设置", exact=True).locator("visible=true").click()
+    opened(page, "设置")
     page.get_by_label("随机种子").locator("visible=true").first.fill("2000000")
     press(page, "绘图")
     told("“随机种子”为 2000000")
     page.get_by_label("随机种子").locator("visible=true").first.fill("7")
-    page.get_by_text("高级", exact=True).locator("visible=true").click()
+    opened(page, "高级")
     page.get_by_role("radio", name="heun").locator("visible=true").check()
     page.get_by_label("number input for 每隔几步计算一次").locator("visible=true").fill("2")
     press(page, "绘图")

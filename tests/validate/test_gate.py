@@ -1,10 +1,12 @@
 """`check`, the pytest plugin and the GitHub Action on a real artifact."""
 
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
 
 import pytest
+import torch
 import yaml
 from tiny_suite import CASES, PICTURES, ROOT, TINY
 
@@ -68,7 +70,9 @@ def test_the_plugin_makes_a_test_of_every_limit(built, tmp_path):
     plugin = [] if installed else ["-p", PLUGIN]
     command = [sys.executable, "-m", "pytest", *plugin, "-rA", "-c", "/dev/null", *options]
     (tmp_path / "test_own.py").write_text("def test_own(): pass\n")
-    done = subprocess.run([*command, "--rootdir", str(tmp_path), "."], cwd=tmp_path, capture_output=True, text=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # of the trace: other threads, another order of sums
+    options = {"cwd": tmp_path, "env": os.environ | threads, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--rootdir", str(tmp_path), "."], **options)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]
     for name in ("bagel::latent.path[t2i]", "bagel::faults", "test_own"):
