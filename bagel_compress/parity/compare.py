@@ -51,10 +51,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A report and its pictures: case -> (reference, found), uint8 [H, W, 3]."""
+    """A report and its pictures: case -> (reference, found, input pictures ...), uint8 [H, W, 3] each."""
 
     report: ParityReport
-    pictures: Mapping[str, tuple[Tensor, Tensor]]
+    pictures: Mapping[str, tuple[Tensor, ...]]
 
 
 def compare(
@@ -85,7 +85,8 @@ def compare(
         cases.append(case.model_copy(update={"metrics": case.metrics | networks.metrics(free, trace)}))
         faults += diagnose_case(forced, trace)
         if "image" in trace.tensors:
-            pictures[trace.case.name] = (trace.tensors["image"], free.tensors["image"])
+            inputs = trace.series("picture")
+            pictures[trace.case.name] = (trace.tensors["image"], free.tensors["image"], *inputs)
     progress("probing the linear modules")
     found, wanted = _probes(subject, files)
     faults += diagnose_modules(found, wanted, subject.codecs, subject.limits.get(Metric.LINEAR_GAIN))

@@ -48,6 +48,7 @@ def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
         drift=first_drift(states),
         text=text,
         has_image="image" in reference.tensors and free is not None,
+        input_pictures=len(reference.series("picture")),
     )
 
 

@@ -84,6 +84,7 @@ class CaseParity(FrozenModel):
     drift: str | None = None  # the first state that is off by more than its neighbours explain
     text: TextPair | None = None
     has_image: bool = False
+    input_pictures: Annotated[int, Field(ge=0, le=64)] = 0  # how many the case shows the model, and its picture's file
 
 
 def _known(metric: str) -> str:

@@ -205,7 +205,7 @@ def pictures(reports: ReleaseReports) -> str:
     lines = [
         "## Pictures",
         f"From left to right: the bf16 reference, {'this build' if reports.tried else 'what was run in its place'},"
-        " their difference (amplified); same prompt, same noise.",
+        " their difference (amplified), and what an edit was given; same prompt, same noise.",
     ]
     for name, path in reports.pictures.items():
         lines.append(f"**{plain(name)}** {plain(reports.prompt(name))}\n\n![{plain(name)}](./{path})")

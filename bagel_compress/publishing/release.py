@@ -163,7 +163,8 @@ def _report_files(publishable: Publishable, reports: ReleaseReports, folder: Pat
         files[name] = _entry(target)
     if reports.parity is not None:
         sizes = publishable.groups() if isinstance(publishable, Artifact) else ()
-        pages = page_files(publishable.path, reports.parity, reports.budgets, reports.pictures, sizes)
+        shown = [case for case in reports.parity.cases if case.name in reports.pictures]
+        pages = page_files(publishable.path, reports.parity, reports.budgets, shown, sizes)
         files |= {name: _written(folder, name, page.encode()) for name, page in pages.items()}
     return files
 

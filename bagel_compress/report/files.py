@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagel_compress.build.sizes import SizeGroup
-from bagel_compress.parity.report_data import REPORTS, BudgetReport, ParityReport
+from bagel_compress.parity.report_data import REPORTS, BudgetReport, CaseParity, ParityReport
 from bagel_compress.report.html import render
 from bagel_compress.report.text import junit, markdown
 
@@ -22,7 +22,7 @@ PAGE, JUNIT, SUMMARY = "report.html", f"{REPORTS}/junit.xml", f"{REPORTS}/summar
 
 
 def picture_name(case: str) -> str:
-    """Path of a case's picture under the build's folder: reference, build and difference side by side."""
+    """Path of a case's picture under the build's folder: reference, build, difference and inputs side by side."""
     return f"{REPORTS}/{case}.png"
 
 
@@ -30,11 +30,11 @@ def page_files(
     folder: Path,
     report: ParityReport,
     budgets: Sequence[BudgetReport],
-    pictures: Iterable[str],
+    pictures: Iterable[CaseParity],
     sizes: Sequence[SizeGroup] = (),
 ) -> dict[str, str]:
     """Path under the build's folder -> content. `pictures`: the cases whose pictures are shown, read from `folder`."""
-    shown = {case: [_png(part) for part in picture_parts(folder, case)] for case in pictures}
+    shown = {case.name: [_png(part) for part in picture_parts(folder, case)] for case in pictures}
     return {
         PAGE: render(report, shown, budgets, sizes),
         JUNIT: junit(report, budgets),
@@ -42,13 +42,14 @@ def page_files(
     }
 
 
-def picture_parts(folder: Path, case: str) -> list[Image.Image]:
-    """Reference, build and difference of a case, as validation stored them under the build's folder."""
+def picture_parts(folder: Path, case: CaseParity) -> list[Image.Image]:
+    """Reference, build, difference and inputs of a case, as validation stored them under the build's folder."""
     from PIL import Image
 
-    with Image.open(folder / picture_name(case)) as image:
-        width = image.width // 3
-        return [image.crop((i * width, 0, (i + 1) * width, image.height)) for i in range(3)]
+    parts = 3 + case.input_pictures
+    with Image.open(folder / picture_name(case.name)) as image:
+        width = max(1, image.width // parts)
+        return [image.crop((i * width, 0, (i + 1) * width, image.height)) for i in range(parts)]
 
 
 def _png(image: Image.Image) -> bytes:

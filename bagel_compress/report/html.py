@@ -38,7 +38,7 @@ def render(
     budgets: Sequence[BudgetReport] = (),
     sizes: Sequence[SizeGroup] = (),
 ) -> str:
-    """The page. `pictures`: case -> PNG files of reference, artifact and difference; `sizes`: of the build."""
+    """The page. `pictures`: case -> PNG files of reference, artifact, difference and inputs; `sizes`: of the build."""
     sections = [
         _head(report),
         _what_it_is(report, budgets, sizes),
@@ -144,17 +144,19 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
     for case in report.cases:
         if case.name not in pictures:
             continue
-        reference, found, _ = pictures[case.name]
+        reference, found, _, *inputs = pictures[case.name]
         difference, gain = _difference(reference, found)
         images = "".join(
             f"<figure><img{_small(png)} alt='{escape(case.name)}: {what}' src='{embedded(png)}'>"
             f"<figcaption>{what}</figcaption></figure>"
             for what, png in (
+                *(("input", png) for png in inputs),
                 ("reference", reference),
                 ("artifact", found),
                 (f"difference &times;{gain}", difference),
             )
         )
+        columns = "three more" if inputs else "three"
         metrics = case.metrics
         shown = {
             "PSNR": (Metric.IMAGE_PSNR, " dB"), "SSIM": (Metric.IMAGE_SSIM, ""),
@@ -166,7 +168,7 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
         ).replace("equal dB", "equal")
         blocks.append(
             f"<div class='case'><h3>{escape(case.name)} <small class='soft'>{escape(case.kind)}</small></h3>"
-            f"<p class='soft'>{escape(case.prompt)}</p><div class='three'>{images}</div>"
+            f"<p class='soft'>{escape(case.prompt)}</p><div class='{columns}'>{images}</div>"
             f"<p><small>{caption}</small></p></div>"
         )
     return "<h2>Pictures</h2>" + "".join(blocks) if blocks else ""

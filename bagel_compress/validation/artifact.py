@@ -110,9 +110,9 @@ class ReportedFolder(Protocol):
 def write(content: ReportedFolder, found: Comparison) -> ParityReport:
     """Writes the reports of a comparison. Returns the parity report as written, with the digests of its pictures."""
     folder, digests = content.path / REPORTS, {}
-    for case, (reference, picture) in found.pictures.items():
+    for case, pictures in found.pictures.items():
         with atomic_path(folder / f"{case}.png") as partial:
-            strip(reference, picture).save(partial, "PNG")
+            strip(*pictures).save(partial, "PNG")
         digests[case] = blake3_file(folder / f"{case}.png")
     report = found.report.model_copy(update={"pictures": digests})
     report.save(content.path)
@@ -125,7 +125,7 @@ def write_report(path: str | Path, digest: str | None = None) -> Path:
     path = Path(path)
     report = ParityReport.load(path, digest)
     budgets = load_budgets(path, digest)
-    pictures = [c.name for c in report.cases if c.has_image]
+    pictures = [case for case in report.cases if case.has_image]
     sizes = Artifact.open(path).groups() if (path / MANIFEST).is_file() else ()
     for name, content in page_files(path, report, budgets, pictures, sizes).items():
         write_atomic(path / name, content)
@@ -161,13 +161,22 @@ def rounding_by_layer(artifact: Artifact) -> list[LayerRounding]:
     ]
 
 
-def strip(reference: Tensor, found: Tensor) -> Image.Image:
-    """Reference, artifact and their difference times DIFFERENCE_GAIN, side by side; uint8 [H, W, 3] in."""
-    from PIL import Image
+def strip(reference: Tensor, found: Tensor, *inputs: Tensor) -> Image.Image:
+    """Reference, artifact, their difference times DIFFERENCE_GAIN, and the inputs, side by side; uint8 [H, W, 3] in.
+
+    Inputs [h, w, 3] are fitted into H x W, with white around them.
+    """
+    from PIL import Image, ImageOps
 
     difference = (reference.int() - found.int()).abs() * DIFFERENCE_GAIN
     joined = torch.cat([reference, found, difference.clamp(max=255).to(torch.uint8)], dim=1)
-    return Image.fromarray(joined.numpy())
+    height, width = reference.shape[:2]
+    image = Image.new("RGB", ((3 + len(inputs)) * width, height))
+    image.paste(Image.fromarray(joined.numpy()))
+    for i, given in enumerate(inputs):
+        fitted = ImageOps.pad(Image.fromarray(given.numpy()), (width, height), color="white")
+        image.paste(fitted, ((3 + i) * width, 0))
+    return image
 
 
 def _opened(source: str | Path | Checkpoint) -> Checkpoint:

@@ -138,7 +138,7 @@ def _case(builds: Sequence[ComparedBuild], trace: Trace) -> str:
         for build in builds:
             psnr = _number(build.case(name).metrics[Metric.IMAGE_PSNR])
             label = f"{build.name}: {psnr}" + (" dB" if psnr != "equal" else "")
-            shown.append((label, picture_parts(build.artifact.path, name)[1]))
+            shown.append((label, picture_parts(build.artifact.path, build.case(name))[1]))
     figures = "".join(
         f"<figure><img alt='{escape(label)}' src='{embedded(_png(image))}'>"
         f"<figcaption>{escape(label)}</figcaption></figure>"

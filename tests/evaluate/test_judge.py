@@ -144,7 +144,7 @@ def test_kris_asks_by_category_and_scales_to_a_hundred(stub: Stub, tmp_path: Pat
     texts = [text_of(body) for body in stub.bodies]
     assert sum(text.startswith("view_instruction_following") for text in texts) == 1
     assert max(pictures_of(body) for body in stub.bodies) == 3
-    assert 'change it {"score": 1}' in texts[0]  # doubled braces are single ones
+    assert any('change it {"score": 1}' in text for text in texts)  # doubled braces are single ones
 
 
 def test_rise_is_all_or_nothing_and_weighted(stub: Stub, tmp_path: Path) -> None:

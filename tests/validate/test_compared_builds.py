@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny_suite import CASES, PICTURES, TINY
 
 from bagel_compress.build.compress import compress
@@ -19,6 +19,7 @@ from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.io.packaged import find_recipe
 from bagel_compress.parity.report_data import ParityReport
+from bagel_compress.parity.trace import TraceFile
 from bagel_compress.report.html import _difference
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.validation.artifact import record_source
@@ -58,6 +59,21 @@ def test_the_page_and_its_numbers_are_those_of_the_reports(
     assert pictures[0] == pictures[1] != pictures[2]
     assert "Every picture is the reference's, byte for byte" in page.replace("&#x27;", "'")
     assert len(re.findall(r"<pre>", page)) == 3
+
+
+def test_a_build_s_own_page_shows_what_an_edit_was_given(builds: tuple[Path, Path, Path], cli: Cli) -> None:
+    _, nf4, trace = builds
+    cli("validate", nf4, "--trace", trace)
+    page = (nf4 / "report.html").read_text("utf-8")
+    shown = re.findall(r"src='data:image/png;base64,([^']+)'></?(?:figcaption>)?([a-z]*)", page)
+    assert [what for _, what in shown] == [
+        "reference", "artifact", "difference", "input", "reference", "artifact", "difference",
+    ]  # fmt: skip
+    given = Image.open(io.BytesIO(b64decode(shown[3][0])))
+    drawn = Image.open(io.BytesIO(b64decode(shown[4][0])))
+    recorded = TraceFile.open(trace).read("edit").tensors["picture0"].numpy()
+    expected = ImageOps.pad(Image.fromarray(recorded), drawn.size, color="white")
+    assert np.array_equal(np.asarray(given.convert("RGB")), np.asarray(expected))
 
 
 def test_what_cannot_be_compared(builds: tuple[Path, Path, Path], cli: Cli) -> None:

@@ -161,7 +161,7 @@ def test_the_page_is_complete_and_loads_nothing(verdict, lossy):
     page = _Page((lossy / "report.html").read_text(encoding="utf-8"))
     assert page.outside == []
     assert "script" not in page.tags
-    assert len(page.images) == 9  # of three cases that draw
+    assert len(page.images) == 10  # of three cases that draw, one of them with an input
     assert all(len(image) > 2000 for image in page.images)
     assert page.tags.count("svg") >= 3
     text = (lossy / "report.html").read_text(encoding="utf-8")
