@@ -102,7 +102,7 @@ def test_draw_think_and_history(page: Any) -> None:
     page.get_by_label("Thoughts").locator("visible=true").wait_for()
     write(page, "a red circle and a square")
     press(page, "Draw")
-    page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value.includes('red circle '))")
+    page.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value.includes('background'))")
     page.get_by_text("seed 7").wait_for()
     shot(page, "think")
 
