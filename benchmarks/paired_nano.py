@@ -125,17 +125,26 @@ def ratio(candidate: np.ndarray, base: np.ndarray, trimmed: int = 0, seed: int =
     return float(a.mean() / b.mean()), float(low), float(high)
 
 
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's formula (1927)."""
+    z, share = 1.96, count / total
+    middle, half = share + z * z / (2 * total), z * ((share * (1 - share) + z * z / (4 * total)) / total) ** 0.5
+    return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", help="recipe names or files; ratios are to the first")
     parser.add_argument("--source", type=Path, default=resource("BAGEL-nano"))
     parser.add_argument("--calibration", type=Path, help="set to use instead of the packaged one")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--counts", type=int, nargs=4, default=COUNTS, metavar=("DRAW", "ASK", "EDIT", "THINK"),
+                        help=f"prompts of each kind (default {' '.join(map(str, COUNTS))})")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     checkpoint = Checkpoint.open(args.source)
-    benchmark = fresh(args.seed)
+    benchmark = fresh(args.seed, tuple(args.counts))
     reference = answers(benchmark, open_model(args.source, dtype=torch.float32))
     given = None if args.calibration is None else CalibrationSet.open(args.calibration)
     found = {}
@@ -148,13 +157,15 @@ def main() -> int:
             own = answers(benchmark, open_model(artifact.path, dtype=torch.float32))
         errors = path_errors(own, reference)
         base = errors if base is None else base
+        equal = np.array([a == b for a, b in zip(own.texts, reference.texts, strict=True)])
         found[recipe.name] = {
             "bytes": plan.nbytes,
             "latent": float(errors.mean()),
             "trimmed": float(np.sort(errors)[:-TRIMMED].mean()),
             "ratio": ratio(errors, base),
             "ratio_trimmed": ratio(errors, base, TRIMMED),
-            "equal_texts": float(np.mean([a == b for a, b in zip(own.texts, reference.texts, strict=True)])),
+            "equal_texts": float(equal.mean()),
+            "equal_texts_interval": share_interval(int(equal.sum()), len(equal)),
         }
         print(recipe.name, json.dumps(found[recipe.name]), file=sys.stderr)
     counts = {"pictures": len(reference.latents), "texts": len(reference.texts)}

@@ -57,6 +57,12 @@ def test_thinned_keeps_every_kind_and_what_it_refers_to() -> None:
     assert latent_rows(few, 16) < 0.6 * latent_rows(jobs, 16)
 
 
+def test_the_thinnest_set_has_enough_decoded_words_for_the_last_layer() -> None:
+    """A quarter of a block of moments, 256 rows; a word has a token at least."""
+    fewest = thinned(load_jobs([resource("exports") / "calibration"]), 0.0)
+    assert sum(len(job.asked.answer.split()) for job in fewest) >= 256
+
+
 def test_unknown_drawings_and_twice_used_names_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "edits.yaml"
     file.write_text("{kind: edit, prompts: [{prompt: make it red, picture: house}]}")
