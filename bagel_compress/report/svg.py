@@ -8,6 +8,7 @@ from html import escape
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 12, 30
+LETTER, LABEL_HEIGHT = 5.2, 11.0  # of a label at a point, in units of the drawing: about a letter's width; a line
 COLOURS = 7  # --c0 .. --c6 in the page's style
 Points = Sequence[tuple[float, float]]
 
@@ -114,17 +115,48 @@ def scatter(title: str, x_label: str, points: Sequence[tuple[str, float, float]]
         _grid(place, low, high, zero=len(ys) < len(points)),
         _x_ticks(place, _apart(place, sorted(set(xs))), x_label),
     ]
-    written: list[tuple[float, float]] = []
-    for name, (x, y) in sorted(spots.items(), key=lambda spot: spot[1]):
+    for (name, (x, y)), (left, top) in zip(spots.items(), _label_places(spots), strict=True):
         colour = "var(--c0)" if name in front else "var(--c5)"
-        crowded = any(abs(x - u) < WIDTH / 3 and abs(y - v) < 12 for u, v in written)
-        left = (x > WIDTH * 0.7) != crowded
-        shift, anchor = (-6, "end") if left else (6, "start")
-        written.append((x, y))
+        end = _nearest((left, top, LETTER * len(name), LABEL_HEIGHT), x, y)
+        if math.dist(end, (x, y)) > LABEL_HEIGHT:
+            body.append(f'<line class="grid" x1="{x:.1f}" y1="{y:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"/>')
         body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>')
-        body.append(f'<text x="{x + shift:.1f}" y="{y - 5:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
+        body.append(f'<text x="{left:.1f}" y="{top + LABEL_HEIGHT - 2:.1f}">{escape(name)}</text>')
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
     return f'<figure class="chart pareto"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+
+
+def _label_places(spots: Mapping[str, tuple[float, float]]) -> list[tuple[float, float]]:
+    """Left and upper edge of each point's label: the place nearest to its point where it covers least.
+
+    One after the other: inside the drawing, off the points, off the labels before it.
+    """
+    points = [(x - 4, y - 4, 8.0, 8.0) for x, y in spots.values()]
+    taken: list[tuple[float, float, float, float]] = []
+    for name, (x, y) in spots.items():
+        width = LETTER * len(name)
+        places = [
+            (left, y + down, width, LABEL_HEIGHT)
+            for down in (-LABEL_HEIGHT - 2, 2, -LABEL_HEIGHT / 2, *(s * d for d in range(14, 150, 4) for s in (-1, 1)))
+            for left in (x + 6, x - 6 - width, x - width / 2, x + 40, x - 40 - width)
+        ]
+        inside = [p for p in places if p[0] >= LEFT - 8 and p[0] + width <= WIDTH and 0 <= p[1] <= HEIGHT - BOTTOM - 8]
+        covered = {place: sum(_shared(place, other) for other in points + taken) for place in inside or places}
+        taken.append(min(covered, key=lambda place: (covered[place], math.dist(_nearest(place, x, y), (x, y)))))
+    return [(left, top) for left, top, _, _ in taken]
+
+
+def _nearest(box: tuple[float, float, float, float], x: float, y: float) -> tuple[float, float]:
+    """The point of a box (left, top, width, height) that lies nearest to a point."""
+    left, top, width, height = box
+    return min(max(x, left), left + width), min(max(y, top), top + height)
+
+
+def _shared(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    """Area that two boxes (left, top, width, height) share."""
+    across = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    down = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(0.0, across) * max(0.0, down)
 
 
 def standalone(figure: str) -> str:

@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from bagel_compress.io.packaged import find_recipe, resource
 from bagel_compress.report import format_chart
+from bagel_compress.report.svg import LABEL_HEIGHT, LETTER, WIDTH, scatter
 from bagel_compress.run.case import load_cases
 from bagel_compress.validation.compare_recipes import Counts, RecipeComparison, compare_recipes
 from bagel_compress.validation.recipes_page import render, table
@@ -72,3 +74,19 @@ def test_the_chart_of_formats_joins_rates_of_one_format_only_and_is_the_file_of_
     drawn = Path(__file__).parents[2] / "docs" / "nano_formats.svg"
     assert drawn.read_text(encoding="utf-8") == format_chart.chart_file(figures)
     ElementTree.parse(drawn)
+
+
+def test_labels_of_a_crowded_chart_do_not_cover_each_other() -> None:
+    """Twelve formats, most of them between 9 and 12 GB at errors of one size."""
+    rng = np.random.default_rng(3)
+    places = rng.uniform((9, 0.02), (12, 0.1), (12, 2))
+    points = [(f"recipe-{i}", float(x), float(y)) for i, (x, y) in enumerate(places)]
+    drawn = scatter("error", "GB", [*points, ("bf16", 29.2, 0.0)])
+    labels = [(float(x), float(y), len(name) * LETTER)
+              for x, y, name in re.findall(r'<text x="([\d.-]+)" y="([\d.-]+)">([^<]+)<', drawn)]  # fmt: skip
+    assert len(labels) == 13
+    for i, (x, y, width) in enumerate(labels):
+        assert x >= 0
+        assert x + width <= WIDTH
+        for other_x, other_y, other_width in labels[:i]:
+            assert abs(y - other_y) >= LABEL_HEIGHT - 0.1 or x >= other_x + other_width or other_x >= x + width
