@@ -120,9 +120,8 @@ def test_a_budget_takes_objects_as_well_as_names(tmp_path: Path) -> None:
     assert by_object.peak > 500 * 2**20  # bytes: the CUDA context alone is 500 MiB
 
 
-@pytest.mark.slow
 def test_the_example_of_a_test_suite_passes() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "validate_in_a_test_suite.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "validate_in_a_test_suite.py"]
     done = subprocess.run(
         command, cwd=EXAMPLES, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
