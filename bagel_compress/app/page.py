@@ -102,12 +102,15 @@ class _Page:
     def _starts(
         self, button: Any, call: Any, inputs: list[Any], outputs: list[Any], status: Any, name: str, line: str = "model"
     ) -> None:
-        """A button starts a run: first it says that the run waits, then the run tells the rest. `line`: its queue."""
+        """A button starts a run: first it says that the run waits, then the run tells the rest; a refused one says
+        nothing more. `line`: its queue.
+        """
         waiting = self._does(button.click, self.runs.arrive, self.visit, [self.visit, status])
-        waiting.then(
+        run = waiting.then(
             call, [self.visit, *inputs], outputs, concurrency_id=line, show_progress="hidden", api_name=name,
             api_visibility=self.api,
         )  # fmt: skip
+        self._does(run.failure, lambda: "", None, status)
 
     def _advise_tab(self) -> None:
         gr, t, advisor = self.gr, self.t, self.runs.advisor

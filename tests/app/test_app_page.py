@@ -198,6 +198,7 @@ def test_errors_are_in_the_page_s_language(server: Any, browser: Any, tmp_path: 
     page.get_by_label("number input for 每隔几步计算一次").locator("visible=true").fill("2")
     press(page, "绘图")
     told("程序报告（英文原文）")
+    page.wait_for_function("[...document.querySelectorAll('.progress')].every(line => line.innerText.trim() == '')")
     tab(page, "图像编辑")
     press(page, "编辑")
     told("还没有图片")
