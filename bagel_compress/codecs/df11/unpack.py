@@ -229,7 +229,7 @@ def _run(stream, at, end, n, count, first, is_last, target, gaps, table, luts, t
 
 
 @_compiled
-def _merge(exponents: np.ndarray, rest: np.ndarray, out: np.ndarray) -> None:
+def join(exponents: np.ndarray, rest: np.ndarray, out: np.ndarray) -> None:
     """Exponents and sign-mantissa bytes to bf16 words."""
     for i in range(out.size):
         byte = np.uint16(rest[i])
@@ -260,10 +260,10 @@ def verify(
 
     `stream` is the address of bit 0 of the unit's stream, of which bits [bits[k], bits[k + 1]) are chunk k; the first
     weight is the unit's weight `first` of `weights`. On the way `gaps` and `positions`, arrays of the whole unit, get
-    what the codes' ends say. `exponents` is uint8 [2, chunk + SCRATCH_SLACK] scratch, `scratch` uint16 [chunk].
+    what the codes' ends say. `exponents` is uint8 [2, chunk + SCRATCH_SLACK] scratch, `scratch` uint16 [chunk]; its
+    first byte takes what is no gap.
     """
-    spare = np.empty(1, np.uint8)
-    book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions), address_of(spare))
+    book = (address_of(table), address_of(luts), luts.shape[0] - 1, address_of(positions), address_of(scratch))
     target, target2, gap = address_of(exponents[0]), address_of(exponents[1]), address_of(gaps)
     at, n, at2, n2, last = bits[0], 0, bits[1], 0, bits.size - 1
     if last == 2:
@@ -356,7 +356,7 @@ def unpack_blocks(
                 status = _check_end(b, after, first, stop, rest.size, end, gaps[b - block])
             if status != OK:
                 return status
-            _merge(exponents[b - block, : stop - first], rest[first:stop], out[first:stop])
+            join(exponents[b - block, : stop - first], rest[first:stop], out[first:stop])
     return OK
 
 

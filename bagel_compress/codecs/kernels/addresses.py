@@ -21,7 +21,10 @@ _Generator = tuple[Any, Callable[..., Any]]
 
 @njit(nogil=True, inline="always")
 def address_of(array):  # type: ignore[no-untyped-def]
-    """Of an array's first element. The caller keeps the array alive while the address is used."""
+    """Of an array's first element. The caller keeps the array alive while the address is used.
+
+    numba frees an array that a kernel made after its last use as an array; addresses are no use.
+    """
     return np.int64(array.ctypes.data)
 
 
