@@ -147,9 +147,7 @@ def coded(codes: np.ndarray, words: np.ndarray) -> tuple[Book, np.ndarray, np.nd
         n = part.stop - start
         sizes = np.empty(-(-n // RUN), np.int64)
         pack.split_codes(codes[part], book.low_bits, known, space.symbols[:n], space.lows[:n])
-        size = pack.pack(
-            space.symbols[:n], space.lows[:n], words[part], *form, *tables, space.scratch, space.stream, sizes
-        )
+        size = pack.pack(space.symbols[:n], space.lows[:n], words[part], *form, *tables, *space.scratch, sizes)
         return space.stream[:size].copy(), sizes
 
     streams, sizes = zip(*ordered(one, range(0, codes.size, BATCH)), strict=True)

@@ -38,7 +38,13 @@ class Workspace:
     symbols: np.ndarray = field(default_factory=lambda: np.empty(BATCH + 8, np.uint8))
     lows: np.ndarray = field(default_factory=lambda: np.empty(BATCH + 8, np.uint8))
     stream: np.ndarray = field(default_factory=lambda: np.empty(BATCH // RUN * WORST_RUN + unpack.READ_SLACK, np.uint8))
-    scratch: np.ndarray = field(default_factory=lambda: np.empty((4, pack.SCRATCH), np.uint8))
+    pieces: np.ndarray = field(default_factory=lambda: np.empty((pack.TOGETHER, pack.PIECES // 4), np.uint64))
+    joined: np.ndarray = field(default_factory=lambda: np.empty((2, RUN // 4), np.uint64))
+
+    @property
+    def scratch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `pack.pack` writes to."""
+        return self.pieces, self.joined, self.stream
 
 
 _workspaces = Workspaces(Workspace)
@@ -116,7 +122,7 @@ class Coder:
         if self.grid.book.low_bits:
             pack.look_up(batch.words, self.tables.lows, space.lows)
         symbols, lows, sizes = space.symbols[:n], space.lows[:n], np.empty(-(-n // RUN), np.int64)
-        size = pack.pack(symbols, lows, batch.words, *self._form, *self._book, space.scratch, space.stream, sizes)
+        size = pack.pack(symbols, lows, batch.words, *self._form, *self._book, *space.scratch, sizes)
         stream, offsets = space.stream.ctypes.data, np.concatenate([[0], np.cumsum(sizes)])
         whole = unpack.verify_runs(stream, offsets, self._lookup, *self._form, symbols, lows, batch.words)
         coded = Coded(space.stream[:size].copy(), sizes)

@@ -1,8 +1,9 @@
 """Numba kernels of the ecq encoder: histogram, codes by table, coder tables, and runs of symbols to bits.
 
-A run is coded from its last symbol to its first, because the decoder undoes the coder's steps; bits are written
-backwards into scratch memory and the finished run is copied to its place. Four runs at a time: a step of the coder
-waits for the one before it. Kernels release the interpreter lock and hold no state.
+A run is coded from its last symbol to its first, because the decoder undoes the coder's steps. That is one chain of
+steps that wait for each other, so eight runs are coded together, and a step only leaves a piece of 16 bits: how many
+bits the symbol takes, and the bits. Pieces are then joined from the first to the last: four at a time in vector
+registers, and these, of at most 48 bits, to bytes. Kernels release the interpreter lock and hold no state.
 """
 
 # mypy: disable-error-code="arg-type,assignment,call-arg,call-overload,index,operator,return-value,var-annotated"
@@ -13,24 +14,26 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from bagel_compress.codecs.ecq.layout import CENTRE, ESCAPE, RUN, STATE_BITS, STATES
+from bagel_compress.codecs.ecq.layout import CENTRE, ESCAPE, HEADER_BYTES, RUN, STATE_BITS, STATES
 from bagel_compress.codecs.kernels.addresses import (
     address_of,
     load8,
     load16,
     load64,
     ones,
-    store8,
     store16,
     store64,
     trailing_zeros,
 )
 
-SCRATCH = RUN * STATE_BITS // 8 + 32  # bytes that one run's symbols may take, with room for stores of eight
+TOGETHER = 8  # runs
+PIECES = RUN + 32  # of a run, with a gap so that those of several runs do not meet in one set of the cache
 SPREAD = (STATES >> 1) + (STATES >> 3) + 3  # odd, so that it visits every state (as in FSE, Y. Collet)
 _U = np.uint64
 _ONE = _U(1)
-_LOW32 = _U(0xFFFFFFFF)
+_PIECE = _U(0xFFFF)
+_STATE_BITS = _U(STATE_BITS)
+_OFFSETS = 8 * (ESCAPE + 1)  # bytes from the first row of the coder's table to the second
 _BITS0 = _U(0x0101010101010101)
 _LOW7 = _U(0x7F7F7F7F7F7F7F7F)
 _HIGH = _U(0x8080808080808080)
@@ -100,21 +103,21 @@ def states_of(frequencies: np.ndarray) -> np.ndarray:
 
 @_compiled
 def coder(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tables of the encoder: int64 [256] per symbol and uint16 [8192] next states (4096 to 8191).
+    """Tables of the encoder: int64 [2, 256] by symbol and uint16 [4096] next states (4096 to 8191).
 
-    A symbol's entry has, in its low half, what gives the number of bits in bit 16 and up when the state is added; in
-    its high half, what gives the index of the next state when the state without those bits is added. Symbols without a
-    frequency lead into the second half of the states, so that no symbol leaves the tables.
+    A symbol's first number, added to the state, gives how many bits it takes from bit 12 on, and leaves these, the
+    state's lowest, in place. Its second, added to the state without those bits, is the index of the next state. Symbols
+    without a frequency lead to a state of another one, so that no symbol leaves the tables.
     """
     symbols, seen = states_of(frequencies), frequencies.copy()
-    first, following = np.zeros(frequencies.size, np.int64), np.full(2 * STATES, STATES, np.uint16)
-    entries = np.zeros(frequencies.size, np.int64)
+    first, following = np.zeros(frequencies.size, np.int64), np.empty(STATES, np.uint16)
+    entries = np.zeros((2, frequencies.size), np.int64)
     start = 0
     for s in range(frequencies.size):
         f, first[s] = frequencies[s], start
         if f:
             most = STATE_BITS - (_log2(f - 1) if f > 1 else 0)
-            entries[s] = ((start - f) << 32) | ((most << 16) - (f << most))
+            entries[0, s], entries[1, s] = (most << STATE_BITS) - (f << most), start - f
         start += f
     for state in range(STATES):
         s = symbols[state]
@@ -158,66 +161,77 @@ def count_escapes(symbols: int, size: int) -> int:
 
 
 @_inlined
-def _push(symbol, entries, following, state, held, filled):  # type: ignore[no-untyped-def]
-    """One step of the coder: the state's low bits go to `held`, below those that are there."""
-    entry = load64(entries + np.int64(symbol << _U(3)))
-    bits = (state + (entry & _LOW32)) >> _U(16)
-    held = (held << bits) | (state & ((_ONE << bits) - _ONE))
-    index = np.int64(state >> bits) + (np.int64(entry) >> np.int64(32))
-    return load16(following + 2 * index), held, filled + bits
-
-
-@_inlined
-def _flush(held, filled, target):  # type: ignore[no-untyped-def]
-    """Writes the oldest whole bytes of `held`, at most 7, in front of `target`."""
-    store64(target - 8, (held << _ONE) << (_U(63) - filled))
-    return filled & _U(7), target - np.int64(filled >> _U(3))
-
-
-@_inlined
-def _close(state, held, filled, target):  # type: ignore[no-untyped-def]
-    """The bits left, padded to a byte, and the run's header in front of them: the address of the run."""
-    padding = (_U(8) - filled) & _U(7)
-    if filled:
-        target -= 1
-        store8(target, held << padding)
-    store16(target - 2, (state - _U(STATES)) | (padding << _U(STATE_BITS)))
-    return target - 2
+def _step(symbol, entries, following, state, piece):  # type: ignore[no-untyped-def]
+    """One step of the coder: the next state. What the symbol takes goes to the address `piece`."""
+    entry = entries + np.int64(symbol << _U(3))
+    bits = state + load64(entry)
+    store16(piece, bits)
+    index = (state >> (bits >> _STATE_BITS)) + load64(entry + _OFFSETS)
+    return load16(following + 2 * np.int64(index))
 
 
 @_compiled
-def _one(symbols, size, entries, following, target):  # type: ignore[no-untyped-def]
-    """Codes the `size` symbols at an address into the bytes in front of `target`; the address of the first byte."""
-    state, held, filled = _U(STATES), _U(0), _U(0)
+def _one(symbols, size, entries, following, pieces):  # type: ignore[no-untyped-def]
+    """Pieces of the `size` symbols at an address, and empty ones up to a multiple of four; the last state."""
+    state = _U(STATES)
+    for i in range(size, (size + 3) & ~3):
+        store16(pieces + 2 * i, _U(0))
     for i in range(size - 1, -1, -1):
-        state, held, filled = _push(load8(symbols + i), entries, following, state, held, filled)
-        filled, target = _flush(held, filled, target)
-    return _close(state, held, filled, target)
+        state = _step(load8(symbols + i), entries, following, state, pieces + 2 * i)
+    return state
 
 
 @_compiled
-def _four(symbols, entries, following, scratch):  # type: ignore[no-untyped-def]
-    """The same for four whole runs that follow each other, each into its SCRATCH bytes at an address."""
-    state, held, filled, target = _U(STATES), _U(0), _U(0), scratch + SCRATCH - 8
-    state2, held2, filled2, target2 = _U(STATES), _U(0), _U(0), scratch + 2 * SCRATCH - 8
-    state3, held3, filled3, target3 = _U(STATES), _U(0), _U(0), scratch + 3 * SCRATCH - 8
-    state4, held4, filled4, target4 = _U(STATES), _U(0), _U(0), scratch + 4 * SCRATCH - 8
-    for i in range(symbols + RUN - 4, symbols - 1, -4):
-        for k in range(4):
-            state, held, filled = _push(load8(i + 3 - k), entries, following, state, held, filled)
-            state2, held2, filled2 = _push(load8(i + RUN + 3 - k), entries, following, state2, held2, filled2)
-            state3, held3, filled3 = _push(load8(i + 2 * RUN + 3 - k), entries, following, state3, held3, filled3)
-            state4, held4, filled4 = _push(load8(i + 3 * RUN + 3 - k), entries, following, state4, held4, filled4)
-        filled, target = _flush(held, filled, target)
-        filled2, target2 = _flush(held2, filled2, target2)
-        filled3, target3 = _flush(held3, filled3, target3)
-        filled4, target4 = _flush(held4, filled4, target4)
-    return (
-        _close(state, held, filled, target),
-        _close(state2, held2, filled2, target2),
-        _close(state3, held3, filled3, target3),
-        _close(state4, held4, filled4, target4),
-    )
+def _eight(symbols, entries, following, pieces):  # type: ignore[no-untyped-def]
+    """The same for eight whole runs that follow each other, each to PIECES pieces."""
+    state = state2 = state3 = state4 = state5 = state6 = state7 = state8 = _U(STATES)
+    at = pieces + 2 * RUN
+    for i in range(symbols + RUN - 1, symbols - 1, -1):
+        at -= 2
+        state = _step(load8(i), entries, following, state, at)
+        state2 = _step(load8(i + RUN), entries, following, state2, at + 2 * PIECES)
+        state3 = _step(load8(i + 2 * RUN), entries, following, state3, at + 4 * PIECES)
+        state4 = _step(load8(i + 3 * RUN), entries, following, state4, at + 6 * PIECES)
+        state5 = _step(load8(i + 4 * RUN), entries, following, state5, at + 8 * PIECES)
+        state6 = _step(load8(i + 5 * RUN), entries, following, state6, at + 10 * PIECES)
+        state7 = _step(load8(i + 6 * RUN), entries, following, state7, at + 12 * PIECES)
+        state8 = _step(load8(i + 7 * RUN), entries, following, state8, at + 14 * PIECES)
+    return state, state2, state3, state4, state5, state6, state7, state8
+
+
+@_compiled
+def _join_four(pieces: np.ndarray, joined: np.ndarray) -> int:
+    """Bits of four pieces, uint64 `pieces` [n], to uint64 `joined` [0], how many to [1]; the bits of all."""
+    total = _U(0)
+    for i in range(pieces.size):
+        four = pieces[i]
+        a, b, c, d = four & _PIECE, (four >> _U(16)) & _PIECE, (four >> _U(32)) & _PIECE, four >> _U(48)
+        bits_a, bits_b, bits_c, bits_d = a >> _STATE_BITS, b >> _STATE_BITS, c >> _STATE_BITS, d >> _STATE_BITS
+        first = (a & ((_ONE << bits_a) - _ONE)) | ((b & ((_ONE << bits_b) - _ONE)) << bits_a)
+        last = (c & ((_ONE << bits_c) - _ONE)) | ((d & ((_ONE << bits_d) - _ONE)) << bits_c)
+        bits = bits_a + bits_b
+        joined[0, i] = first | (last << bits)
+        bits += bits_c + bits_d
+        joined[1, i] = bits
+        total += bits
+    return total
+
+
+@_compiled
+def _write(joined: np.ndarray, size: int, filled: int, target: int) -> int:
+    """Writes `size` joined bits, behind `filled` (0 to 7) bits of 0, to an address: the address after.
+
+    Up to seven bytes more are written.
+    """
+    held = _U(0)
+    for i in range(size):
+        held |= joined[0, i] << filled
+        store64(target, held)
+        filled += joined[1, i]
+        held >>= filled & _U(0x38)
+        target += np.int64(filled >> _U(3))
+        filled &= _U(7)
+    return target
 
 
 @_compiled
@@ -229,38 +243,40 @@ def pack(
     escaping: bool,
     entries: np.ndarray,
     following: np.ndarray,
-    scratch: np.ndarray,
+    pieces: np.ndarray,
+    joined: np.ndarray,
     out: np.ndarray,
     sizes: np.ndarray,
 ) -> int:
     """Codes uint8 `symbols`, runs of RUN and perhaps a shorter last one, into uint8 `out`; returns its bytes.
 
     `lows` are uint8 of `low_bits` bits; `escaped`, uint16 of the symbols' size, has the words of ESCAPEs. `sizes`,
-    int64 [runs], gets the bytes of each run, `scratch` is uint8 [4, SCRATCH]. `out` has room for the runs and eight
-    bytes more, and eight more may be read behind the symbols and lows.
+    int64 [runs], gets the bytes of each run; uint64 `pieces` [TOGETHER, PIECES / 4] and `joined` [2, RUN / 4] are
+    scratch. `out` has room for the runs and eight bytes more, and eight more may be read behind the symbols and lows.
     """
-    book, states, address = address_of(entries), address_of(following), address_of(symbols)
-    at, first, whole, begins = 0, 0, symbols.size // RUN, np.empty(4, np.int64)
+    book, states, address, target = address_of(entries), address_of(following), address_of(symbols), address_of(out)
+    at, first, whole, ends = 0, 0, symbols.size // RUN, np.empty(TOGETHER, np.uint64)
     while first < sizes.size:
-        together = 4 if first + 4 <= whole else 1
-        if together == 4:
-            begins[0], begins[1], begins[2], begins[3] = _four(address + first * RUN, book, states, address_of(scratch))
+        together = TOGETHER if first + TOGETHER <= whole else 1
+        if together == TOGETHER:
+            ends[0], ends[1], ends[2], ends[3], ends[4], ends[5], ends[6], ends[7] = _eight(
+                address + first * RUN, book, states, address_of(pieces)
+            )
         else:
             size = min(RUN, symbols.size - first * RUN)
-            begins[0] = _one(address + first * RUN, size, book, states, address_of(scratch) + SCRATCH - 8)
+            ends[0] = _one(address + first * RUN, size, book, states, address_of(pieces))
         for k in range(together):
             start, before = (first + k) * RUN, at
             size = min(RUN, symbols.size - start)
-            begin, end = begins[k], address_of(scratch) + (k + 1) * SCRATCH - 8
-            store16(address_of(out) + at, load16(begin))
-            at += 2
+            fours = (size + 3) >> 2
+            padding = -_join_four(pieces[k, :fours], joined) & _U(7)
+            store16(target + at, (ends[k] - _U(STATES)) | (padding << _STATE_BITS))
+            at += HEADER_BYTES
             for bit in range(low_bits):
                 at = _pack_plane(lows[start : start + size], bit, out, at)
-            for i in range(0, end - begin - 2, 8):
-                store64(address_of(out) + at + i, load64(begin + 2 + i))
-            at += end - begin - 2
+            at = _write(joined, fours, padding, target + at) - target
             if escaping:
-                at = _pack_escapes(address + start, size, address_of(escaped) + 2 * start, address_of(out), at)
+                at = _pack_escapes(address + start, size, address_of(escaped) + 2 * start, target, at)
             sizes[first + k] = at - before
         first += together
     return at

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from bagel_compress.codecs.ecq.layout import CENTRE, ESCAPE, MAX_LOW_BITS, RUN, STATE_BITS, STATES
+from bagel_compress.codecs.ecq.layout import CENTRE, MAX_LOW_BITS, RUN, STATE_BITS, STATES
 from bagel_compress.codecs.ecq.pack import count_escapes, escape_marks, states_of
 from bagel_compress.codecs.kernels.addresses import (
     address_of,
@@ -66,13 +66,13 @@ def _four_steps(stream, at, state, table, out):  # type: ignore[no-untyped-def]
     """Four symbols of one run to `out`, from bit `at` on; all but the state are addresses or bit counts."""
     word, total = load64(stream + (at >> 3)) >> _U(at & 7), _U(0)
     for k in range(4):
-        entry = load32(table + np.int64(state << _U(2)))
-        store8(out + k, entry)
-        entry >>= _U(8)
-        state = (entry >> _U(8)) + (word & ((_ONE << (entry & _SHIFT)) - _ONE))
-        word >>= entry & _SHIFT
-        total += entry
-    return at + np.int64(total & _BYTE), state
+        entry = table + np.int64(state << _U(2))
+        bits = load8(entry + 1)
+        store8(out + k, load8(entry))
+        state = load16(entry + 2) + (word & ((_ONE << bits) - _ONE))
+        word >>= bits
+        total += bits
+    return at + np.int64(total), state
 
 
 @_inlined
@@ -195,10 +195,11 @@ def verify_runs(
 
     `stream` and `offsets` as in `unpack_runs`, from the first of the runs on. Up to seven bytes behind are read.
     """
-    found, low, words = np.empty(4 * RUN + 8, np.uint8), np.zeros(RUN + 8, np.uint8), np.zeros(RUN, np.uint16)
-    target, lookup, first, escapes = address_of(found), address_of(table), 0, np.zeros(4, np.int64)
+    found, low = np.empty(4 * RUN + 8, np.uint8), np.zeros(RUN + 8, np.uint8)
+    lookup, first, escapes = address_of(table), 0, np.zeros(4, np.int64)
     runs, weights = offsets.size - 1, symbols.size
     while first < runs:
+        target = address_of(found)  # in the loop: after its last use numba frees an array
         together = 4 if first + 4 <= weights // RUN else 1
         if not _symbols(first, together, stream, offsets, weights, lookup, low_bits, escaping, target, escapes):
             return False
@@ -211,11 +212,10 @@ def verify_runs(
                 _low_bits(stream + offsets[run] + 2, low_bits, size, address_of(low))
                 if _differ(address_of(low), address_of(lows) + start, size):
                     return False
-            if escapes[k]:
-                _put_escapes(target + k * RUN, size, stream + offsets[run + 1], address_of(words))
-                for i in range(size):
-                    if found[k * RUN + i] == ESCAPE and words[i] != escaped[start + i]:
-                        return False
+            if escapes[k] and _escapes_differ(
+                target + k * RUN, size, stream + offsets[run + 1], address_of(escaped) + 2 * start
+            ):
+                return False
         first += together
     return True
 
@@ -223,12 +223,27 @@ def verify_runs(
 @_compiled
 def _differ(a, b, size):  # type: ignore[no-untyped-def]
     """Whether the bytes at two addresses differ; up to seven more are read."""
-    different, whole = _U(0), size & ~7
-    for i in range(0, whole, 8):
-        different |= load64(a + i) ^ load64(b + i)
+    different, whole = _U(0), size >> 3
+    for i in range(whole):
+        different |= load64(a + 8 * i) ^ load64(b + 8 * i)
     if size & 7:
-        different |= (load64(a + whole) ^ load64(b + whole)) & ((_ONE << _U(8 * (size & 7))) - _ONE)
+        different |= (load64(a + 8 * whole) ^ load64(b + 8 * whole)) & ((_ONE << _U(8 * (size & 7))) - _ONE)
     return different != _U(0)
+
+
+@_compiled
+def _escapes_differ(symbols, size, stored, words):  # type: ignore[no-untyped-def]
+    """Whether weights stored in front of `stored`, first one last, are others than uint16 `words` has at ESCAPEs."""
+    for i in range(0, size, 8):
+        marks = escape_marks(load64(symbols + i))
+        if size - i < 8:
+            marks &= (_ONE << _U(8 * (size - i))) - _ONE
+        while marks:
+            stored -= 2
+            if load16(words + 2 * (i + np.int64(trailing_zeros(marks) >> _U(3)))) != load16(stored):
+                return True
+            marks &= marks - _ONE
+    return False
 
 
 @_compiled
