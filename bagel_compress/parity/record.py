@@ -102,7 +102,7 @@ def _finished(path: Path, header: TraceHeader, case: Case, floors: Sequence[str]
         return None
     trace = file.read(case.name)
     known = {kind for values in trace.facts.floor.values() for kind in values}
-    return trace if set(floors) <= known or not floors else None
+    return trace if set(floors) <= known else None
 
 
 def _floors(sampler: Sampler, trace: Trace, floors: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -155,3 +155,9 @@ def test_a_run_is_cancelled_at_any_event(bf16: Sampler, event: str) -> None:
     with pytest.raises(Cancelled):
         bf16.run(["a cat"], think=True, size=(32, 32), flow=FLOW, text=TEXT, listener=Stop())
     assert bf16.run(["a cat"], size=(32, 32), flow=FLOW).image is not None
+
+
+def test_rows_of_a_batch_are_cut_by_the_grids_of_its_samples() -> None:
+    drawing = Drawing(branches=None, grids=((2, 3), (1, 4), (3, 3)), flow=FLOW, times=range(5))  # type: ignore[arg-type]
+    assert drawing.split(list(range(19))) == [[*range(6)], [*range(6, 10)], [*range(10, 19)]]
+    assert drawing.count == 4

@@ -141,3 +141,36 @@ def test_every_name_has_a_role_and_one_place(tiny: Path) -> None:
     assert all(role_of(n) for n in names)
     assert len({parameter_path(n) for n in names}) == len(names)
     assert role_of("language_model.model.layers.3.self_attn.q_proj_moe_gen.weight_x") is None
+
+
+def test_a_text_is_its_own_tokens_and_no_others(folder: Path) -> None:
+    """A tokenizer.json may add tokens around every text; a turn has its own two. Decoding leaves special tokens in."""
+    plain = TextCodec.from_dir(folder)
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [plain.bos], "tokens": ["<|im_start|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    text = TextCodec.from_dir(folder)
+    assert text.tokenizer.encode("a red cat").ids == [plain.bos, *plain.encode("a red cat")]  # what it would add
+    assert text.encode("a red cat") == plain.encode("a red cat")
+    assert text.turn("") == [text.bos, text.eos]
+    assert text.decode(text.turn("a red cat")) == "<|im_start|>a red cat<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("<|im_start|>yes<|im_end|>no", "yes"),
+        ("<|im_start|>yes<|im_start|>no", "yes"),
+        ("yes<|im_end|>", "yes"),
+        ("<|im_start|>", ""),
+        ("", ""),
+    ],
+)
+def test_an_answer_is_what_stands_between_the_first_two_wrappers(folder: Path, said: str, answer: str) -> None:
+    text = TextCodec.from_dir(folder)
+    assert text.answer(text.encode(said)) == answer

@@ -14,7 +14,7 @@ from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import InMemory, Unit
 from bagel_compress.codecs.df11 import encode, pack, unpack
 from bagel_compress.codecs.df11.book import huffman, make_book, stalls
-from bagel_compress.codecs.df11.layout import SUFFIXES
+from bagel_compress.codecs.df11.layout import BLOCK_BITS, MAX_BLOCK_WEIGHTS, SUFFIXES
 from bagel_compress.codecs.kernels.threads import Workspaces
 from bagel_compress.errors import CodecError, PlanError
 from bagel_compress.io.tensor_spec import TensorSpec
@@ -309,3 +309,31 @@ def test_a_window_on_which_the_official_kernel_would_not_end() -> None:
     assert not stalls(luts, 0, 0)
     book = make_book(np.bincount([1, 1, 2, 3, 5, 8, 13], minlength=256))
     assert not stalls(book.without_pointers().luts, 0, 0)
+
+
+@pytest.mark.parametrize("batch", [1000, 1 << 21])
+@pytest.mark.parametrize("kind", ["dense start", "dense end", "even", "whole blocks", "one block"])
+def test_the_densest_block_is_that_of_the_stream(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By where every code starts."""
+    rng = np.random.default_rng(4)
+    dense, thin = np.full(60_000, 118), rng.integers(100, 116, 40_000)
+    exponents = {
+        "dense start": np.concatenate([dense, thin]),
+        "dense end": np.concatenate([thin, dense]),
+        "even": rng.permutation(np.concatenate([dense, thin])),
+        "whole blocks": np.repeat([118, 117], [BLOCK_BITS, BLOCK_BITS]),  # codes of one bit: two blocks to the last bit
+        "one block": np.full(77, 118),
+    }[kind]
+    monkeypatch.setattr(encode, "BATCH", batch)
+    unit, named = unit_of(from_exponents(exponents))
+    found = encode.survey(unit, InMemory(named))
+    book = make_book(found.counts)
+    lengths = book.lengths.astype(np.int64)[exponents]
+    starts = np.cumsum(lengths) - lengths
+    assert encode.densest_block(unit, InMemory(named), found, book) == np.bincount(starts // BLOCK_BITS).max()
+
+
+@pytest.mark.parametrize(("weights", "shortest"), [(MAX_BLOCK_WEIGHTS, 1), (MAX_BLOCK_WEIGHTS + 1, 2)])
+def test_a_block_that_just_fits_the_kernel_keeps_the_official_book(weights: int, shortest: int) -> None:
+    unit, named = unit_of(from_exponents(np.repeat([118, 117], [weights - 9, 9])))
+    assert encode.choose_book(unit, InMemory(named), encode.survey(unit, InMemory(named))).shortest == shortest

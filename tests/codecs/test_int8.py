@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from codec_weights import decoded, encoded, quality_of, same_bytes, snr_db, unit_of, weight
+from codec_weights import decoded, encoded, quality_of, same_bytes, snr_db, spec_of, unit_of, weight
 
-from bagel_compress.codecs.int8 import Int8
+from bagel_compress.codecs import int8
+from bagel_compress.codecs.grid import Curvature
+from bagel_compress.codecs.int8 import HALF_MAX, PER_127, Int8
 from bagel_compress.errors import CodecError
 
 bnb = pytest.importorskip("bitsandbytes")
 
+dialects = pytest.mark.parametrize("dialect", ["bitsandbytes", "compressed-tensors"])
 SHAPES = [(64, 64), (7, 33), (1, 1), (3, 1), (300, 250), (129, 4096)]
 
 
@@ -107,3 +110,51 @@ def test_bytes_that_do_not_decode_to_the_weights_are_an_error(monkeypatch: pytes
     monkeypatch.setattr(rows_kernels, "int8_rows", faulty)
     with pytest.raises(CodecError, match=r"w\.weight.*do not decode"):
         encoded(Int8(), weight(64, 64))
+
+
+@dialects
+def test_an_export_gets_the_scale_of_one_code(dialect: str) -> None:
+    """bitsandbytes stores 127 times as much; the row of zeros has 0 there."""
+    codec, tensor = Int8.model_validate({"dialect": dialect}), weight(5, 32)
+    tensor[3] = 0
+    parts = encoded(codec, tensor)
+    given = codec.onnx_codes(spec_of(tensor), parts)
+    scb = encoded(Int8(), tensor)["w.SCB"]
+    assert torch.equal(given.scale, scb * torch.tensor(PER_127))
+    assert torch.equal(torch.from_numpy(given.codes), parts["w.weight"])
+    assert given.scale.shape == (5,)
+
+
+@dialects
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
+def test_the_grid_has_the_scales_that_the_codec_says(scale: str, dialect: str) -> None:
+    tensor = weight(6, 512).float()
+    tensor[2], tensor[4, 0] = 0, HALF_MAX
+    grid = Int8.model_validate({"dialect": dialect, "scale": scale}).grid(spec_of(tensor.bfloat16()))
+    found = grid.scales(tensor, Curvature(torch.ones(512), torch.ones(512)))
+    absmax = tensor.abs().amax(1, keepdim=True)
+    absmax[2] = 1
+    plain = absmax if dialect == "bitsandbytes" else absmax * PER_127
+    if scale == "absmax":
+        assert torch.equal(found.values, plain)
+    else:
+        assert bool((found.values <= 1.05 * plain).all())
+        assert not torch.equal(found.values, plain)
+    assert float(grid.factor) == (PER_127 if dialect == "bitsandbytes" else 1.0)
+    if dialect == "bitsandbytes":
+        assert torch.equal(found.stored["w.SCB"], found.values[:, 0])
+        assert found.stored["w.weight_format"].item() == 0
+    else:
+        assert torch.equal(found.stored["w.weight_scale"], found.values)
+    tensor[4, 0] = 65536.0
+    with pytest.raises(CodecError, match="over 65504"):
+        grid.scales(tensor, Curvature(torch.ones(512), torch.ones(512)))
+
+
+@dialects
+def test_rows_are_decoded_in_pieces(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, tensor = Int8.model_validate({"dialect": dialect}), weight(7, 40)
+    whole = decoded(codec, tensor)
+    for elements in (1, 80, 100):  # one row, two, two
+        monkeypatch.setattr(int8, "DECODE_ELEMENTS", elements)
+        assert same_bytes(decoded(codec, tensor), whole)

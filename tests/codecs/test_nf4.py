@@ -1,6 +1,7 @@
 """nf4 against bitsandbytes: the same bytes, and stored parts that bitsandbytes loads without quantising again."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -172,3 +173,25 @@ def test_damaged_state_is_refused() -> None:
         damaged = parts | {name: torch.tensor(list(text.ljust(len(parts[name]))), dtype=torch.uint8)}
         with pytest.raises(CodecError, match=r"w\.weight"):
             Nf4().decode(unit, damaged)
+
+
+@pytest.mark.parametrize(
+    ("absmax", "searched"),
+    [
+        (2.0**-55, True),  # of the least magnitude whose squares are searched
+        (2.0**-55 * (1 - 2.0**-8), False),
+        (2.0**61, True),  # of the largest
+        (2.0**61 * (1 + 2.0**-7), False),
+    ],
+)
+def test_scales_are_searched_where_squares_are_normal_numbers(absmax: float, searched: bool) -> None:
+    """Elsewhere absmax stays. Inside, a block a power of two larger has a scale that power larger, to the bit."""
+    tensor = weight(1, 64, seed=7)
+    tensor[0, 5] = tensor.abs().max() * 4  # far out: a smaller scale is better
+    tensor = (tensor.float() / tensor[0, 5].float() * absmax).bfloat16()
+    assert float(tensor.abs().max()) == absmax
+    found = encoded(Nf4(scale="mse"), tensor)["w.weight.absmax"]
+    same = encoded(Nf4(scale="mse"), (tensor.double() * 2.0 ** -round(math.log2(absmax))).bfloat16())
+    expected = same["w.weight.absmax"] * 2.0 ** round(math.log2(absmax))
+    assert torch.equal(found, expected if searched else torch.tensor([absmax]))
+    assert not torch.equal(expected, torch.tensor([absmax]))

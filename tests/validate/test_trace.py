@@ -181,3 +181,22 @@ def test_two_cases_of_one_name_and_an_empty_folder_are_refused(tmp_path):
         load_cases([tmp_path])
     with pytest.raises(TargetError, match="two cases are called"):
         load_cases([ROOT / "exports/cases/chat.yaml", ROOT / "exports/cases/tiny/chat.yaml"])
+
+
+def test_a_case_is_recorded_again_if_anything_about_it_differs(reference, tmp_path, monkeypatch):
+    out, chat, real, recorded = tmp_path / "a.safetensors", CASES[3], replay.record, []
+    monkeypatch.setattr(replay, "record", lambda s, c, f: recorded.append(c.name) or real(s, c, f))
+
+    def again(case=chat, digest="d", floors=("repeat",)):
+        recorded.clear()
+        record.record_cases(reference, "tiny", digest, [(case, PICTURES)], out, floors=floors)
+        return recorded == [case.name]
+
+    assert again()
+    assert not again()
+    assert not again(floors=())
+    assert again(floors=("repeat", "kernel"))  # one of them is not known yet
+    assert not again(floors=("kernel",))
+    assert again(digest="e", floors=())
+    assert again(digest="e", floors=("repeat",))
+    assert again(chat.model_copy(update={"seed": chat.seed + 1}), digest="e", floors=())
