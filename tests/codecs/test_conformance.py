@@ -212,7 +212,9 @@ def test_an_encoding_that_is_not_run_reads_nothing(codec: Codec) -> None:
 def test_what_is_stored_as_it_is_must_have_its_shape(codec: Codec) -> None:
     tensors = {"a.weight": weight(4, 6), "b.weight": weight(2, 3)}
     unit = Unit("u", tuple(TensorSpec("BF16", tuple(t.shape), name) for name, t in tensors.items()))
-    assert {n: same_bytes(t, tensors[n]) for n, t in codec.decode(unit, tensors).items()} == dict.fromkeys(tensors, True)
+    assert {n: same_bytes(t, tensors[n]) for n, t in codec.decode(unit, tensors).items()} == dict.fromkeys(
+        tensors, True
+    )
     for name, other in (("a.weight", (6, 4)), ("b.weight", (2, 2))):
         with pytest.raises(CodecError, match=rf"^{name}: stored shape .*expected .*damaged"):
             codec.decode(unit, tensors | {name: weight(*other)})

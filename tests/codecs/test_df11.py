@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -337,3 +338,14 @@ def test_the_densest_block_is_that_of_the_stream(kind: str, batch: int, monkeypa
 def test_a_block_that_just_fits_the_kernel_keeps_the_official_book(weights: int, shortest: int) -> None:
     unit, named = unit_of(from_exponents(np.repeat([118, 117], [weights - 9, 9])))
     assert encode.choose_book(unit, InMemory(named), encode.survey(unit, InMemory(named))).shortest == shortest
+
+
+@pytest.mark.parametrize("symbols", [1, 2, 3])
+def test_books_of_two_bits_are_found_for_all_counts(symbols: int) -> None:
+    """Two exponents, one of them rare, were looked at for ever: equal counts of 2 leave one with a single bit."""
+    for few in product((1, 2, 3, 5, 9, 23_542), repeat=symbols):
+        counts = np.zeros(256, np.int64)
+        counts[100 + np.arange(symbols)] = few
+        book = make_book(counts, at_least_two_bits=True)
+        assert book.shortest >= 2
+        assert set(np.flatnonzero(counts)) <= {code.symbol for code in book.codes}

@@ -101,7 +101,10 @@ def _fits(codes: Sequence[Code], counts: np.ndarray) -> bool:
 
 
 def _spread(counts: np.ndarray) -> np.ndarray:
-    """Counts under which no exponent gets a one-bit code: frequent ones count less, unused ones fill up to four."""
+    """Counts under which no exponent gets a one-bit code: frequent ones count less, unused ones fill up to three.
+
+    Every step takes from a count. It ends: where all are 1, three exponents and the end of the stream have two bits.
+    """
     spread = counts.copy()
     unused = np.flatnonzero(spread[:FIRST_POINTER] == 0)
     spread[unused[: max(0, 3 - np.count_nonzero(spread))]] = 1
@@ -109,7 +112,8 @@ def _spread(counts: np.ndarray) -> np.ndarray:
         short = [c.symbol for c in huffman(spread) if c.bits == 1 and c.symbol != EOF]
         if not short:
             return spread
-        spread[short[0]] = max(1, (int(spread.sum()) - int(spread[short[0]]) + 1) // 2)
+        count = int(spread[short[0]])
+        spread[short[0]] = max(1, min(count - 1, (int(spread.sum()) - count + 1) // 2))
 
 
 def _prefixes(codes: Sequence[Code]) -> list[tuple[int, int]]:
