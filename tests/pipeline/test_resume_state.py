@@ -1,4 +1,4 @@
-"""The state of a build in its folder: what is left after a failure, which records count, and what space is asked for."""
+"""The state of a build in its folder: what a failure leaves, which records count, what space is asked for."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def test_a_folder_that_could_not_be_taken_is_not_locked(tmp_path: Path, monkeypa
         def fails(*rest: object, fault: type[BaseException] = fault) -> None:
             raise fault
 
-        with monkeypatch.context() as patch, pytest.raises(fault):
+        with monkeypatch.context() as patch:
             patch.setattr(resume_state, "write_atomic", fails)
-            folder(tmp_path / "a").__enter__()
+            with pytest.raises(fault):
+                folder(tmp_path / "a").__enter__()
         assert not (tmp_path / "a" / STATE / "lock").exists()
 
 
