@@ -35,7 +35,7 @@ from bagel_compress.codecs.base import Codec, Unit
 from bagel_compress.exporting.build import export
 from bagel_compress.exporting.manifest import ExportFolder, ExportSource
 from bagel_compress.exporting.ort_session import Sessions
-from bagel_compress.exporting.source import Coded, WeightSource
+from bagel_compress.exporting.source import EncodedTensor, WeightSource
 from bagel_compress.exporting.tensorrt import build_engine
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.target import Target
@@ -68,7 +68,7 @@ class OneLayer(WeightSource):
         origin = SourceEntry(name="one layer", revision="", digest="", data_blake3="")
         self.identity = ExportSource(kind="checkpoint", name="one layer", digest=codec.format, checkpoint=origin)
         self._tensors = {f"layers.0.{name}": p.data for name, p in layer.named_parameters()}
-        self._coded: dict[str, Coded] = {}
+        self._coded: dict[str, EncodedTensor] = {}
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -81,11 +81,11 @@ class OneLayer(WeightSource):
     def codec(self, path: str) -> Codec:
         return self._codec if self._tensors[path].ndim == 2 else parse_codec("raw")
 
-    def coded(self, path: str) -> Coded:
+    def encoded(self, path: str) -> EncodedTensor:
         if path not in self._coded:
             spec = self.specs[path]
             parts = self._codec.encode(Unit(path, (spec,)), {path: self._tensors[path]})
-            self._coded[path] = Coded(spec, self._codec, parts)
+            self._coded[path] = EncodedTensor(spec, self._codec, parts)
         return self._coded[path]
 
     def _decoded(self, official: str) -> torch.Tensor:
@@ -160,7 +160,7 @@ def measure_onnx(
     if codec != "raw":
         for path, spec in source.specs.items():
             if len(spec.shape) == 2:
-                source.coded(path)  # quantising is not the export's time
+                source.encoded(path)  # quantising is not the export's time
     before = anonymous_gb()
     cpu = time.process_time()
     folder, took, peak = exported(source, settings, out)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bagel.errors import BagelError, Cancelled
 from bagel_compress.app.texts import Texts
 from bagel_compress.budgets.machine import Machine, found_targets
-from bagel_compress.budgets.promises import packaged_targets
+from bagel_compress.budgets.recommend import packaged_targets
 from bagel_compress.errors import TargetError
 from bagel_compress.run.target import GIB, Target
 
@@ -71,14 +71,14 @@ class Advisor:
 
         events: queue.Queue[str | list[Choice] | BaseException] = queue.Queue()
 
-        def looks_at(candidate: str) -> None:
+        def on_candidate(candidate: str) -> None:
             if stop.is_set():
                 raise Cancelled
             events.put(candidate)
 
         def work() -> None:
             try:
-                events.put(advise([Target.load(name)] * count, builds=self.builds, looks_at=looks_at))
+                events.put(advise([Target.load(name)] * count, builds=self.builds, on_candidate=on_candidate))
             except (BagelError, Cancelled, RuntimeError, MemoryError, OSError) as fault:
                 events.put(fault)
 

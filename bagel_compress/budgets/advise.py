@@ -1,7 +1,7 @@
-"""advise: what to take for a GPU. The packaged recipes and builds that are known, ranked by expected error.
+"""Ranks the packaged recipes, and finished builds, that fit a GPU, by the expected error of their weights.
 
-Each is held against the packaged ways to use the GPU (everything on it, parts in host memory) by the prediction that
-`budget` makes; the first way that holds is the one that is named. No weight is read.
+For each candidate the peak memory is predicted as the command `budget` does, for the packaged targets that use the GPU
+in different ways (everything on it, or parts in host memory); the first target that fits is chosen. No weight is read.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ from bagel_compress.budgets.known_builds import KnownBuild
 from bagel_compress.budgets.machine import Machine
 from bagel_compress.budgets.plan_devices import gpu_of, held_bytes, plan_map
 from bagel_compress.budgets.predict import least_bytes, predict
-from bagel_compress.budgets.promises import Errors, expected_errors, packaged_recipes, ways
+from bagel_compress.budgets.recommend import Errors, expected_errors, packaged_recipes, target_variants
 from bagel_compress.build.plan import make_plan
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import ExportError, TargetError
 from bagel_compress.run.target import GIB, Target
 from bagel_compress.source.released_header import REPO, TrueHeader
 
-SHOWN = 6  # recipes in the table unless more are asked for
-SECONDS_PER_GB = 2.0  # of bf16, from the disk: the slowest build without calibration in docs/benchmarks.md
+SHOWN = 6  # rows of the table by default
+SECONDS_PER_GB = 2.0  # to build 1e9 bytes of bf16 from disk: the slowest uncalibrated build in docs/benchmarks.md
 CALIBRATION = "bagel.calibration.safetensors"
-ALIKE = 0.01  # relative: recipes whose errors and sizes are that close, on one target, are one row
+SAME_WITHIN = 0.01  # recipes whose errors and sizes differ by less than this share are shown in one row
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A recipe, or a finished build, on one packaged target (or on several GPUs together)."""
+    """A recipe or a finished build, with the packaged target (or the several GPUs) that it fits."""
 
     name: str  # of the recipe, or the folder or repository of the build
     summary: str
-    target: str  # names of targets, a space between several
+    target: str  # name of the target; of several, separated by spaces, if GPUs share the model
     placed: bool  # parts of the model wait in host memory, so --target must be given to use it
     errors: Errors
-    peak: int  # bytes, predicted; of the fullest GPU
-    limit: int
+    peak: int  # predicted bytes on the fullest GPU
+    limit: int  # usable bytes of that GPU
     weights: int  # bytes of the build
-    download: int
-    disk: int  # bytes needed: download and build; 0 where the build lies here
+    download: int  # bytes
+    disk: int  # bytes needed: download and build; 0 for a build in a local folder
     build_seconds: float | None  # 0: it is built; None: not known, it needs a calibration set
     calibrated: bool
-    alike: tuple[str, ...] = ()  # recipes with the same size and error, for other loaders
-    commands: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()  # recipes of the same size and error, for other loaders
+    commands: tuple[str, ...] = ()  # to run, in order
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data for --json."""
         return asdict(self)
 
 
@@ -69,24 +70,24 @@ def advise(
     source: str = REPO,
     builds: Sequence[KnownBuild] = (),
     count: int = SHOWN,
-    looks_at: Callable[[str], None] = lambda name: None,
+    on_candidate: Callable[[str], None] = lambda name: None,
 ) -> list[Choice]:
-    """What fits the target, or the GPUs of several targets together: the least expected error first.
+    """The recipes and builds that fit the target, or the GPUs of several targets together, by expected error.
 
-    `source` is where weights come from (a Hub id, or a folder, which needs no download); `builds` are ranked too.
-    `looks_at` is told the name of each candidate before its peak is predicted, which takes seconds. Raises TargetError
-    if nothing fits.
+    `source` is the checkpoint to build from (a Hub id, or a folder, which needs no download); `builds` are ranked
+    beside the recipes; `count` is the number of choices. `on_candidate` is called with the name of each candidate
+    before its peak is predicted, which takes seconds. Raises TargetError if nothing fits.
     """
     found: list[Choice] = []
     for candidate in sorted(_candidates(targets[0], builds), key=_rank):
         same = next((i for i, choice in enumerate(found) if _alike(choice, candidate)), None)
         if same is not None:
-            found[same] = _joined(found[same], candidate)
+            found[same] = replace(found[same], alike=tuple(sorted((*found[same].alike, candidate.name))))
             continue
         if len(found) >= count:
             break
-        looks_at(candidate.name)
-        choice = _together(candidate, targets) if len(targets) > 1 else _alone(candidate, targets[0])
+        on_candidate(candidate.name)
+        choice = _on_several(candidate, targets) if len(targets) > 1 else _on_one(candidate, targets[0])
         if choice is not None:
             found.append(_with_costs(choice, candidate, source, targets))
     if not found:
@@ -94,10 +95,10 @@ def advise(
         hint = (
             "give a target with more memory or with smaller `sizes`"
             if targets[0].export
-            else f"`bagel-compress fit --target {targets[0].name}` looks for the rate that does, with fewer tasks"
+            else f"`bagel-compress fit --target {targets[0].name}` looks for a rate that does, with fewer tasks"
             " (--tasks t2i) if need be"
         )
-        raise TargetError(f"nothing that comes with the package fits {names}; {hint}.")
+        raise TargetError(f"no packaged recipe and no given build fits {names}; {hint}.")
     return found
 
 
@@ -119,14 +120,14 @@ def _candidates(target: Target, builds: Sequence[KnownBuild]) -> Iterator[_Candi
 
 
 def _rank(candidate: _Candidate) -> tuple[float, int, int]:
-    """Least error first; of equal ones what lies here, then what is built, then what is smaller."""
+    """Sort key: least error first; of equal errors local builds, then builds to download, then the smaller recipe."""
     known = candidate.known
     effort = 2 if known is None else 1 if known.download else 0
     return candidate.errors.all, effort, candidate.build.disk
 
 
 def _runs(codecs: frozenset[Codec], target: Target) -> bool:
-    """Whether an export of these formats runs on the target's runtime."""
+    """Whether the target's runtime can run an export of these formats; True if the target is no export."""
     if target.export is None:
         return True
     least = max(codec.least_capability for codec in codecs)
@@ -141,20 +142,21 @@ def _runs(codecs: frozenset[Codec], target: Target) -> bool:
     return True
 
 
-def _alone(candidate: _Candidate, target: Target) -> Choice | None:
+def _on_one(candidate: _Candidate, target: Target) -> Choice | None:
+    """The candidate on the first variant of the target that it fits; None if there is none."""
     layers = candidate.build.config.llm.num_layers
-    for way in ways(target):
-        if least_bytes(candidate.build.units, way, layers) > way.limit:
+    for variant in target_variants(target):
+        if least_bytes(candidate.build.units, variant, layers) > variant.limit:
             continue
-        report = predict(candidate.build, way)
+        report = predict(candidate.build, variant)
         if not report.broken:
-            placed = way.residency is not None or way.vae_on_host
-            return _choice(candidate, way.name, placed, report.peak, way.limit)
+            placed = variant.residency is not None or variant.vae_on_host
+            return _choice(candidate, variant.name, placed, report.peak, variant.limit)
     return None
 
 
-def _together(candidate: _Candidate, targets: Sequence[Target]) -> Choice | None:
-    """Over several GPUs, with nothing in host memory."""
+def _on_several(candidate: _Candidate, targets: Sequence[Target]) -> Choice | None:
+    """The candidate divided over several GPUs, with only the embeddings in host memory; None if it does not fit."""
     gpus = [gpu_of(target, f"cuda:{index}") for index, target in enumerate(targets)]
     if sum(held_bytes(candidate.build).values()) > sum(gpu.room for gpu in gpus):
         return None
@@ -176,13 +178,9 @@ def _choice(candidate: _Candidate, target: str, placed: bool, peak: float, limit
 
 
 def _alike(choice: Choice, candidate: _Candidate) -> bool:
+    """Whether the candidate is a recipe of the same size and error as the choice."""
     pairs = [(choice.weights, candidate.build.disk), (choice.errors.all, candidate.errors.all)]
-    return candidate.known is None and all(abs(a - b) <= ALIKE * max(a, b) for a, b in pairs)
-
-
-def _joined(choice: Choice, candidate: _Candidate) -> Choice:
-    """One row of both."""
-    return replace(choice, alike=tuple(sorted((*choice.alike, candidate.name))))
+    return candidate.known is None and all(abs(a - b) <= SAME_WITHIN * max(a, b) for a, b in pairs)
 
 
 def _with_costs(choice: Choice, candidate: _Candidate, source: str, targets: Sequence[Target]) -> Choice:
@@ -200,11 +198,11 @@ def _with_costs(choice: Choice, candidate: _Candidate, source: str, targets: Seq
 
 
 def _commands(choice: Choice, candidate: _Candidate, source: str, targets: Sequence[Target]) -> Iterator[str]:
-    """What to type, in order. Several GPUs share the model; a finished build is used at once."""
+    """The commands to run, in order: predict, build, draw a picture. A finished build needs no build commands."""
     several = len(targets) > 1
     known = candidate.known
     out = f"out/{choice.name}" if known is None else choice.name
-    if known is None or not known.download:  # `budget` reads files
+    if known is None or not known.download:  # `budget` takes no Hub id
         yield f"bagel-compress budget {choice.name} --target {choice.target}" + (" --together" if several else "")
     if known is None:
         yield f"bagel-compress plan {choice.name}"
@@ -224,7 +222,7 @@ def _commands(choice: Choice, candidate: _Candidate, source: str, targets: Seque
 
 
 def advice_table(choices: Sequence[Choice], machine: Machine) -> str:
-    """The choices as text, and the commands of the first."""
+    """The choices as a text table, and the commands of the first one."""
     row = "{:<26}{:<16}{:>8}{:>9}{:>10}{:>8}{:>10}{:>9}{:>8}".format
     lines = [row("recipe", "target", "drawing", "answers", "peak GiB", "of", "download", "disk", "build")]
     for c in choices:
@@ -244,9 +242,7 @@ def advice_table(choices: Sequence[Choice], machine: Machine) -> str:
             lines.append(f"    the same for other loaders: {', '.join(c.alike)}")
     lines.append("drawing, answers: expected error of the weights of each expert; peaks are predicted")
     if any(c.build_seconds is None for c in choices):
-        lines.append(
-            "(1) calibrated: the layers are run while it is built; its time was not measured, use a GPU (--device)"
-        )
+        lines.append("(1) calibrated: building it runs the layers; the time was not measured, use a GPU (--device)")
     if machine.disk < min((c.disk for c in choices), default=0):
         lines.append(f"this disk has {machine.disk / 1e9:.1f} GB free: too little for any of them; free some first")
     memory = "" if machine.memory is None else f", {machine.memory / 1e9:.0f} GB of memory"

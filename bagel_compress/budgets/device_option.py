@@ -15,26 +15,26 @@ from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.errors import TargetError
 from bagel_compress.run.device_map import DeviceChoice, device_named
 
-# What one GPU must have free beside the weights to be taken without planning: more than any phase takes (the
-# scratch of a decoder and the VAE's at 1024 x 1024, 4.8 GB) and long contexts.
-AMPLE = 8_000_000_000
+# Bytes that a GPU must have free beside the weights to be used without a device map: more than any phase takes
+# (decoding scratch and the VAE at 1024 x 1024 need 4.8 GB), so that long contexts fit too.
+HEADROOM = 8_000_000_000
 
 
 def choose_device(device: str, model: str | Path, say: Callable[[str], None] = lambda text: None) -> DeviceChoice:
-    """The device of "auto", "cpu", "cuda" or "cuda:1", or a map over GPUs named with commas between them.
+    """The device for "auto", "cpu", "cuda" or "cuda:1"; a device map for several GPUs, "cuda:0,cuda:1".
 
-    `say` is called with the text of the map, if there is one. Raises TargetError on a device that is not there.
-    "auto" is the first CUDA device if the model has ample room there, else a map over all of them, else the CPU.
+    "auto" is the CPU if there is no GPU, the first GPU if `model` and HEADROOM fit there, else a map over all GPUs.
+    `say` is called with the map as text, if there is one. Raises TargetError if a device does not exist.
     """
     if device == "auto" and not torch.cuda.is_available():
         return "cpu"
     if device == "auto":
         gpus = [_gpu(f"cuda:{index}") for index in range(torch.cuda.device_count())]
-        build = build_of(Path(model))
-        if sum(held_bytes(build).values()) + AMPLE <= gpus[0].room:
+        build = outline_of(Path(model))
+        if sum(held_bytes(build).values()) + HEADROOM <= gpus[0].room:
             return "cuda"
     elif "," in device:
-        gpus, build = named(device.split(",")), build_of(Path(model))
+        gpus, build = gpus_named(device.split(",")), outline_of(Path(model))
     else:
         return one_device(device)
     plan = plan_map(build, gpus)
@@ -42,15 +42,15 @@ def choose_device(device: str, model: str | Path, say: Callable[[str], None] = l
     return plan.places
 
 
-def build_of(folder: Path) -> BuildOutline:
-    """The outline of an artifact's folder, or of a checkpoint's as it is loaded in bf16."""
+def outline_of(folder: Path) -> BuildOutline:
+    """The outline of the artifact in a folder; of a checkpoint, as it is when loaded in bf16."""
     if (folder / MANIFEST).exists():
         return BuildOutline.of_artifact(Artifact.open(folder))
     return planned_build("raw", str(folder))
 
 
-def named(names: Sequence[str]) -> list[Gpu]:
-    """The GPUs with these names (cuda:0, cuda:1). Raises TargetError on another device or a name given twice."""
+def gpus_named(names: Sequence[str]) -> list[Gpu]:
+    """The GPUs with these names (cuda:0, cuda:1). Raises TargetError on any other device and on a repeated name."""
     for name in names:
         if not name.startswith("cuda:") or names.count(name) > 1:
             raise TargetError(f"--device {','.join(names)}: {name!r} is no GPU of its own; expected cuda:0,cuda:1,...")
@@ -58,7 +58,7 @@ def named(names: Sequence[str]) -> list[Gpu]:
 
 
 def one_device(name: str) -> str:
-    """The name of one device; "auto" is CUDA where there is one. Raises TargetError if it is not there."""
+    """The name of one device; "auto" is "cuda" if there is a GPU, else "cpu". Raises TargetError if it is absent."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if "," in name:
@@ -68,6 +68,6 @@ def one_device(name: str) -> str:
 
 
 def _gpu(name: str) -> Gpu:
-    """A GPU of this machine and its free bytes now. Asking creates a CUDA context, which counts as used."""
+    """A GPU of this machine and its free bytes. The query creates a CUDA context, which then counts as used."""
     free, _ = torch.cuda.mem_get_info(name)
     return Gpu(name, torch.cuda.get_device_name(name), free - SLACK)

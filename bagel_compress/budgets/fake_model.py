@@ -1,9 +1,9 @@
-"""A model without its weights, for memory predictions: fake tensors with the shapes and dtypes that a build would have.
+"""A model of fake tensors, which have shapes and dtypes but no values, for memory predictions.
 
-FakeTensorMode on device `cpu`, not meta: the shapes, dtypes and temporaries are those of a real run (on meta, attention
-takes another path with five times the memory). Every linear is the codec's own run-time module over fake codes, so its
-decoded temporaries are counted where they arise; a codec that cannot decode fake bits has a stand-in (`fake_linears`).
-Layers that are stored alike are made once and counted as often as they occur.
+The tensors are fake tensors on device `cpu`, not `meta`: shapes, dtypes and temporaries are then those of a real run
+(on `meta`, attention takes another path that needs five times the memory). Every linear is the codec's run-time module
+over fake codes, so temporaries of decoding are counted where they arise; a codec that cannot decode fake codes supplies
+a stand-in (`fake_linears`). Of layers that are stored in the same way only a few are made, and counted several times.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from bagel_compress.io.packaged import FULL_CONFIGS
 from bagel_compress.io.tensor_spec import PartSpec
 from bagel_compress.run.load import runs_coded
 
-LETTERS_PER_TOKEN = 4
-ALIKE = 2  # layers made of each kind
+LETTERS_PER_TOKEN = 4  # of FakeText
+LAYERS_PER_KIND = 2  # layers that are made of each group of layers stored alike
 OFFICIAL_VAE = VAEConfig(128, (1, 2, 4, 4), 2, 16)  # of the released ae.safetensors
 
 
 @dataclass(frozen=True, slots=True)
 class UnitOutline:
-    """One unit as it is stored."""
+    """A unit: its specs, its codec, and dtype and shape of its stored parts."""
 
     unit: Unit
     codec: Codec
@@ -48,23 +48,24 @@ class UnitOutline:
 
     @property
     def runs_coded(self) -> bool:
-        """Whether its linears run from the stored parts. All other units are decoded when the model is loaded."""
+        """Whether the unit's linears compute from the stored parts. Other units are decoded when they are loaded."""
         return runs_coded(self.codec, self.unit)
 
     @property
     def stays_coded(self) -> bool:
-        """The same, or a table whose rows are looked up in the stored parts."""
+        """Whether the unit stays in its stored form: its linears run coded, or it is an embedding table read coded."""
         kinds = [official_role(spec.name).kind for spec in self.unit.specs]
         return self.runs_coded or (kinds == ["embedding"] and self.codec.fake_embedding(self.unit, {}) is not None)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the stored parts."""
         return sum(part.nbytes for part in self.parts.values())
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOutline:
-    """What a memory prediction reads from an artifact or from a plan: configs and stored parts, no weights."""
+    """The inputs of a memory prediction, from an artifact or a plan: configs and the shapes of stored parts."""
 
     name: str
     digest: str
@@ -75,8 +76,8 @@ class BuildOutline:
 
     @classmethod
     def of_artifact(cls, artifact: Artifact) -> BuildOutline:
-        """The outline of an artifact; sizes are exact, as they are stored."""
-        units = _stored(artifact)
+        """The outline of an artifact, with the exact sizes of its manifest."""
+        units = _unit_outlines(artifact)
         shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
         vae_shapes = shapes_of(dict.fromkeys(tensor_names(artifact.vae_path), artifact.vae_path))
         config = read_config(artifact.path, shapes, vae_shapes)
@@ -87,8 +88,8 @@ class BuildOutline:
 
     @classmethod
     def of_manifest(cls, artifact: Artifact) -> BuildOutline:
-        """The outline of a build of the released model of which the manifest alone lies here."""
-        units = _stored(artifact)
+        """The outline of a build of the released model of which only the manifest was downloaded."""
+        units = _unit_outlines(artifact)
         shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
         config = BagelConfig.from_dir(FULL_CONFIGS, shapes, OFFICIAL_VAE.z_channels, OFFICIAL_VAE.downsample)
         disk = sum(entry.bytes for entry in artifact.manifest.files.values())
@@ -98,7 +99,7 @@ class BuildOutline:
     def of_plan(cls, plan: Plan, folder: Path = FULL_CONFIGS, vae: VAEConfig = OFFICIAL_VAE) -> BuildOutline:
         """The outline of a plan, from headers alone.
 
-        A format whose size depends on the data is taken at its size for usual weights (`Codec.likely_parts`).
+        If a format's size depends on the values, its size for typical weights is used (`Codec.likely_parts`).
         """
         units = tuple(UnitOutline(p.unit, p.codec, p.codec.likely_parts(p.unit)) for p in plan.placements)
         shapes = {s.name: s.shape for stored in units for s in stored.unit.specs}
@@ -109,7 +110,7 @@ class BuildOutline:
         return cls(plan.recipe.name, plan.digest, config, vae, units, disk)
 
 
-def _stored(artifact: Artifact) -> tuple[UnitOutline, ...]:
+def _unit_outlines(artifact: Artifact) -> tuple[UnitOutline, ...]:
     """The units of an artifact, from its manifest."""
     return tuple(
         UnitOutline(artifact.unit(name), entry.codec, {part: stored.spec for part, stored in entry.parts.items()})
@@ -119,16 +120,19 @@ def _stored(artifact: Artifact) -> tuple[UnitOutline, ...]:
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """A sampler over fake weights with one layer of each kind. `times`: path of a layer -> how many it stands for."""
+    """A sampler over fake weights, with a few layers of each kind."""
 
     sampler: Sampler
-    times: Mapping[str, int]
-    cache_scale: float  # layers of the real decoder per layer here
-    ring: Tensor | None  # what the codecs' modules share; no weights
+    times: Mapping[str, int]  # path of a layer -> number of real layers that it stands for
+    cache_scale: float  # layers of the real decoder per layer of this model
+    ring: Tensor | None  # scratch memory that the codecs' modules share; holds no weights
 
 
 def fake_model(build: BuildOutline, every_layer: bool = False) -> FakeModel:
-    """The model of a build. Call it inside a FakeTensorMode, and use it there."""
+    """The fake model of a build. Call it, and use the result, inside a FakeTensorMode.
+
+    `every_layer` makes all layers instead of a few of each kind.
+    """
     size = scratch_bytes(build)
     ring = torch.empty(size, dtype=torch.uint8) if size else None
     if every_layer:
@@ -147,28 +151,29 @@ def fake_model(build: BuildOutline, every_layer: bool = False) -> FakeModel:
 
 
 def _kinds(build: BuildOutline, component: str, layers: int) -> dict[int, int]:
-    """Layers to make -> how many each stands for: the first two of each kind, and the last.
+    """Layer to make -> number of layers it stands for: the first two of each kind, and the last layer.
 
-    Two, because the first layer's input is also the pass's and lives on; the last, because work is skipped there.
+    Two, because the input of the first layer is also the input of the pass and is kept longer; the last, because some
+    work is skipped there.
     """
-    looks: dict[int, list[str]] = {layer: [] for layer in range(layers)}
+    keys: dict[int, list[str]] = {layer: [] for layer in range(layers)}
     for stored in build.units:
         roles = [official_role(spec.name) for spec in stored.unit.specs]
         if roles[0].component == component and roles[0].layer is not None:
             shapes = [(p.dtype, p.shape) for p in stored.parts.values()]
-            looks[roles[0].layer].append(f"{roles} {stored.codec!r} {shapes}".replace(f"layer={roles[0].layer}", ""))
+            keys[roles[0].layer].append(f"{roles} {stored.codec!r} {shapes}".replace(f"layer={roles[0].layer}", ""))
     chosen: dict[str, list[int]] = {}
     count: dict[int, int] = {}
     for layer in range(layers - 1):
-        kept = chosen.setdefault("\n".join(looks[layer]), [])
-        if len(kept) < ALIKE:
+        kept = chosen.setdefault("\n".join(keys[layer]), [])
+        if len(kept) < LAYERS_PER_KIND:
             kept.append(layer)
         count[kept[-1]] = count.get(kept[-1], 0) + 1
     return dict(sorted(count.items())) | {layers - 1: 1}
 
 
 def _renumbered(stored: UnitOutline, llm: Mapping[int, int], vit: Mapping[int, int]) -> UnitOutline | None:
-    """The unit under its layer's new number, without tensors of layers that are not made; None if none is left."""
+    """The unit under its layer's new number, without the tensors of layers that are not made; None if none is left."""
     specs = tuple(replace(s, name=name) for s in stored.unit.specs if (name := _new_name(s.name, llm, vit)) is not None)
     if not specs:
         return None
@@ -190,9 +195,9 @@ def _new_name(name: str, llm: Mapping[int, int], vit: Mapping[int, int]) -> str 
 
 
 def fake_sampler(build: BuildOutline, ring: Tensor | None, dtype: torch.dtype = torch.bfloat16) -> Sampler:
-    """The sampler over fake weights, layer by layer. Call it inside a FakeTensorMode, and use it there.
+    """A sampler over fake weights, with all layers of `build.config`. Call and use it inside a FakeTensorMode.
 
-    `ring`: the uint8 tensor that modules share, of `scratch_bytes`.
+    `ring` is the uint8 scratch tensor of `scratch_bytes` elements that modules share.
     """
     bagel = Bagel(build.config)
     for path, parameter in list(bagel.named_parameters()):
@@ -218,7 +223,7 @@ def fake_sampler(build: BuildOutline, ring: Tensor | None, dtype: torch.dtype = 
 
 
 class FakeSampler(Sampler):
-    """The sampler where tensors have no values: times are constants, and pictures are decoded but not made."""
+    """The sampler for fake tensors: times are constants, and a decoded picture is replaced by an empty one."""
 
     def schedule(self, flow: FlowSettings) -> list[Tensor]:  # type: ignore[override]
         last, shift = flow.num_timesteps - 1, flow.timestep_shift
@@ -226,7 +231,7 @@ class FakeSampler(Sampler):
         return [torch.tensor(shift * u / (1 + (shift - 1) * u)) for u in points]
 
     def check(self, what: str, values: Tensor) -> None:
-        """Takes the memory of the check alone."""
+        """Allocates what the real check allocates, without reading values."""
         (abs(values) < torch.inf).all()
 
     def picture(self, packed: Tensor, grid: tuple[int, int]) -> Image.Image:
@@ -235,7 +240,7 @@ class FakeSampler(Sampler):
 
 
 class FakeText(TextCodec):
-    """A tokenizer for texts whose length alone matters: every four letters are one token."""
+    """A tokenizer for texts of which only the length matters: every four letters are one token."""
 
     def __init__(self) -> None:
         super().__init__(Tokenizer(models.BPE()), bos=0, eos=1, image_start=2, image_end=3)
@@ -245,18 +250,18 @@ class FakeText(TextCodec):
 
 
 def text_of(tokens: int) -> str:
-    """A text that FakeText turns into this many tokens, wrapper tokens included."""
+    """A text that FakeText encodes to this many tokens, wrapper tokens included."""
     return "x" * (LETTERS_PER_TOKEN * max(0, tokens - 2))
 
 
 def scratch_bytes(build: BuildOutline) -> int:
-    """Bytes of device memory that run-time modules of all formats share beside what is stored: the ring, in bf16."""
+    """Bytes of the ring: scratch memory on the device that the run-time modules of all formats share, in bf16."""
     coded = (stored for stored in build.units if stored.runs_coded)
     return 2 * ring_weights(unit for stored in coded for unit in stored.codec.ring_units([stored.unit]))
 
 
 def check_sizes(build: BuildOutline, image: tuple[int, int]) -> None:
-    """Raises TargetError on an image size that this model has no latent positions for."""
+    """Raises TargetError if the model has no latent positions for pictures of this size (height, width)."""
     stride, side = build.config.image_stride, build.config.max_latent_size
     if any(s <= 0 or s % stride or s > side * stride for s in image):
         raise TargetError(

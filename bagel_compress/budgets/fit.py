@@ -1,9 +1,10 @@
-"""fit: the largest rate that a GPU holds, as a recipe that anyone can read and build again.
+"""Finds the largest rate (bits per weight) that a GPU's memory holds, and writes it as a recipe.
 
-A recipe with rate-controlled formats (a codec with a field `bits`) is a family: one number, the rate of its first such
-rule, moves all of them together. Each candidate is planned from the header and its peak predicted as `budget` does,
-with the target's tasks, sizes and residency. Weights dominate, so the peak is close to a line in the rate: a few secant
-steps end within SLACK of the GPU's usable memory, and the last prediction, not the line, decides that it fits.
+A recipe with rate-controlled formats (codecs with a field `bits`) defines a family of recipes: changing the rate of its
+first such rule shifts the others by the same amount. Each candidate is planned from the header, and its peak memory is
+predicted as by the command `budget`, with the target's tasks, sizes and residency. Weights dominate the peak, so it is
+nearly linear in the rate: a few secant steps end within SLACK of the usable memory. Whether a rate fits is decided by
+its own prediction, never by interpolation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from statistics import fmean
 from bagel.vae import VAEConfig
 from bagel_compress.budgets.fake_model import OFFICIAL_VAE, BuildOutline
 from bagel_compress.budgets.predict import predict
-from bagel_compress.budgets.promises import ways
+from bagel_compress.budgets.recommend import target_variants
 from bagel_compress.build.plan import CheckpointHeader, Plan, make_plan
 from bagel_compress.build.rates import rated_recipe
 from bagel_compress.build.recipe import Limits, Recipe, Rule
@@ -33,22 +34,22 @@ from bagel_compress.io.packaged import FULL_CONFIGS, resource
 from bagel_compress.parity.report_data import BudgetReport
 from bagel_compress.run.target import GIB, Target, Task
 
-SLACK = 0.003  # of the usable memory: closer than this to the limit is close enough
-STEP = 0.01  # rates are multiples of it: what a reader can compare
-TRIES = 8  # predictions at most; three or four are usual
-FP8_ERROR = Fp8().normal_error  # from a rate on that has no more, a build is of the class of 8 bits
+SLACK = 0.003  # the search ends when less than this share of the usable memory is left
+STEP = 0.01  # rates are multiples of this number of bits
+MAX_PREDICTIONS = 8  # three or four are usual
+FP8_ERROR = Fp8().normal_error  # a recipe whose expected error is not larger gets limits of class "8-bit"
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A recipe that fits, and why: its prediction on the target, and the bytes of all weight shards."""
+    """A recipe that fits a target, with its prediction."""
 
     recipe: Recipe
-    bits: float
-    report: BudgetReport
+    bits: float  # of the first rule with a rate; with rates by group, their mean
+    report: BudgetReport  # the prediction on the target
     target: Target
-    nbytes: int
-    measured: str = ""  # what rates of groups follow; empty: all have the same
+    nbytes: int  # of all weight shards
+    measured: str = ""  # the model that sensitivities were measured on; empty if all groups have the same rate
 
     @property
     def peak(self) -> float:
@@ -57,15 +58,15 @@ class Fitted:
 
     @property
     def slack(self) -> float:
-        """Bytes of the target's limit that stay free."""
+        """Bytes of the target's limit that are left free."""
         return self.target.limit - self.report.peak
 
     def to_yaml(self) -> str:
-        """The recipe as a file, with its reasons as comments."""
+        """The recipe as a YAML file; comments say how it was found."""
         return recipe_text(self.recipe, "\n".join(self._reasons()))
 
     def _reasons(self) -> list[str]:
-        """What was asked, what was found, phase by phase."""
+        """The lines of the comment: target, rate, peak memory of each phase."""
         usable = self.target.limit / GIB
         highest = max(self.report.phases, key=lambda phase: phase.total)
         return [
@@ -83,7 +84,7 @@ class Fitted:
         ]
 
     def _rates(self) -> list[str]:
-        """Least, mean and most bits of each kind of group over the layers, where groups have rates of their own."""
+        """A table of the lowest, mean and highest bits over the layers, if groups have rates of their own."""
         if not self.measured:
             return []
         found: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -100,7 +101,7 @@ class Fitted:
 
 
 def expected_error(bits: float) -> float:
-    """Relative error of normal weights at `bits` per weight, rounded alone."""
+    """Relative error of normally distributed weights at `bits` per weight, each rounded to nearest."""
     return Ecq.model_validate({"bits": bits}).normal_error
 
 
@@ -120,11 +121,12 @@ def fit(
 ) -> Fitted:
     """The recipe of `family` with the largest rate whose predicted peak is within the target's limit.
 
-    `tasks` replaces the target's; `disk_gb` also limits the bytes of all weight shards, in 1e9. `folder` and `vae` are
-    the configs and VAE of the checkpoint that `header` describes. With `effects`, what groups of weights cost in the
-    family's format as `sensitivities` found it, each group gets a rate of its own (build/rates.py) and the rate that is
-    found is their mean; `measured` says on what, for the file. Raises TargetError if no rate from 1.5 bits on fits,
-    or if the recipe has no format with a rate.
+    `tasks` replaces the target's; `disk_gb` also limits the weight shards, in 1e9 bytes. `folder` holds the configs,
+    and `vae` the sizes of the VAE, of the checkpoint that `header` describes. `effects` are the errors that groups of
+    weights cause in the family's format, as `sensitivities` measured them: each group then gets a rate of its own
+    (build/rates.py), and the search is for their mean; `measured` names the model they were measured on. `say` is
+    called with a line per prediction. Raises TargetError if even 1.5 bits do not fit, or if the recipe has no format
+    with a rate.
     """
     if tasks is not None:
         target = target.model_copy(update={"tasks": tasks})
@@ -137,7 +139,7 @@ def fit(
 
 @dataclass(slots=True)
 class _Search:
-    """The largest rate that holds all limits, by secant steps on the tightest of them."""
+    """Searches the largest rate that keeps all limits, by secant steps on the tightest of them."""
 
     family: Recipe
     header: CheckpointHeader
@@ -151,8 +153,8 @@ class _Search:
 
     def run(self, start: float) -> Fitted:
         tried: dict[float, Fitted] = {}
-        bits = _stepped(start)
-        for _ in range(TRIES):
+        bits = _rounded_down(start)
+        for _ in range(MAX_PREDICTIONS):
             tried[bits] = found = self._at(bits)
             self.say(f"{bits:.2f} bits: peak {found.peak / GIB:.3f} of {self.target.limit / GIB:.3f} GiB")
             following = self._next(tried)
@@ -174,14 +176,14 @@ class _Search:
         return Fitted(recipe, bits, report, self.target, plan.nbytes, self.measured)
 
     def _room(self, fitted: Fitted) -> float:
-        """Share of the tightest limit that is left; negative: broken."""
+        """The share of the tightest limit that is left; negative if it is broken."""
         room = fitted.slack / self.target.limit
         if self.disk_gb is not None:
             room = min(room, 1 - fitted.nbytes / (self.disk_gb * 1e9))
         return room
 
     def _next(self, tried: dict[float, Fitted]) -> float:
-        """The rate to try next; one that was tried ends the search."""
+        """The rate to try next. A rate that was tried already ends the search."""
         rooms = {bits: self._room(fitted) for bits, fitted in tried.items()}
         good = max((bits for bits, room in rooms.items() if room >= 0), default=None)
         bad = min((bits for bits, room in rooms.items() if room < 0), default=None)
@@ -198,11 +200,12 @@ class _Search:
             a, b = sorted(tried, key=lambda bits: abs(rooms[bits]))[:2]
             slope = (rooms[b] - rooms[a]) / (b - a)
             guess = a - (rooms[a] - SLACK / 2) / slope if slope else (low + high) / 2
-        return _stepped(min(max(guess, low), high))
+        return _rounded_down(min(max(guess, low), high))
 
     def _too_small(self, smallest: Fitted) -> str:
         limit = self.target.limit / GIB
-        others = [way.name for way in ways(self.target) if way.residency is not None and way.name != self.target.name]
+        variants = target_variants(self.target)
+        others = [v.name for v in variants if v.residency is not None and v.name != self.target.name]
         named = f" ({', '.join(others)})" if others else ""
         return (
             f"target {self.target.name}: even {smallest.bits:.2f} bits need {smallest.peak / GIB:.2f} GiB of "
@@ -211,12 +214,12 @@ class _Search:
 
 
 def with_rate(family: Recipe, bits: float, target: Target, name: str | None = None) -> Recipe:
-    """The family at a rate: the first rule with a rate gets `bits`, the others keep their distance from it.
+    """The family's recipe at a rate: the first rule with a rate gets `bits`, the others are shifted by as much.
 
-    The recipe promises the target only if it comes with the package: others are not known where it is read.
+    The recipe lists the target only if it is a packaged one; another could not be found where the recipe is read.
     """
     first = next(rate for rule in family.rules if (rate := _rate(rule)) is not None)
-    rules = tuple(_moved(rule, bits - first) for rule in family.rules)
+    rules = tuple(_shifted(rule, bits - first) for rule in family.rules)
     packaged = {path.stem for path in resource("exports").glob("*.yaml")}
     level = "8-bit" if expected_error(bits) <= FP8_ERROR else "4-bit"
     return family.model_copy(
@@ -235,20 +238,20 @@ def _rate(rule: Rule) -> float | None:
     return getattr(rule.codec, "bits", None)
 
 
-def _moved(rule: Rule, by: float) -> Rule:
+def _shifted(rule: Rule, by: float) -> Rule:
     rate = _rate(rule)
     if rate is None:
         return rule
-    bits = _stepped(min(max(rate + by, MIN_BITS), MAX_BITS))
+    bits = _rounded_down(min(max(rate + by, MIN_BITS), MAX_BITS))
     return rule.model_copy(update={"codec": rule.codec.model_copy(update={"bits": bits})})
 
 
-def _stepped(bits: float) -> float:
+def _rounded_down(bits: float) -> float:
     return round(math.floor(bits / STEP + 1e-6) * STEP, 2)
 
 
 def table(fitted: Iterable[Fitted]) -> str:
-    """One line for each: target, rate, peak, what stays free, bytes on disk."""
+    """A text table with a line for each: target, rate, peak, free memory, bytes on disk."""
     row = "{:<18}{:>6}{:>12}{:>12}{:>11}{:>12}".format
     lines = [row("target", "bits", "peak GiB", "limit GiB", "free MiB", "disk")]
     for f in fitted:

@@ -1,7 +1,7 @@
-"""Builds that `advise` ranks beside the packaged recipes: folders that lie here, and repositories on the Hub.
+"""Finished builds that `advise` ranks beside the packaged recipes: local folders, and repositories on the Hub.
 
-Of a repository the manifest alone is read: it has every size. Only builds of the released model are ranked, for it is
-the packaged targets' sizes that are predicted.
+Of a repository only the manifest is downloaded, since it has every size. Only builds of the released model are ranked,
+since predictions are made for its sizes.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from bagel_compress.source.released_header import TrueHeader
 
 @dataclass(frozen=True, slots=True)
 class KnownBuild:
-    """A build that is finished. `download`: bytes to load before it can be used, 0 where it lies here."""
+    """A finished build."""
 
-    name: str  # the folder, or the repository as it was given
+    name: str  # the folder, or the repository as the user wrote it
     build: BuildOutline
-    download: int = 0
+    download: int = 0  # bytes to download before it can be used; 0 for a local folder
 
 
 def known_builds(names: Iterable[str | Path], say: Callable[[str], None] = lambda text: None) -> list[KnownBuild]:
-    """The builds among folders, folders of folders, and Hub ids (owner/name, owner/name@revision).
+    """The builds under these names: folders of builds, folders of such folders, Hub ids (owner/name[@revision]).
 
-    `say` is told of builds that are left out because they are not of the released model. Raises ArtifactError where a
-    name holds no build, HubError where the Hub or a repository cannot be read.
+    Builds that are not of the released model are left out, and `say` is called with a sentence on each. Raises
+    ArtifactError if a name holds no build, HubError if the Hub or a repository cannot be read.
     """
     found = []
-    for name, artifact, lies_here in _opened(names):
+    for name, artifact, is_local in _opened(names):
         units, released = artifact.units(), sum(spec.numel for spec in TrueHeader().specs)
         numel = sum(unit.numel for unit in units)
         if numel != released:
             say(f"{name} is left out: it has {numel:,} weights, the released model has {released:,}")
-        elif lies_here:
+        elif is_local:
             found.append(KnownBuild(name, BuildOutline.of_artifact(artifact)))
         else:
             build = BuildOutline.of_manifest(artifact)
@@ -48,7 +48,7 @@ def known_builds(names: Iterable[str | Path], say: Callable[[str], None] = lambd
 
 
 def _opened(names: Iterable[str | Path]) -> Iterator[tuple[str, Artifact, bool]]:
-    """Name, build, and whether all of it lies here."""
+    """Yields (name, build, whether all its files are local)."""
     for given in names:
         name, folder = str(given), Path(given)
         if folder.exists():
@@ -60,7 +60,7 @@ def _opened(names: Iterable[str | Path]) -> Iterator[tuple[str, Artifact, bool]]
             for path in inside:
                 yield str(path), Artifact.open(path), True
         elif parse_repo_id(name) is None:
-            raise ArtifactError(f"{name} is neither a folder here nor a repository's name (owner/name).")
+            raise ArtifactError(f"{name} is neither a local folder nor the name of a repository (owner/name).")
         else:
             yield name, _on_the_hub(name), False
 
@@ -69,5 +69,5 @@ def _on_the_hub(name: str) -> Artifact:
     repo, revision = split_repo_id(name)
     commit, files = listing(repo, revision)
     if MANIFEST not in files:
-        raise ArtifactError(f"{name} has no {MANIFEST}: it is no build of bagel-compress, or not a finished one.")
+        raise ArtifactError(f"{name} has no {MANIFEST}: it is not a build of bagel-compress, or is unfinished.")
     return Artifact.open(download(repo, commit, [MANIFEST])[MANIFEST].parent, check=False)

@@ -2,8 +2,8 @@
 
 Four passes are timed: a guided denoising step, a whole picture, the first token and each further token. Every pass is
 warmed up, the device is synchronised around it, and the median and the 90 % quantile of its repetitions are reported.
-The reference runs in the same process and its passes alternate with the build's, so that both see the machine in the
-same state. Any device can be timed, and the report names it; limits on times belong to the target (predict.py).
+The reference runs in the same process and its passes alternate with the build's, so that both run under the same
+conditions. Any device can be timed, and the report names it; overruns.py compares the times with the target's limits.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from bagel_compress.parity.report_data import FIRST_TOKEN, IMAGE, STEP, TOKEN, T
 from bagel_compress.run.target import Target
 
 WARM_UP, REPEATS = 2, 7
-PICTURES_WARM_UP, PICTURES = 1, 3  # whole pictures take as long as a hundred passes
+PICTURES_WARM_UP, PICTURES = 1, 3  # fewer for whole pictures, each of which takes as long as a hundred passes
 FLOW = FlowSettings()  # the official text-to-image settings: 49 steps, guided where t > 0.4
 Pass = Callable[[], object]
 
 
 def timings(sampler: Sampler, target: Target, reference: Sampler | None = None) -> tuple[Timing, ...]:
-    """Times every pass that the target's tasks consist of; with `reference`, the same passes of that model too."""
+    """Times every pass that the target's tasks consist of, and the same passes of `reference`, if given."""
     found = []
     with _fake_text(sampler), _fake_text(reference or sampler), torch.no_grad():
         for what, make in _passes(target).items():
@@ -57,7 +57,7 @@ def timed(what: str, run: Pass, reference: Pass | None, device: torch.device) ->
 
 
 def device_name(device: torch.device) -> str:
-    """What times were measured on: the GPU, or the processor with the threads that torch uses."""
+    """The device's name for reports: that of the GPU, or of the CPU with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -92,7 +92,7 @@ def _processor() -> str:
 
 @contextmanager
 def _fake_text(sampler: Sampler) -> Iterator[None]:
-    """Replaces the tokenizer by FakeText for a while, so that prompts have the target's number of tokens."""
+    """Inside, the sampler's tokenizer is FakeText, so that prompts have exactly the target's number of tokens."""
     kept, sampler.text = sampler.text, FakeText()
     try:
         yield

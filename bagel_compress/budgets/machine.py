@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, disk, memory; and the packaged targets that its GPUs are."""
+"""The GPUs, disk space and memory of this machine, and the packaged targets that match its GPUs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from bagel_compress.budgets.promises import packaged_targets
+from bagel_compress.budgets.recommend import packaged_targets
 from bagel_compress.errors import TargetError
 from bagel_compress.run.target import Target
 
-SEEN = 1.03  # torch counts a little less memory than nvidia-smi, which the targets quote
+VISIBLE = 1.03  # targets give a GPU's memory as nvidia-smi prints it; torch reports up to 3 % less
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What was found here: free bytes of the disk, bytes of memory (None: not known), names of GPUs."""
+    """The resources of this machine."""
 
-    disk: int
-    memory: int | None
-    gpus: tuple[str, ...] = ()
+    disk: int  # free bytes
+    memory: int | None  # bytes of main memory; None if unknown
+    gpus: tuple[str, ...] = ()  # names of the CUDA devices
 
     @classmethod
     def found(cls) -> Machine:
-        """This machine; the disk is that of the working folder."""
+        """Queries this machine. The disk is that of the working folder."""
         import torch
 
         memory = None
@@ -36,7 +36,10 @@ class Machine:
 
 
 def found_targets(machine: Machine) -> list[Target]:
-    """A target for each GPU here: the packaged one of its memory, or the next smaller. Raises TargetError."""
+    """A packaged target for each GPU of this machine: the largest with no more memory than it has.
+
+    Raises TargetError if there is no GPU, or if one has less memory than every target.
+    """
     import torch
 
     known = [t for t in packaged_targets().values() if t.export is None and t.residency is None]
@@ -46,9 +49,9 @@ def found_targets(machine: Machine) -> list[Target]:
     found = []
     for index, name in enumerate(machine.gpus):
         memory = torch.cuda.get_device_properties(index).total_memory
-        fitting = [t for t in known if t.device.memory_mib * 2**20 <= memory * SEEN]
+        fitting = [t for t in known if t.device.memory_mib * 2**20 <= memory * VISIBLE]
         eight = packaged_targets()["8gb"]
-        if not fitting and eight.device.memory_mib * 2**20 <= memory * SEEN:
+        if not fitting and eight.device.memory_mib * 2**20 <= memory * VISIBLE:
             fitting = [eight]
         if not fitting:
             raise TargetError(f"{name} has {memory / 2**30:.1f} GiB; the smallest packaged target is 8gb.")

@@ -1,7 +1,7 @@
 """Measures a loaded build: peak memory and times on a CUDA GPU, or times alone on a CPU.
 
-The peak of a phase is the most that torch's allocator had handed out during it, plus the memory that the driver reports
-as used outside that allocator: the CUDA context and libraries, and any other program on the GPU, so use an idle one.
+The peak of a phase is the maximum that torch's allocator had allocated during it, plus the memory that the driver
+reports as used outside that allocator: the CUDA context, libraries, and any other program on the GPU. Use an idle GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from bagel_compress.source.checkpoint import Checkpoint
 def timed(
     artifact: Artifact, predicted: BudgetReport, target: Target, source: Checkpoint | None = None
 ) -> BudgetReport:
-    """The report with times of this machine's CPU, and those of `source` if it is given. Peaks stay predicted."""
+    """The predicted report with times measured on this machine's CPU, also those of `source`, if given.
+
+    Peaks stay predicted.
+    """
     found = timings(load(artifact, "cpu"), target, None if source is None else load_checkpoint(source, "cpu"))
     update = {"timings": found, "timed_on": device_name(torch.device("cpu"))}
     return with_verdict(predicted.model_copy(update=update), target)
@@ -36,9 +39,9 @@ def timed(
 def measured(
     artifact: Artifact, predicted: BudgetReport, target: Target, device: str, source: Checkpoint | None = None
 ) -> BudgetReport:
-    """The report with measured peaks and times, and the times of `source` if it is given.
+    """The predicted report with measured peaks and times, also the times of `source`, if given.
 
-    Raises TargetError unless `device` is the GPU of the target, or if the source does not fit beside the build.
+    Raises TargetError if `device` is not the GPU of the target, or if the source does not fit beside the build.
     """
     name = require_gpu(device, target)
     movable = all(unit.codec.movable for unit in artifact.manifest.units.values())
@@ -66,7 +69,7 @@ def _beside(source: Checkpoint, device: str) -> Sampler:
 
 
 def require_gpu(device: str, target: Target) -> str:
-    """The name of the GPU. Raises TargetError if there is none, or another one."""
+    """The name of the GPU `device`. Raises TargetError if it does not exist or is not the target's."""
     if device.partition(":")[0] != "cuda" or not torch.cuda.is_available():
         raise TargetError(
             f"{device} is no CUDA device here, so {target.name} ({target.device.name}) cannot be measured; leave"
@@ -80,7 +83,7 @@ def require_gpu(device: str, target: Target) -> str:
 
 @dataclass(slots=True)
 class _Readings:
-    """Peak of each phase, in the order they first began; a phase ends where the next one begins."""
+    """Reads the peak of each phase, in the order in which they first begin. A phase ends where the next one begins."""
 
     device: torch.device
     peaks: dict[str, int] = field(default_factory=dict)

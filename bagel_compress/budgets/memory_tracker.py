@@ -1,8 +1,8 @@
-"""Counts the bytes of all living tensor storages by purpose, and their peak in each phase of a run.
+"""Counts the bytes of all allocated tensor storages by category, and their peak in each phase of a run.
 
 A torch dispatch mode adds the storage of every result when it is made and subtracts it when it is freed. It works on
-fake tensors (for a prediction) and on real CPU tensors alike (with which tests prove the prediction). It does not see
-what an operator allocates and frees inside itself, the CUDA context, fragmentation, or the workspaces of libraries.
+fake tensors, for a prediction, and on real CPU tensors, by which tests check the prediction. It does not see memory
+that an operator allocates and frees internally, the CUDA context, fragmentation, or the workspaces of libraries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CUDA_ROUNDING = 512  # bytes; kMinBlockSize of torch's CUDA caching allocator
 
 @dataclass(slots=True)
 class Peak:
-    """The most bytes that living storages took in a phase, by category, without those that `hold` was given."""
+    """The maximum of allocated bytes in a phase, by category, without the tensors that `hold` excluded."""
 
     name: str
     total: int = 0
@@ -35,7 +35,10 @@ class Tracker(TorchDispatchMode):
     def __init__(
         self, category: Callable[[Tensor], str], rounding: int = CUDA_ROUNDING, scale: Mapping[str, float] | None = None
     ) -> None:
-        """`category` says what a tensor is for. `scale`: category -> factor, if the model stands for a larger one."""
+        """`category` gives the category of a tensor; `rounding` is the allocator's block size in bytes.
+
+        `scale` maps categories to factors that their bytes are multiplied by, for a model that stands for a larger one.
+        """
         super().__init__()
         self._scale = scale or {}
         self.peaks: list[Peak] = []
@@ -46,7 +49,7 @@ class Tracker(TorchDispatchMode):
         self._static: set[int] = set()
 
     def hold(self, tensors: Iterable[Tensor]) -> int:
-        """Excludes these tensors' storages (weights, say) from the count and returns their bytes."""
+        """Excludes the storages of these tensors (such as weights) from the count. Returns their bytes."""
         total = 0
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
@@ -56,7 +59,7 @@ class Tracker(TorchDispatchMode):
         return total
 
     def enter(self, phase: str) -> None:
-        """Begins a phase, or resumes it if it was entered before. Storages that are alive count from its start."""
+        """Begins a phase, or resumes it if it was entered before. Storages that are allocated already count in it."""
         self._current = next((peak for peak in self.peaks if peak.name == phase), None) or Peak(phase)
         if self._current not in self.peaks:
             self.peaks.append(self._current)
@@ -64,6 +67,7 @@ class Tracker(TorchDispatchMode):
 
     @property
     def total(self) -> int:
+        """Bytes that are allocated now."""
         return sum(self._now.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Overruns: the limits of a target that a budget report's own numbers break. No torch: a gate asks for them again."""
+"""Overruns: limits of a target that the numbers of a budget report break. No torch, since publishing uses it too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bagel_compress.run.target import GIB, Target
 
 
 def overruns(report: BudgetReport, target: Target | None) -> tuple[str, ...]:
-    """One sentence per limit that does not hold; without the target, only those that stand in the report."""
+    """One sentence per broken limit. Without the target, only limits that the report itself contains are checked."""
     return (*_too_large(report), *(() if target is None else _too_slow(report, target)))
 
 
@@ -26,7 +26,7 @@ def _too_large(report: BudgetReport) -> Iterator[str]:
 
 
 def _too_slow(report: BudgetReport, target: Target) -> Iterator[str]:
-    """Times are limited only where they were measured on the target's own GPU."""
+    """The broken limits on times; empty unless the times were measured on the target's own GPU."""
     times = {t.what: t for t in report.timings} if report.timed_on == target.device.name else {}
     token, limit = times.get(TOKEN), target.budget.tokens_per_second
     if token is not None and limit is not None and 1 / token.median < limit:

@@ -1,4 +1,4 @@
-"""The build that a recipe would give, known from headers alone."""
+"""The outline of the build that a recipe would give, from headers alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from bagel_compress.source.released_header import TrueHeader
 
 
 def planned_build(recipe: str | Recipe, source: str | None) -> BuildOutline:
-    """The build that a recipe (object, file or packaged name) would give of `source`; None: of the released model."""
+    """The outline of the build that a recipe (object, file or packaged name) would make of a checkpoint.
+
+    `source` None is the released model, of which nothing is downloaded. Raises RecipeError, PlanError, CheckpointError.
+    """
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if source is None:
         return BuildOutline.of_plan(make_plan(TrueHeader(), chosen))
@@ -22,6 +25,6 @@ def planned_build(recipe: str | Recipe, source: str | None) -> BuildOutline:
 
 
 def checkpoint_sizes(checkpoint: Checkpoint) -> tuple[Path, VAEConfig]:
-    """Folder of the configs, and the sizes of the VAE."""
+    """The folder of a checkpoint's configs, and the configuration of its VAE."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}
     return checkpoint.files["llm_config.json"].parent, VAEConfig.from_shapes(shapes)

@@ -1,8 +1,8 @@
 """Predicts the peak memory of a build on a target, phase by phase, without a GPU.
 
-The real sampler runs over fake tensors of the true shapes (fake_model.py) and every storage that it makes is counted
-(memory_tracker.py): caches of all guidance branches, activations, decoded weights. The weights as they are stored and
-the CUDA context are added to that.
+The real sampler runs over fake tensors of the true shapes (fake_model.py), and every storage that it allocates is
+counted (memory_tracker.py): caches of all guidance branches, activations, decoded weights. The stored weights and the
+CUDA context are added.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bagel_compress.budgets.overruns import overruns
 from bagel_compress.parity.report_data import BudgetReport, PhaseUse
 from bagel_compress.run.target import GIB, MIB, NEEDED, Part, Phase, Target, Task
 
-# What a weight belongs to, by its attribute path in bagel.Bagel; the VAE is a module of its own.
+# Part of the model -> pattern of the attribute paths of its weights in bagel.Bagel. The VAE is not in Bagel.
 PARTS: tuple[tuple[Part, str], ...] = (
     ("und", r"layers\.\d+\.und\."),
     ("gen", r"layers\.\d+\.gen\."),
@@ -37,12 +37,12 @@ PARTS: tuple[tuple[Part, str], ...] = (
     ("vit", r"(vit|connector|vit_pos_embed)\."),
     ("bridges", r""),
 )
-ALWAYS_PASSED: dict[Task, tuple[Phase, ...]] = {  # of the phases of each task, those with most weights
+HEAVIEST_PHASES: dict[Task, tuple[Phase, ...]] = {  # the phases of each task that use most weights
     "t2i": ("text", "denoise"), "edit": ("vit", "denoise"), "understand": ("vit", "decode"),
     "think": ("decode", "denoise"),
 }  # fmt: skip
 NAMES = tuple(part for part, _ in PARTS)
-# How parts are shown: the bars of a report have one colour for each.
+# Name in reports -> the parts that it sums up; each has a colour in the bars of a report.
 SHOWN: dict[str, tuple[Part, ...]] = {
     "understanding expert": ("und",),
     "generation expert": ("gen",),
@@ -52,13 +52,14 @@ SHOWN: dict[str, tuple[Part, ...]] = {
 CACHES, ACTIVATIONS, CONTEXT = "caches", "activations and scratch", "CUDA context"
 EDIT_FLOW = FlowSettings(cfg_img_scale=2.0, cfg_renorm_type="text_channel")
 T2I_FLOW = FlowSettings()
-STEPS = 2  # points of the schedule: one step, from t = 1, where guidance acts
+STEPS = 2  # points of the schedule, so that there is one step, from t = 1, where guidance is on
 
 
 def predict(build: BuildOutline, target: Target, every_layer: bool = False) -> BudgetReport:
-    """Peak memory of every phase of every task of the target. Raises TargetError on sizes the model cannot make.
+    """Predicts the peak memory of every phase of every task of the target.
 
-    `every_layer` makes all layers instead of one of each kind: slower, with the same result.
+    `every_layer` makes all layers instead of a few of each kind: slower, with the same result. Raises TargetError on a
+    picture size that the model cannot draw.
     """
     check_sizes(build, target.sizes.image)
     with FakeTensorMode():
@@ -66,15 +67,15 @@ def predict(build: BuildOutline, target: Target, every_layer: bool = False) -> B
         weights = weight_bytes(model.sampler, model.times, model.ring)
         fixed, scratch = fixed_bytes(build.units), scratch_bytes(build)
         phases = tuple(
-            _use(task, peak, (weights, fixed), scratch, target, build.config.llm.num_layers)
+            _phase_use(task, peak, (weights, fixed), scratch, target, build.config.llm.num_layers)
             for task in target.tasks
             for peak in run_task(model.sampler, task, target, cache_scale=model.cache_scale)
         )
-    return judged(build, target, phases)
+    return budget_report(build, target, phases)
 
 
-def judged(build: BuildOutline, target: Target, phases: tuple[PhaseUse, ...]) -> BudgetReport:
-    """The phases with the verdict on the target's limits."""
+def budget_report(build: BuildOutline, target: Target, phases: tuple[PhaseUse, ...]) -> BudgetReport:
+    """A report of these phases, with the target's limits applied."""
     report = BudgetReport(
         artifact=build.digest,
         name=build.name,
@@ -89,14 +90,15 @@ def judged(build: BuildOutline, target: Target, phases: tuple[PhaseUse, ...]) ->
 
 
 def with_verdict(report: BudgetReport, target: Target) -> BudgetReport:
-    """The report with its verdict and advice computed again from its numbers."""
+    """The report with its overruns and advice computed again from its numbers."""
     return report.model_copy(update={"overruns": overruns(report, target), "advice": tuple(_advice(report, target))})
 
 
 def weight_bytes(sampler: Sampler, times: Mapping[str, int], ring: Tensor | None = None) -> dict[Part, int]:
-    """Bytes of weights by part, as the modules hold them, each storage once and rounded as the allocator does.
+    """Bytes of the modules' weights by part; each storage counts once, rounded up as the allocator does.
 
-    `times`: path of a layer -> how many layers it stands for. `ring`: a tensor in the modules that is no weight.
+    `times` maps the path of a layer to the number of layers it stands for. `ring` is scratch memory that the modules
+    refer to; it is not counted.
     """
     tracker = Tracker(lambda tensor: "")
     tracker.hold([] if ring is None else [ring])
@@ -110,7 +112,7 @@ def weight_bytes(sampler: Sampler, times: Mapping[str, int], ring: Tensor | None
 
 
 def fixed_bytes(units: Sequence[UnitOutline]) -> dict[Part, int]:
-    """Bytes by part of the units that stay where they were loaded; each tensor has its share of its unit."""
+    """Bytes by part of the units that are not movable; a unit's bytes are divided among its tensors by their size."""
     found: dict[Part, int] = {}
     for stored in units:
         if stored.codec.movable or not stored.runs_coded:
@@ -123,7 +125,10 @@ def fixed_bytes(units: Sequence[UnitOutline]) -> dict[Part, int]:
 
 
 def least_bytes(units: Sequence[UnitOutline], target: Target, layers: int) -> int:
-    """Bytes that a build holds on the target's GPU at least: weights of the highest phase and the context. No torch."""
+    """A lower bound on the bytes that a build needs on the target's GPU: weights of the heaviest phase, CUDA context.
+
+    It needs no torch, and rules out builds quickly.
+    """
     moving, fixed = dict.fromkeys(NAMES, 0), dict.fromkeys(NAMES, 0)
     for stored in units:
         numel = stored.unit.numel
@@ -132,9 +137,10 @@ def least_bytes(units: Sequence[UnitOutline], target: Target, layers: int) -> in
         for spec in stored.unit.specs:
             sums[_part_of(parameter_path(spec.name))] += nbytes * spec.numel // numel
     always = sum(fixed.values()) + target.device.context_mib * MIB
-    phases = {phase for task in target.tasks for phase in ALWAYS_PASSED[task]}
+    phases = {phase for task in target.tasks for phase in HEAVIEST_PHASES[task]}
     return always + max(
-        sum(_held(part, moving[part], phase, target.resident(phase), layers) for part in NAMES) for phase in phases
+        sum(_bytes_on_gpu(part, moving[part], phase, target.resident(phase), layers) for part in NAMES)
+        for phase in phases
     )
 
 
@@ -146,7 +152,7 @@ def _part_of(path: str) -> Part:
 def run_task(
     sampler: Sampler, task: Task, target: Target, rounding: int = CUDA_ROUNDING, cache_scale: float = 1.0
 ) -> list[Peak]:
-    """Runs the passes of a task once, on whatever tensors the sampler has, and returns the peak of each phase."""
+    """Runs the passes of a task once, on the sampler's tensors, fake or real. Returns the peak of each phase."""
     size = sampler.bagel.config.llm
     shape = (size.num_layers, 2, size.num_kv_heads, size.head_dim)
 
@@ -167,10 +173,10 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def run_passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[str], None]) -> None:
-    """One task from its first token to its picture or its last token; `enter` is told each phase as it begins.
+    """Runs one task from its first token to its picture or last token; calls `enter` with each phase as it begins.
 
-    One token, and as many steps as fill the step cache (one without it): the others are alike. The sampler's tokenizer
-    is FakeText.
+    Only the last token of a text is computed, and only as many denoising steps as fill the step cache (one without
+    it), since the others need the same memory. The sampler's tokenizer has to be FakeText.
     """
     sizes = target.sizes
     turns: list[str | Image.Image] = [text_of(sizes.prompt_tokens)]
@@ -188,7 +194,7 @@ def run_passes(sampler: Sampler, task: Task, target: Target, enter: Callable[[st
 
 
 def _fewest_steps(flow: FlowSettings) -> FlowSettings:
-    """The settings with steps enough to make everything that a step ever keeps, all of them guided."""
+    """The settings with the fewest steps after which everything that a step may keep is allocated, all guided."""
     if flow.cache_threshold:  # fake tensors have no values to compare
         flow = replace(flow, cache_threshold=0.0, cache_every=2)
     if not flow.forecasts and flow.solver == "euler":
@@ -198,7 +204,7 @@ def _fewest_steps(flow: FlowSettings) -> FlowSettings:
 
 
 class _Phases(Listener):
-    """Says which phase begins, and makes of a text of so many tokens only its last one."""
+    """Calls `enter` as each phase begins, and has only the last of `tokens` tokens of a text computed."""
 
     def __init__(self, sampler: Sampler, tokens: int, enter: Callable[[str], None]) -> None:
         self._eos, self._tokens, self._enter = sampler.text.eos, tokens, enter
@@ -211,7 +217,7 @@ class _Phases(Listener):
         return work
 
     def before_decode(self, contexts: Sequence[Context]) -> None:
-        """The caches grow as they would token by token, with zeros in place of what is not computed."""
+        """Grows the caches as decoding token by token would, with zeros for the tokens that are not computed."""
         self._enter("decode")
         for context in contexts:
             left = self._tokens - 1
@@ -238,16 +244,17 @@ class _Phases(Listener):
         return latents
 
 
-def _use(
+def _phase_use(
     task: Task, peak: Peak, weights: tuple[dict[Part, int], dict[Part, int]], scratch: int, target: Target, layers: int
 ) -> PhaseUse:
+    """The predicted use of one phase. `weights` are the bytes by part of all units, and of those that cannot move."""
     resident = target.resident(cast(Phase, peak.name))
     if target.vae_on_host and peak.name.startswith("vae"):
         peak = Peak(peak.name, 0, {CACHES: peak.by_category.get(CACHES, 0)})
     if target.vae_on_host:
         weights = (weights[0] | {"vae": 0}, weights[1])
-    moving, fixed = weights  # units of a codec that is not movable stay where they are (run/offload.py)
-    held = {part: _held(part, size, cast(Phase, peak.name), resident, layers) for part, size in moving.items()}
+    moving, fixed = weights  # units of a codec that is not movable always stay on the GPU (run/offload.py)
+    held = {part: _bytes_on_gpu(part, size, cast(Phase, peak.name), resident, layers) for part, size in moving.items()}
     held |= {part: held.get(part, 0) + size for part, size in fixed.items()}
     parts = {shown: float(sum(held.get(part, 0) for part in own)) for shown, own in SHOWN.items()}
     parts[CACHES] = float(peak.by_category.get(CACHES, 0))
@@ -256,8 +263,8 @@ def _use(
     return PhaseUse(name=f"{task}: {peak.name.replace('_', ' ')}", parts=parts)
 
 
-def _held(part: Part, size: int, phase: Phase, resident: tuple[Part, ...] | None, layers: int) -> int:
-    """Bytes of a part that are on the GPU in a phase: all, one layer where layers are streamed, or none."""
+def _bytes_on_gpu(part: Part, size: int, phase: Phase, resident: tuple[Part, ...] | None, layers: int) -> int:
+    """Bytes of a part (`size` in all) on the GPU in a phase: all, one layer if layers are streamed, or none."""
     if resident is None or part in resident:
         return size
     if part not in NEEDED[phase] or part == "embed":
@@ -266,7 +273,7 @@ def _held(part: Part, size: int, phase: Phase, resident: tuple[Part, ...] | None
 
 
 def _advice(report: BudgetReport, target: Target) -> Iterator[str]:
-    """Advice on a build that does not fit: parts that could wait in host memory, or a recipe with fewer bits."""
+    """Sentences for a build that does not fit: parts that could wait in host memory, or a recipe with fewer bits."""
     if report.limit is None or report.peak <= report.limit:
         return
     worst = max(report.phases, key=lambda p: p.total)
@@ -285,7 +292,7 @@ def _advice(report: BudgetReport, target: Target) -> Iterator[str]:
 
 
 def _idle(phase: str) -> list[str]:
-    """Parts, as the report shows them, that a phase does not compute with."""
+    """The parts, by their names in reports, that a phase does not use."""
     name = phase.split(": ")[1]
     if name == "denoise":
         return ["embeddings and head", "ViT, bridges, VAE"]

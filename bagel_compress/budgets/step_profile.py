@@ -1,8 +1,8 @@
-"""Where the time of a denoising pass goes, beside its floor: the pass's own products and attention, alone.
+"""Profiles a denoising pass and compares its time with its floor, the time of its matrix products and attention alone.
 
-The pass is the real one. While it runs once, every call of `F.linear` and of attention is kept with its inputs; the
-floor makes those calls again and nothing else, in turns with the pass. What a pass takes above its floor are norms,
-rotary positions, residuals, copies, the decoding of coded weights, and Python.
+While the real pass runs once, every call of `F.linear` and of attention is recorded with its inputs. The floor is the
+time of repeating just those calls; it is measured alternately with the pass. The difference is spent on norms, rotary
+positions, residuals, copies, the decoding of coded weights, and Python.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bagel.sampler import Sampler
 
 ATTENTION = "attention"
 NORMS = "norms"
-REST = "rotary positions, residuals, copies, Python"
+OTHER = "rotary positions, residuals, copies, Python"
 KINDS = {
     "q_proj": "q, k, v", "k_proj": "q, k, v", "v_proj": "q, k, v", "o_proj": "o", "gate_proj": "gate, up",
     "up_proj": "gate, up", "down_proj": "down",
@@ -35,21 +35,24 @@ PREFIX = "part: "
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """Seconds of one pass and of its floor (medians of turns), and the share of the pass that each part takes."""
+    """The times of a pass."""
 
-    seconds: float
-    floor: float
-    shares: dict[str, float] = field(default_factory=dict)
+    seconds: float  # of one pass, median
+    floor: float  # seconds of its products and attention alone, median
+    shares: dict[str, float] = field(default_factory=dict)  # part -> share of the pass's time
 
     @property
     def ratio(self) -> float:
-        """How many times its floor a pass takes."""
+        """The time of the pass as a multiple of its floor."""
         return self.seconds / self.floor
 
 
 def profile_step(sampler: Sampler, size: tuple[int, int], prompt: str = "a red cat", repeats: int = 9) -> StepProfile:
-    """One conditional pass of a picture of `size` (H, W). On the CPU times are the process's own, all threads summed,
-    so that other programs count little; on CUDA the wall's, synchronised."""
+    """Profiles one conditional denoising pass for a picture of `size` (H, W).
+
+    On the CPU, times are CPU times of the process, summed over threads, so that other programs disturb them little; on
+    CUDA they are wall-clock times with synchronisation.
+    """
     device = sampler.bagel.device
     with torch.no_grad():
         run = _pass(sampler, size, prompt)
@@ -84,7 +87,7 @@ def _pass(sampler: Sampler, size: tuple[int, int], prompt: str) -> Callable[[], 
 
 
 class _StepRecorder(TorchFunctionMode):
-    """Keeps the calls of linear products and attention."""
+    """Records the calls of linear products and attention with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ class _StepRecorder(TorchFunctionMode):
 
 
 def _shares(sampler: Sampler, run: Callable[[], object]) -> dict[str, float]:
-    """Part -> share of a pass, from torch's profiler."""
+    """Part -> share of the pass's time, from torch's profiler."""
     with _marked(sampler.bagel), profile(activities=[ProfilerActivity.CPU]) as trace, record_function(PREFIX + "pass"):
         run()
     found: dict[str, float] = {}
@@ -107,13 +110,13 @@ def _shares(sampler: Sampler, run: Callable[[], object]) -> dict[str, float]:
         elif event.key == "aten::scaled_dot_product_attention":
             found[ATTENTION] = event.cpu_time_total
     total = found.pop("pass")
-    found[REST] = total - sum(found.values())
+    found[OTHER] = total - sum(found.values())
     return {part: value / total for part, value in sorted(found.items(), key=lambda item: -item[1])}
 
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Inside, linear modules and norms of the decoder tell the profiler what they are."""
+    """Inside, the profiler records the decoder's linear modules and norms under the names of their parts."""
     with ExitStack() as stack:
         for path, module in model.named_modules():
             kind = KINDS.get(path.rpartition(".")[2]) if path.startswith("layers.") else None

@@ -147,7 +147,7 @@ def _expect_same_tensors(build: BuildFolder, checkpoint: Checkpoint, records: Ma
         name: t.blake3 for r in records.values() for unit in r.units.values() for name, t in unit.tensors.items()
     }
     specs = [spec for spec in checkpoint.specs if spec.name in recorded]
-    found = tensor_digests(specs, checkpoint.words)
+    found = tensor_digests(specs, checkpoint.bf16_words)
     other = next((name for name, digest in found.items() if digest != recorded[name]), None)
     if other is not None:
         raise ArtifactError(

@@ -49,7 +49,7 @@ def _advise(args: argparse.Namespace) -> int:
     builds = known_builds(sorted(here) if args.builds is None else args.builds, say)
     choices = advise(
         targets, source=args.source or REPO, builds=builds, count=args.count,
-        looks_at=lambda name: say(f"predicting the peak of {name}"),
+        on_candidate=lambda name: say(f"predicting the peak of {name}"),
     )  # fmt: skip
     data = {
         "targets": [target.name for target in targets],

@@ -177,12 +177,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from bagel_compress.build.manifest import MANIFEST
     from bagel_compress.cli.export import inspect_export
     from bagel_compress.exporting.manifest import MANIFEST as EXPORT
-    from bagel_compress.exporting.manifest import NOTES
+    from bagel_compress.exporting.manifest import UNFINISHED
 
     folder = Path(args.path)
     if (folder / MANIFEST).exists() or (folder / ".build").exists():
         return _inspect_artifact(args)
-    if (folder / EXPORT).exists() or (folder / NOTES).exists():
+    if (folder / EXPORT).exists() or (folder / UNFINISHED).exists():
         return inspect_export(args)
     from bagel_compress.build.sizes import group_sizes, sizes_table
     from bagel_compress.codecs.raw import Raw

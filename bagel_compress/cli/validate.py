@@ -221,7 +221,7 @@ def _budget(args: argparse.Namespace) -> int:
 
 
 def _budget_of_training(args: argparse.Namespace) -> int:
-    from bagel_compress.budgets.device_option import build_of
+    from bagel_compress.budgets.device_option import outline_of
     from bagel_compress.budgets.planned_build import planned_build
     from bagel_compress.build.manifest import MANIFEST
     from bagel_compress.errors import TargetError
@@ -234,14 +234,14 @@ def _budget_of_training(args: argparse.Namespace) -> int:
     usual = FinetuneConfig.model_validate({"model": args.build, "steps": 1, "lora": {}})
     config = FinetuneConfig.load(args.config) if args.config else usual
     is_folder = (Path(args.build) / MANIFEST).exists()
-    build = build_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
+    build = outline_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
     reports = [predict_finetune(build, Target.load(target), config) for target in args.target]
     emit(args, {"budgets": [r.model_dump(mode="json") for r in reports]}, "\n\n".join(map(budget_table, reports)))
     return 1 if any(r.broken for r in reports) else 0
 
 
 def _together(args: argparse.Namespace) -> int:
-    from bagel_compress.budgets.device_option import build_of
+    from bagel_compress.budgets.device_option import outline_of
     from bagel_compress.budgets.plan_devices import gpu_of, plan_map
     from bagel_compress.budgets.planned_build import planned_build
     from bagel_compress.build.manifest import MANIFEST
@@ -252,7 +252,7 @@ def _together(args: argparse.Namespace) -> int:
         raise TargetError("--together plans from the targets' memory and measures nothing; leave --device away.")
     targets = [Target.load(target) for target in args.target]
     is_folder = (Path(args.build) / MANIFEST).exists()
-    build = build_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
+    build = outline_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
     plan = plan_map(build, [gpu_of(t, f"cuda:{i}") for i, t in enumerate(targets)], targets[0].sizes)
     emit(args, plan.to_json(), f"{build.name} on {' + '.join(t.name for t in targets)}, GiB\n{plan.table()}")
     return 0

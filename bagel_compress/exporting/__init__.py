@@ -1,6 +1,7 @@
-"""Export: BAGEL as ONNX graphs, one per block, for ONNX Runtime and TensorRT.
+"""Export: BAGEL as ONNX graphs, one per block of the model, for ONNX Runtime and TensorRT.
 
-Reading order: blocks (what is exported), graph (torch -> one ONNX template per kind of block), source (where values
-come from), onnx_weights (how a compressed matrix is carried), write and build (templates and values -> folder),
-manifest (what the folder is), ort_* (the sampler on ONNX Runtime; none of these imports torch), tensorrt (engines).
+Reading order: blocks (the torch modules that are exported), graph (torch -> one ONNX template per kind of block),
+source (where the weights come from), onnx_weights (how a graph stores and decodes a compressed matrix), write and build
+(templates and weights -> folder), manifest (contents of the folder), ort_* (the sampler on ONNX Runtime; none of these
+imports torch), tensorrt (engines).
 """

@@ -1,12 +1,12 @@
-"""What is exported: each block as a torch module with named inputs, outputs and symbolic axes.
+"""The blocks that are exported: torch modules with named inputs and outputs and symbolic axes.
 
 A decoder layer becomes two graphs over one set of weights. `und_layer` reads text and ViT images and decodes text, all
 rows through the understanding expert. `gen_layer` reads clean latents and denoises: the wrapper rows through the
 understanding expert, the latent rows through the generation expert, joined once for the shared attention and split
 again, without gather or scatter. Caches are inputs and outputs: a block never holds state.
 
-The modules are Bagel's own (built on the meta device, without data), only written with the operators that ONNX has a
-node for: RMSNormalization, RotaryEmbedding, Attention. Matrices are held as [in, out], the layout of ONNX MatMul.
+The blocks are built of Bagel's modules (on the meta device, without data); their forward passes use operators that ONNX
+has a node for: RMSNormalization, RotaryEmbedding, Attention. Matrices are held as [in, out], the layout of ONNX MatMul.
 
 Axes: T rows, W wrapper rows, N latent rows, S cached rows, P patches, D hidden, K key/value heads, E head width.
 """
@@ -33,10 +33,10 @@ Shape = tuple[int | str, ...]  # a name is a symbolic axis
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An input or output of a block. `dtype`: "float" is the export's precision, else float32 or int64.
+    """An input or output of a block. `dtype` is "float" (the export's precision), "float32" or "int64".
 
-    Rows and caches, which only travel from block to block, are in the export's precision; what a sampler makes or reads
-    (patches, rope tables, velocities, logits, pixels) is fp32, so that it never has to handle half precision.
+    Hidden rows and caches, which only pass from block to block, are in the export's precision. Values that the sampler
+    makes or reads (patches, rope tables, velocities, logits, pixels) are fp32, so that it needs no half precision.
     """
 
     name: str
@@ -46,20 +46,20 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class GraphBlock:
-    """One graph. Blocks of one `kind` differ in their weights alone, so they share a template."""
+    """One graph. Blocks of one `kind` differ only in their weights, so they share a template."""
 
     name: str
     kind: str
-    data: str  # stem of the file with its weights; layers share one between und_layer and gen_layer
+    data: str  # stem of its weight file; und_layer and gen_layer of one decoder layer share a file
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     weights: dict[str, str]  # parameter path in the module -> path in Bagel ("layers.3.und.q_proj.weight") or "vae..."
-    build: Callable[[], nn.Module]
-    factor: int = 1  # pixels per latent cell along a side, of blocks that have both
+    build: Callable[[], nn.Module]  # makes the module, on the meta device
+    factor: int = 1  # VAE blocks: pixels per latent cell along a side
 
     @property
     def in_fp32(self) -> bool:
-        """Computed in fp32 in every export (the autoencoder, as in the reference sampler)."""
+        """Whether the block is computed in fp32 in every export, as the autoencoder is in the reference sampler."""
         return self.kind.startswith("vae_")
 
 
@@ -77,10 +77,10 @@ class Dense(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def export_form(module: nn.Module) -> nn.Module:
+def replace_linears(module: nn.Module) -> nn.Module:
     """Replaces every nn.Linear below `module` by a Dense, in place."""
     for name, child in module.named_children():
-        setattr(module, name, Dense(child) if type(child) is nn.Linear else export_form(child))
+        setattr(module, name, Dense(child) if type(child) is nn.Linear else replace_linears(child))
     return module
 
 
@@ -88,7 +88,7 @@ def export_form(module: nn.Module) -> nn.Module:
 
 
 class UndLayer(nn.Module):
-    """One decoder layer for rows of the understanding expert."""
+    """One decoder layer for a pass whose rows all use the understanding expert."""
 
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
@@ -97,7 +97,10 @@ class UndLayer(nn.Module):
     def forward(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, past_k: Tensor, past_v: Tensor, visible_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """cos, sin [1, T, E/2]; past [1, K, S, E]; `visible`: how many of the S + T keys each row sees."""
+        """cos, sin [1, T, E/2]; past_k, past_v [1, K, S, E]; visible_T: of the S + T keys, how many each row sees.
+
+        Returns the rows, and the keys and values [1, K, S + T, E].
+        """
         q, k, v = _qkv(self.und, x_TD, cos, sin, in_fp32=False)
         keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         mask_TS = torch.arange(keys.shape[2], device=x_TD.device)[None, :] < visible_T[:, None]
@@ -116,7 +119,7 @@ class GenLayer(nn.Module):
     def forward(
         self, wrappers_WD: Tensor, latents_ND: Tensor, cos: Tensor, sin: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All rows share one rope position: cos, sin [1, 1, E/2]. Returns both kinds of rows, then keys and values."""
+        """All rows share one rope position: cos, sin [1, 1, E/2]. Returns wrapper rows, latent rows, keys, values."""
         q_w, k_w, v_w = _qkv(self.und, wrappers_WD, *_repeated(cos, sin, wrappers_WD), in_fp32=True)
         q_n, k_n, v_n = _qkv(self.gen, latents_ND, *_repeated(cos, sin, latents_ND), in_fp32=True)
         keys, values = torch.cat([past_k, k_w, k_n], 2), torch.cat([past_v, v_w, v_n], 2)
@@ -127,7 +130,10 @@ class GenLayer(nn.Module):
 
 
 def _qkv(expert: Expert, x_TD: Tensor, cos: Tensor, sin: Tensor, in_fp32: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys [1, heads, T, E] after norm and rope, and values. `in_fp32`: norm and rope in fp32, as in Bagel."""
+    """Queries, keys and values [1, heads, T, E]; queries and keys after norm and rope.
+
+    `in_fp32`: norm and rope are computed in fp32, as Bagel does for image blocks.
+    """
     h_TD = rms_norm(x_TD, expert.input_layernorm)
     q = _positioned(_heads(expert.q_proj(h_TD), expert.num_heads), expert.q_norm, cos, sin, in_fp32)
     k = _positioned(_heads(expert.k_proj(h_TD), expert.num_kv_heads), expert.k_norm, cos, sin, in_fp32)
@@ -140,7 +146,7 @@ def _heads(x_TD: Tensor, count: int) -> Tensor:
 
 def _positioned(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, in_fp32: bool) -> Tensor:
     dtype = x.dtype
-    cos, sin = cos.to(dtype), sin.to(dtype)  # Bagel rounds the tables to the dtype of the rows, always
+    cos, sin = cos.to(dtype), sin.to(dtype)  # Bagel rounds the tables to the dtype of the rows in both cases
     if in_fp32:
         x, cos, sin = x.float(), cos.float(), sin.float()
     return torch.onnx.ops.rotary_embedding(rms_norm(x, norm), cos, sin).to(dtype)  # type: ignore[no-any-return]
@@ -161,11 +167,11 @@ def _after_attention(expert: Expert, x_TD: Tensor, o_TD: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
-    """Bagel's RMSNorm as the one operator that becomes an RMSNormalization node."""
+    """Bagel's RMSNorm as a single operator, which the exporter maps to one RMSNormalization node."""
     return F.rms_norm(x, (norm.weight.shape[0],), norm.weight.to(x.dtype), norm.eps)
 
 
-# --- the ends ---------------------------------------------------------------------------------------------------------
+# --- embeddings, heads, ViT and VAE -----------------------------------------------------------------------------------
 
 
 class Embed(nn.Module):
@@ -202,7 +208,7 @@ class LatentIn(nn.Module):
         self.time_embedder = TimeEmbedder(width)
 
     def forward(self, latents_NC: Tensor, t_1: Tensor, ids_N: Tensor) -> Tensor:
-        """latents and t in fp32, as the sampler holds them."""
+        """latents_NC and t_1 in fp32, the dtype that the sampler keeps them in."""
         dtype = self.latent_pos_embed.pos_embed.dtype
         time_1D = self.time_embedder.mlp(TimeEmbedder.features(t_1).to(dtype))
         return self.vae2llm(latents_NC.to(dtype)) + time_1D + self.latent_pos_embed(ids_N)  # type: ignore[no-any-return]
@@ -221,7 +227,7 @@ class LatentOut(nn.Module):
 
 
 class VitRows(nn.Module):
-    """One image's patches to the rows of its block: ViT, connector, position row, between the two wrapper rows."""
+    """Patches of one image to the rows of its block: ViT, connector and position rows, between the two wrapper rows."""
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
@@ -276,11 +282,11 @@ def _plain_attention(vae: AutoEncoder) -> AutoEncoder:
     return vae
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- the list of all blocks -------------------------------------------------------------------------------------------
 
 
 def all_blocks(config: BagelConfig, vae: VAEConfig) -> Iterator[GraphBlock]:
-    """Every block of a model, in the order of a run."""
+    """Every block of a model, in the order in which a run uses them first."""
     yield from _ends(config)
     for index in range(config.llm.num_layers):
         yield _und_layer(config.llm, index)
@@ -360,12 +366,12 @@ def _block(
 ) -> GraphBlock:
     def on_meta() -> nn.Module:
         with torch.device("meta"):
-            return export_form(build()).eval().requires_grad_(False)
+            return replace_linears(build()).eval().requires_grad_(False)
 
     weights = {path: prefix + path for path, _ in on_meta().named_parameters()}
     return GraphBlock(name, kind, data, inputs, outputs, weights, on_meta)
 
 
 def matrices(block: GraphBlock) -> set[str]:
-    """Parameter paths of the block's matrices, those that `Dense` holds transposed."""
+    """Paths of the parameters that the block holds transposed, as [in, out]: the weights of its `Dense` modules."""
     return {f"{name}.weight" for name, m in block.build().named_modules() if isinstance(m, Dense)}

@@ -1,8 +1,9 @@
-"""From a source and a target to an export folder, one data file at a time.
+"""Exports a source for a target into a folder, one data file at a time.
 
-Per data file: every weight is written once (und_layer and gen_layer of a layer share one), then the graphs that refer
-to it. Memory holds one matrix and its turned copy. Files appear under their names when complete; a note per data file
-under .export/ lets an interrupted export go on; the manifest comes last and the notes go away.
+A data file is written before the graphs that refer to it; each weight is written once (und_layer and gen_layer of a
+layer share a data file). Memory holds one matrix and its transpose. A file gets its final name when it is complete. A
+record per finished data file, under .export/, lets an interrupted export continue; the manifest is written last, and
+then the records are removed.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from bagel_compress.exporting.blocks import all_blocks
 from bagel_compress.exporting.graph import OPSET
 from bagel_compress.exporting.manifest import (
     MANIFEST,
-    NOTES,
+    UNFINISHED,
     BlockEntry,
     ExportFolder,
     ExportManifest,
     config_dict,
 )
-from bagel_compress.exporting.profiles import axes_of
+from bagel_compress.exporting.profiles import axis_ranges
 from bagel_compress.exporting.source import FOLDER_FILES, WeightSource
 from bagel_compress.exporting.tensorrt import check_settings, load_tensorrt
 from bagel_compress.exporting.write import ExportJob, file_entry, plan_forms, write_atomic, write_group
@@ -36,8 +37,8 @@ from bagel_compress.run.export_settings import BlockKind, ExportSettings
 from bagel_compress.run.target import Target
 
 PACKAGES = ("bagel-compress", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx")
-LOCK, IDENTITY = "lock", "identity.json"  # in the notes
-Progress = Callable[[str, int, int], None]  # data file, done, all
+LOCK, IDENTITY = "lock", "identity.json"  # files in the folder UNFINISHED
+Progress = Callable[[str, int, int], None]  # (name of the data file, data files done, data files in all)
 
 
 def export(
@@ -47,12 +48,12 @@ def export(
     progress: Progress | None = None,
     templates: dict[str, bytes] | None = None,
 ) -> ExportFolder:
-    """Writes the folder, or goes on where an interrupted export stopped.
+    """Writes the export folder `out`, or continues an interrupted export of the same source and target.
 
-    A finished export of the same source for the same target is given back as it is. `templates` keeps graphs between
-    exports of one model configuration. Raises ExportError, before anything is written, if the target says nothing of an
-    export, if it asks for what cannot be, if a codec cannot be carried, and if `out` holds something else or another
-    process writes to it; MissingExtraError if the runtime's package is not installed.
+    A finished export of the same source for the same target is opened and returned unchanged. `templates` caches traced
+    graphs between exports of one model configuration. Before any weight is written, raises ExportError if the target
+    has no `export` section, if its settings contradict each other, if a codec has no form in the runtime, and if `out`
+    holds something else or another process is writing to it; MissingExtraError if the runtime's package is missing.
     """
     if target.export is None:
         raise ExportError(
@@ -60,13 +61,13 @@ def export(
         )
     if (out / MANIFEST).exists():
         return _finished(source, target, out)
-    begun = _expect_own(source, target, out)
-    (out / NOTES).mkdir(parents=True, exist_ok=True)
-    take_lock(out / NOTES / LOCK, "exported", ExportError)
+    begun = _was_begun(source, target, out)
+    (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    take_lock(out / UNFINISHED / LOCK, "exported", ExportError)
     try:
         return _export(source, target, target.export, out, {} if templates is None else templates, begun, progress)
     finally:
-        (out / NOTES / LOCK).unlink(missing_ok=True)
+        (out / UNFINISHED / LOCK).unlink(missing_ok=True)
 
 
 def _export(
@@ -86,14 +87,14 @@ def _export(
         if not begun:
             shutil.rmtree(out)
         raise
-    write_atomic(out / NOTES / IDENTITY, json.dumps(_identity(source, target)).encode())
+    write_atomic(out / UNFINISHED / IDENTITY, json.dumps(_identity(source, target)).encode())
     groups = list(job.groups())
     for done, (data, blocks) in enumerate(groups):
         if progress:
             progress(data, done, len(groups))
-        note = out / NOTES / f"{data}.json"
-        if not note.exists():
-            write_group(job, data, blocks, note)
+        record = out / UNFINISHED / f"{data}.json"
+        if not record.exists():
+            write_group(job, data, blocks, record)
     return _finish(job, target)
 
 
@@ -101,22 +102,22 @@ def _identity(source: WeightSource, target: Target) -> dict[str, Any]:
     return {"source": source.identity.digest, "target": target.model_dump(mode="json"), "opset": OPSET}
 
 
-def _expect_own(source: WeightSource, target: Target, out: Path) -> bool:
-    """Whether this export was begun in `out`. Raises ExportError if the folder holds something else."""
+def _was_begun(source: WeightSource, target: Target, out: Path) -> bool:
+    """Whether `out` holds an unfinished export of this source and target. Raises ExportError on anything else."""
     if out.exists() and not out.is_dir():
         raise ExportError(f"{out} is a file; choose a folder for the export.")
-    if out.exists() and any(out.iterdir()) and not (out / NOTES).exists():
+    if out.exists() and any(out.iterdir()) and not (out / UNFINISHED).exists():
         raise ExportError(f"{out} is not empty and holds no export; choose an empty folder.")
-    note = out / NOTES / IDENTITY
-    if not note.exists():
+    identity = out / UNFINISHED / IDENTITY
+    if not identity.exists():
         return False
-    if json.loads(note.read_text(encoding="utf-8")) != _identity(source, target):
+    if json.loads(identity.read_text(encoding="utf-8")) != _identity(source, target):
         raise ExportError(f"{out} holds an unfinished export of something else; remove it or choose another folder.")
     return True
 
 
 def _finished(source: WeightSource, target: Target, out: Path) -> ExportFolder:
-    """The finished export in `out`, if it is this one. Raises ExportError otherwise."""
+    """The finished export in `out`. Raises ExportError if it is of another source or target."""
     folder = ExportFolder.open(out)
     made = folder.manifest
     same = (made.source, made.target, made.settings, made.opset, made.disk_limit) == (
@@ -124,14 +125,14 @@ def _finished(source: WeightSource, target: Target, out: Path) -> ExportFolder:
     )  # fmt: skip
     if not same:
         raise ExportError(f"{out} already holds a finished export of something else; choose another folder.")
-    shutil.rmtree(out / NOTES, ignore_errors=True)  # killed between the manifest and the clearing
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # still there if the process died after writing the manifest
     return folder
 
 
 def _planned(
     source: WeightSource, target: Target, settings: ExportSettings, out: Path, templates: dict[str, bytes]
 ) -> ExportJob:
-    """Everything that can fail before weights are read."""
+    """The export with all checks done that need no weights. Copies the config and tokenizer files."""
     source.copy_files(out)
     config, vae = source.configs(out)
     wanted = settings.blocks or get_args(BlockKind)
@@ -141,12 +142,12 @@ def _planned(
         load_tensorrt(settings.runtime)
         paths = {path for b in blocks if not b.in_fp32 for path in b.weights.values()}
         check_settings(settings, [source.codec(path) for path in sorted(paths)])
-    return ExportJob(source, settings, axes_of(target.sizes, config, settings.axes), out, blocks, templates)
+    return ExportJob(source, settings, axis_ranges(target.sizes, config, settings.axes), out, blocks, templates)
 
 
 def _finish(job: ExportJob, target: Target) -> ExportFolder:
-    notes = [json.loads((job.out / NOTES / f"{data}.json").read_text(encoding="utf-8")) for data, _ in job.groups()]
-    files = {name: entry for note in notes for name, entry in note["files"].items()}
+    records = [json.loads((job.out / UNFINISHED / f"{d}.json").read_text(encoding="utf-8")) for d, _ in job.groups()]
+    files = {name: entry for record in records for name, entry in record["files"].items()}
     for name in FOLDER_FILES:
         if (job.out / name).is_file():
             files[name] = file_entry(job.out / name).model_dump()
@@ -163,16 +164,16 @@ def _finish(job: ExportJob, target: Target) -> ExportFolder:
         axes=dict(job.axes),
         opset=OPSET,
         config=config_dict(config),
-        blocks={name: BlockEntry.model_validate(b) for note in notes for name, b in note["blocks"].items()},
+        blocks={name: BlockEntry.model_validate(b) for record in records for name, b in record["blocks"].items()},
         files={name: FileEntry.model_validate(files[name]) for name in sorted(files)},
     )
     write_atomic(job.out / MANIFEST, manifest.to_bytes())
-    shutil.rmtree(job.out / NOTES)
+    shutil.rmtree(job.out / UNFINISHED)
     return ExportFolder.open(job.out)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that made the files."""
+    """Package -> version, of the installed packages that make an export."""
     found = {}
     for package in PACKAGES:
         try:

@@ -1,7 +1,7 @@
-"""From a block to an ONNX template: the graph with every weight still an input, made once per kind of block.
+"""Traces a block to an ONNX template, in which every weight is still an input; once per kind of block.
 
-Weights enter the trace as inputs, so that tracing needs no data and no memory, nothing is folded into them, and the
-same template serves every layer. `build` turns those inputs into initialisers, whose values lie in an external file.
+Weights are inputs of the traced function, so that tracing needs no values, the exporter cannot fold constants into
+them, and one template serves every layer. `write` replaces those inputs by initialisers that refer to a data file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from bagel_compress.exporting.blocks import GraphBlock, Port
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
-# Sizes of the traced example; distinct, and neither 0 nor 1, so that no axis is taken for a constant or for another
-# one. Height and width follow from the latent's and the block's factor.
+# Axis lengths of the example that is traced. All differ and none is 0 or 1, so that the tracer takes no axis for a
+# constant or for another axis. Height and width are the latent's times the block's factor.
 EXAMPLE_SIZES = {
     "tokens": 5, "past_tokens": 7, "wrapper_tokens": 2, "latent_tokens": 6, "patches": 12, "latent_height": 8,
     "latent_width": 12,
@@ -30,7 +30,10 @@ EXAMPLE_SIZES = {
 
 
 def template(block: GraphBlock, dtype: torch.dtype) -> onnx.ModelProto:
-    """The block's graph: inputs and outputs named as its ports, then one input per weight, named by its path."""
+    """The block's graph: inputs and outputs are named as its ports; one input more per weight, named by its path.
+
+    `dtype` is the export's precision. Raises MissingExtraError without onnxscript.
+    """
     try:
         import onnxscript  # noqa: F401
     except ImportError:
@@ -39,8 +42,8 @@ def template(block: GraphBlock, dtype: torch.dtype) -> onnx.ModelProto:
 
     module = block.build()
     inputs = {port.name: _example(port, dtype, block.factor) for port in block.inputs}
-    kept = torch.float32 if block.in_fp32 else dtype
-    weights = {name: torch.empty(p.shape, dtype=kept) for name, p in module.named_parameters()}
+    weight_dtype = torch.float32 if block.in_fp32 else dtype
+    weights = {name: torch.empty(p.shape, dtype=weight_dtype) for name, p in module.named_parameters()}
     axes = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(port.shape) if isinstance(size, str)}
         for port in block.inputs
@@ -86,7 +89,7 @@ def _example(port: Port, dtype: torch.dtype, factor: int) -> torch.Tensor:
 
 
 def _name_axes(model: onnx.ModelProto, block: GraphBlock) -> None:
-    """Gives the tracer's symbols (s12) the names of the block's axes, in values and outputs too."""
+    """Renames the tracer's axis symbols (s12) to the block's axis names in inputs, outputs and values between nodes."""
     names: dict[str, str] = {}
     ports = {p.name: p for p in block.inputs}
     for value in model.graph.input:
@@ -101,7 +104,7 @@ def _name_axes(model: onnx.ModelProto, block: GraphBlock) -> None:
 
 
 def _name_nodes(model: onnx.ModelProto, weights: set[str]) -> None:
-    """Names a node that reads a weight after it, so that graphs and error messages speak of the model's own parts.
+    """Names each node that reads a weight after that weight, so that error messages name parts of the model.
 
     gen.o_proj is the product with gen.o_proj.weight, gen.q_proj.bias the addition of the bias.
     """
@@ -114,7 +117,7 @@ def _name_nodes(model: onnx.ModelProto, weights: set[str]) -> None:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Removes the tracer's notes (stack traces with paths of this machine)."""
+    """Removes the tracer's comments and metadata: stack traces that contain paths of the exporting machine."""
     for holder in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input,
                    *model.graph.output, *model.graph.initializer):  # fmt: skip
         holder.ClearField("doc_string")

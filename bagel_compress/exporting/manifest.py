@@ -1,7 +1,7 @@
-"""The manifest of an export folder: what was exported from what, and the digest of every file. No torch, no onnx.
+"""The manifest of an export folder: its source, target and blocks, and the digest of every file. No torch, no onnx.
 
-It is written last: present means complete. Engines are listed with their sizes and digests like any file, but two
-builds of one engine differ in some bytes, so nothing compares the digests of two builds.
+The manifest is written last, so a folder that has one is complete. Engines are listed with size and digest like other
+files; but two builds of the same engine differ in some bytes, so digests of two builds are never compared.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.run.export_settings import ExportSettings, Range
 
 MANIFEST = EXPORT_MANIFEST
-NOTES = ".export"  # folder of an export that is not finished
+UNFINISHED = ".export"  # subfolder with the records of finished data files; removed when the export is finished
 FORMAT = 1
 
 
 class PortEntry(FrozenModel):
-    """An input or output: dtype "float" is the export's precision; a name in `shape` is a symbolic axis."""
+    """An input or output of a block. dtype "float" is the export's precision; a name in `shape` is a symbolic axis."""
 
     name: str
     dtype: str
@@ -40,7 +40,7 @@ class PortEntry(FrozenModel):
 
 
 class WeightEntry(FrozenModel):
-    """An initialiser in the data file; `type` is ONNX's number of the element type."""
+    """An initialiser: its place in the data file, in bytes. `type` is ONNX's number of the element type."""
 
     type: int
     shape: tuple[int, ...]
@@ -58,33 +58,33 @@ class BlockEntry(FrozenModel):
     inputs: tuple[PortEntry, ...]
     outputs: tuple[PortEntry, ...]
     nodes: dict[str, int]  # operator -> count
-    forms: dict[str, int]  # form of the matrices -> count
-    weights: dict[str, WeightEntry]  # initialiser -> where it lies
+    forms: dict[str, int]  # form (onnx_weights) -> number of matrices stored in it
+    weights: dict[str, WeightEntry]  # by name of the initialiser
 
 
 class ExportSource(FrozenModel):
-    """What was exported, and the full-precision checkpoint behind it."""
+    """The artifact or checkpoint that was exported, and the full-precision checkpoint that it was made from."""
 
     kind: Literal["artifact", "checkpoint"]
     name: str  # of the recipe, or of the checkpoint
     digest: str  # of the artifact's manifest, or of the checkpoint
     checkpoint: SourceEntry
-    recipe: Recipe | None = None  # of the artifact
+    recipe: Recipe | None = None  # the artifact's; None for a checkpoint
 
 
 class ExportManifest(FrozenModel):
-    """Everything known about an export when it was built."""
+    """The contents of `export.json`: everything known about an export when it was made."""
 
     format: int = FORMAT
     tool: str
     versions: dict[str, str]
     source: ExportSource
-    limits: Limits  # what its parity must hold
+    limits: Limits  # the limits of the parity report
     target: str
-    device: str  # that the target is about
-    disk_limit: float | None  # bytes that the target allows for all files
+    device: str  # the target's device
+    disk_limit: float | None  # the target's limit in bytes for all files
     settings: ExportSettings
-    axes: dict[str, Range]  # sizes that engines are built for
+    axes: dict[str, Range]  # axis -> the sizes that engines are built for
     opset: int
     config: dict[str, Any]  # BagelConfig
     blocks: dict[str, BlockEntry]
@@ -92,9 +92,9 @@ class ExportManifest(FrozenModel):
 
     @property
     def level(self) -> str:
-        """The class of limits that its parity must hold.
+        """The class of limits for the parity report: that of the artifact, but "16-bit" for a lossless one.
 
-        The weights of a lossless build are the reference's; the arithmetic of another runtime never is, to the bit.
+        A lossless build has the reference's weights, but another runtime never reproduces its arithmetic to the bit.
         """
         return "16-bit" if self.limits.level == "lossless" else self.limits.level
 
@@ -108,25 +108,28 @@ class ExportManifest(FrozenModel):
 
 
 def config_dict(config: BagelConfig) -> dict[str, Any]:
-    """The inverse of `ExportManifest.model`."""
+    """The configuration as plain data, for `ExportManifest.config`; `ExportManifest.model` reads it back."""
     return dataclasses.asdict(config)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KindSize:
-    """All blocks of one kind. `reads`: bytes of weights, which und_layer and gen_layer share in one file."""
+    """Sizes of all blocks of one kind.
+
+    `reads` counts the bytes of weights that the blocks read; und_layer and gen_layer share them in one file.
+    """
 
     kind: str
     blocks: int
     forms: dict[str, int]
-    nodes: int  # of one block
+    nodes: int  # in one block
     reads: int
-    engines: int  # bytes
+    engines: int  # bytes of all engine files
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportFolder:
-    """A complete export."""
+    """A complete export: its folder, its manifest, and the sha256 of the manifest."""
 
     path: Path
     manifest: ExportManifest
@@ -134,13 +137,13 @@ class ExportFolder:
 
     @classmethod
     def open(cls, path: str | Path, check: bool = True) -> ExportFolder:
-        """Raises ArtifactError if the folder is no complete export: no manifest or, unless not asked to `check`, a
-        missing file or a wrong size."""
+        """Opens an export folder. Raises ArtifactError if it has no manifest or, with `check`, if a file is missing or
+        has a wrong size."""
         folder = Path(path)
         try:
             content = small_bytes(folder / MANIFEST)
         except OSError:
-            begun = (folder / NOTES).exists()
+            begun = (folder / UNFINISHED).exists()
             hint = "its export did not finish, run the same command again" if begun else "give one that export wrote"
             raise ArtifactError(f"{folder} is no export: it has no {MANIFEST}; {hint}.") from None
         opened = cls(folder, parse_export(content, folder), hashlib.sha256(content).hexdigest())
@@ -150,16 +153,16 @@ class ExportFolder:
         return opened
 
     def verify(self, sums: dict[str, str] | None = None) -> list[str]:
-        """Reads every byte. One sentence per fault: a changed, missing or extra file.
+        """Reads every byte and returns one sentence per fault: a changed, missing or extra file.
 
-        `sums` is filled with the sha256 of each intact file of the manifest, taken in the same reading.
+        `sums`, if given, is filled with the sha256 of each intact file of the manifest, computed in the same pass.
         """
         faults = list(wrong_sizes(self.path, self.manifest.files))
         faults += [f"{name} was changed" for name in changed_files(self.path, self.manifest.files, sums)]
         return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
 
     def file(self, name: str) -> Path:
-        """The path of a file of the manifest. Raises ArtifactError if its bytes are others; reads it once."""
+        """The path of a file of the manifest, whose digest is checked once. Raises ArtifactError if it differs."""
         if name not in self._compared:
             self._compared[name] = compared_file(self.path, name, self.manifest.files)
         return self._compared[name]
@@ -169,7 +172,7 @@ class ExportFolder:
         return {}
 
     def kinds(self) -> list[KindSize]:
-        """Sizes by kind of block, in the order of a run."""
+        """Sizes by kind of block, in the order of `blocks.all_blocks`."""
         entries: dict[str, list[BlockEntry]] = {}
         for entry in self.manifest.blocks.values():
             entries.setdefault(entry.kind, []).append(entry)
@@ -193,7 +196,7 @@ class ExportFolder:
 
     @property
     def over_disk(self) -> list[str]:
-        """A sentence if the files are more than the target allows."""
+        """One sentence if the files take more disk space than the target allows; else empty."""
         limit = self.manifest.disk_limit
         if limit is None or self.nbytes <= limit:
             return []
@@ -201,7 +204,7 @@ class ExportFolder:
 
 
 def parse_export(content: bytes, folder: Path) -> ExportManifest:
-    """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
+    """Parses a manifest; `folder` is named in errors. Raises ArtifactError on bad JSON, fields or file names."""
     try:
         manifest = ExportManifest.model_validate_json(content)
         _ = manifest.model

@@ -1,14 +1,14 @@
-"""How a weight is carried in a graph: plain, or as the codes of its codec with the nodes that read them.
+"""The forms in which a graph stores a weight: plain values, or the codes of its codec and nodes that decode them.
 
-    dense     the values in the export's precision (raw, and whatever is decoded first: lossless codes, tables)
+    dense     the values in the export's precision (raw weights, tables, and formats that are decoded on export)
     qdq       int8 or fp8 codes, DequantizeLinear per output channel, MatMul      standard ONNX: every runtime
     int4      int4 codes, DequantizeLinear in blocks along the input, MatMul      standard ONNX: every runtime
     bnb4      bitsandbytes' own bytes in com.microsoft::MatMulBnb4                ONNX Runtime only
-    dynamic   int8 codes in MatMulInteger, rows quantised as they come            ONNX Runtime on CPU, fp32 only
+    dynamic   int8 codes in MatMulInteger, input rows quantised at run time       ONNX Runtime on CPU, fp32 only
 
-The codec decides the bytes and names the form (`Codec.onnx_form`), the form decides the nodes; no value is quantised
-here. MatMul wants the matrix as [in, out], so codes that are stored as rows of [out, in] are transposed, which changes
-no code.
+The codec supplies the codes and chooses the form (`Codec.onnx_form`); the form determines the nodes. No value is
+quantised here. MatMul expects the matrix as [in, out], so codes that are stored as [out, in] are transposed; their
+values do not change.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
     import onnx
     import torch
 
-    from bagel_compress.exporting.source import Coded
+    from bagel_compress.exporting.source import EncodedTensor
 
 BNB4_NF4 = 1  # quant_type of MatMulBnb4: 0 is FP4, 1 is NF4 (onnxruntime, contrib operators)
 INT4_BLOCK = 32
-# MatMulInteger gets int8 codes as uint8 around 128: with signed codes, CPUs without VNNI add pairs of products in 16
-# bits, which saturates (6 % error on random codes, onnxruntime 1.32).
+# MatMulInteger gets int8 codes as uint8 with zero point 128: with signed codes, CPUs without VNNI add pairs of products
+# in 16 bits, which saturates (6 % error on random codes, onnxruntime 1.32).
 SHIFT = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
-    """Values of one initialiser. `data` holds the bytes in ONNX order; its own dtype does not matter."""
+    """Values of one initialiser. The bytes of `data` are stored as they are; its numpy dtype does not matter."""
 
     elem_type: int
     shape: tuple[int, ...]
     data: np.ndarray
 
 
-def plain(tensor: torch.Tensor, dtype: torch.dtype, name: str, transpose: bool = False) -> Initializer:
-    """The values in `dtype`, transposed for MatMul if asked. Raises ExportError where fp16 overflows."""
+def plain_values(tensor: torch.Tensor, dtype: torch.dtype, name: str, transpose: bool = False) -> Initializer:
+    """A tensor's values in `dtype`, transposed if asked. Raises ExportError naming the tensor if fp16 overflows."""
     import torch
 
     values = tensor.to(dtype)
@@ -58,35 +58,35 @@ def plain(tensor: torch.Tensor, dtype: torch.dtype, name: str, transpose: bool =
     return Initializer(elem_type(dtype), tuple(values.shape), values.reshape(-1).view(torch.uint8).numpy())
 
 
-def coded(form: FormName, item: Coded, dtype: torch.dtype) -> dict[str, Initializer]:
-    """What a coded matrix becomes in the file: suffix -> values. `dtype` is the export's precision."""
+def encoded_values(form: FormName, item: EncodedTensor, dtype: torch.dtype) -> dict[str, Initializer]:
+    """The initialisers of a compressed matrix: suffix of the name -> values. `dtype` is the export's precision."""
     from onnx import TensorProto
 
-    carried = item.codec.onnx_codes(item.spec, item.parts)
-    codes, element = carried.codes, int(getattr(TensorProto, carried.element))
+    stored = item.codec.onnx_codes(item.spec, item.parts)
+    codes, element = stored.codes, int(getattr(TensorProto, stored.element))
     rows, columns = item.spec.shape
-    values = plain(carried.scale, dtype, f"{item.spec.name} (its scales)", transpose=form == "int4")
+    scales = plain_values(stored.scale, dtype, f"{item.spec.name} (its scales)", transpose=form == "int4")
     if form == "bnb4":
-        return {".codes": Initializer(element, (codes.size,), codes), ".absmax": values}
-    turned = np.ascontiguousarray(codes.reshape(rows, columns).T)
+        return {".codes": Initializer(element, (codes.size,), codes), ".absmax": scales}
+    transposed = np.ascontiguousarray(codes.reshape(rows, columns).T)
     if form == "int4":
-        return {".codes": Initializer(element, (columns, rows), pack_int4(turned.reshape(-1))), ".scale": values}
+        return {".codes": Initializer(element, (columns, rows), pack_int4(transposed.reshape(-1))), ".scale": scales}
     if form == "dynamic":
         zero = Initializer(TensorProto.UINT8, (), np.array([SHIFT], np.uint8))
-        shifted = turned.view(np.uint8) ^ np.uint8(SHIFT)
-        return {".codes": Initializer(TensorProto.UINT8, (columns, rows), shifted), ".zero": zero, ".scale": values}
-    return {".codes": Initializer(element, (columns, rows), turned), ".scale": values}
+        shifted = transposed.view(np.uint8) ^ np.uint8(SHIFT)
+        return {".codes": Initializer(TensorProto.UINT8, (columns, rows), shifted), ".zero": zero, ".scale": scales}
+    return {".codes": Initializer(element, (columns, rows), transposed), ".scale": scales}
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:
-    """Signed codes -8..7, one a byte -> two a byte, first in the low nibble (ONNX INT4)."""
+    """Packs signed codes -8..7 from one per byte to two per byte, the first in the low nibble (ONNX INT4)."""
     padded = codes if codes.size % 2 == 0 else np.append(codes, np.int8(0))
     nibbles = padded.astype(np.uint8) & 0x0F
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
-def rewrite(graph: onnx.GraphProto, weight: str, form: FormName, shape: tuple[int, int]) -> None:
-    """Puts the nodes that read `weight`'s codes where the graph multiplies by it. `shape` is [in, out]."""
+def insert_decoding_nodes(graph: onnx.GraphProto, weight: str, form: FormName, shape: tuple[int, int]) -> None:
+    """Changes the product with `weight` so that it reads the weight's codes. `shape` is [in, out]."""
     from onnx import helper
 
     if form in ("qdq", "int4"):
@@ -114,7 +114,10 @@ def _bnb4(x: str, y: str, weight: str, shape: tuple[int, int]) -> list[onnx.Node
 
 
 def _dynamic(x: str, y: str, weight: str) -> list[onnx.NodeProto]:
-    """y = (round(x / s) as uint8, zero point z) @ codes * s * scale: the operators ONNX Runtime fuses on CPU."""
+    """y = q @ codes * s * scale, where x is quantised to uint8 q with scale s and zero point z.
+
+    ONNX Runtime fuses exactly this chain of operators on the CPU.
+    """
     from onnx import TensorProto, helper
 
     q, s, z, total = (f"{weight}.{part}" for part in ("x", "x_scale", "x_zero", "sum"))

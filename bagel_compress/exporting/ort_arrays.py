@@ -1,6 +1,6 @@
 """The sampler's arithmetic in numpy: the counterparts of bagel.flow, bagel.inputs and bagel.vit's patches. No torch.
 
-Also torch's seeded normal numbers, so that a seed means the same picture on every runtime.
+It also reproduces torch's seeded normal numbers, so that a seed gives the same picture on every runtime.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ Floats = NDArray[np.float32]
 
 
 class Generator:
-    """torch's CPU generator: a Mersenne twister, read in its way."""
+    """Reproduces torch's CPU generator: a Mersenne twister, whose output is used as torch uses it."""
 
     def __init__(self, seed: int) -> None:
         self._twister = np.random.RandomState(seed & 0xFFFFFFFF)
 
     def normal(self, shape: tuple[int, ...]) -> Floats:
-        """`torch.randn(shape)` of 16 values or more, to the last digits of log and cosine.
+        """The values of `torch.randn(shape)`, equal up to the last digits of logarithm and cosine. At least 16 values.
 
-        torch (2.13, `normal_fill`): uniforms of 24 bits; in every 16 of them, Box-Muller of the first 8 with the last
-        8; where the count is no multiple of 16, the last 16 values are drawn anew.
+        torch's method (2.13, `normal_fill`): uniform numbers of 24 bits; in each group of 16, Box-Muller pairs the
+        first 8 with the last 8; if the count is no multiple of 16, the last 16 values are drawn again.
         """
         count = int(np.prod(shape))
         if count < 16:
@@ -37,7 +37,7 @@ class Generator:
         return values.reshape(shape)
 
     def draw(self, probabilities: Floats) -> int:
-        """An index with the given probabilities; not torch's sequence."""
+        """A random index with the given probabilities. The sequence of draws is not torch's."""
         return int(self._twister.choice(len(probabilities), p=probabilities.astype(np.float64)))
 
     def _uniform(self, count: int) -> Floats:
@@ -56,7 +56,10 @@ def _box_muller(uniform: Floats) -> Floats:
 
 
 def schedule(num_timesteps: int, shift: float) -> Floats:
-    """Times from 1 down to 0: t = s*u / (1 + (s-1)*u) of evenly spaced u, counted from the nearer end as torch does."""
+    """Times from 1 down to 0: t = s*u / (1 + (s-1)*u) for evenly spaced u.
+
+    As in torch.linspace, each u is computed from the nearer end of the interval.
+    """
     step = np.float32(-1) / np.float32(num_timesteps - 1)
     index = np.arange(num_timesteps, dtype=np.float32)
     u = np.where(index < num_timesteps // 2, 1 + step * index, -step * (num_timesteps - 1 - index)).astype(np.float32)
@@ -86,7 +89,7 @@ def _ratio(wanted: Floats | np.floating, found: Floats | np.floating, low: float
 
 
 def choose(logits_v: Floats, settings: TextSettings, generator: Generator | None) -> int:
-    """Greedy (ties to the lowest id) or one draw from softmax(logits / temperature)."""
+    """The next token id: that of the largest logit (the lowest of equal ones), or sampled at `settings.temperature`."""
     if not settings.do_sample:
         return int(logits_v.argmax())
     scaled = logits_v.astype(np.float64) / settings.temperature

@@ -1,8 +1,8 @@
 """The model's passes over exported graphs: the counterpart of bagel.model.Bagel and bagel.context. No torch.
 
-Contexts are tuples of device values that are never changed: appending gives new ones, so a fork is a copy of
-references. Inside an image block the rows lie in another order than in Bagel (wrappers first); nothing can tell, since
-the rows of a block share one rope position and see each other, and later rows see all of them.
+A context holds tuples of device values that are never modified: appending makes new ones, so a fork copies references
+only. The rows of an image block are ordered differently than in Bagel (wrapper rows first). This changes no result,
+since all rows of a block share one rope position and see each other, and later rows see all of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ Tap = Callable[[str, Any], None]
 
 
 class Runner(Protocol):
-    """Runs blocks: ONNX Runtime sessions, or TensorRT engines."""
+    """Runs blocks, with ONNX Runtime sessions or TensorRT engines."""
 
-    def run(self, block: str, inputs: dict[str, Any]) -> list[Value]: ...
+    def run(self, block: str, inputs: dict[str, Any]) -> list[Value]:
+        """Runs a block on named inputs (device values or numpy arrays) and returns its outputs in order."""
 
-    def value(self, array: NDArray[Any]) -> Value: ...
+    def value(self, array: NDArray[Any]) -> Value:
+        """Copies a numpy array to the device."""
 
-    def empty(self, shape: tuple[int, ...]) -> Value: ...
+    def empty(self, shape: tuple[int, ...]) -> Value:
+        """A device value in the export's precision, with an axis of length 0."""
 
 
 @dataclass
@@ -40,11 +43,11 @@ class Cache:
     rope: int = 0
 
     def fork(self) -> Cache:
-        """An independent cache with the same content; shares the values."""
+        """An independent cache with the same content. Device values are shared, not copied."""
         return Cache(self.layers, self.length, self.rope)
 
     def append(self, layers: Sequence[tuple[Value, Value]], count: int, rope_step: int) -> None:
-        """Takes the longer keys and values that a pass gave."""
+        """Replaces keys and values by the longer ones that a pass returned, which has added `count` rows."""
         self.layers, self.length, self.rope = tuple(layers), self.length + count, self.rope + rope_step
 
 
@@ -58,7 +61,7 @@ class NoisyRows:
 
 
 class GraphModel:
-    """Bagel's passes. Every sample of a batch is run by itself: graphs hold one sequence."""
+    """Bagel's passes on exported graphs. A graph takes one sequence, so the samples of a batch run one by one."""
 
     def __init__(self, config: BagelConfig, runner: Runner) -> None:
         self.config, self._run = config, runner.run
@@ -66,8 +69,8 @@ class GraphModel:
 
     def new_context(self) -> Cache:
         llm = self.config.llm
-        nothing = self._runner.empty((1, llm.num_kv_heads, 0, llm.head_dim))
-        return Cache(((nothing, nothing),) * llm.num_layers)
+        empty = self._runner.empty((1, llm.num_kv_heads, 0, llm.head_dim))
+        return Cache(((empty, empty),) * llm.num_layers)
 
     # --- passes that fill contexts ------------------------------------------------------------------------------------
 
@@ -143,13 +146,17 @@ class GraphModel:
         """Inverse of `pack_latent`."""
         return unpatchify(packed, rows, cols, self.config.latent_patch_size)
 
-    # --- the shared core ----------------------------------------------------------------------------------------------
+    # --- passes over all layers ---------------------------------------------------------------------------------------
 
     def _embed(self, ids: Sequence[int]) -> Value:
         return self._run("embed", {"ids": np.array(ids, np.int64)})[0]
 
     def _read(self, context: Cache, x: Value, positions: NDArray[Any], text: bool, tap: Tap | None) -> Value:
-        """All layers over rows of the understanding expert; appends them. `text`: causal, rope counts rows."""
+        """Runs all layers on rows of the understanding expert and appends them to the context.
+
+        With `text`, attention is causal and every row advances the rope position; without, the rows are an image's:
+        each sees all others, and together they take one position. Returns the rows after the last layer.
+        """
         count = len(positions)
         every = context.length + count
         visible = np.arange(context.length + 1, every + 1) if text else np.full(count, every)
@@ -167,7 +174,7 @@ class GraphModel:
     def _image_pass(
         self, wrappers: Value, latents: Value, context: Cache, tap: Tap | None
     ) -> tuple[Value, list[tuple[Value, Value]]]:
-        """All layers over one image block. Returns the latent rows and the longer keys and values."""
+        """Runs all layers on one image block. Returns its latent rows, and keys and values with the block's added."""
         feeds, layers = self._rope(np.array([context.rope])), []
         for index, (past_k, past_v) in enumerate(context.layers):
             feeds |= {"wrappers": wrappers, "latents": latents, "past_k": past_k, "past_v": past_v}

@@ -1,9 +1,9 @@
-"""The sampler on exported graphs: bagel.loops over ONNX Runtime and numpy. No torch.
+"""The sampler on exported graphs: the loops of bagel.loops on ONNX Runtime and numpy. No torch.
 
     sampler = open_onnx("out/bagel-onnx")
     sampler.run(["a red cat"], size=(1024, 1024), seed=1).image
 
-Same calls, settings, seeds and results as bagel.sampler.Sampler, with numpy arrays in place of tensors.
+It has the calls, settings, seeds and results of bagel.sampler.Sampler, with numpy arrays in place of tensors.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from bagel_compress.run.export_settings import BlockKind
 
 
 def open_onnx(path: str | Path, provider: str | None = None, threads: int = 0) -> GraphSampler:
-    """The sampler of an export folder. `provider` of graphs: "cpu" or "cuda", by default what the target says.
+    """Opens the sampler of an export folder.
 
-    Raises ArtifactError if the folder is not a complete export, MissingExtraError without onnxruntime, ExportError if
-    the provider cannot run this export.
+    `provider` is "cpu" or "cuda", by default that of the target; `threads` is the size of the CPU thread pool, 0 for
+    one per core. Both are ignored for TensorRT engines. Raises ArtifactError if the folder is not a complete export,
+    MissingExtraError without the runtime's package, ExportError if the provider cannot run this export.
     """
     folder = ExportFolder.open(path)
     if folder.manifest.settings.runtime != "onnxruntime":
@@ -48,11 +49,12 @@ class GraphSampler(Loops):
     """An exported model with its VAE and tokenizer."""
 
     def __init__(self, folder: ExportFolder, runner: Runner) -> None:
-        """Raises ExportError if the folder holds some of the model's blocks only."""
+        """Raises ExportError if the folder lacks some of the model's blocks."""
         missing = set(get_args(BlockKind)) - {entry.kind for entry in folder.manifest.blocks.values()}
         if missing:
             raise ExportError(
-                f"{folder.path} is no whole model: it has no {min(missing)}; export for a target without `blocks`."
+                f"{folder.path} is not a complete model: it has no {min(missing)}; export for a target without"
+                " `blocks`."
             )
         self.folder, self._runner = folder, runner
         self.bagel: GraphModel = GraphModel(folder.manifest.model, runner)

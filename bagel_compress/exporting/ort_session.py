@@ -1,8 +1,8 @@
-"""ONNX Runtime sessions of an export folder: opened when first used, values stay on the device. No torch.
+"""ONNX Runtime sessions of an export folder. A session is opened when it is first used. No torch.
 
-Every run goes through IO binding, on CPU and on CUDA alike: rows and caches leave a block as device values and enter
-the next one untouched. und_layer and gen_layer read the same bytes of one data file, but each session keeps its own
-copy of the understanding expert.
+Every run uses IO binding, on CPU and on CUDA: rows and caches leave a block as device values and enter the next one
+without a copy. und_layer and gen_layer read the same bytes of one data file, but each session keeps its own copy of the
+understanding expert.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Value = Any  # onnxruntime.OrtValue
-# ONNX element types (onnx.proto, TensorProto.DataType) by precision; onnx itself is not needed to run.
+# Precision -> ONNX element type (onnx.proto, TensorProto.DataType), so that running needs no onnx package.
 ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16}
-# It joins MatMul and bias before codes are fused into the product; the matrix is then unpacked in every pass.
-HARMFUL = ["MatMulAddFusion"]
+# MatMulAddFusion merges MatMul and bias before DequantizeLinear can be fused with MatMul; the matrix would then be
+# dequantised in every pass.
+DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Sessions:
-    """The graphs of a folder as functions from named values to named values."""
+    """Runs the graphs of a folder by block name (a `Runner`)."""
 
     def __init__(self, folder: ExportFolder, provider: str | None = None, threads: int = 0) -> None:
-        """`threads`: of the pool that all sessions share, 0 for one per core. Raises MissingExtraError, ExportError."""
+        """`provider` is "cpu" or "cuda", by default that of the export.
+
+        `threads` is the size of the thread pool that all sessions of the process share, 0 for one per core; onnxruntime
+        creates the pool once, so only the first value counts. Raises MissingExtraError without onnxruntime, ExportError
+        if the provider is not available or cannot compute in the export's precision.
+        """
         try:
             import onnxruntime
         except ImportError:
@@ -56,16 +62,16 @@ class Sessions:
             )
 
     def value(self, array: NDArray[Any]) -> Value:
-        """A numpy array (fp32 or int64) on the device."""
+        """Copies a numpy array (fp32 or int64) to the device."""
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
     def empty(self, shape: tuple[int, ...]) -> Value:
-        """A value of the export's precision with an axis of length 0."""
+        """A device value in the export's precision, with an axis of length 0."""
         kind = ELEMENT_TYPES[self.folder.manifest.settings.precision]
         return self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, self.device, 0)
 
     def run(self, block: str, inputs: Mapping[str, Value | NDArray[Any]]) -> list[Value]:
-        """Runs a block. Raises ExportError, naming the block, if the runtime refuses it."""
+        """Runs a block on named inputs; returns its outputs in order. Raises ExportError if the runtime fails."""
         session = self.session(block)
         binding = session.io_binding()
         for name, value in inputs.items():
@@ -80,7 +86,7 @@ class Sessions:
         return list(binding.get_outputs())
 
     def session(self, block: str) -> ort.InferenceSession:
-        """The session of a block, made when first asked for."""
+        """The session of a block, opened at the first call. Raises ExportError if the runtime rejects the graph."""
         if block not in self._sessions:
             entry = self.folder.manifest.blocks[block]
             options = self.session_options()
@@ -88,7 +94,7 @@ class Sessions:
             path = str(self.folder.file(entry.model))
             try:
                 self._sessions[block] = self._ort.InferenceSession(
-                    path, options, providers=[PROVIDERS[self.device]], disabled_optimizers=HARMFUL
+                    path, options, providers=[PROVIDERS[self.device]], disabled_optimizers=DISABLED_OPTIMIZERS
                 )
             except self._failures() as error:
                 raise ExportError(
@@ -101,7 +107,7 @@ class Sessions:
         options = self._ort.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 3
-        # onnxruntime's own default is 4, rows of 8 bits; 1 is fp32.
+        # Precision of activations in products with int4 weights: 1 is fp32, 4 (onnxruntime's default) is int8.
         level = "1" if self.folder.manifest.settings.activations == "float" else "4"
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
         return options
@@ -114,7 +120,7 @@ class Sessions:
         return tuple(getattr(state, name) for name in names if hasattr(state, name))
 
 
-_THREADS: list[int] = []  # size of the pool that this process made; onnxruntime makes one once
+_THREADS: list[int] = []  # size of this process's thread pool, once it was created
 
 
 def _share_threads(threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Sizes of symbolic axes: from what a target asks of the model, and checked when a block is run. No torch."""
+"""Ranges of the symbolic axes: derived from a target's workload, and checked when an engine is run. No torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from bagel_compress.run.target import Workload
 WRAPPED = 2  # the wrapper rows of an image block
 
 
-def axes_of(sizes: Workload, config: BagelConfig, given: Mapping[str, Range]) -> dict[str, Range]:
-    """Axis -> sizes; the largest is what a think-edit of the target's sizes needs. `given` replaces single axes."""
+def axis_ranges(sizes: Workload, config: BagelConfig, given: Mapping[str, Range]) -> dict[str, Range]:
+    """Axis -> smallest, usual and largest size, large enough for an edit in think mode with the target's sizes.
+
+    `given` replaces the ranges of single axes. Raises ExportError on an unknown axis in it.
+    """
     stride, factor = config.image_stride, config.vae_downsample
     sides = [max(a, b) for a, b in zip(sizes.image, sizes.input_image, strict=True)]
     latents = (sides[0] // stride) * (sides[1] // stride)
@@ -48,7 +51,7 @@ def _patches(sizes: Workload, config: BagelConfig) -> int:
 
 
 def profile(entry: BlockEntry, axes: Mapping[str, Range]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Input -> its smallest, usual and largest shape; inputs of fixed shape are left out."""
+    """Input -> its smallest, usual and largest shape. Inputs of fixed shape are left out."""
     shapes = {}
     for port in entry.inputs:
         if any(isinstance(a, str) for a in port.shape):
@@ -58,7 +61,10 @@ def profile(entry: BlockEntry, axes: Mapping[str, Range]) -> dict[str, tuple[tup
 
 
 def check_shapes(block: str, entry: BlockEntry, axes: Mapping[str, Range], found: Mapping[str, Sequence[int]]) -> None:
-    """Raises ExportError, naming block, axis and range, if a size lies outside what the engine was built for."""
+    """Raises ExportError, naming block, axis and range, if a size is outside the range that the engine was built for.
+
+    `found` gives the shape of each input.
+    """
     for port in entry.inputs:
         shape = found[port.name]
         if len(shape) != len(port.shape):

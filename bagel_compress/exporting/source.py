@@ -1,7 +1,7 @@
-"""Where an export's values come from: a compressed artifact, or a full-precision checkpoint folder.
+"""Sources of an export's weights: a compressed artifact, or a full-precision checkpoint.
 
-Tensors are asked for by their path in `bagel.Bagel` ("layers.3.und.q_proj.weight", "vae.decoder.conv_in.weight"), the
-names that blocks use. Files are mapped; one unit is decoded at a time.
+Blocks name tensors by their path in `bagel.Bagel` ("layers.3.und.q_proj.weight", "vae.decoder.conv_in.weight"), and so
+do the methods here. Files are memory-mapped; one unit is decoded at a time.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ FOLDER_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES)
 
 
 @dataclass(frozen=True)
-class Coded:
-    """A tensor as an artifact stores it."""
+class EncodedTensor:
+    """A tensor as an artifact stores it: its spec, its codec, and the codec's parts by name."""
 
     spec: TensorSpec
     codec: Codec
@@ -46,14 +46,17 @@ class Coded:
 
 
 class WeightSource(ABC):
-    """Weights by their path in Bagel."""
+    """The weights of a model by their path in Bagel, and its other files."""
 
     identity: ExportSource
-    limits: Limits  # what parity must hold
+    limits: Limits  # the limits of the parity report
 
     @staticmethod
     def open(path: str | Path) -> WeightSource:
-        """An artifact where there is a manifest, else a checkpoint. Raises their errors."""
+        """Opens an artifact if the folder has a manifest (or an unfinished build), else a checkpoint.
+
+        Raises ArtifactError or CheckpointError.
+        """
         folder = Path(path)
         if (folder / MANIFEST).exists() or (folder / ".build").exists():
             return ArtifactSource(Artifact.open(folder))
@@ -62,31 +65,32 @@ class WeightSource(ABC):
     @property
     @abstractmethod
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Official name -> spec, without the VAE."""
+        """Official name -> spec of every tensor except the VAE's."""
 
     @property
     @abstractmethod
     def files(self) -> Mapping[str, Path]:
-        """Configs and tokenizer by name."""
+        """Configs and tokenizer files by name."""
 
     @property
     @abstractmethod
     def vae(self) -> TensorFile:
-        """The file of the VAE."""
+        """The opened file of the VAE's weights."""
 
     @abstractmethod
     def codec(self, path: str) -> Codec:
-        """The codec of a tensor."""
+        """The codec that a tensor is stored with."""
 
     @abstractmethod
-    def coded(self, path: str) -> Coded:
-        """The tensor as stored."""
+    def encoded(self, path: str) -> EncodedTensor:
+        """The tensor in its stored form."""
 
     @abstractmethod
-    def _decoded(self, official: str) -> torch.Tensor: ...
+    def _decoded(self, official: str) -> torch.Tensor:
+        """The decoded tensor of an official name."""
 
     def tensor(self, path: str) -> torch.Tensor:
-        """The tensor's values, decoded; a view of the file where nothing has to be done."""
+        """The tensor's decoded values; a view of the mapped file if they are stored plainly."""
         if path.startswith(VAE_PREFIX):
             from bagel_compress.io.bf16 import as_tensor
 
@@ -104,14 +108,14 @@ class WeightSource(ABC):
         return {parameter_path(name): name for name in self.specs}
 
     def copy_files(self, folder: Path) -> None:
-        """Puts configs and tokenizer into a folder."""
+        """Copies configs and tokenizer into a folder."""
         for name, file in self.files.items():
             if name in FOLDER_FILES:
                 with atomic_path(folder / name) as partial:
                     shutil.copyfile(file, partial)
 
     def configs(self, folder: Path) -> tuple[BagelConfig, VAEConfig]:
-        """The model's configurations, read from a folder that has this source's files."""
+        """The configurations of model and VAE, read from a folder that `copy_files` has filled."""
         from bagel.loading import read_config, vae_config
 
         vae_shapes = {name: t.shape for name, t in self.vae.tensors.items()}
@@ -120,7 +124,7 @@ class WeightSource(ABC):
 
 
 class CheckpointSource(WeightSource):
-    """A full-precision checkpoint: everything is raw bf16."""
+    """A full-precision checkpoint; every tensor is raw bf16."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -144,9 +148,9 @@ class CheckpointSource(WeightSource):
     def codec(self, path: str) -> Codec:
         return Raw()
 
-    def coded(self, path: str) -> Coded:
+    def encoded(self, path: str) -> EncodedTensor:
         spec = self.specs[self.official[path]]
-        return Coded(spec, Raw(), {spec.name: self._decoded(spec.name)})
+        return EncodedTensor(spec, Raw(), {spec.name: self._decoded(spec.name)})
 
     def _decoded(self, official: str) -> torch.Tensor:
         spec = self.specs[official]
@@ -154,7 +158,7 @@ class CheckpointSource(WeightSource):
 
 
 class ArtifactSource(WeightSource):
-    """A compressed artifact; the last decoded unit is kept, since a unit may hold several tensors."""
+    """A compressed artifact. The unit decoded last is cached, since a unit may hold several tensors."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
@@ -184,9 +188,9 @@ class ArtifactSource(WeightSource):
     def codec(self, path: str) -> Codec:
         return Raw() if path.startswith(VAE_PREFIX) else self._artifact.codec(self._unit(path))
 
-    def coded(self, path: str) -> Coded:
+    def encoded(self, path: str) -> EncodedTensor:
         unit = self._unit(path)
-        return Coded(self.specs[self.official[path]], self._artifact.codec(unit), self._artifact.parts(unit))
+        return EncodedTensor(self.specs[self.official[path]], self._artifact.codec(unit), self._artifact.parts(unit))
 
     def _unit(self, path: str) -> str:
         return self._artifact.manifest.unit_of[self.official[path]]

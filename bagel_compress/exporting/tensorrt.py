@@ -1,8 +1,8 @@
-"""Engines: one per block, built from the same ONNX files by TensorRT for RTX (no GPU needed) or classic TensorRT.
+"""Builds engines from the ONNX files, one per block, with TensorRT for RTX (needs no GPU) or classic TensorRT.
 
-An RTX engine is portable over the capabilities it names; kernels are compiled on the user's GPU. A build that succeeds
-proves that every operator, type and shape is accepted; numbers can only be checked on a GPU, or by ONNX Runtime on the
-same graph. Two builds of one engine differ in some bytes.
+A TensorRT for RTX engine runs on all compute capabilities that it was built for; kernels are compiled on the user's
+GPU. A successful build shows that TensorRT accepts every operator, type and shape; results can only be checked on a
+GPU, or by running the same graph in ONNX Runtime. Two builds of one engine differ in some bytes.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from bagel_compress.run.export_settings import ExportSettings, Range
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 EXTRAS = {"tensorrt-rtx": "bagel-compress[tensorrt]", "tensorrt": "NVIDIA's tensorrt package"}
-# Compute capabilities that TensorRT for RTX 1.7 builds for (its ComputeCapability enum), and what needs which.
+# Compute capabilities that TensorRT for RTX 1.7 builds for (its ComputeCapability enum); bf16 needs at least 8.0.
 CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 BF16_FROM = 80
-# How export/graph names nodes: node_add_7, or gen.o_proj after a weight; not a source file of TensorRT.
+# Matches node names in TensorRT's log, as the module `graph` gives them: node_add_7, or gen.o_proj after a weight.
+# Names of TensorRT's source files (x.cpp, x.h) do not match.
 NODE = re.compile(r"\b(node_\w+|[a-z]\w*(?:\.(?!cpp\b|h\b)\w+)+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A built engine and what the builder said."""
+    """A serialised engine, and the builder's warnings and errors."""
 
     data: bytes
     log: tuple[str, ...]
 
 
 def check_settings(settings: ExportSettings, codecs: Iterable[Codec]) -> None:
-    """Raises ExportError if a capability is unknown, or lacks the precision or the type of one of these codecs."""
+    """Raises ExportError if a compute capability is unknown, or does not support the precision or one of the codecs."""
     newest = max(codecs, key=lambda codec: codec.least_capability, default=None)
     for name in settings.capabilities:
         if name not in CAPABILITIES:
@@ -46,31 +47,31 @@ def check_settings(settings: ExportSettings, codecs: Iterable[Codec]) -> None:
         number = int(name.removeprefix("sm"))
         if settings.precision == "bf16" and number < BF16_FROM:
             raise ExportError(
-                f"{name} has no bf16, which begins at sm{BF16_FROM}; choose precision fp16 or drop {name}."
+                f"{name} has no bf16, which needs sm{BF16_FROM} or later; choose precision fp16 or drop {name}."
             )
         if newest is not None and number < newest.least_capability:
             raise ExportError(
-                f"{name} has no {newest.format}, which begins at sm{newest.least_capability}; use int8 weights or drop"
-                f" {name}."
+                f"{name} has no {newest.format}, which needs sm{newest.least_capability} or later; use int8 weights or"
+                f" drop {name}."
             )
 
 
 def build_engine(
     block: str, entry: BlockEntry, model: Path, settings: ExportSettings, axes: Mapping[str, Range]
 ) -> Engine:
-    """Builds one block. Raises ExportError naming block, node and what to do; MissingExtraError without the package."""
+    """Builds the engine of one block. Raises ExportError naming block and node, MissingExtraError without TensorRT."""
     trt = load_tensorrt(settings.runtime)
     log: list[str] = []
     builder, config, network = _parsed(trt, block, entry, model, _logger(trt, log), settings)
     _add_profile(trt, builder, config, entry, axes)
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise ExportError(_refusal(block, log, settings))
+        raise ExportError(_failure(block, log, settings))
     return Engine(bytes(data), tuple(log))
 
 
 def load_tensorrt(runtime: str) -> Any:
-    """The package of a runtime. Raises MissingExtraError."""
+    """The Python package of a runtime ("tensorrt-rtx" or "tensorrt"). Raises MissingExtraError if it is missing."""
     try:
         return importlib.import_module(MODULES[runtime])
     except ImportError:
@@ -119,12 +120,12 @@ def _logger(trt: Any, log: list[str]) -> Any:
     return Logger()
 
 
-def _refusal(block: str, log: Sequence[str], settings: ExportSettings) -> str:
+def _failure(block: str, log: Sequence[str], settings: ExportSettings) -> str:
     errors = [line for line in log if line.startswith(("error", "internal_error"))]
-    said = _short(errors[0]) if errors else "no reason given"
+    reason = _short(errors[0]) if errors else "no reason given"
     node = next((m[1] for line in errors if (m := NODE.search(line))), "?")
     return (
-        f"block {block}: {settings.runtime} cannot build it, at node {node} ({said});"
+        f"block {block}: {settings.runtime} cannot build it, at node {node} ({reason});"
         " choose another precision or fewer capabilities."
     )
 

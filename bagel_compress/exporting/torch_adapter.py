@@ -1,7 +1,7 @@
-"""An exported model behind the face of the torch sampler, so that the same validation judges both.
+"""An exported model with the interface of the torch sampler, so that validation runs the same code on both.
 
-Every pass converts tensors to arrays and back; nothing is computed here. Not for use: `GraphSampler` itself is quicker
-and needs no torch.
+Every pass converts tensors to arrays and back; nothing is computed here. To draw pictures, use `GraphSampler` itself:
+it is faster and needs no torch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from bagel_compress.exporting.ort_model import Cache, GraphModel, NoisyRows, Tap
 from bagel_compress.exporting.ort_sampler import GraphSampler
 
 
-class TorchFace(Sampler):
-    """A GraphSampler that takes and gives tensors."""
+class TorchAdapter(Sampler):
+    """A GraphSampler that takes and returns torch tensors."""
 
     def __init__(self, sampler: GraphSampler) -> None:
         self.graphs = sampler

@@ -1,8 +1,8 @@
-"""Runs engines with the call signature of the ONNX blocks, so that the same passes and sampler work on TensorRT.
+"""Runs TensorRT engines with the interface of ONNX Runtime's sessions, so that the same passes and sampler use both.
 
-Device memory is torch's. The engines of understanding layers and of image layers both hold the understanding expert,
-and no pass uses both kinds: only the kind in use is kept on the GPU. Written against the documented API; what could
-not be run where it was written is said in docs/export.md.
+Device memory is allocated by torch. The engines of und_layer and of gen_layer both hold the understanding expert, and
+no pass uses both kinds, so only the kind in use is kept on the GPU. The module is written against TensorRT's documented
+API; docs/export.md says which parts have not been run.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from bagel_compress.exporting.profiles import check_shapes
 from bagel_compress.exporting.tensorrt import load_tensorrt
 from bagel_compress.run.export_settings import TORCH_NAMES
 
-EXCLUSIVE = ("und_layer", "gen_layer")  # kinds of which one at a time is on the GPU
+EXCLUSIVE = ("und_layer", "gen_layer")  # kinds of which only one is kept on the GPU at a time
 
 
 @dataclass(frozen=True)
 class DeviceValue:
-    """A tensor on the GPU that reads back as numpy, as ONNX Runtime's values do."""
+    """A tensor on the GPU with the method `numpy` of ONNX Runtime's values."""
 
     tensor: torch.Tensor
 
@@ -35,7 +35,7 @@ class DeviceValue:
 
 
 class Engines:
-    """The engines of a folder as functions from named values to named values."""
+    """Runs the engines of a folder by block name (a `Runner`)."""
 
     def __init__(self, folder: ExportFolder) -> None:
         """Raises MissingExtraError without the package, ExportError without a GPU or without engines."""
@@ -57,15 +57,18 @@ class Engines:
         return DeviceValue(torch.empty(shape, dtype=self._dtype, device="cuda"))
 
     def run(self, block: str, inputs: Mapping[str, Any]) -> list[DeviceValue]:
-        """Runs a block. Raises ExportError, naming block and axis, on sizes the engine was not built for."""
+        """Runs a block on named inputs; returns its outputs in order.
+
+        Raises ExportError, naming block and axis, if an input has a size that the engine was not built for.
+        """
         entry = self.folder.manifest.blocks[block]
         tensors = {n: (self.value(v) if isinstance(v, np.ndarray) else v).tensor for n, v in inputs.items()}
         check_shapes(block, entry, self.folder.manifest.axes, {n: t.shape for n, t in tensors.items()})
         _, context = self._engine(block)
         for name, tensor in tensors.items():
             context.set_input_shape(name, tuple(tensor.shape))
-            # An empty cache has no address; TensorRT wants one all the same.
-            context.set_tensor_address(name, tensor.contiguous().data_ptr() or self._nowhere.data_ptr())
+            # An empty tensor has the address 0, which TensorRT does not accept.
+            context.set_tensor_address(name, tensor.contiguous().data_ptr() or self._placeholder.data_ptr())
         outputs = [self._output(context, port) for port in entry.outputs]
         stream = torch.cuda.current_stream()
         if not context.execute_async_v3(stream.cuda_stream):
@@ -80,14 +83,14 @@ class Engines:
         return DeviceValue(tensor)
 
     @property
-    def _nowhere(self) -> torch.Tensor:
+    def _placeholder(self) -> torch.Tensor:
         if not hasattr(self, "_byte"):
             self._byte = torch.zeros(256, dtype=torch.uint8, device="cuda")
         return self._byte
 
     def _engine(self, block: str) -> tuple[Any, Any]:
         if block not in self._loaded:
-            self._make_room(self.folder.manifest.blocks[block].kind)
+            self._unload_other_kind(self.folder.manifest.blocks[block].kind)
             data = self.folder.file(self.folder.manifest.blocks[block].engine).read_bytes()
             engine = self._runtime.deserialize_cuda_engine(data)
             if engine is None:
@@ -98,7 +101,7 @@ class Engines:
             self._loaded[block] = (engine, engine.create_execution_context())
         return self._loaded[block]
 
-    def _make_room(self, kind: str) -> None:
+    def _unload_other_kind(self, kind: str) -> None:
         if kind in EXCLUSIVE:
             kinds = {b: self.folder.manifest.blocks[b].kind for b in self._loaded}
             self._loaded = {b: e for b, e in self._loaded.items() if kinds[b] == kind or kinds[b] not in EXCLUSIVE}

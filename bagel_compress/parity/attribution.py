@@ -1,7 +1,7 @@
-"""Attribution: which part of an artifact costs what.
+"""Attributes the error of an artifact to its components.
 
-The reference with one component's modules taken from the artifact, everything else untouched; then the next one. The
-modules are lent, not copied, so this needs both models in memory and nothing more.
+For each component, the reference runs with that component's modules replaced by the artifact's, and everything else
+unchanged. Modules are moved by reference, not copied, so no memory is needed beyond the two models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bagel.sampler import Sampler
 from bagel_compress.build.limits import Metric
 from bagel_compress.parity import replay
 from bagel_compress.parity.distances import measure
-from bagel_compress.parity.report_data import Share
+from bagel_compress.parity.report_data import ComponentCost
 from bagel_compress.parity.trace import Trace
 
 _ATTENTION = r"(?:[qkvo]_proj|[qk]_norm|input_layernorm)"
@@ -34,29 +34,29 @@ COMPONENTS = {
     "latent and time": r"vae2llm|llm2vae|latent_pos_embed|time_embedder",
     "head": r"lm_head|norm_und|norm_gen",
 }
-STEPS, LOGITS = 2, 8  # what is replayed per case: enough to rank components
+STEPS, LOGITS = 2, 8  # denoising steps and tokens replayed per case: enough to rank components
 
 
-def attribute(reference: Sampler, artifact: Sampler, traces: Sequence[Trace]) -> tuple[Share, ...]:
-    """The cost of each component: error of the path and mean KL of logits, mean over the cases."""
-    thin = [_thinned(trace) for trace in traces]
-    shares = []
+def attribute(reference: Sampler, artifact: Sampler, traces: Sequence[Trace]) -> tuple[ComponentCost, ...]:
+    """The error that each component causes alone: `velocity.path` and mean KL divergence, means over the cases."""
+    shortened = [_shortened(trace) for trace in traces]
+    costs = []
     for component, pattern in COMPONENTS.items():
-        with lent(reference.bagel, artifact.bagel, pattern):
-            measured = [measure(trace, replay.replay(reference, trace), None).metrics for trace in thin]
-        shares.append(
-            Share(
+        with borrowed_modules(reference.bagel, artifact.bagel, pattern):
+            measured = [measure(trace, replay.replay(reference, trace), None).metrics for trace in shortened]
+        costs.append(
+            ComponentCost(
                 component=component,
                 velocity=_mean([m[Metric.VELOCITY_PATH] for m in measured if Metric.VELOCITY_PATH in m]),
                 logits=_mean([m[Metric.LOGITS_KL_MEAN] for m in measured if Metric.LOGITS_KL_MEAN in m]),
             )
         )
-    return tuple(shares)
+    return tuple(costs)
 
 
 @contextmanager
-def lent(reference: Bagel, artifact: Bagel, pattern: str) -> Iterator[None]:
-    """Puts the artifact's modules whose path matches into the reference, and takes them out again."""
+def borrowed_modules(reference: Bagel, artifact: Bagel, pattern: str) -> Iterator[None]:
+    """Inside, the reference holds the artifact's modules in place of its own where the path matches `pattern`."""
     paths = [path for path, _ in reference.named_modules() if re.fullmatch(pattern, path)]
     kept = {path: reference.get_submodule(path) for path in paths}
     try:
@@ -73,8 +73,8 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _thinned(trace: Trace) -> Trace:
-    """First and middle step, some logits, no taps."""
+def _shortened(trace: Trace) -> Trace:
+    """The trace with its first and middle step, the first logits, and no layer states."""
     steps = trace.steps[:: max(1, len(trace.steps) // STEPS)][:STEPS]
     kept = {
         name: tensor

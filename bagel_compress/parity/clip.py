@@ -1,8 +1,8 @@
-"""CLIP score (Hessel et al. 2021): how well a picture shows what was asked for, by a CLIP model that the user has.
+"""CLIP score (Hessel et al. 2021): how well a picture matches its prompt, by a CLIP model that the user supplies.
 
-A folder in the layout of the Hub: config.json, model.safetensors, tokenizer.json. Read by transformers, from
-safetensors only; nothing is downloaded. The value depends on the model, so no class limits it; a recipe may limit how
-much of the reference's score a build loses.
+The model is a folder in the layout of the Hub: config.json, model.safetensors, tokenizer.json. transformers reads it,
+from safetensors only; nothing is downloaded. The score depends on the model, so no limit class includes it; a recipe
+may limit how far a build's score is below the reference's.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch import Tensor
 from bagel_compress.errors import MissingExtraError, TraceError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
-# Of RGB in 0..1; preprocessor_config.json of openai/clip-vit-base-patch32 and every other model of that release.
+# Of RGB in 0..1, from preprocessor_config.json of openai/clip-vit-base-patch32; the other models of that release agree.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """The cosine of a picture and a text; higher is better."""
+    """A loaded CLIP model. Calling it gives the cosine of a picture and a text; higher is better."""
 
     model: Any  # transformers.CLIPModel
     tokenizer: Tokenizer
 
     @classmethod
     def open(cls, folder: str | Path) -> Clip:
-        """Raises MissingExtraError without transformers, TraceError on a folder that holds no such model."""
+        """Loads a CLIP model. Raises MissingExtraError without transformers, TraceError if the folder holds none."""
         try:
             from transformers import CLIPModel
         except ImportError:
@@ -57,14 +57,17 @@ class Clip:
 
     @torch.no_grad()
     def __call__(self, picture_HWC: Tensor, text: str) -> float:
-        """Cosine of the embeddings of a uint8 picture and a text."""
+        """Cosine of the embeddings of a picture, uint8 [H, W, 3], and a text."""
         ids = torch.tensor([self.tokenizer.encode(text).ids])
         found = self.model(input_ids=ids, pixel_values=self._pixels(picture_HWC))
         return torch.cosine_similarity(found.image_embeds, found.text_embeds).item()
 
     @torch.no_grad()
     def classify(self, picture_HWC: Tensor, prompts: Sequence[Sequence[str]]) -> int:
-        """Zero-shot: the class whose prompts (as many for each) have the average nearest to a uint8 picture."""
+        """Zero-shot classification of a picture, uint8 [H, W, 3]: the index of its class.
+
+        `prompts` has a list of texts per class, equally long; the class whose mean text embedding is nearest wins.
+        """
         coded = [self.tokenizer.encode(text).ids for texts in prompts for text in texts]
         longest = max(map(len, coded))
         ids = torch.tensor([c + [c[-1]] * (longest - len(c)) for c in coded])  # padded by the end token, which pools
@@ -73,7 +76,7 @@ class Clip:
         return int((text_CD @ found.image_embeds[0]).argmax())
 
     def _pixels(self, picture_HWC: Tensor) -> Tensor:
-        """[1, 3, side, side]: the shorter side to `side`, bicubic; the middle of the longer one."""
+        """The model's input [1, 3, side, side]: resized (bicubic) so that the shorter side fits, and centre-cropped."""
         side: int = self.model.config.vision_config.image_size
         image = Image.fromarray(picture_HWC.numpy())
         scale = side / min(image.size)

@@ -1,8 +1,9 @@
-"""Compares a model with traces of its reference, and its distances with the limits of its recipe.
+"""Compares a model with traces of its reference, and the distances with the limits of its recipe.
 
-Every case runs twice: teacher-forced, to find the stage where the numbers begin to differ, and free, to see what a
-person would see. The linear modules are probed one by one. Each limit stands beside the noise floor, the distance of
-the reference from itself; a limit below its floor is an error, because not even the reference would hold it.
+Every case runs twice: teacher-forced, to find the stage where the numbers begin to differ, and free, for the result
+that a user would get. The linear modules are also compared one by one. Each value is reported with its limit and its
+noise floor, the distance of the reference from itself when it is computed differently. A limit below the floor is an
+error, since not even the reference would pass it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """The model under test, loaded, with what its manifest and recipe say about it."""
+    """The loaded model under test, with what its manifest and recipe say about it."""
 
     sampler: Sampler
     name: str
@@ -46,41 +47,42 @@ class Candidate:
     codecs: Mapping[str, Codec] = field(default_factory=dict)  # linear module path -> how it is stored
     rounding: Sequence[LayerRounding] = ()  # what calibrated rounding did, by layer
     presets: Mapping[str, SpeedPreset] = field(default_factory=dict)  # of the recipe, by name
-    has_modules: bool = True  # False: graphs, whose linear modules cannot be asked one by one
+    has_modules: bool = True  # False for exported graphs, whose linear modules cannot be run one by one
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A report and its pictures: case -> (reference, found, input pictures ...), uint8 [H, W, 3] each."""
+    """A report, and its pictures: name of a case -> (reference's, candidate's, inputs ...), each uint8 [H, W, 3]."""
 
     report: ParityReport
     pictures: Mapping[str, tuple[Tensor, ...]]
 
 
 def compare(
-    subject: Candidate,
+    candidate: Candidate,
     files: Sequence[TraceFile],
     reference: Sampler | None = None,
     progress: Progress | None = None,
     networks: Networks = NO_NETWORKS,
 ) -> Comparison:
-    """Compares a model with the cases of trace files. With `reference` loaded, errors are attributed to components.
+    """Compares a model with all cases of some trace files.
 
-    Raises TraceError on a trace of other sizes, RecipeError on a limit below the noise floor or one on a network's
-    value without its weights.
+    With the loaded `reference`, errors are also attributed to components. `networks` are LPIPS and CLIP, as far as the
+    user gave weights. Raises TraceError on a trace of a model with other sizes; RecipeError on a limit below the noise
+    floor, and on a limit for LPIPS or CLIP without their weights.
     """
     progress = progress or (lambda message: None)
     for metric, option in networks.absent.items():
-        if metric in subject.limits:
+        if metric in candidate.limits:
             raise RecipeError(f"limits: {metric} is limited, but it needs its weights; give them with {option}.")
     for file in files:
-        file.expect_model(asdict(subject.sampler.bagel.config))
+        file.expect_model(asdict(candidate.sampler.bagel.config))
     traces = [file.read(case) for file in files for case in file.header.cases]
-    _reachable(subject, traces)
+    _check_limits_above_floor(candidate, traces)
     cases, faults, pictures = [], [], {}
     for trace in traces:
         progress(f"comparing {trace.case.name}")
-        forced, free = replay.replay(subject.sampler, trace), replay.rerun(subject.sampler, trace)
+        forced, free = replay.replay(candidate.sampler, trace), replay.rerun(candidate.sampler, trace)
         case = measure(trace, forced, free)
         cases.append(case.model_copy(update={"metrics": case.metrics | networks.metrics(free, trace)}))
         faults += diagnose_case(forced, trace)
@@ -88,52 +90,52 @@ def compare(
             inputs = trace.series("picture")
             pictures[trace.case.name] = (trace.tensors["image"], free.tensors["image"], *inputs)
     progress("probing the linear modules")
-    found, wanted = _probes(subject, files)
-    faults += diagnose_modules(found, wanted, subject.codecs, subject.limits.get(Metric.LINEAR_GAIN))
+    found, wanted = _probes(candidate, files)
+    faults += diagnose_modules(found, wanted, candidate.codecs, candidate.limits.get(Metric.LINEAR_GAIN))
     if reference is not None:
         progress("attributing the error to components")
     probes = probe_values(found, wanted) if wanted.fixed else {}
-    rows = make_rows(subject.limits, subject.level, cases, probes)
-    asked = preset_limits(subject.level, subject.limits)
-    drawn_faster = tuple(preset_rows(subject.sampler, subject.presets, asked, traces, progress))
+    rows = make_rows(candidate.limits, candidate.level, cases, probes)
+    limits = preset_limits(candidate.level, candidate.limits)
+    rows_of_presets = tuple(preset_rows(candidate.sampler, candidate.presets, limits, traces, progress))
     report = ParityReport(
-        artifact=subject.digest,
-        name=subject.name,
-        level=subject.level,
+        artifact=candidate.digest,
+        name=candidate.name,
+        level=candidate.level,
         source=files[0].header.source,
         source_digest=files[0].header.source_digest,
-        environment=_environment(subject.sampler, files[0]),
-        rows=(*rows, *drawn_faster),
+        environment=_environment(candidate.sampler, files[0]),
+        rows=(*rows, *rows_of_presets),
         cases=tuple(cases),
-        shares=attribute(reference, subject.sampler, traces) if reference is not None else (),
-        modules=modules(found.fixed, wanted.fixed, subject.codecs),
-        rounding=tuple(subject.rounding),
+        shares=attribute(reference, candidate.sampler, traces) if reference is not None else (),
+        modules=modules(found.fixed, wanted.fixed, candidate.codecs),
+        rounding=tuple(candidate.rounding),
         faults=tuple(dict.fromkeys(faults)),
-        missing=not_measured(subject.limits, rows, cases, subject.has_modules),
+        missing=not_measured(candidate.limits, rows, cases, candidate.has_modules),
         notes=tuple(_notes(traces, networks)),
     )
     return Comparison(report, pictures)
 
 
-def _probes(subject: Candidate, files: Sequence[TraceFile]) -> tuple[Probes, Probes]:
-    """Answers of the subject's linear modules, and the reference's as they were recorded; none for graphs."""
-    if not subject.has_modules:
+def _probes(candidate: Candidate, files: Sequence[TraceFile]) -> tuple[Probes, Probes]:
+    """Outputs of the candidate's linear modules and the recorded outputs of the reference's; none for graphs."""
+    if not candidate.has_modules:
         return Probes({}), Probes({})
     recorded = [file.probes() for file in files]
     fixed = {path: answers for probes in recorded for path, answers in probes.fixed.items()}
     inputs = {path: rows for probes in recorded for path, rows in probes.inputs.items()}
     own = {path: torch.cat([fixed[path][:1], answers]) for p in recorded for path, answers in p.answers.items()}
-    found = probe(subject.sampler.bagel) if fixed else {}
-    return Probes(found, answers_to(subject.sampler.bagel, inputs, found)), Probes(fixed, own)
+    found = probe(candidate.sampler.bagel) if fixed else {}
+    return Probes(found, answers_to(candidate.sampler.bagel, inputs, found)), Probes(fixed, own)
 
 
-def _reachable(subject: Candidate, traces: Sequence[Trace]) -> None:
-    """Raises RecipeError if the reference itself does not hold a limit."""
-    for metric, limit in subject.limits.items():
+def _check_limits_above_floor(candidate: Candidate, traces: Sequence[Trace]) -> None:
+    """Raises RecipeError if a limit is stricter than the noise floor."""
+    for metric, limit in candidate.limits.items():
         floors = {
             t.case.name: floor
             for t in traces
-            if (floor := floor_of(t.facts.floor.get(metric, {}), limit, subject.level)) is not None
+            if (floor := floor_of(t.facts.floor.get(metric, {}), limit, candidate.level)) is not None
         }
         if not floors:
             continue
@@ -142,7 +144,7 @@ def _reachable(subject: Candidate, traces: Sequence[Trace]) -> None:
             side = "below" if limit.sense == "max" else "above"
             raise RecipeError(
                 f"limits: {metric} is limited to {limit.value:g}, {side} the noise floor of {worst:.4g} (the reference"
-                " against itself); nothing can hold it, so loosen the limit or record with a finer dtype."
+                " against itself); no build can pass it, so loosen the limit or record with a finer dtype."
             )
 
 

@@ -1,6 +1,7 @@
-"""Recognises known faults of a compressed model and names each in a sentence.
+"""Recognises known faults of a compressed model, and describes each in one sentence.
 
-A broken limit says that something is wrong; a diagnosis says what. Each function looks for one kind of fault.
+A broken limit only shows that something is wrong; a diagnosis names the cause. Each function looks for one kind of
+fault. "Found" are the values of the compressed model, "reference" those of the reference.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from bagel_compress.build.limits import Limit, Metric
 from bagel_compress.codecs.base import Codec
 from bagel_compress.parity import metrics
 from bagel_compress.parity.extremes import largest
-from bagel_compress.parity.report_data import ModuleError
+from bagel_compress.parity.report_data import ModuleDistance
 from bagel_compress.parity.trace import Trace
 
-SATURATED = 3.0  # a module this many times worse than the median of its format, with a loss of gain, is saturated
-SAME = 0.98  # cosine above which two answers are the same module's (NF4 reaches 0.995 on normal weights)
+# A module counts as saturated if its error is this many times the median of its format and its gain is below 1.
+SATURATION_FACTOR = 3.0
+SAME_COSINE = 0.98  # outputs with a larger cosine are taken for the same module's (NF4 reaches 0.995 on normal weights)
 PIXEL_MIDDLE = 127.5
-CERTAIN = 2.0  # standard errors: a 95 % interval
+STANDARD_ERRORS = 2.0  # half width of a 95 % interval
 
 
 def modules(
     found: Mapping[str, Tensor], reference: Mapping[str, Tensor], codecs: Mapping[str, Codec]
-) -> tuple[ModuleError, ...]:
-    """Distance of every linear module's answers, without the bias."""
+) -> tuple[ModuleDistance, ...]:
+    """Distance of every linear module's outputs for the fixed inputs of `linear_probes`, without the bias."""
     return tuple(
-        ModuleError(
+        ModuleDistance(
             module=path,
             codec=codecs[path].format if path in codecs else "",
             rel_l2=metrics.rel_l2(_without_bias(found[path]), _without_bias(reference[path])),
@@ -44,19 +46,23 @@ def modules(
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """Answers of modules by path, the first to zeros: to fixed inputs, and to their own where there are any."""
+    """Outputs of linear modules, by path, for the fixed probe inputs and for recorded inputs of the module itself.
+
+    Row 0 of each tensor is the output for an all-zero input: the bias.
+    """
 
     fixed: Mapping[str, Tensor]
     own: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def for_gains(self) -> Mapping[str, Tensor]:
-        """What scales are judged by: answers to a module's own inputs, else to the fixed ones."""
+        """The outputs that gains are computed from: for a module's own inputs, or for the fixed ones if it has none."""
         return {**self.fixed, **self.own}
 
 
 def probe_values(found: Probes, reference: Probes) -> dict[str, float]:
-    """The two gated values of the probes: worst certain deviation of a gain from 1, worst difference of a bias."""
+    """The two probe metrics that have limits: the largest significant deviation of a gain from 1, and the largest
+    difference of a bias."""
     gains = [gain.deviation for gain in _group_gains(found.for_gains, reference.for_gains).values()]
     both = found.fixed.keys() & reference.fixed.keys()
     biases = [metrics.max_abs(found.fixed[path][0], reference.fixed[path][0]) for path in both]
@@ -66,7 +72,10 @@ def probe_values(found: Probes, reference: Probes) -> dict[str, float]:
 def diagnose_modules(
     probes: Probes, wanted: Probes, codecs: Mapping[str, Codec], gain_limit: Limit | None
 ) -> list[str]:
-    """Faults of single modules: bias, swap, saturation, a format that is not in effect, a wrong scale."""
+    """Faults of linear modules: bias, swapped experts, saturation, a format that is not in effect, a wrong scale.
+
+    `probes` are the compressed model's, `wanted` the reference's; `codecs` gives the codec of each compressed module.
+    """
     found, reference = probes.fixed, wanted.fixed
     errors = {m.module: m for m in modules(found, reference, codecs)}
     faults = [*_biases(found, reference), *_swapped(found, reference), *_not_in_effect(errors, codecs)]
@@ -78,7 +87,7 @@ def diagnose_modules(
 
 
 def diagnose_case(found: Trace, reference: Trace) -> list[str]:
-    """Faults of the sampler's machinery: contexts, guidance branches, VAE."""
+    """Faults outside the linear modules: contexts, guidance branches, VAE. `found` is a teacher-forced run."""
     where = f"case {reference.case.name}: "
     faults = [*_contexts(found, reference), *_branches(found, reference), *_vae(found, reference)]
     return [where + fault for fault in faults]
@@ -92,26 +101,26 @@ def _without_bias(answers: Tensor) -> Tensor:
 
 
 def _owner(path: str) -> str:
-    """The expert of a layer, or the part outside of layers, that a module belongs to."""
+    """The group of modules that share a gain: a layer's expert, a ViT layer, or the module itself elsewhere."""
     match = re.match(r"(layers\.\d+\.(?:und|gen)|vit\.layers\.\d+)\.", path)
     return match[1] if match else path
 
 
 @dataclass(frozen=True, slots=True)
 class _Gain:
-    """The gain of some modules and its standard error: eight answers of one small module say little."""
+    """The gain of a group of modules, and its standard error, which is large for small modules."""
 
     value: float
     error: float
 
     @property
     def deviation(self) -> float:
-        """The distance of the gain from 1 that its standard error does not explain."""
-        return largest((0.0, abs(self.value - 1.0) - CERTAIN * self.error))
+        """The distance of the gain from 1 beyond its confidence interval; 0 inside it."""
+        return largest((0.0, abs(self.value - 1.0) - STANDARD_ERRORS * self.error))
 
 
 def _group_gains(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, _Gain]:
-    """Gain of each expert of a layer, its modules pooled: single small modules scatter too much."""
+    """Gain of each group (`_owner`), pooled over its modules, since the gain of one small module is too noisy."""
     groups: dict[str, list[str]] = {}
     for path in reference:
         if path in found:
@@ -123,18 +132,21 @@ def _group_gains(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
 
 
 def _products(found: Tensor, reference: Tensor) -> Tensor:
-    """Per answer <found, reference> and <reference, reference>, scaled so that a module weighs by its outputs."""
+    """For each output row <found, reference> and <reference, reference>, [N, 2].
+
+    Both are divided by the mean square of the reference, so that a module counts in proportion to its output width.
+    """
     a, b = _without_bias(found), _without_bias(reference)
     return torch.stack([(a * b).sum(-1), (b * b).sum(-1)], -1) / b.square().mean().clamp(min=1e-30)
 
 
 def _gain(products_N2: Tensor) -> _Gain:
     crossed, own = products_N2.unbind(-1)
-    whole = own.sum()
-    if whole == 0:  # a module that answers nothing: its bias says the rest
+    total = own.sum()
+    if total == 0:  # all weights are zero, and no gain is defined; the bias is checked on its own
         return _Gain(1.0, 0.0)
-    value = crossed.sum() / whole
-    return _Gain(value.item(), ((crossed - value * own).norm() / whole).item())
+    value = crossed.sum() / total
+    return _Gain(value.item(), ((crossed - value * own).norm() / total).item())
 
 
 def _biases(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Iterator[str]:
@@ -142,7 +154,7 @@ def _biases(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Ite
         if path not in found or not wanted[0].any():
             continue
         if not found[path][0].any():
-            yield f"{path} lost its bias: its answer to zeros is zero, the reference's is not."
+            yield f"{path} lost its bias: its output for zeros is zero, the reference's is not."
         elif metrics.rel_l2(found[path][0], wanted[0]) > 0.01:
             yield f"{path} has another bias: it is off by {metrics.rel_l2(found[path][0], wanted[0]):.0%}."
 
@@ -155,32 +167,32 @@ def _swapped(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> It
         other = path.replace(".und.", ".gen.")
         if path not in found or other not in found or wanted.shape != reference[other].shape:
             continue
-        crossed = metrics.cosine(_without_bias(found[path]), _without_bias(reference[other])) > SAME
-        straight = metrics.cosine(_without_bias(found[path]), _without_bias(wanted)) > SAME
+        crossed = metrics.cosine(_without_bias(found[path]), _without_bias(reference[other])) > SAME_COSINE
+        straight = metrics.cosine(_without_bias(found[path]), _without_bias(wanted)) > SAME_COSINE
         layers.setdefault(path.split(".und.")[0], []).append(crossed and not straight)
     for layer, swaps in layers.items():
         if all(swaps):
-            yield f"{layer}.und and {layer}.gen are swapped: each answers as the other one's reference."
+            yield f"{layer}.und and {layer}.gen are swapped: each gives the outputs of the other one's reference."
         elif any(swaps):
             yield f"{layer}: {sum(swaps)} modules of the two experts are swapped."
 
 
-def _not_in_effect(errors: Mapping[str, ModuleError], codecs: Mapping[str, Codec]) -> Iterator[str]:
+def _not_in_effect(errors: Mapping[str, ModuleDistance], codecs: Mapping[str, Codec]) -> Iterator[str]:
     for path, error in errors.items():
         codec = codecs.get(path)
         if codec is not None and not codec.lossless and error.rel_l2 == 0.0:
             form = codec.format
-            yield f"{path} is not compressed: it is {form} by the recipe, but answers exactly as the source does."
+            yield f"{path} is not compressed: the recipe says {form}, but its outputs equal the source's exactly."
 
 
-def _saturated(errors: Mapping[str, ModuleError], codecs: Mapping[str, Codec]) -> Iterator[tuple[str, str]]:
-    by_format: dict[str, list[ModuleError]] = {}
+def _saturated(errors: Mapping[str, ModuleDistance], codecs: Mapping[str, Codec]) -> Iterator[tuple[str, str]]:
+    by_format: dict[str, list[ModuleDistance]] = {}
     for error in errors.values():
         by_format.setdefault(error.codec, []).append(error)
     for codec, group in by_format.items():
         usual = median(e.rel_l2 for e in group)
         for e in group:
-            if e.rel_l2 > SATURATED * max(usual, 1e-3) and 0.3 < e.gain < 0.99 and codec:
+            if e.rel_l2 > SATURATION_FACTOR * max(usual, 1e-3) and 0.3 < e.gain < 0.99 and codec:
                 times = e.rel_l2 / max(usual, 1e-9)
                 yield (
                     e.module,
@@ -195,7 +207,7 @@ def _scales(
     explained = {_owner(path) for path in named}
     for owner, gain in _group_gains(found, reference).items():
         if limit is not None and not limit.holds(gain.deviation) and owner not in explained:
-            yield f"{owner} has a wrong scale: its answers are {gain.value:.4f} times the reference's."
+            yield f"{owner} has a wrong scale: its outputs are {gain.value:.4f} times the reference's."
 
 
 # --- sampler ----------------------------------------------------------------------------------------------------------
@@ -216,7 +228,7 @@ def _contexts(found: Trace, reference: Trace) -> Iterator[str]:
 
 
 def _branches(found: Trace, reference: Trace) -> Iterator[str]:
-    """Finds a guidance branch that gives the conditional velocity where the reference's branch does not."""
+    """A guidance branch whose velocity is the conditional one at every step, while the reference's is not."""
     for name, branch in (("v_text", "text-dropped"), ("v_image", "image-dropped")):
         same, different = 0, 0
         for index in reference.steps:

@@ -1,4 +1,4 @@
-"""Distances between two runs of a case, tensor by tensor. This module measures; compare.py holds against limits."""
+"""Measures the distances between two runs of a case, tensor by tensor. Limits are applied in verdict.py."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from bagel.flow import schedule
 from bagel_compress.build.limits import Metric
 from bagel_compress.parity import metrics
 from bagel_compress.parity.extremes import largest, smallest
-from bagel_compress.parity.report_data import CaseParity, StateError, StepError, TextPair
+from bagel_compress.parity.report_data import CaseParity, StateDistance, StepDistance, TextPair
 from bagel_compress.parity.trace import Trace
 from bagel_compress.run.case import Flow, Picture
 
 BRANCHES = {"v_cond": "cond", "v_text": "text", "v_image": "image", "v": "guided"}
-SURE = 0.5  # probability of its first choice from which on the reference counts as sure of a token
-DRIFT_FACTOR = 3.0  # a state is where the drift begins if it is this much further off than the one before it
+SURE_PROBABILITY = 0.5  # the reference counts as sure of a token if it gives it at least this probability
+DRIFT_FACTOR = 3.0  # drift begins at a state whose error is more than this times the largest one before it
 
 
 def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
-    """Distances of a teacher-forced run and, if given, of a free run from the trace of the reference."""
+    """Distances of a teacher-forced run and, if given, a free run from the reference's trace."""
     case = reference.case
     steps, states = _steps(forced, reference), _states(forced, reference)
     values: dict[str, float] = {}
@@ -52,26 +52,27 @@ def measure(reference: Trace, forced: Trace, free: Trace | None) -> CaseParity:
     )
 
 
-def first_drift(states: tuple[StateError, ...]) -> str | None:
-    """The first state, in order of events and layers, whose error jumps over everything before it at its event.
+def first_drift(states: tuple[StateDistance, ...]) -> str | None:
+    """The state where the error begins: "EVENT NAME" of the first whose error jumps.
 
-    The first state that is off at all if there is no jump; None if all are equal.
+    States are in the order of events and layers. An error jumps if it is more than DRIFT_FACTOR times the largest one
+    before it in the same event, and above 1 %. Without a jump: the first state that differs. None if all are equal.
     """
-    first_off = None
+    first_different = None
     worst: dict[str, float] = {}
     for state in states:
         before = worst.get(state.event)
         where = f"{state.event} {state.name}"
-        if state.rel_l2 > 0 and first_off is None:
-            first_off = where
+        if state.rel_l2 > 0 and first_different is None:
+            first_different = where
         if before is not None and before > 0 and state.rel_l2 > DRIFT_FACTOR * before and state.rel_l2 > 0.01:
             return where
         worst[state.event] = max(worst.get(state.event, 0.0), state.rel_l2)
-    return first_off
+    return first_different
 
 
 def spans(flow: Flow, recorded: Sequence[int]) -> dict[int, float]:
-    """Recorded step -> the time that it stands for: every step of the schedule counts for the nearest recorded one."""
+    """Recorded step -> the time it stands for: each step's time interval is credited to the nearest recorded step."""
     found = dict.fromkeys(recorded, 0.0)
     times = schedule(flow.num_timesteps, flow.timestep_shift).tolist()
     for index, (start, end) in enumerate(pairwise(times)):
@@ -80,7 +81,7 @@ def spans(flow: Flow, recorded: Sequence[int]) -> dict[int, float]:
 
 
 def _path(found: Trace, reference: Trace) -> float:
-    """Error of the guided velocities times the time they stand for, as a share of the length of the whole path."""
+    """Sum over the recorded steps of |error of the guided velocity| times time, relative to the length of the path."""
     error, length = 0.0, 0.0
     for step, time in spans(reference.case.flow, reference.steps).items():
         wanted = reference.tensors[f"step{step}/v"].double()
@@ -89,7 +90,7 @@ def _path(found: Trace, reference: Trace) -> float:
     return error / length if length else 0.0
 
 
-def _steps(found: Trace, reference: Trace) -> tuple[StepError, ...]:
+def _steps(found: Trace, reference: Trace) -> tuple[StepDistance, ...]:
     errors = []
     for index in reference.steps:
         t = float(reference.tensors[f"step{index}/t"])
@@ -97,16 +98,15 @@ def _steps(found: Trace, reference: Trace) -> tuple[StepError, ...]:
             name = f"step{index}/{tensor}"
             if name in reference.tensors and name in found.tensors:
                 a, b = found.tensors[name], reference.tensors[name]
-                errors.append(
-                    StepError(step=index, t=t, branch=branch, rel_l2=metrics.rel_l2(a, b), cosine=metrics.cosine(a, b))
-                )
+                rel_l2, cosine = metrics.rel_l2(a, b), metrics.cosine(a, b)
+                errors.append(StepDistance(step=index, t=t, branch=branch, rel_l2=rel_l2, cosine=cosine))
     return tuple(errors)
 
 
-def _states(found: Trace, reference: Trace) -> tuple[StateError, ...]:
+def _states(found: Trace, reference: Trace) -> tuple[StateDistance, ...]:
     names = sorted((n for n in reference.tensors if n.startswith("tap/") and n in found.tensors), key=_event_order)
     return tuple(
-        StateError(
+        StateDistance(
             event=name.split("/")[1],
             name=name.split("/")[2],
             rel_l2=metrics.rel_l2(found.tensors[name], reference.tensors[name]),
@@ -116,7 +116,8 @@ def _states(found: Trace, reference: Trace) -> tuple[StateError, ...]:
 
 
 def _event_order(name: str) -> tuple[int, int, int, str]:
-    """Context events in order, then denoising steps; in an event the stages before the layers, then the layers."""
+    """Sort key of a state's name: events of the contexts, then denoising steps; within an event, stages before the
+    layers, then layers."""
     _, event, state = name.split("/")
     step = event.startswith("step")
     number = int(event.removeprefix("step")) if step else int(event.split("_")[0])
@@ -142,7 +143,7 @@ def _logits(found: Trace, reference: Trace) -> dict[str, float]:
     a, b = a[:count].double(), b[:count].double()
     next_ids = torch.cat([reference.tensors["ids"][1 : count + 1], b[-1:].argmax(-1)])[:count]
     divergence = metrics.kl_divergence(a, b)
-    sure = b.softmax(-1).max(-1).values >= SURE
+    sure = b.softmax(-1).max(-1).values >= SURE_PROBABILITY
     values: dict[str, float] = {
         Metric.LOGITS_KL_MEAN: divergence.mean().item(),
         Metric.LOGITS_KL_P999: divergence.quantile(0.999).item(),
@@ -154,7 +155,7 @@ def _logits(found: Trace, reference: Trace) -> dict[str, float]:
 
 
 def picture_distances(free: Trace, reference: Trace) -> dict[str, float]:
-    """What a person would see: latent and picture of a free run against the reference's; nothing without a picture."""
+    """Distances of a free run's latent and picture from the reference's; empty if the case draws no picture."""
     if "image" not in reference.tensors:
         return {}
     a, b = free.tensors["image"], reference.tensors["image"]

@@ -1,11 +1,12 @@
-"""Probes: what every linear module of a model answers, to fixed inputs and to some of its own.
+"""Probes: the outputs of every linear module of a model for fixed inputs and for some recorded inputs of its own.
 
-This is the cheapest test of a run-time module of any format. It names a module with a lost bias, a wrong scale,
-saturation or a swap, where the velocity of the whole model would only be a little worse. One fixed input row is zero,
-so its output is the bias; the others are the same for all modules of one width, so that two modules can be compared.
+This is the cheapest test of a run-time module of any format. It finds a module with a lost bias, a wrong scale,
+saturation or swapped weights, which would change the velocity of the whole model only a little. One fixed input row is
+zero, so its output is the bias; the other rows are the same for all modules of one input width, so that two modules can
+be compared.
 
-Whether a module's scale is right is asked with inputs that it really gets, taken from the reference's run of some
-cases: calibrated rounding keeps the answers to those, and changes the answers to inputs that never come.
+Scales are tested with inputs that the module really gets, recorded while the reference runs some cases. Calibrated
+rounding keeps the outputs for such inputs, but may change those for random ones, which never occur.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from bagel.sampler import Sampler
 from bagel_compress.parity import replay
 from bagel_compress.parity.trace import Trace
 
-PROBES = 8  # fixed rows per module, and rows of its own; the zero row comes on top, first
-OF_A_CALL, OF_A_CASE = 2, 4  # rows of its own that one call of a module and one case give at most
+PROBES = 8  # rows of fixed inputs per module, without the zero row, which comes first; and rows of its own inputs
+ROWS_PER_CALL, ROWS_PER_CASE = 2, 4  # own inputs recorded from one call of a module and from one case, at most
 
 
 def linear_paths(bagel: Bagel) -> dict[str, int]:
-    """Attribute path -> input width of every linear module of this configuration, whatever stands there now."""
+    """Attribute path -> input width, of every module that is an nn.Linear in the uncompressed model."""
     with torch.device("meta"):
         plain = Bagel(bagel.config)
     return {path: m.in_features for path, m in plain.named_modules() if isinstance(m, nn.Linear)}
@@ -34,7 +35,7 @@ def linear_paths(bagel: Bagel) -> dict[str, int]:
 
 @torch.no_grad()
 def probe(bagel: Bagel) -> dict[str, Tensor]:
-    """Module path -> answers [1 + PROBES, out] in the dtype the module gives; row 0 is the answer to zeros."""
+    """Module path -> outputs [1 + PROBES, out] for the fixed inputs, in the module's dtype; row 0 is for zeros."""
     inputs: dict[int, Tensor] = {}
     answers = {}
     for path, width in linear_paths(bagel).items():
@@ -48,15 +49,15 @@ def probe(bagel: Bagel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def own_inputs(sampler: Sampler, traces: Sequence[Trace]) -> dict[str, Tensor]:
-    """Module path -> inputs [up to PROBES, in] that it gets when the cases are replayed; without those that get none.
+    """Module path -> recorded inputs [up to PROBES, in] of the module; modules that get none are left out.
 
-    Cases are replayed in order until every module has its rows.
+    The cases are replayed in order until every module has PROBES rows.
     """
     rows: dict[str, list[Tensor]] = {path: [] for path in linear_paths(sampler.bagel)}
     for trace in traces:
         if all(len(found) >= PROBES for found in rows.values()):
             break
-        limits = {path: min(PROBES, len(found) + OF_A_CASE) for path, found in rows.items()}
+        limits = {path: min(PROBES, len(found) + ROWS_PER_CASE) for path, found in rows.items()}
         hooks = [
             sampler.bagel.get_submodule(path).register_forward_pre_hook(_keeping(rows[path], limits[path]))
             for path in rows
@@ -71,7 +72,7 @@ def own_inputs(sampler: Sampler, traces: Sequence[Trace]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def answers_to(bagel: Bagel, inputs: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Module path -> the answers [1 + rows, out] to zeros, as `probe` found them, and to the module's own inputs."""
+    """Module path -> outputs [1 + rows, out] for the module's own inputs; row 0, for zeros, is taken from `fixed`."""
     found = {}
     for path, rows in inputs.items():
         module = bagel.get_submodule(path)
@@ -81,11 +82,11 @@ def answers_to(bagel: Bagel, inputs: Mapping[str, Tensor], fixed: Mapping[str, T
 
 
 def _keeping(rows: list[Tensor], limit: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that adds rows of a module's input, evenly spaced ones of each call, until there are `limit`."""
+    """A hook that appends evenly spaced rows of each call's input to `rows`, until there are `limit`."""
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         given = inputs[0].reshape(-1, inputs[0].shape[-1])
-        count = min(OF_A_CALL, limit - len(rows), len(given))
+        count = min(ROWS_PER_CALL, limit - len(rows), len(given))
         if count > 0:
             rows.extend(given[(2 * i + 1) * len(given) // (2 * count)].cpu().clone() for i in range(count))
 

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018), the AlexNet variant, from weights that the user has: nothing is downloaded.
+"""LPIPS (Zhang et al. 2018), the AlexNet variant, with weights that the user supplies; nothing is downloaded.
 
 One safetensors file with torchvision's names for AlexNet's convolutions and the lpips package's for its linear heads:
 
@@ -8,7 +8,7 @@ One safetensors file with torchvision's names for AlexNet's convolutions and the
     features.8.weight [256, 384, 3, 3]  .bias      lin3.model.1.weight [1, 256, 1, 1]
     features.10.weight [256, 256, 3, 3] .bias      lin4.model.1.weight [1, 256, 1, 1]
 
-Other tensors in the file are ignored. The value depends on these weights, so no class limits it; a recipe may.
+Other tensors in the file are ignored. The value depends on these weights, so no limit class includes it; a recipe may.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ STAGES = (
 )
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in -1..1; the lpips package's ScalingLayer
 EPSILON = 1e-10
-SMALLEST = 31  # pixels of a side: below, nothing is left for the second pooling
+SMALLEST = 31  # smallest side of a picture in pixels, such that the second pooling has an input
 
 
 @dataclass(frozen=True, slots=True)
 class Lpips:
-    """The distance of two pictures; 0 for equal ones."""
+    """Loaded LPIPS weights. Calling it gives the distance of two pictures; 0 for equal ones."""
 
     weights: Mapping[str, Tensor]
 
     @classmethod
     def open(cls, path: str | Path) -> Lpips:
-        """Raises TraceError on a file that is missing, no safetensors file, or lacks a tensor of these shapes."""
+        """Loads the weights. Raises TraceError if the file cannot be read or lacks a tensor of these shapes."""
         try:
             tensors = load_file(str(path))
         except (OSError, SafetensorError) as error:
@@ -62,7 +62,7 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, found_HWC: Tensor, reference_HWC: Tensor) -> float:
-        """Distance of uint8 pictures, with sides of SMALLEST at least."""
+        """Distance of two pictures, uint8 [H, W, 3], with sides of at least SMALLEST pixels."""
         total = 0.0
         pairs = zip(self._features(found_HWC), self._features(reference_HWC), strict=True)
         for stage, (a, b) in enumerate(pairs):

@@ -1,8 +1,8 @@
-"""Distances between what a compressed model gave and what the reference gave. Small pure functions on torch tensors.
+"""Distances between outputs of a compressed model and of its reference: small pure functions on torch tensors.
 
-The first argument is what was found, the second the reference. Everything is computed in float64, so that a value of
-zero means equality and not a rounding. Pictures are [H, W, 3] uint8. No weights are needed for any of these metrics;
-LPIPS is in lpips.py.
+The first argument is the compressed model's value ("found"), the second the reference's. Everything is computed in
+float64, so that a distance of zero means equality. Pictures are uint8 [H, W, 3]. None of these metrics needs a network;
+LPIPS and CLIP do, and have modules of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli a
 
 
 def rel_l2(found: Tensor, reference: Tensor) -> float:
-    """||found - reference|| / ||reference||; 0 where both are zero, infinite where only the reference is."""
+    """||found - reference|| / ||reference||; 0 if both are zero, infinite if only the reference is."""
     difference = (found.double() - reference.double()).norm().item()
     size = reference.double().norm().item()
     if size == 0.0:
@@ -61,9 +61,10 @@ def psnr(found_HWC: Tensor, reference_HWC: Tensor) -> float:
 
 
 def ssim(found_HWC: Tensor, reference_HWC: Tensor) -> float:
-    """Structural similarity of uint8 pictures (Wang et al. 2004), mean over pixels and channels. Sides of 11 at least.
+    """Structural similarity of uint8 pictures (Wang et al. 2004), mean over pixels and channels.
 
-    Equals scikit-image's with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255.
+    For sides of at least 11 pixels it equals scikit-image's structural_similarity with gaussian_weights=True,
+    sigma=1.5, use_sample_covariance=False, data_range=255; for smaller ones the window is cut.
     """
     similarity, _ = _ssim_maps(_channels(found_HWC), _channels(reference_HWC))
     return similarity
@@ -88,7 +89,7 @@ def ms_ssim(found_HWC: Tensor, reference_HWC: Tensor) -> float:
 
 
 def kl_divergence(found_NV: Tensor, reference_NV: Tensor) -> Tensor:
-    """KL(reference || found) of the distributions that the logits mean, in nats, for each of N positions; fp64."""
+    """KL(reference || found) of the softmax distributions, in nats, for each of N positions; float64 [N]."""
     log_p = reference_NV.double().log_softmax(-1)
     log_q = found_NV.double().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
@@ -100,7 +101,7 @@ def top1(found_NV: Tensor, reference_NV: Tensor) -> float:
 
 
 def perplexity_ratio(found_NV: Tensor, reference_NV: Tensor, targets_N: Tensor) -> float:
-    """Perplexity of the target ids under what was found, over that under the reference."""
+    """Perplexity of the target ids under the found logits, divided by that under the reference's."""
 
     def loss(logits: Tensor) -> float:
         return F.cross_entropy(logits.double(), targets_N).item()
@@ -109,7 +110,7 @@ def perplexity_ratio(found_NV: Tensor, reference_NV: Tensor, targets_N: Tensor) 
 
 
 def common_prefix(found: Sequence[int], reference: Sequence[int]) -> int:
-    """How many ids agree from the start."""
+    """The length of the longest common prefix of two id sequences."""
     for index, (a, b) in enumerate(zip(found, reference, strict=False)):
         if a != b:
             return index
@@ -133,12 +134,12 @@ def _ssim_maps(a_C1HW: Tensor, b_C1HW: Tensor) -> tuple[float, float]:
 
 
 def _blur(x_C1HW: Tensor) -> Tensor:
-    """Gaussian window over the pixels that have a full one; narrower where a side is shorter than the window."""
+    """Convolves with the Gaussian window, without padding; the window is cut where a side is shorter than it."""
     at = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=torch.float64)
     taps = torch.exp(-at.square() / (2 * SSIM_SIGMA**2))
     for axis in (2, 3):
-        room = min(2 * SSIM_RADIUS + 1, x_C1HW.shape[axis])
-        start = (2 * SSIM_RADIUS + 1 - room) // 2
-        window = taps[start : start + room] / taps[start : start + room].sum()
+        width = min(2 * SSIM_RADIUS + 1, x_C1HW.shape[axis])
+        start = (2 * SSIM_RADIUS + 1 - width) // 2
+        window = taps[start : start + width] / taps[start : start + width].sum()
         x_C1HW = F.conv2d(x_C1HW, window[None, None, :, None] if axis == 2 else window[None, None, None, :])
     return x_C1HW

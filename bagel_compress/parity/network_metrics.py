@@ -1,4 +1,4 @@
-"""LPIPS and CLIP: metrics by networks whose weights the user brings. Without them these metrics are left out."""
+"""LPIPS and CLIP: metrics computed by networks. They are left out unless the user supplies the weights."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from bagel_compress.run.case import Picture
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """The networks whose weights the user gave."""
+    """The networks whose weights the user supplied; None for the others."""
 
     lpips: Lpips | None = None
     clip: Clip | None = None
 
     @classmethod
     def open(cls, lpips: str | Path | None, clip: str | Path | None) -> Networks:
-        """`lpips` is a file, `clip` a folder. Raises what these raise."""
+        """Loads LPIPS from a file and CLIP from a folder; None leaves it out. Raises TraceError, MissingExtraError."""
         return cls(None if lpips is None else Lpips.open(lpips), None if clip is None else Clip.open(clip))
 
     @property
     def absent(self) -> dict[str, str]:
-        """Metrics that cannot be measured, and the option that would give what they need."""
+        """Metric that cannot be measured -> the command-line option that would supply its weights."""
         absent: dict[str, str] = {} if self.lpips else {Metric.IMAGE_LPIPS: "--lpips FILE"}
         return absent | ({} if self.clip else {Metric.IMAGE_CLIP_DROP: "--clip DIR"})
 
     def metrics(self, found: Trace, reference: Trace) -> dict[str, float]:
-        """Values of a case's free-running picture; none if it has no picture."""
+        """The network metrics of a free run's picture; empty if the case draws none."""
         if "image" not in reference.tensors:
             return {}
         a, b = found.tensors["image"], reference.tensors["image"]

@@ -1,7 +1,7 @@
-"""The presets of a recipe, held to its limits: every case with a picture is drawn freely with each of them.
+"""Checks the presets of a recipe against its limits: every case with a picture is drawn in a free run with each preset.
 
-Distances are those to the reference's trace, so they hold what the weights cost and what the preset costs. A preset
-changes no weight: modules, velocities and texts are not asked again.
+Distances are measured from the reference's trace, so they include the error of the weights and that of the preset. A
+preset changes no weight, so modules, velocities and texts are not compared again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def preset_rows(
     traces: Sequence[Trace],
     progress: Callable[[str], None],
 ) -> Iterator[Row]:
-    """One row per preset and limit, and per case where a limit is one of every case."""
+    """Yields one row per preset and limit, or per preset, limit and case if the limit applies to each case alone."""
     drawn = [trace for trace in traces if "image" in trace.tensors]
     for name, preset in presets.items():
         found = {}

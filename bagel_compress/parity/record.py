@@ -1,8 +1,8 @@
-"""Recording traces: the cases, the probes of the linear modules, and the noise floor, in one resumable run.
+"""Records traces of a reference: the cases, the probes of its linear modules and the noise floor. A run can be resumed.
 
-The noise floor is the reference against itself: replayed under another attention kernel with the guidance branches
-merged into one pass, and in the other of bf16 and fp32. It is measured here, once, where the reference runs anyway, so
-that a small machine can judge an artifact without ever loading the reference.
+The noise floor is the distance of the reference from itself when it is computed differently: with another attention
+kernel and the guidance branches merged into one pass, and in fp32 instead of bf16 (or the reverse). It is measured
+while recording, so that an artifact can be validated on a small machine without loading the reference.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def record_cases(
     floors: Sequence[str] = FLOORS,
     progress: Progress | None = None,
 ) -> TraceFile:
-    """Records cases (each with the folder of its pictures) into one file and returns it, opened.
+    """Records cases (each with the folder of its pictures) into the file `out` and opens it.
 
     `source` and `source_digest` name the checkpoint that the sampler was loaded from (Checkpoint.name and .digest).
-    Finished cases are kept beside the file until it is complete, so an interrupted run goes on where it was. Raises
-    TargetError on a case that this model cannot run.
+    Finished cases are stored in a folder beside the file until it is complete, so that an interrupted run continues
+    after the last of them. Raises TargetError on a case that this model cannot run.
     """
     out, progress = Path(out), progress or (lambda message: None)
     header = _header(sampler, source, source_digest)
@@ -89,7 +89,7 @@ def _header(sampler: Sampler, source: str, digest: str) -> TraceHeader:
 
 
 def _finished(path: Path, header: TraceHeader, case: Case, floors: Sequence[str]) -> Trace | None:
-    """The trace of this case from an interrupted run, if source, settings and pictures are the same."""
+    """The trace of this case in an earlier file; None if source, machine, case or noise floors differ."""
     try:
         file = TraceFile.open(path)
     except TraceError:
@@ -106,10 +106,10 @@ def _finished(path: Path, header: TraceHeader, case: Case, floors: Sequence[str]
 
 
 def _floors(sampler: Sampler, trace: Trace, floors: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Metric -> kind of change -> distance of the reference from itself."""
+    """Metric -> kind of change (FLOORS) -> distance of the reference from itself."""
     floor: dict[str, dict[str, float]] = {}
     for kind in floors:
-        with changed(sampler, kind) as other:
+        with computed_differently(sampler, kind) as other:
             measured = measure(trace, replay.replay(other, trace), replay.rerun(other, trace))
         for metric, value in measured.metrics.items():
             floor.setdefault(metric, {})[kind] = value
@@ -117,8 +117,12 @@ def _floors(sampler: Sampler, trace: Trace, floors: Sequence[str]) -> dict[str, 
 
 
 @contextmanager
-def changed(sampler: Sampler, kind: str) -> Iterator[Sampler]:
-    """The same model computed differently: `repeat` (no difference), another attention `kernel`, another `dtype`."""
+def computed_differently(sampler: Sampler, kind: str) -> Iterator[Sampler]:
+    """The same model computed differently.
+
+    `kind` is "repeat" (no change), "kernel" (another attention kernel, merged branches) or "dtype" (fp32, or bf16 for a
+    reference in fp32).
+    """
     other = Sampler(sampler.bagel, sampler.vae, sampler.text)
     if kind == "dtype":
         finer = torch.float32 if sampler.bagel.dtype != torch.float32 else torch.bfloat16
@@ -126,7 +130,7 @@ def changed(sampler: Sampler, kind: str) -> Iterator[Sampler]:
         yield other
     elif kind == "kernel":
         other.merge_branches = True
-        with attention_kernel("exact"), sdpa_kernel(SDPBackend.MATH):  # of the model, whatever is installed; of the VAE
+        with attention_kernel("exact"), sdpa_kernel(SDPBackend.MATH):  # the first for the model, the second for the VAE
             yield other
     else:
         yield other

@@ -1,12 +1,12 @@
-"""Watching the sampler at work on a case: for a trace of the reference, and again, in the same words, for a comparison.
+"""Runs the sampler on a case and records its tensors: for the reference's trace, or for a comparison with it.
 
-    record(sampler, case)     free: what the model does by itself               -> the trace
-    replay(sampler, trace)    teacher-forced: every stage is given what the reference had before it (VAE latents, text
-                              prefix, thoughts, x at each step), so that errors do not pile up and the stage is found
-    rerun(sampler, trace)     free, with the trace's noise and the reference's thoughts: what a person would see
+    record(sampler, case)     free run of the reference                           -> the trace
+    replay(sampler, trace)    teacher-forced: every stage gets the reference's input (VAE latents, text prefix,
+                              thoughts, x at each step), so that errors do not add up and the faulty stage is found
+    rerun(sampler, trace)     free run with the trace's noise and the reference's thoughts: the result a user would get
 
-All three are one run of the sampler with a listener. They name their tensors alike, so that comparing is done name by
-name and a lossless model gives the same bits.
+All three run the sampler with a listener and use the same names for tensors, so that two runs are compared name by
+name; a lossless model gives the same bits.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ EVENT_NAMES = {"text": "text", "latent": "vae", "vit": "vit"}  # kind of prefill
 
 
 def record(sampler: Sampler, case: Case, folder: Path) -> Trace:
-    """Runs a case; `folder` holds its pictures. Raises TargetError on a case that this model cannot run."""
+    """Runs a case freely; `folder` holds its pictures. Raises TargetError on a case that this model cannot run."""
     pictures = [image_tensor(_opened(folder / name, case)) for name in case.pictures]
-    return _observed(_Recorder(sampler, Trace(case, {f"picture{i}": p for i, p in enumerate(pictures)})))
+    return _run_observed(_Recorder(sampler, Trace(case, {f"picture{i}": p for i, p in enumerate(pictures)})))
 
 
 def replay(sampler: Sampler, trace: Trace) -> Trace:
-    """The same stages as in the trace, each one fed with what the reference had."""
-    return _observed(_Replayer(sampler, trace))
+    """Runs the stages of a trace again, each with the reference's input. Raises TargetError as `record` does."""
+    return _run_observed(_Replayer(sampler, trace))
 
 
 def rerun(sampler: Sampler, trace: Trace, speed: SpeedPreset | None = None) -> Trace:
-    """A free run with the trace's noise and, in think mode, the reference's thoughts before the picture.
+    """Runs a case freely with the trace's noise and, in think mode, the reference's thoughts before the picture.
 
-    `speed`: solver, points and step cache in place of the case's.
+    `speed` replaces the solver, number of steps and step cache of the case.
     """
-    return _observed(_Observer(sampler, trace), speed)
+    return _run_observed(_Observer(sampler, trace), speed)
 
 
-def _observed(observer: _Observer, speed: SpeedPreset | None = None) -> Trace:
+def _run_observed(observer: _Observer, speed: SpeedPreset | None = None) -> Trace:
     flow = FlowSettings(**observer.case.flow.model_dump())
     case, pictures = observer.case, iter(observer.script.series("picture"))
     try:
@@ -70,7 +70,7 @@ def _observed(observer: _Observer, speed: SpeedPreset | None = None) -> Trace:
                 noise=observer.noise,
                 listener=observer,
             )
-    except BagelCompressError:  # what the runtime refuses says so itself
+    except BagelCompressError:  # errors of the run-time modules are clear as they are
         raise
     except BagelError as error:
         raise TargetError(f"case {case.name} cannot be run on this model: {error}") from None
@@ -78,7 +78,10 @@ def _observed(observer: _Observer, speed: SpeedPreset | None = None) -> Trace:
 
 
 class _Observer(Listener):
-    """A free run with the script's noise and thoughts; what it does is kept under the names of a trace."""
+    """Listens to a free run and keeps its tensors under the names of a trace.
+
+    `script` is the trace to follow: it supplies pictures, noise and thoughts. Subclasses replace more by it, or less.
+    """
 
     def __init__(self, sampler: Sampler, script: Trace) -> None:
         self.sampler, self.script, self.case = sampler, script, script.case
@@ -99,7 +102,7 @@ class _Observer(Listener):
         return Trace(self.case, self.found, facts)
 
     def answer(self, result: Result) -> str | None:
-        """The text of the trace: what the model came to by itself."""
+        """The text for the trace (by default the model's own); keeps its ids."""
         if result.ids:
             self.found["ids"] = torch.tensor(result.ids)
         return result.text
@@ -117,14 +120,14 @@ class _Observer(Listener):
             name = f"vae_latent{self._latents}"
             self._latents += 1
             self.found[name] = work.content[0].cpu()
-            work = replace(work, content=self.fed(name, work.content))
+            work = replace(work, content=self.context_latents(name, work.content))
         if work.branch == "cond" and self.tapping:
             self._events += 1
             self._tap_prefill(work, f"{self._events:02d}_{EVENT_NAMES[work.kind]}")
         return work
 
-    def fed(self, name: str, latents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The latents that go into the context; `name` is the recorded one's."""
+    def context_latents(self, name: str, latents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The latents that are put into the context; `name` is that of the recorded latent."""
         return latents
 
     def logits(self, samples: Sequence[int], logits: Tensor) -> list[int] | None:
@@ -149,10 +152,11 @@ class _Observer(Listener):
         self.found["latent"] = latents[0].cpu()
         return latents
 
-    # --- what is kept -------------------------------------------------------------------------------------------------
+    # --- keeping tensors ----------------------------------------------------------------------------------------------
 
     def keep(self, step: Step, steps: Sequence[int]) -> None:
-        """A step's tensors. At the first and the middle one of `steps` a second, tapped pass (taps reorder rows)."""
+        """Keeps a step's tensors. At the first and the middle of `steps` it also keeps layer states, from a second
+        pass, since tapping may change the order of rows and so the last bits."""
         for name in ("x", "t", "v_cond", "v_text", "v_image", "v"):
             tensor = getattr(step, name)
             if tensor is not None:
@@ -162,7 +166,7 @@ class _Observer(Listener):
             self.sampler.velocities(self._drawing, work, False, False)
 
     def _tap_prefill(self, work: Prefill, event: str) -> None:
-        """A second, tapped pass over forks, so that the run itself goes on as it does without taps."""
+        """Keeps layer states from a second pass over forked contexts, so that the run itself is not affected."""
         model, wrap, tap = self.sampler.bagel, self.sampler.wrap, self._tap(event)
         contexts = [c.fork() for c in work.contexts]
         if work.kind == "text":
@@ -173,7 +177,7 @@ class _Observer(Listener):
             model.prefill_vit(contexts, work.content, wrap, tap)
 
     def _tap(self, event: str) -> Tap:
-        """Keeps a few rows of each state."""
+        """A function for the model to call with each layer's state; it keeps `record.tap_rows` rows of it."""
         rows = self.case.record.tap_rows
 
         def keep(name: str, state: Tensor) -> None:
@@ -184,7 +188,7 @@ class _Observer(Listener):
 
 
 class _Recorder(_Observer):
-    """A free run with noise of its own; the script has the pictures. All stages and chosen steps are kept."""
+    """Records the reference: draws noise from the case's seed; the script supplies only the pictures."""
 
     def __init__(self, sampler: Sampler, script: Trace) -> None:
         super().__init__(sampler, script)
@@ -201,13 +205,13 @@ class _Recorder(_Observer):
         return texts
 
     def after_step(self, step: Step) -> Step:
-        if step.index in self._steps and not step.forecast:  # a forecast is no answer of the network
+        if step.index in self._steps and not step.forecast:  # a forecast velocity does not come from the network
             self.keep(step, self._steps)
         return super().after_step(step)
 
 
 class _Replayer(_Observer):
-    """Every stage begins with what the script has; steps and tokens that it does not have are left out."""
+    """Teacher-forces a run: every stage gets its input from the script; steps and tokens it lacks are skipped."""
 
     def __init__(self, sampler: Sampler, script: Trace) -> None:
         super().__init__(sampler, script)
@@ -217,7 +221,7 @@ class _Replayer(_Observer):
     def answer(self, result: Result) -> str | None:
         return self.script.facts.text
 
-    def fed(self, name: str, latents: Sequence[Tensor]) -> Sequence[Tensor]:
+    def context_latents(self, name: str, latents: Sequence[Tensor]) -> Sequence[Tensor]:
         return [self.script.tensors[name].to(latents[0].device)]
 
     def logits(self, samples: Sequence[int], logits: Tensor) -> list[int] | None:
@@ -240,7 +244,7 @@ class _Replayer(_Observer):
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of the indices 0 .. count-1, evenly, first and last among them."""
+    """At most `wanted` of the indices 0 .. count-1, evenly spaced, the first and the last included."""
     if wanted >= count:
         return list(range(count))
     if wanted == 1:

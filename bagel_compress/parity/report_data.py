@@ -1,7 +1,7 @@
-"""The reports of validation as frozen data that is written to JSON and read back. No torch, no drawing.
+"""The reports of validation as frozen data, written to JSON and read back. No torch.
 
-`reports/parity.json` in the artifact's folder carries the digest of the artifact's manifest, so that a report is never
-taken for one of another build.
+Reports lie in the artifact's folder, under reports/. They contain the digest of the artifact's manifest, so that a
+report cannot be taken for one of another build.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from bagel_compress.io.yaml_model import FrozenModel
 
 REPORTS = "reports"
 PARITY = "parity.json"
-NAME = r"^[\w.-]+$"  # of what a file is called after: it never leaves its folder
-STEP, IMAGE, FIRST_TOKEN, TOKEN = "denoising step", "image", "time to first token", "decoded token"  # what is timed
+NAME = r"^[\w.-]+$"  # pattern of names that become file names: none can lead out of its folder
+STEP, IMAGE, FIRST_TOKEN, TOKEN = "denoising step", "image", "time to first token", "decoded token"  # Timing.what
 
 
 def _to_json(value: float) -> float | str:
@@ -41,26 +41,26 @@ def _from_json(value: Any) -> float:
 Number = Annotated[float, BeforeValidator(_from_json), PlainSerializer(_to_json, when_used="json")]
 
 
-class StepError(FrozenModel):
-    """Distance of one velocity: denoising step, its time, the branch (cond, text, image, guided)."""
+class StepDistance(FrozenModel):
+    """Distance of one velocity from the reference's."""
 
     step: int
-    t: float
-    branch: str
+    t: float  # time of the step
+    branch: str  # cond, text, image or guided
     rel_l2: Number
     cosine: Number
 
 
-class StateError(FrozenModel):
-    """Distance of the state after a layer (or of a stage before the layers) at one event."""
+class StateDistance(FrozenModel):
+    """Distance of the rows after a layer, or after a stage before the layers, from the reference's."""
 
-    event: str
-    name: str
+    event: str  # a prefill of the contexts or a denoising step: "01_text", "step12"
+    name: str  # "layer3", "vit_out"
     rel_l2: Number
 
 
 class TextPair(FrozenModel):
-    """The reference's free text and what was found. `prefix`: ids that agree from the start, of `length`."""
+    """The texts of the free runs. The first `prefix` of the reference's `length` token ids agree."""
 
     reference: str
     found: str
@@ -70,7 +70,7 @@ class TextPair(FrozenModel):
 
 
 class CaseParity(FrozenModel):
-    """Everything measured for one case."""
+    """Everything that was measured for one case."""
 
     name: str = Field(pattern=NAME)
     kind: str
@@ -79,9 +79,9 @@ class CaseParity(FrozenModel):
     floor: dict[str, dict[str, Number]] = Field(
         default_factory=dict, description="metric -> what was changed in the reference -> its own distance"
     )
-    steps: tuple[StepError, ...] = ()
-    states: tuple[StateError, ...] = ()
-    drift: str | None = None  # the first state that is off by more than its neighbours explain
+    steps: tuple[StepDistance, ...] = ()
+    states: tuple[StateDistance, ...] = ()
+    drift: str | None = None  # the state where the error begins (distances.first_drift)
     text: TextPair | None = None
     has_image: bool = False
     input_pictures: Annotated[int, Field(ge=0, le=64)] = 0  # how many the case shows the model, and its picture's file
@@ -94,27 +94,27 @@ def _known(metric: str) -> str:
 
 
 class Row(FrozenModel):
-    """One value with its limit. `case` is empty for values over all cases."""
+    """One value with its noise floor and its limit."""
 
-    case: str
+    case: str  # empty for a value over all cases
     metric: Annotated[str, AfterValidator(_known)]
     value: Number
     floor: Number | None
     limit: Number
-    source: str
+    source: str  # where the limit comes from: its class, or the recipe
     ok: bool
 
 
-class Share(FrozenModel):
-    """Attribution: the reference with one component taken from the artifact."""
+class ComponentCost(FrozenModel):
+    """Attribution: the error of the reference with one component taken from the artifact."""
 
     component: str
     velocity: Number | None  # error of the path (velocity.path), mean over cases
     logits: Number | None  # mean KL divergence of the logits
 
 
-class ModuleError(FrozenModel):
-    """A linear module's answer to fixed inputs."""
+class ModuleDistance(FrozenModel):
+    """Distance of a linear module's outputs for fixed inputs from the reference's."""
 
     module: str
     codec: str
@@ -123,25 +123,26 @@ class ModuleError(FrozenModel):
 
 
 class LayerRounding(FrozenModel):
-    """What calibrated rounding did to one layer's weights of one expert.
+    """The effect of calibrated rounding on the matrices of one layer and expert.
 
-    Relative errors of their outputs over the calibration set's rows, root mean squares over its matrices. `predictor`:
-    what the moments let expect of error over nearest.
+    Errors are relative errors of the matrices' outputs for the calibration set's inputs, root mean squares over the
+    matrices.
     """
 
     layer: int
     expert: str
-    error: Number
-    nearest: Number  # with each weight rounded alone
-    predictor: Number
+    error: Number  # with calibrated rounding
+    nearest: Number  # with each weight rounded to nearest
+    predictor: Number  # the ratio error / nearest that the second moments of the inputs predict
 
     @property
     def ratio(self) -> float:
+        """`error` / `nearest`; 1 if nothing was rounded."""
         return self.error / self.nearest if self.nearest else 1.0
 
 
 class ParityReport(FrozenModel):
-    """How far an artifact is from its reference. `faults` name causes, `broken` the limits that do not hold."""
+    """How far an artifact is from its reference. `faults` are diagnosed causes, `broken` the limits that are broken."""
 
     artifact: str  # sha256 of the artifact's manifest
     name: str
@@ -151,8 +152,8 @@ class ParityReport(FrozenModel):
     environment: dict[str, str]
     rows: tuple[Row, ...]
     cases: tuple[CaseParity, ...]
-    shares: tuple[Share, ...] = ()
-    modules: tuple[ModuleError, ...] = ()
+    shares: tuple[ComponentCost, ...] = ()
+    modules: tuple[ModuleDistance, ...] = ()
     rounding: tuple[LayerRounding, ...] = ()  # of the layers whose rounding was calibrated
     faults: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()  # one sentence per limit or task that was not measured
@@ -161,11 +162,12 @@ class ParityReport(FrozenModel):
 
     @property
     def broken(self) -> list[str]:
-        """One sentence per limit that does not hold, and per one that was not measured."""
+        """One sentence per broken limit, and per limit or task that was not measured."""
         return [*(sentence(row) for row in self.rows if not row.ok), *self.missing]
 
     @property
     def passed(self) -> bool:
+        """Whether every limit was measured and holds, and no fault was found."""
         return not self.broken and not self.faults
 
     def require(self) -> None:
@@ -179,7 +181,10 @@ class ParityReport(FrozenModel):
 
     @classmethod
     def load(cls, folder: Path, digest: str | None = None) -> ParityReport:
-        """Reads it again. Raises ArtifactError if there is none, or if it belongs to another build than `digest`."""
+        """Reads the report of an artifact's folder.
+
+        Raises ArtifactError if there is none, or if the build it belongs to does not have this `digest`.
+        """
         report = read_json(cls, folder / REPORTS / PARITY)
         if digest is not None and report.artifact != digest:
             raise ArtifactError(
@@ -190,11 +195,11 @@ class ParityReport(FrozenModel):
 
 
 class PhaseUse(FrozenModel):
-    """Peak device memory of one phase of a task, in bytes, by what it is used for."""
+    """Predicted peak device memory of one phase of a task in bytes, by use, and the measured peak."""
 
     name: str
     parts: dict[str, Number]
-    measured: Number | None = None  # on the named GPU; None where there was none
+    measured: Number | None = None  # on the GPU `measured_on`; None if it was only predicted
 
     @property
     def total(self) -> float:
@@ -202,7 +207,7 @@ class PhaseUse(FrozenModel):
 
 
 class Timing(FrozenModel):
-    """A measured time in seconds (median and 90 % quantile) and the reference's median, taken in turns with it."""
+    """A measured time in seconds: median and 90 % quantile, and the median of the reference, measured alternately."""
 
     what: str
     median: Number
@@ -211,13 +216,14 @@ class Timing(FrozenModel):
 
     @property
     def ratio(self) -> float | None:
+        """The time as a multiple of the reference's; None without a reference."""
         return None if not self.reference else self.median / self.reference
 
 
 class BudgetReport(FrozenModel):
-    """What an artifact needs on a target. Peaks are predicted unless `measured_on` names the GPU.
+    """Memory, disk space and times of an artifact on a target. Peaks are predicted unless `measured_on` names a GPU.
 
-    `timed_on` names the device of the times, which may be another one than the target's: a CPU, say.
+    `timed_on` names the device of the times; it need not be the target's.
     """
 
     artifact: str  # sha256 of the manifest, or the plan's digest where nothing was built yet
@@ -232,7 +238,7 @@ class BudgetReport(FrozenModel):
     measured_on: str | None = None
     timed_on: str | None = None
     advice: tuple[str, ...] = ()
-    overruns: tuple[str, ...] = ()  # one sentence per limit that does not hold
+    overruns: tuple[str, ...] = ()  # one sentence per broken limit
 
     @property
     def peak(self) -> float:
@@ -248,7 +254,7 @@ class BudgetReport(FrozenModel):
 
 
 def load_budgets(folder: Path, digest: str | None = None) -> list[BudgetReport]:
-    """The budget reports of an artifact. Raises ArtifactError on one that belongs to another build."""
+    """The budget reports in an artifact's folder. Raises ArtifactError on one of another target or another `digest`."""
     paths = sorted((folder / REPORTS).glob("budget-*.json"))
     reports = [read_json(BudgetReport, path) for path in paths]
     for path, report in zip(paths, reports, strict=True):
@@ -263,7 +269,7 @@ def load_budgets(folder: Path, digest: str | None = None) -> list[BudgetReport]:
 
 
 def sentence(row: Row) -> str:
-    """What a row says whose limit does not hold."""
+    """The sentence for a row with a broken limit."""
     where = f"case {row.case}: " if row.case else ""
     if math.isnan(row.value):
         return f"{where}{row.metric} is not a number, the limit is {number(row.limit)}."
@@ -272,18 +278,18 @@ def sentence(row: Row) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits."""
+    """A value as text with four significant digits."""
     return f"{value:.4g}"
 
 
 def write_json(model: BaseModel, path: Path) -> Path:
-    """Writes a report; its folder is made if it is not there."""
+    """Writes a report, and creates its folder if it is missing. Returns the path."""
     write_atomic(path, model.model_dump_json(indent=1) + "\n")
     return path
 
 
 def read_json(model: type[Any], path: Path) -> Any:
-    """Reads a report. Raises ArtifactError on a missing or foreign file."""
+    """Reads a report of class `model`. Raises ArtifactError if the file is missing or of another version."""
     try:
         return model.model_validate_json(small_bytes(path))
     except OSError:

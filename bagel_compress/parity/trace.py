@@ -1,19 +1,19 @@
-"""Trace: a case and what the reference sampler did with it; and the file that holds traces of several cases.
+"""Trace: a case and the recorded run of the reference on it; and the file that holds traces of several cases.
 
-One safetensors file, so that it opens lazily and cannot run code. Its header says where it comes from (digest of the
-source, sampler version, sizes of the model), so that a trace is never compared with another model's. Tensors are kept
-in the dtype they had. Names, under `case/NAME/`:
+A trace file is a safetensors file: it opens lazily and cannot run code. Its header names its origin (digest of the
+source, sampler version, sizes of the model), so that a trace is never compared with another model. Tensors keep their
+dtype. Their names, under `case/NAME/`:
 
     picture0 ..                      input pictures, uint8 [H, W, 3]
     noise0 ..                        normal draws in order: one per picture in an edit, then the initial x
     vae_latent0 ..                   VAE latents of the input pictures [z, h, w]
     ids, logits                      decoded ids (start token first), logits after each of the first ones [n, V]
-    step12/x, t, v_cond, v_text, v_image, v      entering step 12; velocities of the branches and the guided one
-    tap/EVENT/layer0 ..              chosen rows of the state after each layer, at each event
+    step12/x, t, v_cond, v_text, v_image, v      latents and time before step 12; velocities of the branches, guided one
+    tap/EVENT/layer0 ..              some rows after each layer, for each prefill and some denoising steps
     latent, image                    final packed latent, picture uint8 [H, W, 3]
 
-and for the linear modules (linear_probes.py): `probe/MODULE`, the answers to fixed inputs; `own/MODULE` and
-`own_answer/MODULE`, some inputs that the module got and its answers to them.
+For the linear modules (linear_probes.py) there are `probe/MODULE`, the outputs for fixed inputs, and `own/MODULE` and
+`own_answer/MODULE`, some inputs that the module got and its outputs for them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.parity.report_data import Number
 from bagel_compress.run.case import Case
 
-SAMPLER_VERSION = "1"  # raised by any change of the sampler that moves a trace
+SAMPLER_VERSION = "1"  # increased when a change of the sampler changes the tensors of a trace
 METADATA_KEY = "bagel_trace"
 PROBE_KINDS = ("probe", "own", "own_answer")
 
 
 class CaseFacts(FrozenModel):
-    """What is not a tensor. `contexts`: tokens and rope position of each guidance branch before denoising."""
+    """The recorded values of a case that are not tensors.
+
+    `contexts` gives the number of tokens and the rope position of each guidance branch before denoising.
+    """
 
     text: str | None = None
     contexts: dict[str, tuple[int, int]] = Field(default_factory=dict)
@@ -55,7 +58,7 @@ class CaseFacts(FrozenModel):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One case and what was recorded."""
+    """One case and its recorded run."""
 
     case: Case
     tensors: Mapping[str, Tensor]
@@ -75,7 +78,7 @@ class Trace:
 
 
 class TraceHeader(FrozenModel):
-    """Where a trace file comes from and what must be in it."""
+    """The origin of a trace file, and the names of all its cases and tensors."""
 
     sampler: str = SAMPLER_VERSION
     source: str = Field(description="public name of the checkpoint")
@@ -91,28 +94,30 @@ class TraceHeader(FrozenModel):
 
 @dataclass(frozen=True, slots=True)
 class RecordedProbes:
-    """By path of a linear module: answers to fixed inputs (the first to zeros), inputs of its own, answers to those."""
+    """By path of a linear module: `fixed`, its outputs for fixed inputs (row 0 is for zeros); `inputs`, some inputs
+    that it got; `answers`, its outputs for those."""
 
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     answers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they are stored."""
+        """The tensors by their names in a trace file."""
         kinds = zip(PROBE_KINDS, (self.fixed, self.inputs, self.answers), strict=True)
         return {f"{kind}/{path}": tensor.contiguous() for kind, held in kinds for path, tensor in held.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class TraceFile:
-    """A trace file that was opened: its header; tensors are read case by case."""
+    """An opened trace file. Its header is in memory; tensors are read case by case."""
 
     path: Path
     header: TraceHeader
 
     @classmethod
     def open(cls, path: str | Path) -> TraceFile:
-        """Raises TraceError on a truncated or foreign file, another sampler version, or a case with missing tensors."""
+        """Reads the header. Raises TraceError if the file is no trace, is truncated, is of another sampler version, or
+        lacks a tensor that its header names."""
         path = Path(path)
         if path.exists() and not path.is_file():
             raise TraceError(f"trace {path} is no file; record one with `bagel-compress trace`.")
@@ -143,7 +148,7 @@ class TraceFile:
         return Trace(self.header.cases[case], tensors, self.header.facts[case])
 
     def probes(self) -> RecordedProbes:
-        """What the linear modules answered, by module path."""
+        """The recorded probes of the linear modules."""
         found: dict[str, dict[str, Tensor]] = {kind: {} for kind in PROBE_KINDS}
         with safe_open(str(self.path), framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
@@ -153,7 +158,10 @@ class TraceFile:
         return RecordedProbes(*found.values())
 
     def expect_source(self, digest: str, what: str) -> None:
-        """Raises TraceError unless the trace was made from the checkpoint with this digest."""
+        """Raises TraceError unless the trace was recorded from the checkpoint with this digest.
+
+        `what` names in the message the model that has the digest.
+        """
         if digest != self.header.source_digest:
             raise TraceError(
                 f"trace {self.path} was recorded from {self.header.source} ({self.header.source_digest[:12]}), but"
@@ -161,7 +169,7 @@ class TraceFile:
             )
 
     def expect_model(self, model: Mapping[str, Any]) -> None:
-        """Raises TraceError unless the model has the sizes that the trace was recorded with."""
+        """Raises TraceError unless the model's configuration equals that of the recorded model."""
         found, wanted = _flat(json.loads(json.dumps(model))), _flat(self.header.model)
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
@@ -172,7 +180,7 @@ class TraceFile:
 
 
 def save(path: Path, header: TraceHeader, traces: list[Trace], probes: RecordedProbes | None = None) -> None:
-    """Writes a trace file; a temporary name is used until it is complete."""
+    """Writes a trace file, under a temporary name until it is complete. `header` needs no cases, facts or tensors."""
     tensors = {f"case/{t.case.name}/{name}": tensor.clone() for t in traces for name, tensor in t.tensors.items()}
     tensors |= {} if probes is None else probes.tensors()
     header = header.model_copy(

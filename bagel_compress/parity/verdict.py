@@ -1,8 +1,9 @@
-"""Verdict: the rows of a report, made of its cases and of limits alone, and what was not measured.
+"""Applies limits to measured values: makes the rows of a report, and lists what was not measured.
 
-A comparison makes its rows here, and a gate makes them again from the report's cases and the recipe's own limits: what
-a report says of itself (`ok`, limits, which limits there are) is never taken on trust. A limit without a value does not
-hold, and the cases have to cover every task of the model, because a build may be right in one and wrong in another.
+A comparison makes its rows here. Before publishing, they are made again from the report's measured values and the
+recipe's limits, since a report's own statements about limits (`ok`, their values, which there are) are not trusted. A
+limit without a value fails, and the cases have to cover every task of the model, since a build may be right in one task
+and wrong in another.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from bagel_compress.build.limits import Limit, Metric, resolve
 from bagel_compress.parity.extremes import largest, middle, smallest
 from bagel_compress.parity.report_data import CaseParity, ParityReport, Row
 
-FLOOR_OF = {"lossless": ("repeat",)}  # a lossless model is run exactly as the reference was
-FLOOR_KINDS = ("kernel", "dtype")
-PRESET = ", preset "  # in the case of a row: the case, and the preset that it was drawn with
-OF_MODULES = (Metric.LINEAR_GAIN, Metric.LINEAR_BIAS)  # of probes of single modules, which graphs do not have
-# A value that some texts do not have, where the reference is sure of no token; measured together with the other.
-ONLY_SOMETIMES = {Metric.LOGITS_TOP1_SURE: Metric.LOGITS_KL_MEAN}
+FLOOR_OF = {"lossless": ("repeat",)}  # a lossless model has to reproduce an unchanged repetition of the reference
+FLOOR_KINDS = ("kernel", "dtype")  # the changes that count for the noise floor of all other classes
+PRESET = ", preset "  # in Row.case, between the name of the case and that of the preset it was drawn with
+MODULE_METRICS = (Metric.LINEAR_GAIN, Metric.LINEAR_BIAS)  # from probes of single modules, which graphs do not have
+# A metric without a value where the reference is sure of no token -> a metric that is measured whenever it could be.
+OPTIONAL_METRICS = {Metric.LOGITS_TOP1_SURE: Metric.LOGITS_KL_MEAN}
 TASKS = {
     "t2i": "a text to image case",
     "edit": "an edit",
@@ -28,7 +29,10 @@ TASKS = {
 
 
 def floor_of(by_kind: Mapping[str, float], limit: Limit, level: str) -> float | None:
-    """The noise floor of a limit: the worst of the reference's distances from itself that count for this class."""
+    """The noise floor of a limit: the worst of the reference's distances from itself that count for this class.
+
+    `by_kind` maps kinds of change (record.FLOORS) to distances. None if none of them was recorded.
+    """
     values = [by_kind[kind] for kind in FLOOR_OF.get(level, FLOOR_KINDS) if kind in by_kind]
     if not values:
         return None
@@ -36,7 +40,7 @@ def floor_of(by_kind: Mapping[str, float], limit: Limit, level: str) -> float | 
 
 
 def summary(limit: Limit, values: Sequence[float]) -> float:
-    """What a limit is compared with, over cases: the median for free runs, the worst otherwise."""
+    """The value over all cases that a limit is compared with: the median for free runs, the worst otherwise."""
     if limit.metric.over_cases_by_median:
         return middle(values)
     return largest(values) if limit.sense == "max" else smallest(values)
@@ -45,7 +49,7 @@ def summary(limit: Limit, values: Sequence[float]) -> float:
 def make_rows(
     limits: Mapping[str, Limit], level: str, cases: Sequence[CaseParity], probes: Mapping[str, float]
 ) -> tuple[Row, ...]:
-    """One row per limit and case, or per limit where the median over the cases or the modules' probes count."""
+    """One row per limit and case; one per limit if it applies to the median over the cases or to the module probes."""
     rows = []
     for metric, limit in limits.items():
         if metric in probes:
@@ -63,8 +67,10 @@ def make_rows(
 
 
 def preset_limits(level: str, limits: Mapping[str, Limit]) -> dict[str, Limit]:
-    """The limits of what is drawn with a preset: of latent and picture. A lossless build's are those of 16 bits,
-    since no preset draws equal bits."""
+    """The limits that apply to runs with a preset: those of latent and picture.
+
+    For a lossless build they are those of class "16-bit", since a preset changes the bits of every picture.
+    """
     chosen = resolve("16-bit", {}) if level == "lossless" else limits
     return {metric: limit for metric, limit in chosen.items() if metric.startswith(("latent.", "image."))}
 
@@ -74,44 +80,44 @@ def not_measured(
 ) -> tuple[str, ...]:
     """One sentence per task without a case and per limit without a value."""
     kinds = {part for case in cases for part in case.kind.split(" + ")}
-    found = [f"The cases hold no {words.split(' ', 1)[1]}." for task, words in TASKS.items() if task not in kinds]
+    found = [f"The cases hold no {name.split(' ', 1)[1]}." for task, name in TASKS.items() if task not in kinds]
     known = {row.metric for row in rows}
-    known |= {metric for metric, other in ONLY_SOMETIMES.items() if other in known}
-    exempt = () if has_modules else OF_MODULES
+    known |= {metric for metric, other in OPTIONAL_METRICS.items() if other in known}
+    exempt = () if has_modules else MODULE_METRICS
     found += [f"{m} has a limit and was not measured." for m in limits if m not in known and m not in exempt]
     if found:
         found.append("Record the missing cases (exports/cases has one of each kind) and validate with all traces.")
     return tuple(found)
 
 
-def judged_again(
+def recheck(
     report: ParityReport,
     limits: Mapping[str, Limit],
     level: str,
     has_modules: bool,
     presets: Collection[str] = (),
 ) -> list[str]:
-    """Everything that keeps a report from passing under these limits; its values alone are believed.
+    """Applies the limits to a report's values again; returns one sentence per reason why the report does not pass.
 
-    `presets`: those of the recipe, which are held to limits of their own.
+    Only the measured values of the report are used. `presets` are those of the recipe; each must have been measured.
     """
     if report.level != level:
-        return [f"It was judged as class {report.level}, the recipe's is {level}; validate again."]
-    probes = {row.metric: row.value for row in report.rows if row.metric in OF_MODULES and not row.case}
-    faster = [row for row in report.rows if PRESET in row.case]
-    rows = (*make_rows(limits, level, report.cases, probes), *_again(faster, preset_limits(level, limits)))
+        return [f"It was validated as class {report.level}, the recipe's is {level}; validate again."]
+    probes = {row.metric: row.value for row in report.rows if row.metric in MODULE_METRICS and not row.case}
+    with_preset = [row for row in report.rows if PRESET in row.case]
+    rows = (*make_rows(limits, level, report.cases, probes), *_limited(with_preset, preset_limits(level, limits)))
     if [row.model_dump_json() for row in rows] != [row.model_dump_json() for row in report.rows]:
         return ["Its rows are not those of its cases under the recipe's limits; validate again."]
     missing = list(not_measured(limits, rows, report.cases, has_modules))
     for preset in presets:
-        known = {row.metric for row in faster if row.case.endswith(f"{PRESET}{preset}")}
+        known = {row.metric for row in with_preset if row.case.endswith(f"{PRESET}{preset}")}
         missing += [f"{m} of preset {preset} was not measured." for m in preset_limits(level, limits) if m not in known]
-    again = report.model_copy(update={"missing": tuple(missing)})
-    return [*again.faults, *again.broken]
+    checked = report.model_copy(update={"missing": tuple(missing)})
+    return [*checked.faults, *checked.broken]
 
 
-def _again(rows: Sequence[Row], limits: Mapping[str, Limit]) -> list[Row]:
-    """Rows of presets under these limits; those of other metrics are left out."""
+def _limited(rows: Sequence[Row], limits: Mapping[str, Limit]) -> list[Row]:
+    """The rows with these limits applied; rows of metrics without a limit are left out."""
     return [_row(row.case, row.metric, row.value, None, limits[row.metric]) for row in rows if row.metric in limits]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.manifest import EXPORT_MANIFEST, MANIFEST, SourceEntry
 from bagel_compress.build.recipe import Recipe
-from bagel_compress.exporting.manifest import NOTES, ExportFolder
+from bagel_compress.exporting.manifest import UNFINISHED, ExportFolder
 
 Publishable = Artifact | ExportFolder
 
@@ -15,7 +15,7 @@ Publishable = Artifact | ExportFolder
 def open_publishable(path: str | Path) -> Publishable:
     """Raises ArtifactError if the folder is neither a complete artifact nor a complete export."""
     folder = Path(path)
-    is_export = (folder / EXPORT_MANIFEST).exists() or (folder / NOTES).exists()
+    is_export = (folder / EXPORT_MANIFEST).exists() or (folder / UNFINISHED).exists()
     return ExportFolder.open(folder) if is_export else Artifact.open(folder)
 
 

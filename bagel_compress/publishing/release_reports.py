@@ -21,7 +21,7 @@ from bagel_compress.io.digests import blake3_file
 from bagel_compress.io.packaged import target_files
 from bagel_compress.io.safe_paths import leads_away
 from bagel_compress.parity.report_data import PARITY, REPORTS, BudgetReport, ParityReport, load_budgets
-from bagel_compress.parity.verdict import judged_again
+from bagel_compress.parity.verdict import recheck
 from bagel_compress.publishing.publishable import Publishable, source_of
 from bagel_compress.report.files import picture_name
 from bagel_compress.run.target import Target
@@ -127,7 +127,7 @@ def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
     except RecipeError as error:
         return [*faults, str(error)]
     presets = publishable.manifest.recipe.fast if isinstance(publishable, Artifact) else ()
-    return faults + judged_again(report, resolved, level, isinstance(publishable, Artifact), presets)
+    return faults + recheck(report, resolved, level, isinstance(publishable, Artifact), presets)
 
 
 def _budgets(artifact: Artifact) -> tuple[tuple[BudgetReport, ...], list[str]]:

@@ -1,1 +1,1 @@
-"""Pages, charts and texts of what was measured."""
+"""Draws measured values as HTML pages, SVG charts, JUnit XML and Markdown."""

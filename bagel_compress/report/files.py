@@ -1,4 +1,4 @@
-"""The files for people that are drawn from reports. They hold nothing of their own and can be drawn again anywhere.
+"""The files that are rendered from the JSON reports. They contain no other data, so they can be rendered again.
 
 report.html    reports/junit.xml (one test per limit)    reports/summary.md (for the page of a CI run)
 """
@@ -33,7 +33,7 @@ def page_files(
     pictures: Iterable[CaseParity],
     sizes: Sequence[SizeGroup] = (),
 ) -> dict[str, str]:
-    """Path under the build's folder -> content. `pictures`: the cases whose pictures are shown, read from `folder`."""
+    """Path under the build's folder -> text. `pictures`: the cases to show, whose pictures are stored in `folder`."""
     shown = {case.name: [_png(part) for part in picture_parts(folder, case)] for case in pictures}
     return {
         PAGE: render(report, shown, budgets, sizes),
@@ -43,7 +43,7 @@ def page_files(
 
 
 def picture_parts(folder: Path, case: CaseParity) -> list[Image.Image]:
-    """Reference, build, difference and inputs of a case, as validation stored them under the build's folder."""
+    """Pictures of a case: reference, build, difference, inputs. Validation stored them side by side in one file."""
     from PIL import Image
 
     parts = 3 + case.input_pictures

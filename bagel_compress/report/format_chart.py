@@ -1,7 +1,7 @@
-"""Error against bytes of the formats on BAGEL-nano: measured figures that come with the package, and their chart.
+"""Charts the error of each format on BAGEL-nano against its bits per weight, from figures that come with the package.
 
-The figures are made by `benchmarks/nano_formats.py`. ecq takes any rate, so its points are a curve; other formats have
-the rates that they have, and are points: nothing lies between two of them.
+`benchmarks/nano_formats.py` measures the figures. ecq can have any rate, so its points are joined to a curve; the other
+formats have fixed rates, and are single points.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ WIDTH, HEIGHT = 680, 380
 LEFT, RIGHT, TOP, BOTTOM = 52, 104, 14, 40
 Y_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 TITLE = "BAGEL-nano: error of the picture against bits per weight of the experts"
-COLOURS = ("#2f6fde", "#d9730d", "#7c4dce", "#188a6b", "#c0392b", "#7a7f87", "#b8a13a")  # of a file alone
+COLOURS = ("#2f6fde", "#d9730d", "#7c4dce", "#188a6b", "#c0392b", "#7a7f87", "#b8a13a")  # of a standalone file
 
 
 class FormatFigure(FrozenModel):
-    """One format at one rate: errors of final latents over their way from the noise, and equal texts."""
+    """The figures of one format at one rate."""
 
     label: str
     rounding: Literal["nearest", "gptq"]
     bits: float  # stored per weight of the experts' linears, at the released model's shapes
-    latent: float  # mean over pictures
-    ratio: float  # of the means, to NF4 with each weight rounded alone
-    low: float  # 95 % interval of the ratio over prompts
+    latent: float  # |error of the final latent| / |latent - noise|, mean over pictures
+    ratio: float  # of that mean to the one of NF4 with rounding to nearest
+    low: float  # bounds of the 95 % interval of the ratio, over prompts
     high: float
-    equal_texts: float  # share
+    equal_texts: float  # share of texts that equal the reference's
 
     @property
     def family(self) -> str:
@@ -44,7 +44,7 @@ class FormatFigure(FrozenModel):
 
 
 class Figures(FrozenModel):
-    """All formats on the same prompts."""
+    """The figures of all formats, measured on the same prompts."""
 
     seed: int
     pictures: int
@@ -58,7 +58,7 @@ class Figures(FrozenModel):
 
 
 def chart(figures: Figures) -> str:
-    """The SVG element; colours are the page's variables --c0 to --c6."""
+    """The chart as an SVG element, in the page's colours --c0 to --c6."""
     rates = [f.bits for f in figures.formats]
     errors = [f.latent for f in figures.formats]
     x0, x1 = math.floor(min(rates) * 2) / 2, math.ceil(max(rates) * 2) / 2
@@ -89,7 +89,7 @@ def chart(figures: Figures) -> str:
 
 
 def chart_file(figures: Figures) -> str:
-    """The chart as a file that stands alone."""
+    """The chart as an SVG file with its own colours."""
     colours = "".join(f"--c{i}:{colour};" for i, colour in enumerate(COLOURS))
     style = (
         f"<style>svg{{{colours}background:#fff;font-family:system-ui,sans-serif}}polyline{{stroke-width:1.8}}"
@@ -104,9 +104,10 @@ def section(figures: Figures) -> str:
     return (
         "<h2>Any number of bits</h2><figure class='chart pareto'>"
         f"<figcaption>{escape(TITLE)}</figcaption>{chart(figures)}</figure><p class='soft'><small>Mean error of the"
-        f" final latent over its way from the noise, {figures.pictures} pictures that nothing else asks for. Only"
-        " the experts are coded. Hollow: each weight rounded alone; filled: calibrated rounding. Measured beforehand"
-        " (benchmarks/nano_formats.py), not by this run.</small></p>"
+        f" final latent, relative to its distance from the noise, over {figures.pictures} pictures of prompts of their"
+        " own. Only the experts are compressed. Hollow: each weight rounded alone; filled: calibrated rounding. The"
+        " values come with the package (benchmarks/nano_formats.py measures them); this run did not measure"
+        " them.</small></p>"
     )
 
 
@@ -123,7 +124,7 @@ def _dot(x: float, y: float, figure: FormatFigure) -> str:
 
 
 def _legend() -> Sequence[str]:
-    """Families by colour, roundings by fill."""
+    """The legend: families of formats by colour, kinds of rounding by fill."""
     x = WIDTH - RIGHT + 16
     entries = [(name, f"var(--c{i})", f"var(--c{i})") for i, name in enumerate(FAMILIES)]
     entries += [("nearest", "var(--c5)", "none"), ("calibrated", "var(--c5)", "var(--c5)")]

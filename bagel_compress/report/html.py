@@ -1,7 +1,7 @@
-"""report.html: a parity report as one self-contained page. Verdict first, then numbers, pictures, curves and texts.
+"""report.html: a parity report as one self-contained page: verdict, numbers, pictures, texts and curves.
 
-Nothing is loaded from elsewhere and there is no script: pictures are embedded, charts are inline SVG. Everything that
-comes from prompts, texts and names is escaped.
+The page loads nothing and has no scripts: pictures are embedded, charts are inline SVG. Prompts, texts and names are
+escaped.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from bagel_compress.report.svg import Points, bars, line_chart
 from bagel_compress.report.text import fitting, loss, worst_rows
 
 WORST_MODULES = 12
-BRIGHT, BRIGHT_SHARE, MAX_GAIN = 160, 0.99, 64  # of the difference picture
-SMALL = 200  # pixels of width; a page shows pictures about 350 wide
+BRIGHT, BRIGHT_SHARE, MAX_GAIN = 160, 0.99, 64  # a difference picture is scaled to have its 99 % quantile near 160
+SMALL = 200  # pictures narrower than this many pixels are enlarged; the page shows them about 350 wide
 BRANCHES = ("guided", "cond", "text", "image")  # velocities of a step, in the order of their colours
 
 
@@ -38,10 +38,10 @@ def render(
     budgets: Sequence[BudgetReport] = (),
     sizes: Sequence[SizeGroup] = (),
 ) -> str:
-    """The page. `pictures`: case -> PNG files of reference, artifact, difference and inputs; `sizes`: of the build."""
+    """The page. `pictures`: case -> PNG files of reference, artifact, difference, inputs; `sizes`: the build's."""
     sections = [
         _head(report),
-        _what_it_is(report, budgets, sizes),
+        _overview(report, budgets, sizes),
         _verdict(report, budgets),
         budget_section(budgets),
         _summary(report),
@@ -49,10 +49,10 @@ def render(
         _texts(report),
         _steps(report),
         _layers(report),
-        _shares(report),
+        _components(report),
         rounding_section(report.rounding),
         _modules(report),
-        _colophon(report),
+        _about(report),
     ]
     template = files("bagel_compress.report").joinpath("page.html.in").read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(f"{report.name}: parity"), body="\n".join(filter(None, sections)))
@@ -66,16 +66,17 @@ def _head(report: ParityReport) -> str:
     )
 
 
-def _what_it_is(report: ParityReport, budgets: Sequence[BudgetReport], sizes: Sequence[SizeGroup]) -> str:
-    """Size, formats, where it fits, what is lost: before any verdict."""
+def _overview(report: ParityReport, budgets: Sequence[BudgetReport], sizes: Sequence[SizeGroup]) -> str:
+    """The build in a few sentences: size, formats, the targets it fits, how its output differs."""
     lines = [text for text in (fitting(budgets), loss(report)) if text]
     if sizes:
         stored, source = sum(g.nbytes for g in sizes), sum(g.source_bytes for g in sizes)
         bits = 8 * stored / sum(g.parameters for g in sizes)
-        held: dict[str, int] = {}
+        by_codec: dict[str, int] = {}
         for group in sizes:
-            held[group.codec] = held.get(group.codec, 0) + group.nbytes
-        formats = ", ".join(f"{name} {n / stored:.0%}" for name, n in sorted(held.items(), key=lambda item: -item[1]))
+            by_codec[group.codec] = by_codec.get(group.codec, 0) + group.nbytes
+        largest_first = sorted(by_codec.items(), key=lambda item: -item[1])
+        formats = ", ".join(f"{name} {n / stored:.0%}" for name, n in largest_first)
         lines.insert(
             0,
             f"{size_text(stored)} of weights, {stored / source:.0%} of the source's; {bits:.2f} bits each ({formats}).",
@@ -86,16 +87,14 @@ def _what_it_is(report: ParityReport, budgets: Sequence[BudgetReport], sizes: Se
 def _verdict(report: ParityReport, budgets: Sequence[BudgetReport]) -> str:
     reasons = [*report.faults, *report.broken, *(s for b in budgets for s in b.broken)]
     if not reasons:
-        held = len(report.rows)
-        return (
-            f"<div class='verdict pass'><strong>Passed</strong><p>All {held} values are within their limits.</p></div>"
-        )
+        text = f"All {len(report.rows)} values are within their limits."
+        return f"<div class='verdict pass'><strong>Passed</strong><p>{text}</p></div>"
     items = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
     return f"<div class='verdict fail'><strong>Did not pass</strong><ul>{items}</ul></div>"
 
 
 def _summary(report: ParityReport) -> str:
-    """One line per metric with its worst case, then everything."""
+    """A table of the worst case of each metric, and one of all values, folded."""
     worst = worst_rows(report)
     details = "" if len(worst) == len(report.rows) else (
         f"<details><summary>all {len(report.rows)} values</summary>{_table(report.rows, True)}</details>"
@@ -126,9 +125,9 @@ def _table(rows: Sequence[Row], sources: bool) -> str:
 
 
 def _to_limit(row: Row) -> str:
-    """A bar of how much of its limit a value takes; full where the limit is reached or broken."""
+    """A bar for the share of its limit that a value uses; full if the limit is reached or broken."""
     small, large = (row.value, row.limit) if METRICS[row.metric].sense == "max" else (row.limit, row.value)
-    if METRICS[row.metric].sense == "min" and row.limit <= 1:  # a likeness, of 1 at best: how much of it is missing
+    if METRICS[row.metric].sense == "min" and row.limit <= 1:  # a similarity of at most 1: compare what is missing to 1
         small, large = 1 - row.value, 1 - row.limit
     share = 1.0 if not row.ok else 0.0 if small <= 0 or large in (0.0, math.inf) else min(1.0, small / large)
     kind = "" if row.ok else " class='over'"
@@ -164,7 +163,7 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
             "CLIP score": (Metric.IMAGE_CLIP, ""),
         }  # fmt: skip
         caption = ", ".join(
-            f"{words} {_show(metrics[metric])}{unit}" for words, (metric, unit) in shown.items() if metric in metrics
+            f"{label} {_show(metrics[metric])}{unit}" for label, (metric, unit) in shown.items() if metric in metrics
         ).replace("equal dB", "equal")
         blocks.append(
             f"<div class='case'><h3>{escape(case.name)} <small class='soft'>{escape(case.kind)}</small></h3>"
@@ -175,7 +174,7 @@ def _pictures(report: ParityReport, pictures: Mapping[str, Sequence[bytes]]) -> 
 
 
 def _difference(reference: bytes, found: bytes) -> tuple[bytes, int]:
-    """Absolute difference as PNG, times the gain (a power of two) at which one value in a hundred is bright."""
+    """The absolute difference times a gain as PNG, and the gain: a power of two that makes 1 % of the values bright."""
     a, b = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.int32) for png in (reference, found))
     difference = np.abs(a - b)
     bright = max(float(np.quantile(difference, BRIGHT_SHARE)), 1.0)
@@ -186,7 +185,7 @@ def _difference(reference: bytes, found: bytes) -> tuple[bytes, int]:
 
 
 def _small(png: bytes) -> str:
-    """A class for pictures that are shown larger than they are: their pixels stay pixels."""
+    """The CSS class of pictures that the page enlarges, which keeps their pixels sharp; empty for others."""
     return " class='small'" if int.from_bytes(png[16:20], "big") < SMALL else ""
 
 
@@ -212,7 +211,7 @@ def _texts(report: ParityReport) -> str:
 
 
 def _plain(text: str) -> str:
-    """Escaped, with control characters made visible."""
+    """The text escaped for HTML, with visible control characters."""
     return escape("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)) or "&nbsp;"
 
 
@@ -248,14 +247,14 @@ def _layers(report: ParityReport) -> str:
 
 
 def _charts(charts: Mapping[str, Mapping[str, Points]], x_label: str, reverse: bool = False) -> str:
-    """A chart per title, all on one scale."""
+    """One line chart per title, all with the same y axis."""
     scale = [y for lines in charts.values() for line in lines.values() for _, y in line if 0 < y < math.inf]
     drawn = (line_chart(title, x_label, lines, reverse=reverse, scale=scale) for title, lines in charts.items())
     return "".join(filter(None, drawn))
 
 
 def _distinct(case: CaseParity, lines: Mapping[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
-    """One line per event even where two events are of one kind."""
+    """Splits lines that hold several events of one kind (two prefilled pictures) into one line per event."""
     layers = len({s.name for s in case.states if s.name.startswith("layer")})
     split: dict[str, list[tuple[float, float]]] = {}
     for name, points in lines.items():
@@ -264,7 +263,7 @@ def _distinct(case: CaseParity, lines: Mapping[str, list[tuple[float, float]]]) 
     return split
 
 
-def _shares(report: ParityReport) -> str:
+def _components(report: ParityReport) -> str:
     if not report.shares:
         return ""
     blocks = []
@@ -273,8 +272,11 @@ def _shares(report: ParityReport) -> str:
         if any(v is not None for _, v in rows):
             text = [(c, v, "" if v is None else "0" if v == 0 else number(v)) for c, v in rows]
             blocks.append(f"<h3>{title}</h3>{bars(text)}")
-    note = "<p class='soft'>The reference with this one component taken from the artifact, all else untouched.</p>"
-    return "<h2>What costs what</h2>" + note + "".join(blocks)
+    note = (
+        "<p class='soft'>Error of the reference when this one component is taken from the artifact and everything else"
+        " is unchanged.</p>"
+    )
+    return "<h2>Error by component</h2>" + note + "".join(blocks)
 
 
 def _modules(report: ParityReport) -> str:
@@ -293,7 +295,7 @@ def _modules(report: ParityReport) -> str:
     )
 
 
-def _colophon(report: ParityReport) -> str:
+def _about(report: ParityReport) -> str:
     environment = "; ".join(f"{name} {value}" for name, value in report.environment.items())
     notes = "".join(f"<p class='soft'><small>{escape(note)}</small></p>" for note in report.notes)
     return (
@@ -304,5 +306,5 @@ def _colophon(report: ParityReport) -> str:
 
 
 def embedded(png: bytes) -> str:
-    """A picture as the address of an <img>."""
+    """A PNG picture as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,4 +1,4 @@
-"""The part of report.html about budgets: memory phase by phase, and times. Escaped HTML, nothing decided here."""
+"""The section of report.html on budgets: memory phase by phase, and times. Returns escaped HTML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB, GIB = 2.0**20, 2.0**30
 
 
 def budget_section(budgets: Sequence[BudgetReport]) -> str:
-    """Bars of every phase on every target, and times where they were measured; nothing without budgets."""
+    """Bars for every phase on every target, and a table of measured times; empty without budgets."""
     blocks = []
     for budget in budgets:
         scale = max([p.total for p in budget.phases] + [budget.limit or 0.0]) * 1.02
@@ -36,7 +36,7 @@ def budget_section(budgets: Sequence[BudgetReport]) -> str:
 
 
 def _times(budget: BudgetReport) -> str:
-    """Seconds of each pass, the reference's beside them, and where they were measured."""
+    """A table of the measured times, with the reference's and the device; empty without times."""
     if not budget.timings:
         return ""
     rows = "".join(

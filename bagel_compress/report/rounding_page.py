@@ -1,4 +1,4 @@
-"""The part of report.html about calibrated rounding: errors of layers' outputs. Escaped HTML, nothing decided here."""
+"""The section of report.html on calibrated rounding: errors of layers' outputs. Returns escaped HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bagel_compress.report.svg import line_chart
 
 
 def rounding_section(layers: Sequence[LayerRounding]) -> str:
-    """The error of every layer's outputs, beside nearest rounding's and the predicted ratio; nothing without any."""
+    """The error of each layer's outputs, that of nearest rounding, and the predicted ratio; empty without layers."""
     if not layers:
         return ""
     charts = []
@@ -32,10 +32,10 @@ def rounding_section(layers: Sequence[LayerRounding]) -> str:
     )
     head = "".join(f"<th class='n'>{h}</th>" for h in ("error", "rounded alone", "ratio", "predicted ratio"))
     return (
-        "<h2>Calibrated rounding</h2><p class='soft'>Relative error of the layers' outputs over the rows of the"
-        " calibration set. Signal to noise of the weights says nothing here: calibration moves errors to where"
-        " no input sees them."
-        " The predicted ratio, sqrt(tr D / tr H), follows from the moments of the inputs alone.</p>"
+        "<h2>Calibrated rounding</h2><p class='soft'>Relative error of the layers' outputs over the inputs of the"
+        " calibration set. The signal-to-noise ratio of the weights is no measure here: calibrated rounding makes"
+        " larger errors in weights, in directions that the inputs do not have."
+        " The predicted ratio, sqrt(tr D / tr H), follows from the second moments of the inputs alone.</p>"
         f"<div class='charts'>{''.join(charts)}</div><details><summary>all {len(layers)} layers and experts</summary>"
         f"<div class='scroll'><table class='rows'><tr><th>weights</th>{head}</tr>{rows}</table></div></details>"
     )

@@ -1,4 +1,4 @@
-"""Small inline SVG charts: lines and bars. Colours are CSS variables, so that a page decides light or dark."""
+"""Small inline SVG charts: lines, bars, points. Colours are CSS variables, which the page sets for light and dark."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def line_chart(
     reverse: bool = False,
     scale: Sequence[float] = (),
 ) -> str:
-    """Lines over a logarithmic y axis; `marks` are labelled horizontal lines; `reverse` runs x from high to low.
+    """A line chart with a logarithmic y axis.
 
-    `scale`: values that the axis holds besides, for charts that are to be compared.
-
-    Zeros lie on the lowest tick, an empty line keeps its colour free. A chart of nothing but zeros says so instead.
+    `marks` are labelled horizontal lines; `reverse` runs x from high to low; `scale` are further values that the y axis
+    has to include, so that charts can be compared. Zeros are drawn at the bottom of the axis. An empty line is not
+    drawn, but the next line does not take its colour. If all values are zero, a sentence replaces the chart.
     """
     marks = {name: value for name, value in (marks or {}).items() if 0 < value < math.inf}
     points = [p for line in lines.values() for p in line if math.isfinite(p[1])]
@@ -57,7 +57,7 @@ def line_chart(
 
 
 def bars(rows: Sequence[tuple[str, float | None, str]], scale: float | None = None) -> str:
-    """Horizontal bars: label, value, text behind the bar. None has no bar."""
+    """Horizontal bars from rows (label, value, text after the bar). A row with value None has no bar."""
     top = scale or max((v for _, v, _ in rows if v is not None and math.isfinite(v)), default=0.0)
     cells = []
     for label, value, text in rows:
@@ -72,16 +72,16 @@ def bars(rows: Sequence[tuple[str, float | None, str]], scale: float | None = No
 def stacked(parts: Sequence[tuple[str, float]], scale: float, limit: float | None) -> str:
     """One bar of named parts, drawn against `scale`, with a mark at `limit`."""
     scale = scale or 1.0
-    pieces = "".join(
+    segments = "".join(
         f'<i title="{escape(name)}" style="width:{value / scale:.2%};background:var(--c{i % COLOURS})"></i>'
         for i, (name, value) in enumerate(parts)
     )
     mark = "" if limit is None else f'<b style="left:{min(1.0, limit / scale):.2%}"></b>'
-    return f'<div class="stack">{pieces}{mark}</div>'
+    return f'<div class="stack">{segments}{mark}</div>'
 
 
 class _Place:
-    """From values to pixels."""
+    """Maps values to pixels: x linear, y logarithmic."""
 
     def __init__(self, x0: float, x1: float, low: float, high: float, reverse: bool) -> None:
         self._x = (x1, x0) if reverse else (x0, x1)
@@ -98,10 +98,9 @@ class _Place:
 
 
 def scatter(title: str, x_label: str, points: Sequence[tuple[str, float, float]]) -> str:
-    """Named points (name, x, y) over a logarithmic y axis; zeros, which are the best, lie on the lowest line.
+    """A chart of named points (name, x, y) with a logarithmic y axis; zeros are drawn on the lowest grid line.
 
-    Points that no other beats in both x and y, the Pareto front, have a colour. No line joins them: there is no build
-    between two formats.
+    Points of the Pareto front (no other has both smaller x and smaller y) are coloured.
     """
     ys = [y for _, _, y in points if y > 0]
     low, high = _decades(ys or [1.0])
@@ -160,18 +159,18 @@ def _shared(a: tuple[float, float, float, float], b: tuple[float, float, float, 
 
 
 def standalone(figure: str) -> str:
-    """The drawing of a figure as a file of its own, with the colours that a page would give it."""
+    """The SVG of a figure as a file of its own, with fixed colours in place of the page's."""
     drawing = figure[figure.index("<svg ") : figure.index("</svg>") + len("</svg>")]
     style = (
         "svg{--c0:#2563eb;--c5:#9ca3af;background:#fff;font:9px sans-serif}"
         ".grid{stroke:#e5e7eb}.tick{fill:#6b7280;font-size:8px}"
     )
-    head, _, rest = drawing.partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}"><style>{style}</style>{rest}'
+    tag, _, content = drawing.partition(">")
+    return f'{tag} xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}"><style>{style}</style>{content}'
 
 
 def _apart(place: _Place, xs: Sequence[float]) -> list[float]:
-    """Values whose tick labels do not touch."""
+    """The values whose tick labels do not overlap."""
     kept: list[float] = []
     for x in xs:
         if not kept or place.x(x) - place.x(kept[-1]) > 26:
@@ -190,7 +189,7 @@ def _decades(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _grid(place: _Place, low: float, high: float, zero: bool = False) -> str:
-    """A line per decade; with `zero` the lowest one is labelled as what lies on it."""
+    """A horizontal line per decade. With `zero`, the lowest one is labelled 0."""
     exponents = range(round(math.log10(low)), round(math.log10(high)) + 1)
     step = max(1, len(exponents) // 5)
     drawn = []

@@ -1,4 +1,4 @@
-"""The parity report for machines and for a CI page: JUnit XML and a Markdown summary."""
+"""The parity report as JUnit XML and as a Markdown summary, and sentences that summarise it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bagel_compress.parity.report_data import BudgetReport, ParityReport, Row, n
 
 
 def junit(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
-    """One test case per limit, one per fault and per overrun of a budget."""
+    """JUnit XML with one test case per limit, per fault and per budget."""
     suite = ElementTree.Element("testsuite", name=_xml(f"bagel-compress {report.name}"))
     tests = [(row.case or "all cases", row.metric, "" if row.ok else sentence(row)) for row in report.rows]
     tests += [("diagnosis", f"fault {i + 1}", fault) for i, fault in enumerate(report.faults)]
@@ -28,7 +28,7 @@ def junit(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
 
 
 def markdown(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
-    """A summary for a CI step: verdict, reasons, the worst value of each metric."""
+    """A Markdown summary for the page of a CI run: verdict, reasons, the worst value of each metric."""
     reasons = [*report.faults, *report.broken, *(s for b in budgets for s in b.broken)]
     lines = [f"### {_cell(report.name)}: {'did not pass' if reasons else 'passed'}", ""]
     lines += [f"- {_cell(reason)}" for reason in reasons] + ([""] if reasons else [])
@@ -50,7 +50,7 @@ def markdown(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
 
 
 def loss(report: ParityReport) -> str:
-    """One plain sentence on what the build does otherwise than its reference; empty where no case says anything."""
+    """One sentence on how the build's pictures and texts differ from the reference's; empty without cases of either."""
     drawn = [c.metrics[Metric.IMAGE_PSNR] for c in report.cases if Metric.IMAGE_PSNR in c.metrics]
     same = [c.text.exact for c in report.cases if c.text is not None]
     parts = []
@@ -63,13 +63,13 @@ def loss(report: ParityReport) -> str:
         parts.append(f"from the same noise, its pictures are {middle} from the reference's")
     if same:
         many = "every text is" if all(same) else f"{sum(same)} of {len(same)} texts are"
-        parts.append(f"{many} the same word for word")
+        parts.append(f"{many} exactly the same")
     sentence = "; ".join(parts)
     return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
 
 
 def fitting(budgets: Sequence[BudgetReport]) -> str:
-    """Where it fits, with the peak there, and where it does not; empty without budgets."""
+    """Sentences that name the targets a build fits, with its peaks, and those it does not; empty without budgets."""
     fits = [f"{b.target} (peak {b.peak / 2**30:.2f} of {_limit(b)})" for b in budgets if not b.broken]
     not_there = [b.target for b in budgets if b.broken]
     parts = ([f"Fits {', '.join(fits)}."] if fits else []) + (
@@ -84,7 +84,7 @@ def _limit(budget: BudgetReport) -> str:
 
 
 def worst_rows(report: ParityReport) -> list[Row]:
-    """The row of each metric that is nearest to its limit or furthest beyond."""
+    """For each metric the row that is closest to its limit, or furthest beyond it."""
     worst: dict[str, Row] = {}
     for row in report.rows:
         kept = worst.get(row.metric)
@@ -94,14 +94,14 @@ def worst_rows(report: ParityReport) -> list[Row]:
 
 
 def _beyond(row: Row) -> float:
-    """How far beyond its limit a value is; a NaN is beyond all others."""
+    """By how much a value is beyond its limit (negative: within); infinite for NaN."""
     if math.isnan(row.value):
         return math.inf
     return (row.value - row.limit) * (1 if METRICS[row.metric].sense == "max" else -1)
 
 
 def _xml(text: str) -> str:
-    """Without the control characters that XML cannot carry."""
+    """The text without control characters, which XML does not allow."""
     return "".join(c for c in text if c.isprintable())
 
 

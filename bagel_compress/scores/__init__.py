@@ -1,1 +1,1 @@
-"""Benchmarks that are drawn and judged."""
+"""Runs benchmarks: prompts are answered by a model, and a scorer rates the answers."""

@@ -1,9 +1,9 @@
-"""Scores: what a model can still do, counted over many prompts, and how sure a difference to the original is.
+"""Scores of a model on a benchmark, and the significance of a difference between two models.
 
-A `Benchmark` is a list of prompts and a function that judges one answer; the nano one is in `nano.py`, and any other
-(GenEval, MMMU, an own list) plugs in the same way. Every prompt is asked with its own seeded noise, so that two models
+A `Benchmark` is a list of prompts and a function that scores one answer; the one for BAGEL-nano is in `nano.py`, and
+others (GenEval, MMMU, your own) are defined in the same way. Every prompt has its own seeded noise, so that two models
 are compared prompt by prompt: `compare` gives the paired difference with a bootstrap interval, which is far narrower
-than the difference of two averages. No network, no judge model, nothing drawn here.
+than that of two independent averages.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question to a model. `wanted` is for the scorer alone; `size` (H, W) of a picture that no input decides."""
+    """One request to a model."""
 
     kind: str
     turns: tuple[Turn, ...]
     output: Literal["image", "text"] = "image"
     think: bool = False
-    size: tuple[int, int] | None = None
-    wanted: Any = None
-    guidance: str = ""  # which of the benchmark's flow settings; "" is the first
+    size: tuple[int, int] | None = None  # (H, W) of the picture; None if an input picture decides it
+    wanted: Any = None  # the right answer, in the scorer's own form
+    guidance: str = ""  # key of the flow settings in Benchmark.flows; "" is the first
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """Prompts of one layout can be asked in one batch."""
+        """A key: prompts with the same layout can be run in one batch."""
         turns = tuple("text" if isinstance(t, str) else t.size for t in self.turns)
         return self.output, self.think, self.size, self.guidance, turns
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model gave: a text, a picture, or thoughts and a picture."""
+    """A model's answer: a text, a picture, or both (in think mode)."""
 
     text: str | None = None
     image: Image.Image | None = None
@@ -56,69 +56,65 @@ Scorer = Callable[[Prompt, Answer], Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Prompts, and a scorer that gives each answer values in [0, 1] by category (a prompt may count in several)."""
+    """Prompts and a scorer, which maps an answer to values in [0, 1] by category; a prompt may count in several."""
 
     name: str
     prompts: tuple[Prompt, ...]
     score: Scorer
-    flows: Mapping[str, FlowSettings] = field(default_factory=lambda: {"": FlowSettings()})
+    flows: Mapping[str, FlowSettings] = field(default_factory=lambda: {"": FlowSettings()})  # by Prompt.guidance
     text: TextSettings = field(default_factory=lambda: TextSettings(max_tokens=64))
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Per category: prompt index -> value. `answers` are in the order of the prompts."""
+    """The scores of one model on a benchmark."""
 
     benchmark: str
-    values: Mapping[str, Mapping[int, float]]
-    answers: tuple[Answer, ...]
+    values: Mapping[str, Mapping[int, float]]  # category -> index of the prompt -> value
+    answers: tuple[Answer, ...]  # in the order of the prompts
 
     def mean(self, category: str) -> float:
         """Average of a category."""
         return float(np.mean(list(self.values[category].values())))
 
     def interval(self, category: str, seed: int = 0) -> tuple[float, float]:
-        """Bootstrap interval of the average."""
+        """The 95 % bootstrap interval of a category's average."""
         return _bootstrap(np.fromiter(self.values[category].values(), np.float64), seed)
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A category of a candidate against the reference, prompt by prompt. `low` and `high` bound `delta`."""
+    """The paired difference of two models in one category."""
 
     category: str
-    prompts: int
-    reference: float
-    candidate: float
-    low: float
+    prompts: int  # that both answered
+    reference: float  # average
+    candidate: float  # average
+    low: float  # bounds of the 95 % interval of `delta`
     high: float
 
     @property
     def delta(self) -> float:
+        """The candidate's average minus the reference's."""
         return self.candidate - self.reference
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes no difference."""
-        return self.low > 0 or self.high < 0
 
 
 def run(
     benchmark: Benchmark, sampler: Loops, batch: int = 64, on_batch: Callable[[int, int], None] | None = None
 ) -> Scores:
-    """Asks every prompt and scores the answers. `on_batch` hears how many of how many are done.
+    """Runs every prompt and scores the answers. `on_batch` is called with the numbers of prompts done and in all.
 
-    Prompts of one layout are asked together, at most `batch` of them; batches change answers by rounding alone.
+    Prompts of one layout run together, at most `batch` of them; batching changes answers only by rounding.
     """
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, prompt in enumerate(benchmark.prompts):
         groups[prompt.layout].append(index)
     answers: dict[int, Answer] = {}
     for indexes in groups.values():
-        together = _together(benchmark, benchmark.prompts[indexes[0]], batch)
-        for start in range(0, len(indexes), together):
-            part = indexes[start : start + together]
+        size = _batch_size(benchmark, benchmark.prompts[indexes[0]], batch)
+        for start in range(0, len(indexes), size):
+            part = indexes[start : start + size]
             answers |= zip(part, ask(benchmark, sampler, part), strict=True)
             if on_batch:
                 on_batch(len(answers), len(benchmark.prompts))
@@ -130,7 +126,7 @@ def run(
 
 
 def compare(candidate: Scores, reference: Scores, seed: int = 0) -> list[Difference]:
-    """Paired differences of every category. Raises TraceError if the two did not answer the same prompts."""
+    """The paired differences of every category. Raises TraceError if the two are not scores of the same prompts."""
     if candidate.benchmark != reference.benchmark or len(candidate.answers) != len(reference.answers):
         raise TraceError(
             f"scores of {candidate.benchmark} ({len(candidate.answers)} prompts) cannot be compared with those of"
@@ -150,13 +146,13 @@ def compare(candidate: Scores, reference: Scores, seed: int = 0) -> list[Differe
 
 
 def same_answers(candidate: Scores, reference: Scores) -> float:
-    """Share of text answers that are equal, word for word (thoughts included); 1.0 if there are none."""
+    """The share of texts (thoughts included) that are equal in both; 1.0 if there are none."""
     pairs = [(a.text, b.text) for a, b in zip(candidate.answers, reference.answers, strict=True) if b.text is not None]
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else 1.0
 
 
 def picture_psnr(candidate: Scores, reference: Scores) -> list[float]:
-    """PSNR in dB of every picture to the reference's; infinite where they are equal."""
+    """PSNR in dB of every picture against the reference's; infinite for equal ones."""
     values = []
     for a, b in zip(candidate.answers, reference.answers, strict=True):
         if a.image is not None and b.image is not None:
@@ -167,7 +163,7 @@ def picture_psnr(candidate: Scores, reference: Scores) -> list[float]:
 
 
 def _bootstrap(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean."""
+    """The percentile bootstrap interval of the mean."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(0, len(values), (BOOTSTRAP_ROUNDS, len(values)))].mean(1)
     tail = (1 - CONFIDENCE) / 2
@@ -175,11 +171,11 @@ def _bootstrap(values: np.ndarray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# --- asking -----------------------------------------------------------------------------------------------------------
+# --- running prompts --------------------------------------------------------------------------------------------------
 
 
 def ask(benchmark: Benchmark, sampler: Loops, indexes: Sequence[int]) -> list[Answer]:
-    """Answers to prompts of one layout, each with its own noise: what they are asked alone, up to rounding."""
+    """The answers to prompts of one layout, run as one batch, each with its own noise."""
     first = benchmark.prompts[indexes[0]]
     found = sampler.run_batch(
         [request(benchmark, index) for index in indexes],
@@ -192,7 +188,7 @@ def ask(benchmark: Benchmark, sampler: Loops, indexes: Sequence[int]) -> list[An
 
 
 def request(benchmark: Benchmark, index: int) -> Request:
-    """A prompt of the benchmark as a sample of a batch, with the noise that is its own."""
+    """A prompt as a sample of a batch, with its own seed."""
     prompt = benchmark.prompts[index]
     return Request(prompt.turns, prompt.size, benchmark.seed * 1_000_003 + index)
 
@@ -202,8 +198,8 @@ def flow_of(benchmark: Benchmark, prompt: Prompt) -> FlowSettings:
     return benchmark.flows.get(prompt.guidance) or next(iter(benchmark.flows.values()))
 
 
-def _together(benchmark: Benchmark, prompt: Prompt, batch: int) -> int:
-    """How many prompts of this one's layout may share a pass: one, where guidance is scaled by a batch's norm."""
+def _batch_size(benchmark: Benchmark, prompt: Prompt, batch: int) -> int:
+    """The largest batch for prompts of this layout: 1 if guidance is rescaled by a norm over the whole batch."""
     flow = flow_of(benchmark, prompt)
     scaled = prompt.output == "image" and flow.cfg_renorm_type == "global" and flow.cfg_renorm_min < 1
     return 1 if scaled else batch

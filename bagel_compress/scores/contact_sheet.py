@@ -1,4 +1,4 @@
-"""The contact sheet: what a model drew, one tile per prompt, framed green where it was right and red where not."""
+"""Draws the contact sheet of a benchmark: one tile per picture, with a green frame if it is right, else a red one."""
 
 from __future__ import annotations
 

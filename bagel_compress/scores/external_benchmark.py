@@ -1,7 +1,7 @@
-"""A benchmark of somebody else, named on the command line as `module:function`.
+"""Loads a user's own benchmark, which the command line names as `module:function`.
 
-The function takes nothing and returns a `Benchmark`: prompts, and a scorer that may call whatever judges them (a
-detector, a second model, a table of right answers). Nothing of it need be known here, so nothing is shipped here.
+The function takes no arguments and returns a `Benchmark`: prompts, and a scorer, which may use a detector, another
+model or a table of right answers.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from bagel_compress.scores.benchmark import Benchmark
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """What `module:function` returns. Raises TargetError if there is no such function or it returns something else."""
+    """The benchmark that `module:function` returns. Raises TargetError if it does not exist or returns another type."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise TargetError(f"benchmark {name!r} is no MODULE:FUNCTION; write for example geneval:benchmark.")
+        raise TargetError(
+            f"benchmark {name!r} is not of the form MODULE:FUNCTION; write for example geneval:benchmark."
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise TargetError(
-            f"benchmark {name}: no module named {error.name}; run where it lies or install it."
+            f"benchmark {name}: no module named {error.name}; run the command in its folder, or install it."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

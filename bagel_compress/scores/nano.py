@@ -1,9 +1,10 @@
-"""The nano benchmark: does BAGEL-nano still draw, answer, edit and plan as asked?
+"""The benchmark of BAGEL-nano: drawing, answering, editing and planning.
 
-Categories, like GenEval's: `one` and `two` are pictures in which everything is right; `draw.shape`, `draw.color`,
-`draw.place`, `draw.count` and `draw.background` say what went wrong where not. `ask.KIND`, `edit.KIND` and `think` (the
-picture equals the plan, and the plan names what was asked for), each with its total. Pictures are read by the detector
-of `bagel.nano`, which makes no error on clean renders.
+Categories are like GenEval's. `draw.one` and `draw.two` count pictures of one and two things in which everything is
+right; `draw.shape`, `draw.color`, `draw.place`, `draw.count` and `draw.background` count single properties. `ask` and
+`edit` have a category per kind (`ask.KIND`) beside the total. `think.plan` counts plans that name what the prompt asks
+for, `think` those whose picture also equals the plan. Pictures are read by the detector of `bagel.nano`, which makes no
+error on clean renders.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ EDIT_FLOW = FlowSettings(
     num_timesteps=12, timestep_shift=2.0, cfg_text_scale=3.0, cfg_img_scale=1.3, cfg_interval=(0.0, 1.0),
     cfg_renorm_type="text_channel",
 )  # fmt: skip
-SEED = 20_000  # far from every training seed
+SEED = 20_000  # no seed of training comes near it
 
 ExpectedThing = tuple[str, str, str]  # shape, colour, place
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a picture must show: background and things."""
+    """The contents of a picture: its background and its things."""
 
     background: str
     things: tuple[ExpectedThing, ...]
@@ -49,7 +50,8 @@ class Shown:
 
 
 def nano_benchmark(draw: int = 240, ask: int = 168, edit: int = 100, think: int = 60, seed: int = SEED) -> Benchmark:
-    """The prompts: half of `draw` with one thing, half with two; kinds of questions and edits take turns."""
+    """The benchmark with this many prompts per task: half of `draw` with one thing, half with two; kinds of questions
+    and edits in turn."""
     rng = np.random.default_rng(seed)
     prompts = (
         *(_draw(rng, 1 + i % 2) for i in range(draw)),
@@ -62,7 +64,7 @@ def nano_benchmark(draw: int = 240, ask: int = 168, edit: int = 100, think: int 
 
 
 def score(prompt: Prompt, answer: Answer) -> Mapping[str, float]:
-    """Values of one answer by category."""
+    """The values of one answer, by category."""
     task, _, kind = prompt.kind.partition(".")
     if task == "ask":
         right = float((answer.text or "").strip() == prompt.wanted)
@@ -87,7 +89,7 @@ def _score_plan(prompt: Prompt, answer: Answer, found: Shown) -> Mapping[str, fl
 
 
 def _parts(wanted: Shown, found: Shown) -> dict[str, float]:
-    """What is right about a picture, part by part."""
+    """Which single properties of a picture are right (1.0) or wrong (0.0), by category."""
     columns = {"shape": 0, "color": 1, "place": 2}
     return {
         **{

@@ -1,1 +1,1 @@
-"""Where weights come from: checkpoints in any layout, adapters, downloads, synthetic ones."""
+"""Sources of weights: checkpoints in any layout, LoRA adapters, downloads from the Hub, synthetic checkpoints."""

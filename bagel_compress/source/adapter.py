@@ -1,9 +1,9 @@
 """A peft LoRA adapter, merged row by row while the checkpoint is read: W + scale * B @ A.
 
-The product is taken in float64 and rounded once with the weight, so that the merged bf16 words do not depend on how a
-BLAS orders its sums or on how many rows are asked for. LoRA of linear layers, of embeddings and of biases, and tensors
-saved whole beside it, are merged. Every tensor of the file has one place in the checkpoint, or the file is refused;
-what the adapter's config may ask for is said in `adapter_config`.
+The product and the sum are computed in float64 and rounded to bf16 once, so that the merged values do not depend on the
+order in which a BLAS adds or on how many rows are read at a time. LoRA of linear layers, embeddings and biases is
+merged; tensors that peft saved in full replace those of the checkpoint. A file with a tensor that matches none of the
+checkpoint's is refused. `adapter_config` says which settings of an adapter are supported.
 """
 
 from __future__ import annotations
@@ -26,34 +26,40 @@ Sources = Mapping[str, tuple[TensorFile, StoredTensor]]
 NormalName = Callable[[str], str | None]
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG, WEIGHTS)
-LARGEST = 1e38  # of the sums that a merge may add; bf16 ends at 3.4e38
+LARGEST = 1e38  # bound on the elements of scale * B @ A; the largest bf16 number is 3.4e38
 _PREFIX = "base_model.model."
-# What the model that was trained is of BAGEL: all of it, its language model with or without the head, or its ViT.
+# Where the trained model lies in BAGEL: all of it, its language model with or without the head, or its ViT.
 _ROOTS = ("", "language_model.", "language_model.model.", "vit_model.")
-# With bias "all", peft stores biases of modules_to_save three times: as the others, as trained, and as they were.
+# With bias "all", peft stores the bias of a module in modules_to_save three times: under its plain name, and under
+# these two segments the trained and the original values.
 _COPIES = (".modules_to_save.", ".original_module.")
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)\w+)?(?:\.(weight|bias))?")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`pairs`: tensor name -> (A of [rank, columns], scale * B of [rows, rank]), float64; `replaced`: whole tensors."""
+    """An opened adapter.
 
-    name: str  # of its folder, or of its repository where the folder is the Hub's cache
-    digest: str  # blake3 of its config and its weights
-    scales: tuple[float, float]  # least and largest factor of a pair; (1, 1) where there are only whole tensors
+    `pairs`: official tensor name -> (A of [rank, columns], scale * B of [rows, rank]), both float64. `replaced`:
+    official tensor name -> the tensor that replaces the checkpoint's.
+    """
+
+    name: str  # of the adapter's folder, or of its repository where the folder is the Hub's cache
+    digest: str  # blake3 of the adapter's config and weights
+    scales: tuple[float, float]  # smallest and largest scale of a pair; (1, 1) if the file has no pairs
     pairs: dict[str, tuple[np.ndarray, np.ndarray]]
     replaced: dict[str, tuple[TensorFile, StoredTensor]]
 
     @classmethod
     def open(cls, folder: Path, normal_name: NormalName, sources: Sources) -> Adapter:
-        """Reads adapter_config.json and adapter_model.safetensors. Raises CheckpointError if they do not fit.
+        """Reads adapter_config.json and adapter_model.safetensors.
 
-        `normal_name` gives the official name of a tensor, `sources` are the tensors of the checkpoint.
+        `normal_name` gives the official name of a tensor, `sources` are the tensors of the checkpoint. Raises
+        CheckpointError if the adapter cannot be merged into this checkpoint.
         """
         config = AdapterConfig.read(folder)
         file = TensorFile.open(folder / WEIGHTS)
-        halves, whole = _sorted_out(file, _root(file, normal_name, sources), config)
+        halves, whole = _halves_and_whole(file, _root(file, normal_name, sources), config)
         _check_copies(file, whole, sources)
         pairs, scales = {}, []
         for (module, name), pair in halves.items():
@@ -65,7 +71,7 @@ class Adapter:
         return cls(_public_name(folder), _digest(folder), found, pairs, replaced)
 
     def delta(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) of what is added to the tensor; float64. A bias has rows of one element."""
+        """Rows [first, last) of scale * B @ A, float64 [rows, columns]. A bias counts as a matrix of one column."""
         a, b = self.pairs[name]
         delta: np.ndarray = b[first:last] @ a
         return delta
@@ -73,35 +79,38 @@ class Adapter:
 
 @dataclass(frozen=True)
 class _Root:
-    """Where in BAGEL the model lies that was trained."""
+    """The part of BAGEL that was trained: the prefix of its modules' names, and the checkpoint that has them."""
 
     path: str
     normal_name: NormalName
     sources: Sources
 
     def official(self, module: str, leaf: str) -> str | None:
-        """Official name of a module's weight or bias, if the checkpoint has it."""
+        """Official name of a module's weight or bias; None if the checkpoint has no such tensor."""
         name = self.normal_name(f"{self.path}{module}.{leaf}")
         return name if name in self.sources else None
 
 
 def _root(file: TensorFile, normal_name: NormalName, sources: Sources) -> _Root:
-    """The root under which every tensor of the file has a place. Raises CheckpointError naming one that has none."""
-    strangers = []
+    """The first of `_ROOTS` under which every tensor of the file matches one of the checkpoint's.
+
+    Raises CheckpointError, naming a tensor without a match, if there is no such root.
+    """
+    unmatched_by_root = []
     for path in _ROOTS:
         root = _Root(path, normal_name, sources)
-        lost = [stored for stored in file.tensors if _place(stored, root) is None]
-        if not lost:
+        unmatched = [stored for stored in file.tensors if _place(stored, root) is None]
+        if not unmatched:
             return root
-        strangers.append(lost)
-    first = min(strangers, key=len)[0]
+        unmatched_by_root.append(unmatched)
+    first = min(unmatched_by_root, key=len)[0]
     raise CheckpointError(f"{file.path} adapts {first}, which this checkpoint does not have.")
 
 
 def _place(stored: str, root: _Root) -> tuple[str, str, str] | None:
-    """(module as trained, half, official name) of a stored tensor; the half is empty for a whole tensor.
+    """(module name in the trained model, half, official name) of a stored tensor; None if the checkpoint lacks it.
 
-    Halves are A, B, bias (what is added to the bias), embedding_A and embedding_B.
+    The half is A, B, bias (added to the module's bias), embedding_A or embedding_B; empty for a tensor saved in full.
     """
     stored = stored.removeprefix(_PREFIX)
     match = _LORA.fullmatch(stored)
@@ -122,11 +131,15 @@ def _place(stored: str, root: _Root) -> tuple[str, str, str] | None:
 
 
 _Halves = dict[tuple[str, str], dict[str, StoredTensor]]
-_Whole = dict[tuple[str, str], StoredTensor]  # by official name and the segment of `_COPIES`, empty for the trained
+# By official name and segment of `_COPIES`; the segment is empty for a tensor under its plain name.
+_Whole = dict[tuple[str, str], StoredTensor]
 
 
-def _sorted_out(file: TensorFile, root: _Root, config: AdapterConfig) -> tuple[_Halves, _Whole]:
-    """(module, name) -> halves by kind, and the whole tensors. Raises CheckpointError on what peft would not use."""
+def _halves_and_whole(file: TensorFile, root: _Root, config: AdapterConfig) -> tuple[_Halves, _Whole]:
+    """The LoRA halves by (module, official name) and kind, and the tensors saved in full.
+
+    Raises CheckpointError on a tensor that peft would not load, a duplicate, or a dtype that is no float.
+    """
     halves: _Halves = {}
     whole: _Whole = {}
     for stored, tensor in file.tensors.items():
@@ -148,7 +161,7 @@ def _sorted_out(file: TensorFile, root: _Root, config: AdapterConfig) -> tuple[_
 
 
 def _check_copies(file: TensorFile, whole: _Whole, sources: Sources) -> None:
-    """Raises CheckpointError if a copy that peft keeps beside a trained tensor is not the copy that it should be."""
+    """Raises CheckpointError if a copy that peft stored differs from the tensor that it should equal."""
     trained, untrained = _COPIES
     for (name, copy), tensor in whole.items():
         original = {trained: whole.get((name, "")), untrained: sources[name][1]}.get(copy, tensor)
@@ -165,13 +178,13 @@ def _pair(
     weight: StoredTensor,
     file: TensorFile,
 ) -> tuple[tuple[np.ndarray, np.ndarray], float]:
-    """A and scale * B of one tensor, and the scale."""
+    """((A, scale * B), scale) of one tensor; float64 arrays. Raises CheckpointError on wrong shapes or values."""
     import numpy as np
 
     kinds = {kind.removeprefix("embedding_") for kind in halves}
     values = {kind: _values(file, module, tensor) for kind, tensor in halves.items()}
     rank: int | None = None
-    if kinds == {"bias"}:  # of lora_B: scaled as the pair is
+    if kinds == {"bias"}:  # the bias of lora_B, which peft scales like the product
         a, b = np.ones((1, 1)), values["bias"].reshape(-1, 1)
     elif kinds == {"A", "B"} and len(halves) == 2:
         embedding = "embedding_A" in values
@@ -205,7 +218,7 @@ def _values(file: TensorFile, module: str, tensor: StoredTensor) -> np.ndarray:
 def _check_effect(
     file: TensorFile, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], replaced: Sources, sources: Sources
 ) -> None:
-    """Raises CheckpointError if the adapter leaves every weight as it is: it was not trained, or lost its values."""
+    """Raises CheckpointError if the adapter changes no weight, as one that was not trained or saved badly does."""
     if any((a.any(1) & b.any(0)).any() for a, b in pairs.values()):
         return
     if any(not _equal(replaced[name], sources[name]) for name in replaced):
@@ -221,7 +234,7 @@ def _equal(one: tuple[TensorFile, StoredTensor], other: tuple[TensorFile, Stored
 
 
 def _public_name(folder: Path) -> str:
-    """`owner/name` of a snapshot in the Hub's cache, else the folder's own name."""
+    """`owner/name` if the folder is a snapshot in the Hub's cache, else the folder's own name."""
     path = folder.resolve()
     repository = next((part for part in path.parts if part.startswith("models--")), None)
     return path.name if repository is None else repository.removeprefix("models--").replace("--", "/", 1)

@@ -1,7 +1,7 @@
-"""adapter_config.json of a peft LoRA: every key is used, known to leave a merge alone, or refused by its name.
+"""adapter_config.json of a peft LoRA. A key is used, ignored because it cannot change a merge, or refused by its name.
 
 Which modules are adapted and by what scale follows peft's own rules (0.21: `check_target_module_exists`,
-`get_pattern_key`, `LoraLayer.update_layer`), so that a merge here is the merge that peft would make.
+`get_pattern_key`, `LoraLayer.update_layer`), so that a merge here gives the weights that peft's merge gives.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from bagel_compress.source.patterns import PatternError, first_match, fullmatch
 
 CONFIG = "adapter_config.json"
 DEFAULT_ALPHA = 8  # peft's LoraConfig.lora_alpha
-MAX_BYTES = 10_000_000  # of the file; peft writes a few thousand
-# Keys that say where an adapter comes from, or that only training reads.
+MAX_BYTES = 10_000_000  # a larger file is refused; peft writes a few thousand bytes
+# Keys that only describe the adapter, or that only training reads.
 NEUTRAL = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
@@ -30,14 +30,14 @@ USED = frozenset({
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
 })  # fmt: skip
-# Ways to begin that leave the base's weights as they are. The others (pissa, olora, corda, loftq, lora_ga) take a part
-# of the weight out of the base before training, which the adapter alone does not hold.
+# Initialisations that leave the base's weights unchanged. The others (pissa, olora, corda, loftq, lora_ga) subtract a
+# part of each base weight before training; the adapter does not store that part.
 INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What the merge needs. Module names are those of the model that was trained, which may be a part of BAGEL."""
+    """The settings that a merge needs. Module names are those of the trained model, which may be a part of BAGEL."""
 
     path: Path
     rank: int
@@ -49,11 +49,11 @@ class AdapterConfig:
     exclude: str | tuple[str, ...]
     layers: tuple[int, ...]  # empty: all
     layers_pattern: tuple[str, ...]
-    saved: tuple[str, ...]  # modules that were trained and stored whole
+    saved: tuple[str, ...]  # modules that were trained and saved in full (modules_to_save)
 
     @classmethod
     def read(cls, folder: Path) -> AdapterConfig:
-        """Raises CheckpointError, in one sentence, naming the key that cannot be merged or is mistyped."""
+        """Reads the config. Raises CheckpointError naming the first key that is unsupported or has a wrong type."""
         path = folder / CONFIG
         raw = _read(path)
         if str(raw.get("peft_type", "LORA")).upper() != "LORA" or "r" not in raw:
@@ -76,7 +76,7 @@ class AdapterConfig:
     def targets(self, module: str) -> bool:
         """Whether peft puts a LoRA on this module. Raises CheckpointError on a pattern that cannot be matched."""
         if self.target is None:
-            return True  # peft knew the modules by the model's type; the file says which they were
+            return True  # peft chose the modules by the model's type; whatever the file holds was chosen
         try:
             if self._excluded(module):
                 return False
@@ -92,9 +92,9 @@ class AdapterConfig:
             ) from None
 
     def scale(self, module: str, rank: int | None) -> float:
-        """What B @ A is multiplied by. Raises CheckpointError if `rank` is not what the config says of the module.
+        """The factor of B @ A. Raises CheckpointError if `rank`, read from the tensors, is not the config's.
 
-        `rank` None takes the config's word: the tensors do not say.
+        `rank` is None where the tensors do not show it (a bias); the config's rank is used then.
         """
         try:
             rank_key, alpha_key = first_match(tuple(self.ranks), module), first_match(tuple(self.alphas), module)
@@ -117,7 +117,10 @@ class AdapterConfig:
         return any(fullmatch(rf"(|.*\.)({name})(|\..*)", module) for name in self.saved)
 
     def _layer(self, module: str) -> int | None:
-        """The first number that stands alone between dots and follows a name (of `layers_pattern`, if it has any)."""
+        """The layer number in a module's name: the first number between dots that follows a name.
+
+        With `layers_pattern`, that name has to match one of its patterns. None if there is no such number.
+        """
         parts = module.split(".")
         for pattern in self.layers_pattern or (r"[^.]*\.[^.]*",):
             for i in range(1, len(parts) - 1):
@@ -130,7 +133,7 @@ class AdapterConfig:
 
 
 def _refuse(raw: Mapping[str, Any], path: Path) -> None:
-    """Raises CheckpointError on what would make the merge another one than W + scale * B @ A."""
+    """Raises CheckpointError on a setting with which peft's merge is not W + scale * B @ A."""
     for key in sorted(raw.keys() - USED - NEUTRAL):
         if raw[key]:
             raise CheckpointError(
@@ -189,7 +192,7 @@ def _list(raw: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
 
 
 def _names(raw: Mapping[str, Any], key: str, path: Path, pattern: bool) -> str | tuple[str, ...] | None:
-    """A pattern or a list of names; None where there is neither."""
+    """The value of a key that holds a pattern (str) or a list of names (tuple); None if it is absent or empty."""
     value = raw.get(key)
     if value is None or isinstance(value, str):
         return value or None

@@ -1,11 +1,12 @@
 """Checkpoint: a BAGEL folder, file or Hub repository as one list of tensors under their official names.
 
-Fine-tunes are brought into the official form while they are read, never by loading them: sharded files, fp32 or fp16
-weights (rounded to nearest even bf16), wrapper prefixes, configs that lie elsewhere, LoRA adapters. So every variant of
-the same weights has the same specs, the same values and the same `digest`.
+Fine-tunes are normalised while they are read, and never loaded as a whole: sharded files, fp32 or fp16 weights (rounded
+to bf16, to nearest even), wrapper prefixes, configs in another folder, LoRA adapters. So every packaging of the same
+weights has the same specs, the same values and the same `digest`.
 
-Numbers are handled as bf16 words in numpy; torch is imported only by `read`, which the codecs call. Files are read and
-not mapped: a source that is cut meanwhile ends in one sentence, and what was hashed is what was coded.
+bf16 numbers are handled as uint16 arrays of their bits ("words") in numpy; torch is imported only by `read`, which the
+codecs call. Files are read, not memory-mapped: a source that is truncated meanwhile raises an error instead of a bus
+fault, and the bytes that are hashed are the bytes that are encoded.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SAMPLE = 512  # elements at the start, the middle and the end of each tensor tha
 
 @dataclass(frozen=True)
 class Base:
-    """What another checkpoint gave, because the first one lacks it."""
+    """The files and tensors that were taken from a second checkpoint, because the first one lacks them."""
 
     name: str
     revision: str
@@ -61,34 +62,34 @@ class Base:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A full-precision BAGEL checkpoint: specs of all tensors by official name, all bf16, and the files beside them.
+    """A full-precision BAGEL checkpoint: the specs of all tensors under their official names, and the other files.
 
-    `open` takes a folder, a .safetensors file or a Hub id; shards, fp32 or fp16 weights, trainers' prefixes and LoRA
-    adapters are brought into the official form while they are read. Nothing is loaded: `read` gives elements of one
-    tensor. `digest` identifies the weights, whatever their packaging. Raises CheckpointError or HubError.
+    `open` takes a folder, a .safetensors file or a Hub id. Shards, fp32 or fp16 weights, prefixes of training wrappers
+    and LoRA adapters are normalised while they are read; all specs are bf16. Weights are not loaded: `read` gives
+    elements of one tensor. `digest` identifies the weights, whatever their packaging. Raises CheckpointError, HubError.
 
         checkpoint = bc.Checkpoint.open("my-fine-tune", base="ByteDance-Seed/BAGEL-7B-MoT")
         print(checkpoint.digest, len(checkpoint.specs))
         first_ten = checkpoint.read(checkpoint.specs[0], 0, 10)  # bf16 tensor [10] of the flattened first tensor
     """
 
-    name: str  # repository id, or "local": where a folder lies must not change what is built from it
+    name: str  # repository id, or "local": the path of a folder must not change the build made from it
     revision: str  # commit of the repository; empty for a folder
     specs: tuple[TensorSpec, ...]
-    files: Mapping[str, Path]  # configs and tokenizer, by name; `ae.safetensors` is the VAE wherever it lies
+    files: Mapping[str, Path]  # configs, tokenizer and the VAE, by name; the VAE is always called `ae.safetensors`
     sources: Mapping[str, tuple[TensorFile, StoredTensor]] = field(repr=False)
     vae: TensorFile = field(repr=False)
     adapter: Adapter | None = None
     base: Base | None = None
-    stamps: Mapping[Path, Stamp | None] = field(default_factory=dict, repr=False)  # of all files, when it was opened
+    stamps: Mapping[Path, Stamp | None] = field(default_factory=dict, repr=False)  # size and times of files when opened
 
     @classmethod
     def open(cls, source: str | Path, base: str | Path | None = None, lora: str | Path | None = None) -> Checkpoint:
         """Opens a folder, a .safetensors file or a Hub id (`owner/name` or `owner/name@revision`).
 
-        `base` gives the configs, tokenizer, VAE and tensors that a fine-tune lacks, such as the ViT of one that was
-        trained without; `lora` is a peft adapter folder to merge.
-        Raises CheckpointError if anything is missing, damaged, or not the shape that the configs promise.
+        `base` is a second checkpoint, which supplies the configs, tokenizer, VAE and tensors that a fine-tune lacks,
+        such as the ViT of one that was trained without it. `lora` is the folder of a peft adapter to merge.
+        Raises CheckpointError if anything is missing, damaged, or not of the shape that the configs give.
         """
         path, name, revision = locate(source, weights=True)
         folder = path if path.is_dir() else path.parent
@@ -116,17 +117,17 @@ class Checkpoint:
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
-        """The JSON files by name: llm_config.json, vit_config.json and, where there are, config.json and others."""
+        """The parsed config files by name: llm_config.json, vit_config.json and, if present, config.json and others."""
         return {name: _json(path) for name, path in self.files.items() if name.endswith("config.json")}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {spec.name: spec.shape for spec in self.specs}
 
-    def words(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flattened tensor as bf16 words (uint16).
+    def bf16_words(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The bits of elements [start, stop) of the flattened tensor in bf16, as a 1-D uint16 array.
 
-        Raises CheckpointError if the file is not what it was when it was opened.
+        Raises CheckpointError if the file has changed since it was opened.
         """
         file, tensor = self.sources[name]
         if file.changed():
@@ -137,15 +138,15 @@ class Checkpoint:
         return values if tensor.dtype == "BF16" else bf16.rounded(bf16.floats(values, tensor.dtype))
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
-        """`words` as a bf16 torch tensor: the codecs' Reader."""
-        return bf16.as_tensor(self.words(spec.name, start, stop))
+        """`bf16_words` as a 1-D bf16 torch tensor. This method is the Reader that codecs are given."""
+        return bf16.as_tensor(self.bf16_words(spec.name, start, stop))
 
     @cached_property
     def fingerprint(self) -> str:
-        """What is known without reading it all: sha256 of names, shapes, configs and samples of every tensor.
+        """A quick identification that reads little: sha256 of names, shapes, configs and samples of every tensor.
 
-        The samples are 512 elements at the start, middle and end of each tensor, as bf16. It tells most checkpoints
-        apart at once, and a plan is made for it; what a checkpoint is, its `digest` says.
+        The samples are 512 elements at the start, middle and end of each tensor, as bf16. They tell most checkpoints
+        apart, and a plan records the fingerprint; only `digest` identifies all values.
         """
         total = hashlib.sha256(b"bagel-compress fingerprint 2\n")
         for name in CONFIG_FILES:
@@ -154,31 +155,32 @@ class Checkpoint:
             total.update(f"{spec.name} {list(spec.shape)}\n".encode())
             middle = max(0, spec.numel // 2 - SAMPLE // 2)
             for start in (0, middle, max(0, spec.numel - SAMPLE)):
-                total.update(self.words(spec.name, start, min(start + SAMPLE, spec.numel)).tobytes())
+                total.update(self.bf16_words(spec.name, start, min(start + SAMPLE, spec.numel)).tobytes())
         for name, tensor in sorted(self.vae.tensors.items()):
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         return total.hexdigest()
 
     @cached_property
     def digest(self) -> str:
-        """Identity: every value of every tensor, configs, tokenizer and VAE (`identity`). Reads all of it once.
+        """The identity of the checkpoint: sha256 over all tensor values, configs, tokenizer and VAE (`identity`).
 
-        Another packaging of the same weights has the same digest. Raises CheckpointError if a file changes meanwhile.
+        Reads everything once. Another packaging of the same weights has the same digest. Raises CheckpointError if a
+        file changes meanwhile.
         """
         files = {name: blake3_file(path) for name, path in self.files.items() if name in FILES}
-        found = identity(self.specs, tensor_digests(self.specs, self.words), self.configs, files)
+        found = identity(self.specs, tensor_digests(self.specs, self.bf16_words), self.configs, files)
         self.expect_unchanged()
         return found
 
     def expect_unchanged(self) -> None:
-        """Raises CheckpointError if any file is no longer what it was when the checkpoint was opened."""
+        """Raises CheckpointError if any file has changed since the checkpoint was opened."""
         for path, stamp in self.stamps.items():
             if stamp_of(path) != stamp:
                 raise CheckpointError(f"{path} was changed while it was read; start again with the finished file.")
 
 
 def normal_name(name: str) -> str | None:
-    """The official name of a tensor as trainers and wrappers call it, or None if BAGEL has no such tensor."""
+    """The official name of a tensor that a trainer or wrapper may have renamed; None if BAGEL has no such tensor."""
     for wrapper in WRAPPERS:
         name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
     while role_of(name) is None and name.startswith("model."):
@@ -188,7 +190,7 @@ def normal_name(name: str) -> str | None:
 
 
 def locate(source: str | Path, weights: bool) -> tuple[Path, str, str]:
-    """Path, public name and revision of a source; downloads a repository id."""
+    """(local path, public name, revision) of a source; a repository id is downloaded, with its `weights` if asked."""
     path = Path(source)
     if exists(path):
         if (path / "manifest.json").exists():
@@ -207,7 +209,10 @@ def locate(source: str | Path, weights: bool) -> tuple[Path, str, str]:
 
 
 def _aux_files(folders: list[Path]) -> dict[str, Path]:
-    """Configs, tokenizer and VAE, from the first folder that has each."""
+    """Configs, tokenizer and VAE by name, each from the first folder that has it.
+
+    Raises CheckpointError if no folder has one that is needed.
+    """
     places = {name: (name,) for name in (*CONFIG_FILES, *TOKENIZER_FILES, *OTHER_FILES)} | {"ae.safetensors": VAE_FILES}
     files: dict[str, Path] = {}
     for name, options in places.items():
@@ -217,7 +222,7 @@ def _aux_files(folders: list[Path]) -> dict[str, Path]:
     for file in files.values():
         if not file.is_file():
             raise CheckpointError(f"{file} is no file; put the file of the base model there.")
-        if file.suffix != ".safetensors" and leads_away(file, file.parent):  # it would be copied into every build
+        if file.suffix != ".safetensors" and leads_away(file, file.parent):  # the target would be copied into builds
             raise CheckpointError(
                 f"{file} is a link to {file.resolve()}, outside its folder; put the file itself there."
             )
@@ -234,7 +239,7 @@ def _aux_files(folders: list[Path]) -> dict[str, Path]:
 
 
 def _tensor_files(path: Path) -> list[TensorFile]:
-    """The file or shards that hold the weights."""
+    """The opened file or shards that hold the weights."""
     if path.is_file():
         return [TensorFile.open(path)]
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
@@ -256,11 +261,11 @@ def _indexed(index: Path) -> list[TensorFile]:
         if name not in files[file].tensors:
             raise CheckpointError(f"{index} says that {file} holds {name}, but it does not; copy both again.")
     vae = {file for name, file in weight_map.items() if (role := role_of(name)) and role.component == "vae"}
-    return [file for name, file in files.items() if name not in vae]  # a server's index lists the VAE too
+    return [file for name, file in files.items() if name not in vae]  # an index made for a server lists the VAE too
 
 
 def _normalised(files: list[TensorFile], path: Path) -> dict[str, tuple[TensorFile, StoredTensor]]:
-    """Official name -> where it lies."""
+    """Official name -> (file, stored tensor). Raises CheckpointError on tensors that are unknown or stored twice."""
     sources: dict[str, tuple[TensorFile, StoredTensor]] = {}
     for file in files:
         for stored_name, tensor in file.tensors.items():
@@ -284,10 +289,10 @@ def _normalised(files: list[TensorFile], path: Path) -> dict[str, tuple[TensorFi
 def _missing_from(
     base: str | Path, sources: Mapping[str, Any], files: Mapping[str, Path], vae: TensorFile
 ) -> dict[str, Any]:
-    """The tensors of `base` that the configs ask for and the sources lack."""
+    """The tensors that the configs call for and `sources` lack, from the checkpoint `base` as far as it has them."""
     expected = expected_tensors(_sizes(files, {name: tensor.shape for name, (_, tensor) in sources.items()}, vae))
     if not expected.keys() - sources.keys():
-        return {}  # the weights of the base are not even fetched
+        return {}  # the base's weights are then not downloaded
     path = locate(base, weights=True)[0]
     offered = _normalised(_tensor_files(path), path)
     return {name: offered[name] for name in expected.keys() - sources.keys() if name in offered}
@@ -296,7 +301,7 @@ def _missing_from(
 def _check(
     sources: Mapping[str, tuple[TensorFile, StoredTensor]], files: Mapping[str, Path], path: Path, vae: TensorFile
 ) -> None:
-    """Every tensor that the configs promise, no other, each in its shape."""
+    """Raises CheckpointError unless the tensors are exactly those that the configs call for, each of its shape."""
     shapes = {name: tensor.shape for name, (_, tensor) in sources.items()}
     expected = expected_tensors(_sizes(files, shapes, vae))
     if missing := sorted(expected.keys() - shapes.keys()):
@@ -317,7 +322,8 @@ def _check(
 def _check_tokenizer(
     sources: Mapping[str, tuple[TensorFile, StoredTensor]], files: Mapping[str, Path], folder: Path
 ) -> None:
-    """All readers of the tokenizer give the wrapper tokens the same ids, and the embedding has a row for each."""
+    """Raises CheckpointError unless the tokenizer's files agree on the ids of the special tokens that wrap turns and
+    images, and the embedding has a row for each id."""
     from bagel.text import WRAPPERS, TextCodec
 
     try:
@@ -334,7 +340,7 @@ def _check_tokenizer(
 
 
 def _sizes(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], vae: TensorFile) -> ModelSizes:
-    """The sizes that fix all shapes; `shapes` may lack tensors."""
+    """The sizes of the model that the configs describe; `shapes` may lack tensors."""
     channels = vae.tensors["decoder.conv_in.weight"].shape[1]
     llm, vit = (_json(files[name]) for name in CONFIG_FILES)
     extra = _json(files["config.json"]) if "config.json" in files else {}
@@ -363,7 +369,7 @@ def _vae(path: Path) -> TensorFile:
 
 
 def _merged(adapter: Adapter, name: str, file: TensorFile, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
-    """fp32 values of a weight with its LoRA pair added, for the rows that [start, stop) touches."""
+    """Elements [start, stop) of a weight with its LoRA pair added, as a 1-D fp32 array."""
     import numpy as np
 
     columns = tensor.numel // max(1, tensor.shape[0])

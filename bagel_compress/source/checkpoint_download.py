@@ -1,4 +1,4 @@
-"""Full-precision checkpoints from the Hub: only the files that are needed, resumed where a download broke off."""
+"""Downloads full-precision checkpoints from the Hub: only the files that are needed; broken downloads are resumed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bagel_compress.io.safe_paths import check_names
 def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequence[str]) -> tuple[Path, str]:
     """Downloads the `small` files that exist and the first of `weights` that exists, with its shards if it is an index.
 
-    Returns the folder in the client's cache and the commit that it shows. Without an answer from the Hub, what an
-    earlier download left is used. Raises HubError if the repository cannot be read, CheckpointError if it has none of
-    `weights`.
+    Returns the snapshot's folder in the cache of huggingface_hub, and its commit. If the Hub cannot be reached, the
+    files of an earlier download are used. Raises HubError if the repository cannot be read, CheckpointError if it has
+    none of `weights`.
     """
     try:
         names = listing(repo, revision)[1]
@@ -31,14 +31,14 @@ def fetch(repo: str, revision: str | None, small: Sequence[str], weights: Sequen
         wanted += [chosen, *_shards(download(repo, revision, [chosen])[chosen], chosen)]
     if not wanted:
         raise CheckpointError(f"{repo} has no {small[0]}; it is no BAGEL checkpoint.")
-    # By the revision as it was given, not by its commit: the cache then knows it without network too.
+    # Downloaded under the revision as given, not its commit: the cache then finds it by that name without a network.
     return _snapshot(download(repo, revision, wanted)[wanted[0]], wanted[0])
 
 
 def _cached(
     repo: str, revision: str | None, small: Sequence[str], weights: Sequence[str], cause: UnreachableError
 ) -> tuple[Path, str]:
-    """What an earlier download left in the cache."""
+    """The snapshot that an earlier download left in the cache. Raises UnreachableError if there is none."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in weights or small:

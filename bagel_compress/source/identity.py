@@ -1,8 +1,9 @@
-"""Identity of a checkpoint: one digest over every value of it, and over all that the model is made of beside them.
+"""Identity of a checkpoint: one digest over all tensor values, the configs, the tokenizer and the VAE.
 
-A tensor enters by the BLAKE3 of its bf16 values, under its official name, so that another packaging of the same weights
-has the same identity and any changed element another one. Configs enter by their meaning, tokenizer and VAE by their
-bytes. A build takes the same digests of what it read and wrote, and so knows its source without a second read.
+A tensor enters as the BLAKE3 of its bf16 values, under its official name, so that another packaging of the same weights
+has the same identity, and any changed element gives another one. Configs enter as parsed JSON, so that formatting does
+not count; tokenizer and VAE enter by their bytes. A build takes the same digests of the tensors while it encodes them,
+so that it needs no second read to identify its source.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ FILES = (
     "special_tokens_map.json",
 )  # fmt: skip
 BLOCK = 1 << 22  # elements hashed at a time
-THREADS = 4  # BLAKE3 of one takes 3 to 8 GB/s; more than four wait for memory
-Words = Callable[[str, int, int], "np.ndarray"]
+THREADS = 4  # one thread hashes 3 to 8 GB/s; four use up the memory bandwidth
+ReadWords = Callable[[str, int, int], "np.ndarray"]  # (tensor, start, stop) -> bf16 bits as uint16
 
 
 def identity(
@@ -36,7 +37,7 @@ def identity(
     configs: Mapping[str, Mapping[str, Any]],
     files: Mapping[str, str],
 ) -> str:
-    """sha256 over the BLAKE3 of each tensor's values, the configs, and the BLAKE3 of each file of `FILES` there is."""
+    """sha256 over `tensors` (BLAKE3 of each tensor's values), the configs, and `files` (BLAKE3 of those in FILES)."""
     total = hashlib.sha256(b"bagel-compress checkpoint 2\n")
     for name in CONFIGS:
         if name in configs:
@@ -49,15 +50,15 @@ def identity(
     return total.hexdigest()
 
 
-def tensor_digests(specs: Iterable[TensorSpec], words: Words) -> dict[str, str]:
-    """Name -> BLAKE3 of the bf16 values; `words` gives elements [start, stop) of a tensor. Reads all of them."""
+def tensor_digests(specs: Iterable[TensorSpec], read: ReadWords) -> dict[str, str]:
+    """Tensor name -> BLAKE3 of its bf16 values. Reads every element of every tensor."""
 
-    def of(spec: TensorSpec) -> str:
+    def digest(spec: TensorSpec) -> str:
         total = blake3()
         for start in range(0, spec.numel, BLOCK):
-            total.update(words(spec.name, start, min(start + BLOCK, spec.numel)).view("uint8").data)
+            total.update(read(spec.name, start, min(start + BLOCK, spec.numel)).view("uint8").data)
         return total.hexdigest()
 
     specs = list(specs)
     with ThreadPoolExecutor(THREADS, "identity") as pool:
-        return dict(zip((spec.name for spec in specs), pool.map(of, specs), strict=True))
+        return dict(zip((spec.name for spec in specs), pool.map(digest, specs), strict=True))

@@ -1,9 +1,9 @@
-"""Regular expressions that came with a file, matched in bounded time.
+"""Matches regular expressions from untrusted files in bounded time.
 
-Python's `re` backtracks: a pattern of thirty characters from an adapter's config can hold a process for minutes. Here
-the parsed pattern is followed by sets of positions instead, and every step is counted, so that a match ends soon or is
-refused. Groups, alternatives, classes and repeats mean what they mean to `re`; look-around, back-references and inline
-flags are refused.
+Python's `re` backtracks: a pattern of thirty characters in an adapter's config can keep it busy for minutes. Here the
+parsed pattern is followed with a set of positions, as a non-deterministic automaton, and every step is counted, so that
+a match either ends soon or is refused. Groups, alternatives, classes and repeats work as in `re`; look-around,
+back-references and inline flags are refused.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from collections.abc import Sequence
 from typing import Any
 
 MAX_PATTERN = 1000  # characters
-MAX_STEPS = 20_000  # positions visited per match; a plain pattern on a module name takes a few hundred
+MAX_STEPS = 20_000  # positions visited per match; an ordinary pattern on a module name needs a few hundred
 
-_parser: Any = importlib.import_module("re._parser")  # what `re.compile` itself parses with, since Python 3.11
+_parser: Any = importlib.import_module("re._parser")  # the parser behind `re.compile`, since Python 3.11
 _CATEGORIES = {
     "CATEGORY_DIGIT": str.isdecimal, "CATEGORY_SPACE": str.isspace, "CATEGORY_WORD": lambda c: c.isalnum() or c == "_",
 }  # fmt: skip
 
 
 class PatternError(ValueError):
-    """A pattern that is no regular expression, uses what is refused, or takes too long. Says which, as a clause."""
+    """The pattern is no regular expression, uses a refused construct, or takes too long to match.
+
+    The message is a predicate ("sets inline flags, ..."); the caller puts the subject in front.
+    """
 
 
 def fullmatch(pattern: str, text: str) -> bool:
@@ -43,13 +46,13 @@ def fullmatch(pattern: str, text: str) -> bool:
 
 
 class _Walk:
-    """Positions of one text that a parsed pattern can lead to."""
+    """Finds the positions in one text where a match of a parsed pattern can end."""
 
     def __init__(self, text: str) -> None:
         self._text, self._steps = text, 0
 
     def follow(self, nodes: Any, starts: set[int]) -> set[int]:
-        """Where the sequence of nodes can end when it begins at one of `starts`."""
+        """The positions where a match of the node sequence can end if it begins at one of `starts`."""
         self._count(1)
         for operation, argument in nodes:
             self._count(1 + len(starts))
@@ -99,7 +102,7 @@ class _Walk:
 
 
 def _takes(operation: str, argument: Any, character: str) -> bool:
-    """Whether a node of one character takes this one."""
+    """Whether a node that matches one character matches this one."""
     if operation == "LITERAL":
         return ord(character) == argument
     if operation == "NOT_LITERAL":
@@ -122,5 +125,5 @@ def _in_class(kind: str, value: Any, character: str) -> bool:
 
 
 def first_match(patterns: Sequence[str], text: str) -> str | None:
-    """The first pattern that matches the text from some whole name on: `q_proj` matches `a.b.q_proj`. As peft does."""
+    """The first pattern that matches the end of a dotted name: `q_proj` matches `a.b.q_proj`. This is peft's rule."""
     return next((p for p in patterns if fullmatch(rf"(.*\.)?({p})$", text)), None)

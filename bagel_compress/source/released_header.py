@@ -1,6 +1,6 @@
-"""The header of the released checkpoint without its 29 GB: names, dtypes and shapes of BAGEL-7B-MoT.
+"""Names, dtypes and shapes of the released BAGEL-7B-MoT, without its 29 GB of weights.
 
-Generated from its configs by `bagel.layout`, so that `plan` works without any download.
+They are derived from its configs by `bagel.layout`, so that `plan` works without a download.
 1223 tensors, 14,607,260,128 parameters, 29,214,520,256 bytes in bf16 (bagel/layout.py; a test holds the totals).
 """
 
@@ -20,7 +20,7 @@ REPO = "ByteDance-Seed/BAGEL-7B-MoT"
 
 @dataclass(frozen=True)
 class TrueHeader:
-    """Specs of the released checkpoint; a plan made from it has exact sizes but cannot be built from."""
+    """Specs of the released checkpoint. A plan made from them has exact sizes; without weights it cannot be built."""
 
     name: str = REPO
     revision: str = ""
@@ -32,7 +32,7 @@ class TrueHeader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of names and shapes; no checkpoint has this one."""
+        """sha256 of names and shapes; never equal to the fingerprint of a real checkpoint."""
         rows = "".join(f"{spec.name} {list(spec.shape)}\n" for spec in self.specs)
         return hashlib.sha256(f"header only\n{rows}".encode()).hexdigest()
 

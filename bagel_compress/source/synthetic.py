@@ -1,11 +1,12 @@
-"""synthesise: a checkpoint of the true shape with made-up weights, written by streaming.
+"""Writes a synthetic checkpoint: random weights in the names and shapes of a real model, streamed to disk.
 
-For benchmarks, for VRAM and latency checks (which do not depend on the values), and for trying the tool without 29 GB
-of download. Every value is a function of (seed, tensor, position), so neither threads nor chunk sizes change a byte.
+It serves benchmarks, memory and latency checks (which do not depend on the values), and trying the tool without
+downloading 29 GB. Every value is a function of (seed, tensor, position), so the bytes depend neither on the number of
+threads nor on the chunk size.
 
-Matrices look trained to a codec: normal values times log-normal row and column scales (sigma 0.35 and 0.25) with 0.2 %
-outliers of six times the size; their bf16 exponents then have 2.7 bits of entropy, as the released weights' do
-(about 2.65). Norms are near 1, sin-cos tables are the real ones. Pictures from such weights are noise.
+To a codec the matrices look trained: normal values times log-normal row and column scales (sigma 0.35 and 0.25), and
+0.2 % of outliers, six times as large. Their bf16 exponents then have 2.7 bits of entropy; the released weights' have
+about 2.65. Norms are near 1, sin-cos tables are the real ones. Pictures drawn with such weights are noise.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ if TYPE_CHECKING:
     from bagel.vae import VAEConfig
 
 ROW_SIGMA, COLUMN_SIGMA = 0.35, 0.25  # of the log-normal scales
-CHUNK = 1 << 22  # elements per step
-TABLE_BITS = 12  # resolution of the normal distribution's inverse
-NORM_SPREAD, SMALL = 0.1, 0.02  # spread of norms around 1; size of biases, embeddings and learned tables
+CHUNK = 1 << 22  # elements made and written at a time
+TABLE_BITS = 12  # log2 of the intervals in the table of the inverse normal distribution
+# Standard deviations: of norm weights around 1; of biases, embeddings and learned tables around 0.
+NORM_SPREAD, SMALL = 0.1, 0.02
 # A decoder large enough to time, 0.24 billion weights in both experts; heads of the released width.
 MEDIUM = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8,
           "num_key_value_heads": 2}  # fmt: skip
@@ -50,10 +52,11 @@ Progress = Callable[[int], object]
 
 
 def synthesise(shape: str, out: Path, seed: int, layers: int | None = None, progress: Progress | None = None) -> int:
-    """Writes `ema.safetensors`, `ae.safetensors`, configs and a tokenizer into `out`; returns the bytes of the former.
+    """Writes `ema.safetensors`, `ae.safetensors`, configs and a tokenizer into `out`.
 
-    `shape` is "7b-mot" (the released model), "medium" or "tiny"; `layers` decoder layers instead of all.
-    Raises CheckpointError if the folder is not empty or its disk too small.
+    `shape` is "7b-mot" (the released model), "medium" or "tiny"; `layers` is the number of decoder layers, by default
+    the shape's own. `progress` is called with the bytes of each write. Returns the tensor bytes of `ema.safetensors`.
+    Raises CheckpointError if the folder is not empty or the disk is too small.
     """
     if layers is not None and layers < 1:
         raise CheckpointError(f"--layers is {layers}; a model has at least 1 decoder layer.")
@@ -77,7 +80,7 @@ def _full(layers: int | None) -> tuple[ModelSizes, VAEConfig, dict[str, dict[str
 
 
 def _small(shape: str, layers: int | None) -> tuple[ModelSizes, VAEConfig, dict[str, dict[str, Any]]]:
-    """A model of three layers of 64; "medium" has its ends and MEDIUM's decoder."""
+    """The model of the tests, three layers of width 64; "medium" has the same ViT and VAE and MEDIUM's decoder."""
     from bagel.vae import VAEConfig
 
     config = json.loads((SMALL_CONFIGS / "config.json").read_text("utf-8"))
@@ -94,7 +97,7 @@ def _small(shape: str, layers: int | None) -> tuple[ModelSizes, VAEConfig, dict[
 def _configs(
     llm: dict[str, Any], vit: dict[str, Any], extra: dict[str, Any], sizes: ModelSizes
 ) -> dict[str, dict[str, Any]]:
-    """The JSON files; ids are those of the small tokenizer."""
+    """The JSON files by name; token ids are those of the small tokenizer."""
     llm = llm | {"num_hidden_layers": sizes.layers, "bos_token_id": 560, "eos_token_id": 562}
     config = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"} | extra
     config |= {
@@ -112,6 +115,7 @@ def _configs(
 
 
 def vae_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of the autoencoder."""
     import torch
 
     from bagel.vae import AutoEncoder
@@ -134,10 +138,11 @@ def _prepare(out: Path, nbytes: int) -> None:
 
 
 def _write_tokenizer(out: Path, vocab: int) -> None:
-    """The small tokenizer, with words that no text contains up to the size of the embedding, so that any id decodes.
+    """Writes the small tokenizer, its vocabulary padded to the rows of the embedding, so that any id can be decoded.
 
-    The special tokens stand in the vocabulary too: some readers take an added token's id from there, or else append it
-    after all words, and would give it another id than the file says. Raises CheckpointError if readers disagree.
+    The special tokens are entries of the vocabulary too. Some tokenizer libraries take the id of an added token from
+    there, or else append the token after all entries, and would give it another id than the file says. Raises
+    CheckpointError if the files disagree on an id.
     """
     from bagel.errors import BagelError
     from bagel.text import TextCodec
@@ -146,11 +151,11 @@ def _write_tokenizer(out: Path, vocab: int) -> None:
     for name in ("merges.txt", "tokenizer_config.json"):
         shutil.copyfile(folder / name, out / name)
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    words = json.loads((folder / "vocab.json").read_text("utf-8"))
-    words |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    words |= {f"pad{i}": i for i in range(max(words.values()) + 1, vocab)}
-    tokenizer["model"]["vocab"] = words
-    for name, data in (("tokenizer.json", tokenizer), ("vocab.json", words)):
+    ids = json.loads((folder / "vocab.json").read_text("utf-8"))
+    ids |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    ids |= {f"pad{i}": i for i in range(max(ids.values()) + 1, vocab)}
+    tokenizer["model"]["vocab"] = ids
+    for name, data in (("tokenizer.json", tokenizer), ("vocab.json", ids)):
         write_atomic(out / name, json.dumps(data, ensure_ascii=False))
     try:
         TextCodec.from_dir(out)
@@ -159,7 +164,7 @@ def _write_tokenizer(out: Path, vocab: int) -> None:
 
 
 def _write(path: Path, specs: Mapping[str, PartSpec], seed: int, progress: Progress) -> None:
-    """One file, front to back: chunks are made by all cores, in reused buffers, while the one before is written."""
+    """Writes one file from front to back; all cores make the next chunks, in reused buffers, while one is written."""
     import numpy as np
 
     header, offsets = lay_out(specs)
@@ -188,7 +193,10 @@ def _write(path: Path, specs: Mapping[str, PartSpec], seed: int, progress: Progr
 
 
 def _tensor(spec: TensorSpec, seed: int) -> Callable[[int, np.ndarray], np.ndarray]:
-    """What fills a uint16 array with the bf16 words from `start` on, and gives what to store (uint32 for F32)."""
+    """A function (start, out) that fills `out`, uint16, with the bf16 bits of the tensor's elements from `start` on.
+
+    It returns the array to store: `out` itself, or for an F32 tensor its values as uint32 bits of fp32.
+    """
     import numpy as np
 
     from bagel_compress.source.synthetic_kernel import fill
@@ -224,7 +232,7 @@ def _log_normal(count: int, key: int, sigma: float) -> np.ndarray:
 
 @cache
 def _normal_table() -> np.ndarray:
-    """Inverse of the normal distribution at the edges of 4096 equal slices; the outermost slices end at 4.5 sigma."""
+    """Inverse of the normal distribution at the bounds of 4096 equally likely intervals; the ends are -4.5 and 4.5."""
     import numpy as np
 
     count = 1 << TABLE_BITS

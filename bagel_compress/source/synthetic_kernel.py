@@ -1,4 +1,4 @@
-"""The compiled inner loop of `synth`: counter-based normal numbers, scaled and rounded to bf16. Imports numba."""
+"""The compiled inner loop of `synthetic`: counter-based normal numbers, scaled and rounded to bf16. Imports numba."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def _mix(x: np.uint64) -> np.uint64:
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def fill(out, start, key, table, rows, scales, columns, centre, matrix) -> None:  # type: ignore[no-untyped-def]
-    """out: uint16 [n], elements start.. of a tensor; table: float32 [4097]; rows, scales: float32, per row and column.
+    """Fills `out`, uint16 [n], with the bf16 bits of elements start, start + 1, ... of a tensor.
 
-    Of a 64-bit hash per element 12 bits choose a slice of the normal distribution, 24 the place in it, 16 the outlier.
+    table: float32 [4097], the inverse normal distribution; rows, scales: float32, a factor per row and per column.
+    Each element has a 64-bit hash: 12 bits choose an interval of the table, 24 bits the position in it, 16 bits decide
+    whether the element is an outlier.
     """
     threshold = _U(round(OUTLIER * 65536))
     row, column = start // columns, start % columns

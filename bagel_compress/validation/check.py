@@ -12,7 +12,7 @@ from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.budgets.measure_gpu import measured, timed
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import predict
-from bagel_compress.budgets.promises import remedy
+from bagel_compress.budgets.recommend import recommendation
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.recipe import Recipe
@@ -74,7 +74,7 @@ def budgets_of(
 def _predicted(build: BuildOutline, target: Target) -> BudgetReport:
     """The prediction; where the build does not fit, its advice ends with a packaged target or recipe that would."""
     report = predict(build, target)
-    named = remedy(build, target) if report.limit is not None and report.peak > report.limit else ""
+    named = recommendation(build, target) if report.limit is not None and report.peak > report.limit else ""
     return report.model_copy(update={"advice": (*report.advice, named)}) if named else report
 
 

@@ -20,7 +20,7 @@ from bagel_compress.exporting.fp32_copy import fp32_copy
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.exporting.ort_sampler import GraphSampler
 from bagel_compress.exporting.ort_session import Sessions
-from bagel_compress.exporting.torch_adapter import TorchFace
+from bagel_compress.exporting.torch_adapter import TorchAdapter
 from bagel_compress.parity.compare import Candidate, Comparison, compare
 from bagel_compress.parity.report_data import ParityReport
 from bagel_compress.parity.trace import TraceFile
@@ -53,22 +53,22 @@ def validate_export(
 
 
 @contextmanager
-def _running(folder: ExportFolder, threads: int) -> Iterator[tuple[TorchFace, dict[str, str]]]:
+def _running(folder: ExportFolder, threads: int) -> Iterator[tuple[TorchAdapter, dict[str, str]]]:
     """The export as a torch sampler, and the runtime, device and precision that it really runs in."""
     settings, gpu = folder.manifest.settings, torch.cuda.is_available()
     if settings.runtime != "onnxruntime" and gpu:
         from bagel_compress.exporting.trt_runner import Engines
 
-        yield TorchFace(GraphSampler(folder, Engines(folder))), _ran(settings.runtime, "cuda", settings.precision)
+        yield TorchAdapter(GraphSampler(folder, Engines(folder))), _ran(settings.runtime, "cuda", settings.precision)
         return
     provider = settings.provider if gpu else "cpu"
     if settings.precision != "bf16" or provider == "cuda":
         sampler = GraphSampler(folder, Sessions(folder, provider, threads))
-        yield TorchFace(sampler), _ran("onnxruntime", provider, settings.precision)
+        yield TorchAdapter(sampler), _ran("onnxruntime", provider, settings.precision)
         return
     with TemporaryDirectory(dir=folder.path.resolve().parent) as place:
         sampler = GraphSampler(folder, Sessions(fp32_copy(folder, Path(place)), "cpu", threads))
-        yield TorchFace(sampler), _ran("onnxruntime", "cpu", "fp32")
+        yield TorchAdapter(sampler), _ran("onnxruntime", "cpu", "fp32")
 
 
 def _ran(runtime: str, provider: str, precision: str) -> dict[str, str]:

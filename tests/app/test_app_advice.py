@@ -13,7 +13,7 @@ import pytest
 
 from bagel_compress.budgets import advise as advising
 from bagel_compress.budgets.predict import least_bytes
-from bagel_compress.budgets.promises import packaged_recipes, packaged_targets
+from bagel_compress.budgets.recommend import packaged_recipes, packaged_targets
 
 SHOTS = os.environ.get("BAGEL_APP_SHOTS")
 GIB = 2**30
@@ -94,5 +94,5 @@ def test_the_ranking_as_an_api(advice_page: str) -> None:
     assert table.count("\n| ") == len(names["choices"]) == 6
     assert "bagel-compress compress" in commands["value"]
     assert said == "6 builds fit"
-    with pytest.raises(Exception, match="nothing that comes with the package fits"):
+    with pytest.raises(Exception, match="no packaged recipe and no given build fits"):
         client.predict("trt-rtx3060-12gb", 1, api_name="/advise")

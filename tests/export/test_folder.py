@@ -149,7 +149,7 @@ def test_more_than_the_target_allows(tiny: Path, tmp_path: Path, templates: dict
 
 def test_some_blocks_are_no_model(tiny: Path, make: Callable[..., ExportFolder]) -> None:
     folder = make(WeightSource.open(tiny), blocks=ENDS)
-    with pytest.raises(ExportError, match="is no whole model: it has no gen_layer"):
+    with pytest.raises(ExportError, match="is not a complete model: it has no gen_layer"):
         open_onnx(folder.path)
 
 

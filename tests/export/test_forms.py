@@ -16,7 +16,7 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ExportError
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.exporting.onnx_weights import pack_int4
-from bagel_compress.exporting.ort_session import HARMFUL, Sessions
+from bagel_compress.exporting.ort_session import DISABLED_OPTIMIZERS, Sessions
 from bagel_compress.exporting.source import WeightSource
 from bagel_compress.run.load import open_model
 
@@ -80,7 +80,7 @@ def unrounded(source: WeightSource, path: str) -> torch.Tensor:
     """The codec's value before `decode` rounds it to bf16, which int8 codes of bf16 weights profit from by a fifth."""
     if source.codec(path).format != "int8":
         return source.tensor(path).float()
-    item = source.coded(path)
+    item = source.encoded(path)
     scb = item.parts[item.spec.name.removesuffix("weight") + "SCB"]
     return item.parts[item.spec.name].float() * scb[:, None] / 127
 
@@ -149,7 +149,9 @@ def test_no_matrix_is_unpacked_in_every_pass(
     options = sessions.session_options()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     graph = str(folder.path / "gen_layer_00.onnx")
-    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=HARMFUL)
+    onnxruntime.InferenceSession(
+        graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
+    )
     left = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node]
     assert left.count("MatMulNBits") == 14
     assert "DequantizeLinear" not in left

@@ -11,7 +11,7 @@ from export_targets import target
 from bagel_compress.errors import ExportError, MissingExtraError
 from bagel_compress.exporting import tensorrt
 from bagel_compress.exporting.manifest import ExportFolder
-from bagel_compress.exporting.profiles import axes_of, check_shapes, profile
+from bagel_compress.exporting.profiles import axis_ranges, check_shapes, profile
 from bagel_compress.exporting.source import WeightSource
 from bagel_compress.run.export_settings import ExportSettings, Range
 
@@ -56,7 +56,7 @@ def test_the_ends_and_the_autoencoder_build(tiny: Path, make: Callable[..., Expo
     ("settings", "codec", "message"),
     [
         ({"precision": "bf16", "capabilities": ("sm75",)}, "raw", "sm75 has no bf16"),
-        ({"precision": "bf16", "capabilities": ("sm86",)}, "fp8", "sm86 has no fp8, which begins at sm89"),
+        ({"precision": "bf16", "capabilities": ("sm86",)}, "fp8", "sm86 has no fp8, which needs sm89 or later"),
         ({"precision": "bf16", "capabilities": ("sm90",)}, "raw", "capability sm90 is unknown"),
         ({"precision": "bf16", "axes": {"frames": {"min": 1, "opt": 1, "max": 2}}}, "raw", "axes has 'frames'"),
     ],
@@ -86,7 +86,7 @@ def test_a_rejected_operator_names_block_node_and_advice(
 
 def test_profiles_follow_the_target(exported: ExportFolder) -> None:
     config = exported.manifest.model
-    axes = axes_of(target().sizes, config, {"tokens": Range(min=1, opt=2, max=3)})
+    axes = axis_ranges(target().sizes, config, {"tokens": Range(min=1, opt=2, max=3)})
     assert axes["latent_tokens"].max == (128 // 16) ** 2
     assert axes["tokens"].max == 3
     shapes = profile(exported.manifest.blocks["und_layer_00"], axes)
@@ -96,7 +96,7 @@ def test_profiles_follow_the_target(exported: ExportFolder) -> None:
 
 
 def test_sizes_outside_the_profile_are_named(exported: ExportFolder) -> None:
-    axes = axes_of(target().sizes, exported.manifest.model, {})
+    axes = axis_ranges(target().sizes, exported.manifest.model, {})
     entry = exported.manifest.blocks["embed"]
     check_shapes("embed", entry, axes, {"ids": (1,)})
     with pytest.raises(ExportError, match=r"block embed: tokens is 9999, the engine was built for 1 to"):

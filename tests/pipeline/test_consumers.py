@@ -56,7 +56,7 @@ def test_a_flipped_byte_goes_into_no_other_form(folder: Path, tmp_path: Path) ->
     with pytest.raises(ArtifactError, match=r"up_proj\.weight is not what the manifest says"):
         source.tensor("layers.1.und.up_proj.weight")
     with pytest.raises(ArtifactError, match=r"up_proj\.weight is not what the manifest says"):
-        source.coded("layers.1.und.up_proj.weight")
+        source.encoded("layers.1.und.up_proj.weight")
     fp8 = tmp_path / "fp8"
     checkpoint = Checkpoint.open(TINY)
     compress(make_plan(checkpoint, Recipe.load("fp8-comfyui")), checkpoint, fp8)

@@ -159,9 +159,9 @@ def test_lora_is_merged_while_reading(
 
 def test_merged_words_do_not_depend_on_the_chunks(tensors: Tensors, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(TINY, lora=adapter(tmp_path / "lora", pairs_for(tensors)))
-    whole = checkpoint.words(DOWN, 0, tensors[DOWN].numel())
+    whole = checkpoint.bf16_words(DOWN, 0, tensors[DOWN].numel())
     cuts = [0, 1, 159, 160, 161, 5000, 5001, whole.size]
-    pieces = [checkpoint.words(DOWN, a, b) for a, b in itertools.pairwise(cuts)]
+    pieces = [checkpoint.bf16_words(DOWN, a, b) for a, b in itertools.pairwise(cuts)]
     assert np.array_equal(np.concatenate(pieces), whole)
 
 

@@ -113,7 +113,7 @@ def test_the_manifest_knows_what_was_done(tiny: Checkpoint, nf4: Recipe, built: 
     snr = 10 * torch.log10(original.square().sum() / (original - decoded).square().sum())
     assert entry.snr_db == pytest.approx(snr.item(), abs=0.01)
     assert manifest.units["llm2vae.weight"].snr_db is None
-    assert entry.tensors[name].blake3 == blake3(tiny.words(name, 0, spec.numel).tobytes()).hexdigest()
+    assert entry.tensors[name].blake3 == blake3(tiny.bf16_words(name, 0, spec.numel).tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("units", [0, 1, 2, 30, 80, 138])

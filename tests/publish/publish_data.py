@@ -12,7 +12,7 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.parity.report_data import BudgetReport, CaseParity, ParityReport, PhaseUse, Timing
-from bagel_compress.parity.verdict import OF_MODULES, make_rows
+from bagel_compress.parity.verdict import MODULE_METRICS, make_rows
 from bagel_compress.publishing.publishable import Publishable, label, recipe_of, source_of
 
 TOKEN = "hf_plantedtokenXYZ0123456789abcdef"
@@ -38,7 +38,7 @@ def parity(
         m: v for m, v in VALUES.items() if m in limits and limits[m].holds(v)
     }
     values |= {} if ok else {"latent.path": 0.31}
-    probes = {} if is_export else {m: values.pop(m) for m in OF_MODULES if m in values}
+    probes = {} if is_export else {m: values.pop(m) for m in MODULE_METRICS if m in values}
     has_image = (artifact.path / "reports" / "t2i_square.png").is_file()
     floor = {"latent.path": {"kernel": 0.004}, "image.psnr": {"kernel": 48.0}}
     cases = tuple(

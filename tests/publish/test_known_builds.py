@@ -88,7 +88,7 @@ def test_names_that_are_no_build(published: Hub, built: Any, tmp_path: Any) -> N
         known_builds(["ann/notes"])
     with pytest.raises(HubError, match="no such repository"):
         known_builds(["ann/nothing"])
-    with pytest.raises(ArtifactError, match="neither a folder here nor"):
+    with pytest.raises(ArtifactError, match="neither a local folder nor"):
         known_builds(["a/b/c"])
     with pytest.raises(ArtifactError, match="holds no build"):
         known_builds([tmp_path])

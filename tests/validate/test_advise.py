@@ -14,7 +14,7 @@ from bagel_compress.budgets.machine import Machine
 from bagel_compress.budgets.plan_devices import Gpu, plan_map
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import least_bytes, predict
-from bagel_compress.budgets.promises import packaged_targets, promised, ways
+from bagel_compress.budgets.recommend import packaged_targets, recipes_for, target_variants
 from bagel_compress.cli import main
 from bagel_compress.errors import TargetError
 from bagel_compress.run.target import Target
@@ -27,15 +27,15 @@ def names(targets: list[Target]) -> list[str]:
 
 
 def test_a_gpu_is_used_in_every_packaged_way_that_it_holds() -> None:
-    assert names(ways(Target.load("12gb"))) == ["12gb", "12gb-resident", "8gb"]
-    assert names(ways(Target.load("24gb")))[:2] == ["24gb", "16gb-resident"]
-    assert names(ways(Target.load("ort-cpu"))) == ["ort-cpu"]
+    assert names(target_variants(Target.load("12gb"))) == ["12gb", "12gb-resident", "8gb"]
+    assert names(target_variants(Target.load("24gb")))[:2] == ["24gb", "16gb-resident"]
+    assert names(target_variants(Target.load("ort-cpu"))) == ["ort-cpu"]
 
 
 def test_promises_hold_on_larger_gpus_and_the_best_comes_first() -> None:
-    assert promised(Target.load("12gb")) == ["ecq-12gb"]
-    assert "nf4" in promised(Target.load("24gb"))  # it promises 16gb
-    on_16 = promised(Target.load("16gb"))
+    assert recipes_for(Target.load("12gb")) == ["ecq-12gb"]
+    assert "nf4" in recipes_for(Target.load("24gb"))  # it promises 16gb
+    on_16 = recipes_for(Target.load("16gb"))
     assert on_16.index("ecq-16gb") < on_16.index("nf4") < on_16.index("nf4-official")
 
 
@@ -96,7 +96,7 @@ def test_without_a_gpu_the_targets_are_named(cli: Any) -> None:
 @pytest.mark.parametrize("target", packaged_targets())
 def test_the_commands_of_every_packaged_target_run(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     if target in ("nano", "trt-rtx3060-12gb"):  # made for BAGEL-nano; holds no shipped recipe at 768 x 768
-        with pytest.raises(TargetError, match="nothing that comes with the package fits"):
+        with pytest.raises(TargetError, match="no packaged recipe and no given build fits"):
             advise([Target.load(target)])
         return
     for choice in advise([Target.load(target)], count=2):

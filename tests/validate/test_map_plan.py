@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bagel_compress.budgets import device_option
-from bagel_compress.budgets.plan_devices import ASIDE, Gpu, _needs, gpu_of, held_bytes, plan_map
+from bagel_compress.budgets.plan_devices import FREE_PARTS, Gpu, _needs, gpu_of, held_bytes, plan_map
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import ACTIVATIONS, CACHES, CONTEXT, predict
 from bagel_compress.errors import TargetError
@@ -59,8 +59,8 @@ def test_no_other_division_leaves_more_room(builds):
     both = gpus("24gb", "12gb")
     needs = _needs(builds["raw"], Workload())
     spares = []
-    for border, chosen in itertools.product(range(LAYERS + 1), itertools.product((0, 1), repeat=len(ASIDE))):
-        parts = [[part for part, at in zip(ASIDE, chosen, strict=True) if at == index] for index in (0, 1)]
+    for border, chosen in itertools.product(range(LAYERS + 1), itertools.product((0, 1), repeat=len(FREE_PARTS))):
+        parts = [[part for part, at in zip(FREE_PARTS, chosen, strict=True) if at == index] for index in (0, 1)]
         loads = (
             needs.load(both[0], range(border), ["embed_tokens", "home", *parts[0]], frozenset()),
             needs.load(both[1], range(border, LAYERS), parts[1], frozenset()),

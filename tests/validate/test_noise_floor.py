@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bagel import layers
 from bagel.sampler import FlowSettings, Sampler
-from bagel_compress.parity.record import changed
+from bagel_compress.parity.record import computed_differently
 
 FLOW = FlowSettings(num_timesteps=3)
 
@@ -42,6 +42,6 @@ def test_the_other_kernel_is_not_the_installed_one(flash: list[int], reference: 
     reference.run(["a cat"], size=(32, 32), flow=FLOW)
     assert flash, "the model runs on flash-attn"
     flash.clear()
-    with changed(reference, "kernel") as other:
+    with computed_differently(reference, "kernel") as other:
         other.run(["a cat"], size=(32, 32), flow=FLOW)
     assert flash == []

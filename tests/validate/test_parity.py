@@ -166,7 +166,7 @@ def test_the_page_is_complete_and_loads_nothing(verdict, lossy):
     assert page.tags.count("svg") >= 3
     text = (lossy / "report.html").read_text(encoding="utf-8")
     assert "Passed" in text
-    assert "What costs what" in text
+    assert "Error by component" in text
 
 
 def test_hostile_text_stays_text(verdict):

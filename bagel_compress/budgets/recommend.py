@@ -1,7 +1,7 @@
-"""What comes with the package and would fit: the names that every "does not fit" ends with.
+"""Recommends packaged recipes and targets that fit; messages that something does not fit end with such a name.
 
-A recipe promises targets (`targets:`, held by a test). A promise made for a target holds on every larger GPU whose
-memory is used the same way (everything on the GPU, or the same residency).
+A recipe lists the targets that it fits (`targets:`, checked by a test). If it fits one target, it also fits every
+target with more memory that uses it in the same way (everything on the GPU, or the same residency).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.target import Target
 from bagel_compress.source.released_header import TrueHeader
 
-# What calibrated rounding leaves of the error of rounding each weight alone: 0.38 to 0.45 on BAGEL-nano
-# (docs/calibration.md), whose layers' inputs are more alike than those of a large model.
+# Error of calibrated rounding relative to rounding to nearest. It is 0.38 to 0.45 on BAGEL-nano (docs/calibration.md);
+# a large model should gain less, since its layers' inputs are more varied.
 CALIBRATED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Expected relative error (root mean square) of the weights: of all, and of each expert."""
+    """Expected relative error (root mean square) of all weights and of each expert's."""
 
     all: float
     gen: float
@@ -37,7 +37,10 @@ class Errors:
 
 
 def expected_errors(stored: Iterable[tuple[Codec, Iterable[TensorSpec]]]) -> Errors | None:
-    """From what each codec does to normal weights and what calibration leaves of it; None: a codec does not know."""
+    """The expected errors of tensors stored by these codecs, from each codec's error on normal weights.
+
+    None if a codec does not state that error.
+    """
     sums: dict[str, list[float]] = {"": [0.0, 0.0], "gen": [0.0, 0.0], "und": [0.0, 0.0]}
     for codec, specs in stored:
         error = codec.normal_error
@@ -65,41 +68,44 @@ def packaged_targets() -> Mapping[str, Target]:
     return {name: Target.load(path) for name, path in target_files().items()}
 
 
-def ways(target: Target) -> list[Target]:
-    """The target and the packaged ways to use a GPU of its size: everything on it first, then with parts elsewhere.
+def target_variants(target: Target) -> list[Target]:
+    """The target, and packaged targets that use a GPU of its size differently: first all on the GPU, then with offload.
 
-    Of the targets that use the memory in one way the largest that is not larger than this one. An export has one way.
+    Of the packaged targets that use memory in the same way, it is the largest one not larger than this target. A target
+    with an export has no variants.
     """
     if target.export is not None:
         return [target]
-    found: dict[str, Target] = {_way(target): target}
+    found: dict[str, Target] = {_memory_use(target): target}
     for other in packaged_targets().values():
-        known = found.get(_way(other))
+        known = found.get(_memory_use(other))
         if other.export or other.limit > target.limit or known is target:
             continue
         if known is None or (other.limit, -len(other.name)) > (known.limit, -len(known.name)):
-            found[_way(other)] = other
-    return sorted(found.values(), key=lambda way: (way.residency is not None, way.vae_on_host))
+            found[_memory_use(other)] = other
+    return sorted(found.values(), key=lambda variant: (variant.residency is not None, variant.vae_on_host))
 
 
-def promised(target: Target) -> list[str]:
-    """Packaged recipes that promise to fit the target, from the least expected error on."""
+def recipes_for(target: Target) -> list[str]:
+    """Names of the packaged recipes that fit the target by their own list of targets, by expected error."""
     kept = [
         name
         for name, recipe in packaged_recipes().items()
-        if recipe.export is None and any(_covers(target, promise) for promise in recipe.targets)
+        if recipe.export is None and any(_covers(target, listed) for listed in recipe.targets)
     ]
     return sorted(kept, key=lambda name: (_error(name), name))
 
 
-def remedy(build: BuildOutline, target: Target) -> str:
-    """The packaged target or recipe that would fit, as one sentence; empty if none is known."""
-    for way in ways(target):
-        if way != target and _fits(build, way):
-            return f"It fits target {way.name} ({way.summary}): give --target {way.name}."
-    for way in [target, *(way for way in ways(target) if way != target)]:
-        if names := promised(way):
-            return f"Recipe {names[0]} fits target {way.name}; `bagel-compress advise --target {target.name}` has more."
+def recommendation(build: BuildOutline, target: Target) -> str:
+    """For a build that does not fit: a packaged target or recipe that does, as one sentence; empty if none is known."""
+    variants = target_variants(target)
+    for variant in variants:
+        if variant != target and _fits(build, variant):
+            return f"It fits target {variant.name} ({variant.summary}): give --target {variant.name}."
+    for variant in [target, *(v for v in variants if v != target)]:
+        if names := recipes_for(variant):
+            advise = f"`bagel-compress advise --target {target.name}` has more."
+            return f"Recipe {names[0]} fits target {variant.name}; {advise}"
     return ""
 
 
@@ -109,14 +115,14 @@ def _fits(build: BuildOutline, target: Target) -> bool:
     return not predict(build, target).broken
 
 
-def _covers(target: Target, promise: str) -> bool:
-    """Whether what fits the packaged target `promise` fits this one."""
-    other = packaged_targets().get(promise)
+def _covers(target: Target, listed: str) -> bool:
+    """Whether a recipe that fits the packaged target `listed` also fits this one."""
+    other = packaged_targets().get(listed)
     same_work = other is not None and (other.sizes, set(other.tasks)) == (target.sizes, set(target.tasks))
-    return other is not None and same_work and _way(other) == _way(target) and other.limit <= target.limit
+    return other is not None and same_work and _memory_use(other) == _memory_use(target) and other.limit <= target.limit
 
 
-def _way(target: Target) -> str:
+def _memory_use(target: Target) -> str:
     return f"{sorted((target.residency or {}).items())} {target.residency is None} {target.vae_on_host}"
 
 
