@@ -24,7 +24,7 @@ def main(source: str = str(NANO), recipe: str = "nf4", out: str = "out/nano-nf4"
     plan = bc.make_plan(checkpoint, bc.Recipe.load(recipe))
     print(plan.table())  # exact sizes, known before anything is read
 
-    artifact = bc.compress(plan, checkpoint, out)  # run it again after an interruption: it goes on from there
+    artifact = bc.compress(plan, checkpoint, out)  # run it again after an interruption: it continues from there
     faults = artifact.verify()
     print(f"{artifact.path}: artifact {artifact.digest[:12]}, {'; '.join(faults) or 'every byte as its manifest says'}")
 

@@ -185,7 +185,7 @@ def test_only_what_can_be_resumed_says_so(
     code, _, err = cli("generate", tiny, "x", "--out", tmp_path / "x.png")
     assert code == 130
     assert err.endswith("bagel-compress: interrupted.\n")
-    assert "goes on from there" in cli("compress", "nf4-nearest", "--source", tiny, "--out", tmp_path / "a")[2]
+    assert "continues from there" in cli("compress", "nf4-nearest", "--source", tiny, "--out", tmp_path / "a")[2]
 
 
 def test_a_model_has_a_size_of_its_own(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -203,4 +203,4 @@ def test_a_model_has_a_size_of_its_own(cli: Cli, tiny: Path, tmp_path: Path) -> 
 def test_a_benchmark_of_another_world_is_refused_at_once(cli: Cli, tiny: Path) -> None:
     code, _, err = cli("score", tiny)
     assert code == 2
-    assert "not of BAGEL-nano's world" in err
+    assert "is not BAGEL-nano or a build of it" in err

@@ -1,7 +1,8 @@
-"""The command line: thin verbs. The only place that prints, reads the environment or exits.
+"""The command line. Only this package prints, reads environment variables or exits.
 
-Verbs live in the group modules beside this file. A group registers its parsers without importing torch; what a verb
-needs is imported inside the verb. Exit codes: 0 done, 1 a gate did not pass, 2 wrong usage or input.
+The commands ("verbs") are in group modules, which register their argparse parsers. A verb imports what it needs inside
+its function, so that `--help` is fast and needs no torch. Exit codes: 0 done, 1 a check did not pass, 2 wrong usage or
+input.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ GROUPS = (
     "profile",
     "publish", "export", "demo", "nano", "finetune",
 )  # fmt: skip
-# Verbs that can be resumed.
-GOES_ON = ("compress", "run", "export", "calibrate", "batch", "train-nano", "allocate", "finetune")
-WORD = 300  # characters of a word in a message; names in files have no end
+# Verbs that continue an interrupted run.
+RESUMABLE = ("compress", "run", "export", "calibrate", "batch", "train-nano", "allocate", "finetune")
+LONGEST_WORD = 300  # characters; longer words in messages are cut, since names in damaged files can have any length
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Returns the exit code."""
+    """The entry point of the console script. Returns the exit code."""
     _open_standard_files()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = command_parser()
@@ -50,21 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BagelCompressError, BagelError) as error:
         say(printable(f"bagel-compress: {error}"))
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+    except BrokenPipeError:  # the reader of the output (head, less) has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # what no verb expected of a file: a name too long, a disk that failed
+    except OSError as error:  # file errors that the verb does not handle: a name too long, a failing disk
         say(printable(f"bagel-compress: {error.filename or 'the output'}: {error.strerror or error}."))
         return 2
     except KeyboardInterrupt:
-        hint = "; the same command goes on from there" if argv[0] in GOES_ON else ""
+        hint = "; the same command continues from there" if argv[0] in RESUMABLE else ""
         say(f"bagel-compress: interrupted{hint}.")
         return 130
     return code
 
 
 def _open_standard_files() -> None:
-    """Where the caller closed one (`>&-`), the next file that is opened, a shard say, would be written to as output."""
+    """Opens stdin, stdout and stderr on the null device if the caller closed them (`>&-`).
+
+    Otherwise the next opened file, such as a shard, would get the number of stdout, and messages be printed into it.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -78,9 +82,9 @@ def _open_standard_files() -> None:
 
 
 def printable(text: str) -> str:
-    """Text from files on one line of a terminal: control characters are shown, not obeyed, and long words are cut."""
+    """Untrusted text for one line of a terminal: control characters are escaped, and long words are cut."""
     visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    words = (word if len(word) <= WORD else f"{word[:WORD]}..." for word in visible.split(" "))
+    words = (word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}..." for word in visible.split(" "))
     return " ".join(words)
 
 
@@ -90,7 +94,7 @@ def emit(args: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:
 
 
 def add_verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    """A verb's parser: `text` is its line in the list of verbs and its description; examples stand below the help."""
+    """Adds the parser of a verb. `text` is its line in the list of verbs and its description; examples end the help."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"examples:\n  {examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -99,21 +103,23 @@ def add_verb(verbs: Any, name: str, text: str, examples: str) -> argparse.Argume
 
 
 def say(message: str) -> None:
-    """A line about what is being done, on stderr. Nobody may be there to read it: that ends no work."""
+    """Prints a progress message on stderr. If stderr cannot be written to, the message is dropped."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --json."""
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
 def _verbs(parser: argparse.ArgumentParser) -> list[str]:
-    """Names of the verbs."""
+    """The names of the verbs of a parser."""
     return next(list(a.choices) for a in parser._actions if isinstance(a, argparse._SubParsersAction))
 
 
 def command_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="bagel-compress",
         description="Compress, validate and publish BAGEL checkpoints.",

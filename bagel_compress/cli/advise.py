@@ -1,4 +1,4 @@
-"""The verb advise: what to take for a GPU."""
+"""The verb advise: recommends recipes and builds for a GPU."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from bagel_compress.cli import add_json, add_verb, emit, say
 def register(verbs: Any) -> None:
     """Adds the parser of advise."""
     parser = add_verb(
-        verbs, "advise", "what to take for a GPU: recipes that fit, from the best on, and the commands to type",
+        verbs, "advise", "recommend recipes that fit a GPU, the best first, with the commands to use them",
         "bagel-compress advise\n  bagel-compress advise --target 12gb\n"
         "  bagel-compress advise --target 12gb 12gb --json\n"
         "  bagel-compress advise --target 24gb --builds out you/BAGEL-7B-MoT-NF4",
     )  # fmt: skip
     parser.add_argument(
         "--target", nargs="+", metavar="T",
-        help="target file or packaged name; several: GPUs of one machine (default: the GPUs that are found here)",
+        help="target file or packaged name; several: GPUs of one machine (default: the GPUs of this machine)",
     )  # fmt: skip
     parser.add_argument("--source", metavar="SRC", help="where the weights come from (default: the released model)")
     parser.add_argument(
         "--builds", nargs="+", metavar="DIR|REPO",
-        help="builds that are ranked too: folders, folders of builds, Hub ids (default: the folder out)",
+        help="finished builds to rank too: folders, folders of builds, Hub ids (default: those in the folder out)",
     )  # fmt: skip
     parser.add_argument("--count", type=int, default=6, metavar="N", help="rows at most (%(default)s)")
     add_json(parser)
@@ -45,8 +45,8 @@ def _advise(args: argparse.Namespace) -> int:
         raise TargetError(f"--count is {args.count}, expected at least 1.")
     machine = Machine.found()
     targets = [Target.load(name) for name in args.target] if args.target else found_targets(machine)
-    here = [path.parent for path in Path("out").glob("*/manifest.json")]
-    builds = known_builds(sorted(here) if args.builds is None else args.builds, say)
+    local = [path.parent for path in Path("out").glob("*/manifest.json")]
+    builds = known_builds(sorted(local) if args.builds is None else args.builds, say)
     choices = advise(
         targets, source=args.source or REPO, builds=builds, count=args.count,
         on_candidate=lambda name: say(f"predicting the peak of {name}"),

@@ -1,4 +1,4 @@
-"""The verb allocate: which weights get which of a recipe's formats, so that a build fits a size."""
+"""The verb allocate: chooses one of a recipe's formats for each group of weights, so that a build fits a size."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bagel_compress.cli.build import add_calibration
 def register(verbs: Any) -> None:
     """Adds the parser of allocate."""
     allocate = add_verb(
-        verbs, "allocate", "spread a recipe's formats over the layers by measured sensitivity, within a size",
+        verbs, "allocate", "assign a recipe's formats to the layers by measured sensitivity, within a given size",
         "bagel-compress allocate nf4-lean --source BAGEL-7B-MoT --calibration bagel.calibration.safetensors"
         " --budget-gb 9.05 --out my.yaml --device cuda\n"
         "  bagel-compress allocate nf4-lean --source BAGEL-nano --budget-gb 0.0024 --out nano-mixed.yaml",
     )  # fmt: skip
-    allocate.add_argument("recipe", metavar="RECIPE", help="recipe that names two lossy formats or more")
+    allocate.add_argument("recipe", metavar="RECIPE", help="recipe with at least two lossy formats")
     allocate.add_argument("--source", required=True, metavar="SRC", help="checkpoint folder or Hub id")
-    allocate.add_argument("--base", metavar="SRC", help="where what SRC lacks is taken from")
+    allocate.add_argument("--base", metavar="SRC", help="checkpoint that supplies what SRC lacks")
     allocate.add_argument("--lora", metavar="DIR", help="peft adapter folder to merge while reading")
     add_calibration(allocate)
     allocate.add_argument("--budget-gb", required=True, type=float, metavar="G", help="bytes of all shards, in 1e9")
@@ -48,7 +48,7 @@ def _allocate(args: argparse.Namespace) -> int:
     codecs = movable_codecs(plan)
     if plan.calibration is None:
         raise CalibrationError(
-            "allocate measures on a calibration set and has none; give --calibration FILE (`bagel-compress calibrate`)."
+            "allocate needs a calibration set to measure on; give --calibration FILE (from `bagel-compress calibrate`)."
         )
     effects = sensitivities(checkpoint, plan.calibration, codecs, device, say)
     found = allocate(plan, codecs, effects, int(args.budget_gb * 1e9))

@@ -1,4 +1,4 @@
-"""The verbs app (the web page) and settings (what a picture was drawn with)."""
+"""The verbs app (the web page) and settings (prints the settings stored in a drawn picture)."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def register(verbs: Any) -> None:
     )  # fmt: skip
     app.add_argument(
         "model", metavar="MODEL", nargs="?",
-        help="checkpoint, artifact or ONNX export, or a Hub id of one; none: the page says which to take",
+        help="checkpoint, artifact or ONNX export, or a Hub id of one; without it the page recommends one",
     )  # fmt: skip
-    app.add_argument("second", metavar="MODEL2", nargs="?", help="another build, drawn beside the first")
-    app.add_argument("--zh", action="store_true", help="in Chinese first; the page has a switch")
-    app.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
+    app.add_argument("second", metavar="MODEL2", nargs="?", help="another build, to compare with the first")
+    app.add_argument("--zh", action="store_true", help="start in Chinese; the page can switch the language")
+    app.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: only this machine)")
     app.add_argument("--port", type=int, default=7860, help="port (%(default)s)")
     app.add_argument("--share", action="store_true", help="a public address through Gradio's servers; needs --password")
-    app.add_argument("--password", metavar="WORD", help="asked of every visitor; any user name")
-    app.add_argument("--device", default="auto", help="as of `generate` (%(default)s)")
-    app.add_argument("--target", metavar="T", help="place the model as this target says")
+    app.add_argument("--password", metavar="WORD", help="password that visitors have to enter, with any user name")
+    app.add_argument("--device", default="auto", help="as for `generate` (%(default)s)")
+    app.add_argument("--target", metavar="T", help="keep parts of the model in host memory, as this target defines")
     app.add_argument(
-        "--builds", nargs="+", default=(), metavar="DIR|REPO", help="builds that the first screen ranks too"
+        "--builds", nargs="+", default=(), metavar="DIR|REPO", help="finished builds to rank on the first screen too"
     )
     app.set_defaults(verb=_app)
 
     settings = add_verb(
-        verbs, "settings", "print the settings that a drawn picture holds", "bagel-compress settings cat.png --json"
+        verbs, "settings", "print the settings stored in a drawn picture", "bagel-compress settings cat.png --json"
     )
-    settings.add_argument("picture", metavar="PICTURE", type=Path, help="PNG of generate, edit or the page")
+    settings.add_argument("picture", metavar="PICTURE", type=Path, help="PNG that generate, edit or the page wrote")
     add_json(settings)
     settings.set_defaults(verb=_settings)
 
@@ -54,7 +54,7 @@ def _app(args: argparse.Namespace) -> int:
         how = "--share gives everybody who has the address" if args.share else f"--host {args.host} lets the network"
         raise InputError(f"{how} use this machine's model and disk; protect the page with --password WORD.")
     with tempfile.TemporaryDirectory(prefix="bagel-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and pictures: gone with the folder at exit
+        os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads and pictures; the folder is deleted at exit
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         return _serve(args, Path(folder))
 

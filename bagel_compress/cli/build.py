@@ -1,4 +1,4 @@
-"""Verbs from checkpoint to artifact: plan, compress, inspect, synth."""
+"""The verbs plan, compress, inspect and synth: from a checkpoint to an artifact."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def register(verbs: Any) -> None:
         verbs, "plan", "decide codec and shard of every tensor; reads no weights",
         "bagel-compress plan nf4-12gb\n  bagel-compress plan recipes/nf4.yaml --source BAGEL-7B-MoT --json",
     )  # fmt: skip
-    _recipe(plan, "the released checkpoint's carried header, no download")
+    _recipe(plan, "the packaged header of the released checkpoint is used, without a download")
     add_calibration(plan)
     add_json(plan)
     plan.set_defaults(verb=_plan)
 
     compress = add_verb(
-        verbs, "compress", "build an artifact; run again to go on after an interruption",
+        verbs, "compress", "build an artifact; run it again to continue after an interruption",
         "bagel-compress compress recipes/nf4.yaml --source BAGEL-7B-MoT --out out/nf4\n"
         "  bagel-compress compress fp8-24gb --source my-finetune --base BAGEL-7B-MoT --lora my-lora --out out/mine",
     )  # fmt: skip
-    _recipe(compress, "the recipe's own source")
+    _recipe(compress, "the recipe's own source is used")
     add_calibration(compress)
     compress.add_argument("--device", default="cpu", help="where a calibrated build runs the layers: cpu, cuda, cuda:1")
     compress.add_argument(
-        "--out", required=True, metavar="DIR", help="folder of the artifact: new, or begun by the same plan"
+        "--out", required=True, metavar="DIR", help="folder of the artifact: new, or an unfinished build of this plan"
     )
     add_json(compress)
     compress.set_defaults(verb=_compress)
@@ -55,7 +55,7 @@ def register(verbs: Any) -> None:
     inspect.add_argument("path", metavar="PATH", help="artifact folder, export folder or checkpoint")
     inspect.add_argument("--verify", action="store_true", help="read every byte; exit 1 if anything was changed")
     inspect.add_argument(
-        "--loaders", action="store_true", help="which other loaders open the artifact, and how we know"
+        "--loaders", action="store_true", help="list which other loaders open the artifact, and how that was checked"
     )
     inspect.add_argument("--tensors", action="store_true", help="one line per unit, or per block of an export, too")
     add_json(inspect)
@@ -74,20 +74,20 @@ def register(verbs: Any) -> None:
 
 def _recipe(parser: argparse.ArgumentParser, without: str) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file, or the name of one that comes with the package")
-    parser.add_argument("--source", metavar="SRC", help=f"{_SOURCE}; without it {without}")
+    parser.add_argument("--source", metavar="SRC", help=f"{_SOURCE}; if omitted, {without}")
     add_base_and_lora(parser)
 
 
 def add_base_and_lora(parser: argparse.ArgumentParser) -> None:
-    """What completes or alters the checkpoint of --source."""
+    """Adds the options --base and --lora, which complete or change the checkpoint of --source."""
     parser.add_argument(
-        "--base", metavar="SRC", help="where configs, tokenizer, VAE and tensors come from that a fine-tune lacks"
+        "--base", metavar="SRC", help="checkpoint that supplies configs, tokenizer, VAE and tensors a fine-tune lacks"
     )
     parser.add_argument("--lora", metavar="DIR", help="peft adapter folder to merge while reading")
 
 
 def open_calibration(path: str | None) -> CalibrationSet | None:
-    """The set that --calibration names. Raises CalibrationError."""
+    """Opens the calibration set of the option --calibration; None without it. Raises CalibrationError."""
     if path is None:
         return None
     from bagel_compress.calibrate.calibration_set import CalibrationSet
@@ -96,7 +96,7 @@ def open_calibration(path: str | None) -> CalibrationSet | None:
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """The option of verbs that plan or build."""
+    """Adds the option --calibration."""
     parser.add_argument(
         "--calibration", metavar="FILE",
         help="calibration set of a recipe with calibrated rounding, from `calibrate` (BAGEL-nano's is packaged)",
@@ -130,7 +130,7 @@ def _compress(args: argparse.Namespace) -> int:
         args.source = recipe.source.repo + revision
     if args.source is not None and not Path(args.source).exists():
         print(
-            f"{args.source}: what the Hub's cache lacks is downloaded first (the released model: 29.5 GB)",
+            f"{args.source}: files that are not in the Hub's cache are downloaded first (the released model: 29.5 GB)",
             file=sys.stderr,
         )
     checkpoint, start = open_checkpoint(args), time.monotonic()
@@ -150,7 +150,7 @@ def _compress(args: argparse.Namespace) -> int:
 
 
 def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """The checkpoint that --source, --base and --lora name. Raises CheckpointError."""
+    """Opens the checkpoint of the options --source, --base and --lora. Raises CheckpointError."""
     from bagel_compress.errors import CheckpointError
     from bagel_compress.source.checkpoint import Checkpoint
 
@@ -161,7 +161,7 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
 
 @contextmanager
 def progress_bar(plan: Plan) -> Iterator[Callable[[str, int], None]]:
-    """A bar over the source bytes of a plan, on stderr; gives what `compress` reports to."""
+    """A progress bar on stderr over the source bytes of a plan. Yields the callback for `compress`."""
     from tqdm import tqdm
 
     total = sum(spec.nbytes for p in plan.placements for spec in p.unit.specs)
@@ -258,7 +258,7 @@ def _artifact_text(artifact: Artifact, tensors: bool, verified: bool) -> str:
     made = f"recipe {manifest.recipe.name}, source {manifest.source.digest[:12]}, {manifest.tool}"
     lines.append(f"artifact {artifact.digest[:12]}: {made}")
     if verified:
-        lines.append(f"verified: {len(manifest.files) + 1} files, every byte as the manifest says")
+        lines.append(f"verified: {len(manifest.files) + 1} files, every byte matches the manifest")
     return "\n".join(lines)
 
 

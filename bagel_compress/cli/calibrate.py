@@ -1,4 +1,4 @@
-"""The verb calibrate: record the inputs that calibrated rounding is based on."""
+"""The verb calibrate: records the model inputs that calibrated rounding is based on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from bagel_compress.run.device_map import DeviceChoice
     from bagel_compress.source.checkpoint import Checkpoint
 
-PROMPTS_BY_SIDE = ((1024, "."), (128, "tiny"), (0, "nano"))  # largest picture side of the packaged prompts, in pixels
+# Largest picture side of a set of packaged prompts in pixels, and the folder of the set.
+PROMPTS_BY_SIDE = ((1024, "."), (128, "tiny"), (0, "nano"))
 
 
 def register(verbs: Any) -> None:
     """Adds the parser of calibrate."""
     calibrate = add_verb(
-        verbs, "calibrate", "record a calibration set: what calibrated rounding shows the model; run again to go on",
+        verbs, "calibrate", "record the calibration set of calibrated rounding; run it again to continue",
         "bagel-compress calibrate --source BAGEL-7B-MoT --out bagel.calibration.safetensors --device cuda\n"
         "  bagel-compress calibrate --source BAGEL-7B-MoT --out small.calibration.safetensors --pictures photos"
         " --rows 16384\n"
@@ -30,7 +31,7 @@ def register(verbs: Any) -> None:
         "--source", required=True, metavar="SRC", help="the base model, or a fine-tune: folder or Hub id"
     )
     calibrate.add_argument(
-        "--base", metavar="SRC", help="where configs, tokenizer and VAE are taken from if SRC lacks them"
+        "--base", metavar="SRC", help="checkpoint that supplies configs, tokenizer and VAE if SRC lacks them"
     )
     calibrate.add_argument("--lora", metavar="DIR", help="peft adapter folder to merge while reading")
     calibrate.add_argument(
@@ -41,11 +42,9 @@ def register(verbs: Any) -> None:
     )
     calibrate.add_argument(
         "--pictures", metavar="DIR",
-        help="use these pictures instead of having the model draw: no sampling, only the VAE runs",
+        help="use these pictures instead of drawing them with the model; only the VAE is then run",
     )  # fmt: skip
-    calibrate.add_argument(
-        "--rows", type=int, metavar="N", help="take so many of the prompts that about N latent rows come of them"
-    )
+    calibrate.add_argument("--rows", type=int, metavar="N", help="use only as many prompts as give about N latent rows")
     calibrate.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1 (default cpu)")
     add_json(calibrate)
     calibrate.set_defaults(verb=_calibrate)
@@ -83,7 +82,11 @@ def record_set(
     rows: int | None = None,
     device: DeviceChoice = "cpu",
 ) -> CalibrationSet:
-    """The set of a checkpoint, recorded as the options of `calibrate` say. Progress goes to stderr."""
+    """Records a calibration set of a checkpoint into `out`, with messages on stderr.
+
+    `prompts` are files or folders of prompts (default: packaged ones for the model's picture size), `pictures` is a
+    folder of pictures to use instead of drawing them, `rows` limits the latent rows by leaving prompts out.
+    """
     from bagel_compress.calibrate.make_set import make_set, pictures_in
     from bagel_compress.calibrate.prompts import latent_rows, load_jobs, thinned
     from bagel_compress.io.packaged import resource
@@ -100,7 +103,7 @@ def record_set(
 
 
 def _sampler(checkpoint: Checkpoint, device: DeviceChoice, drawing: bool) -> Sampler:
-    """The model; where it does not draw, without its weights."""
+    """The sampler of the checkpoint; if it need not draw, only the VAE has weights."""
     from bagel_compress.run.load import load_checkpoint
 
     if drawing:

@@ -1,4 +1,4 @@
-"""The verb comfyui: nodes into ComfyUI, and an artifact as one file that ComfyUI's loaders open."""
+"""The verb comfyui: installs the nodes into ComfyUI, or writes an artifact as one file for ComfyUI's own loaders."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ INSTALL = "install"
 def register(verbs: Any) -> None:
     """Adds this group's parser to `verbs` (an argparse sub-parsers action)."""
     comfyui = add_verb(
-        verbs, "comfyui", "put the nodes into ComfyUI, or write an artifact as one file that its loaders open",
+        verbs, "comfyui", "install the nodes into ComfyUI, or write an artifact as one file that its loaders open",
         "bagel-compress comfyui install ComfyUI\n"
         "  bagel-compress comfyui out/fp8-comfyui --out BAGEL-7B-MoT_fp8_e4m3fn_scaled.safetensors\n"
         "  bagel-compress comfyui out/df11 --bf16 --out BAGEL-7B-MoT_bf16.safetensors",
     )  # fmt: skip
     comfyui.usage = "bagel-compress comfyui install DIR\n       bagel-compress comfyui ARTIFACT --out FILE [--bf16]"
     comfyui.add_argument(
-        "words", nargs="+", metavar="install DIR | ARTIFACT",
-        help="install: nodes and example workflows for the ComfyUI in DIR; else an artifact's folder",
+        "arguments", nargs="+", metavar="install DIR | ARTIFACT",
+        help="install: nodes and example workflows for the ComfyUI in DIR; otherwise the folder of an artifact",
     )  # fmt: skip
     comfyui.add_argument("--out", metavar="FILE", help="file to write")
     comfyui.add_argument(
@@ -35,14 +35,14 @@ def register(verbs: Any) -> None:
 def _comfyui(args: argparse.Namespace) -> int:
     from bagel_compress.errors import InputError
 
-    if args.words[0] == INSTALL and len(args.words) == 2 and args.out is None:
-        return _install(args, Path(args.words[1]))
-    if len(args.words) != 1 or args.words[0] == INSTALL or args.out is None:
+    if args.arguments[0] == INSTALL and len(args.arguments) == 2 and args.out is None:
+        return _install(args, Path(args.arguments[1]))
+    if len(args.arguments) != 1 or args.arguments[0] == INSTALL or args.out is None:
         raise InputError("comfyui takes either `install DIR` (ComfyUI's folder) or `ARTIFACT --out FILE`.")
     from bagel_compress.build.artifact import Artifact
     from bagel_compress.build.comfyui_file import comfyui_file
 
-    nbytes = comfyui_file(Artifact.open(args.words[0]), Path(args.out), args.bf16)
+    nbytes = comfyui_file(Artifact.open(args.arguments[0]), Path(args.out), args.bf16)
     emit(args, {"path": args.out, "bytes": nbytes}, f"{args.out}: {nbytes:,} bytes")
     return 0
 

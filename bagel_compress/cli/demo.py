@@ -1,4 +1,4 @@
-"""Verbs that go the whole way: run (plan, compress, trace, validate, report) and demo (the same, built-in model)."""
+"""The verbs run (plan, compress, trace, validate and report) and demo (the same for the packaged BAGEL-nano)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "BAGEL-nano"
 DEMO_RECIPES = ("nf4", "nf4-nearest", "nf4-official", "fp8-24gb", "int8-24gb", "df11")
-DEMO_CASES = ("draw_two", "edit_recolor", "ask_describe", "think_draw")  # one of each task: a verdict needs all four
-CASES_BY_SIDE = ((1024, "."), (128, "tiny"), (0, "nano"))  # largest picture side of the packaged cases, in pixels
+DEMO_CASES = ("draw_two", "edit_recolor", "ask_describe", "think_draw")  # one of each task, as validation requires
+# Largest picture side of a set of packaged cases in pixels, and the folder of the set.
+CASES_BY_SIDE = ((1024, "."), (128, "tiny"), (0, "nano"))
 
 
 def register(verbs: Any) -> None:
     """Adds the parsers of run and demo."""
     run = verbs.add_parser(
         "run",
-        help="plan, compress, trace, validate and report in one go; run again to go on",
+        help="plan, compress, trace, validate and report; run it again to continue",
         description="Plan, compress, trace the reference, validate against it and report. Finished parts are kept. "
         "Exit 1 if a limit of the recipe is broken.",
         epilog="examples:\n  bagel-compress run recipes/nf4.yaml --source BAGEL-7B-MoT --out out/nf4 --device cuda\n"
@@ -36,11 +37,13 @@ def register(verbs: Any) -> None:
     )
     run.add_argument("recipe", metavar="RECIPE", help="recipe file, or the name of one that comes with the package")
     run.add_argument("--source", required=True, metavar="SRC", help="full-precision checkpoint: folder or Hub id")
-    run.add_argument("--base", metavar="SRC", help="where configs, tokenizer and VAE are taken from if SRC lacks them")
+    run.add_argument(
+        "--base", metavar="SRC", help="checkpoint that supplies configs, tokenizer and VAE if SRC lacks them"
+    )
     run.add_argument("--lora", metavar="DIR", help="peft adapter folder to merge while reading")
     run.add_argument("--out", required=True, metavar="DIR", help="folder of the artifact; the trace lies beside it")
     run.add_argument("--trace", metavar="FILE", help="trace of the source to use (default: DIR.trace.safetensors)")
-    run.add_argument("--cases", metavar="CASE", nargs="+", help="cases to trace (default: those that come with it)")
+    run.add_argument("--cases", metavar="CASE", nargs="+", help="cases to trace (default: packaged ones)")
     add_calibration(run)
     run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
     add_json(run)
@@ -67,12 +70,12 @@ def _run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args)
     artifact = _compress(args, checkpoint)
     trace = Path(args.trace or f"{Path(args.out)}.trace.safetensors")
-    report = _judge(artifact, checkpoint, trace, args)
+    report = _validate(artifact, checkpoint, trace, args)
     page = artifact.path / "report.html"
     data, text, passed = report.model_dump(mode="json"), table(report, page), report.passed
     if artifact.manifest.recipe.export:
-        data["export"], lines, held = follow_recipe(artifact, trace)
-        text, passed = f"{text}\n\n{lines}", passed and held
+        data["export"], lines, export_passed = follow_recipe(artifact, trace)
+        text, passed = f"{text}\n\n{lines}", passed and export_passed
     emit(args, data | {"passed": passed, "page": str(page)}, text)
     return 0 if passed else 1
 
@@ -107,9 +110,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _compress(args: argparse.Namespace, checkpoint: Checkpoint) -> Artifact:
-    """Plans and builds; the plan's table is printed first, unless the output is JSON.
+    """Plans and builds. The table of the plan is printed first, unless the output is JSON.
 
-    A recipe with calibrated rounding that no set is given for gets one recorded first; it lies beside the artifact.
+    If the recipe has calibrated rounding and --calibration was not given, a calibration set is recorded first, into a
+    file beside the artifact.
     """
     from bagel_compress.build.compress import compress
     from bagel_compress.build.plan import make_plan
@@ -130,8 +134,8 @@ def _compress(args: argparse.Namespace, checkpoint: Checkpoint) -> Artifact:
         return compress(plan, checkpoint, out, step, args.device.partition(",")[0])
 
 
-def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argparse.Namespace) -> ParityReport:
-    """Records what is not yet recorded, then compares."""
+def _validate(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argparse.Namespace) -> ParityReport:
+    """Records the trace, unless --trace was given, and compares the artifact with it."""
     from bagel_compress.run.case import load_cases
     from bagel_compress.validation.artifact import record_source, validate_artifact
 
@@ -141,7 +145,7 @@ def _judge(artifact: Artifact, checkpoint: Checkpoint, trace: Path, args: argpar
 
 
 def demo_cases(checkpoint: Checkpoint) -> Path:
-    """The largest packaged cases that fit the checkpoint."""
+    """The folder of the packaged cases with the largest pictures that the checkpoint can draw."""
     from bagel_compress.io.packaged import resource
 
     largest = largest_side(checkpoint)
@@ -149,7 +153,7 @@ def demo_cases(checkpoint: Checkpoint) -> Path:
 
 
 def largest_side(checkpoint: Checkpoint) -> int:
-    """Pixels a side of the largest picture that the model draws."""
+    """The side in pixels of the largest square picture that the model can draw."""
     from bagel.loading import read_config
 
     vae = {name: tensor.shape for name, tensor in checkpoint.vae.tensors.items()}

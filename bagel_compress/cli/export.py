@@ -1,4 +1,4 @@
-"""The verb export: an artifact or checkpoint as ONNX graphs, and as TensorRT engines where the target says so."""
+"""The verb export: writes an artifact or checkpoint as ONNX graphs, and as TensorRT engines if the target has them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def register(verbs: Any) -> None:
     """Adds the parser of export."""
     export = verbs.add_parser(
         "export",
-        help="write ONNX graphs or TensorRT engines, block by block; run again to go on",
-        description="Write ONNX graphs or TensorRT engines, block by block; run again to go on.",
+        help="write ONNX graphs or TensorRT engines, block by block; run it again to continue",
+        description="Write ONNX graphs or TensorRT engines, block by block; run it again to continue.",
         epilog="examples:\n  bagel-compress export out/int8 ort-cpu --out out/int8-onnx\n"
         "  bagel-compress export out/fp8 trt-rtx4090-24gb --out out/fp8-rtx\n"
         "  bagel-compress export out/int8 ort-cpu --out out/int8-onnx --trace bagel.trace.safetensors\n"
@@ -30,11 +30,11 @@ def register(verbs: Any) -> None:
     export.add_argument("source", metavar="ARTIFACT", help="artifact folder, or full-precision checkpoint folder")
     export.add_argument("target", metavar="TARGET", help="target file with an `export` section, or a packaged name")
     export.add_argument(
-        "--out", required=True, metavar="DIR", help="folder of the export: new, or begun by this command"
+        "--out", required=True, metavar="DIR", help="folder of the export: new, or an unfinished export of this kind"
     )
     export.add_argument("--trace", nargs="+", metavar="FILE", help="compare the graphs with these traces of the source")
     export.add_argument(
-        "--verify", action="store_true", help="of a finished DIR: read every byte, compare with manifest"
+        "--verify", action="store_true", help="read every byte of a finished export and compare it with the manifest"
     )
     add_json(export)
     export.set_defaults(verb=_export)
@@ -78,10 +78,10 @@ def _made(args: argparse.Namespace, out: Path) -> ExportFolder:
 
 
 def follow_recipe(artifact: Artifact, trace: Path) -> tuple[dict[str, Any], str, bool]:
-    """Exports an artifact for its recipe's target, beside it, and judges the graphs by the trace.
+    """Exports an artifact for its recipe's target into a folder beside it, and compares the export with the trace.
 
-    Gives the data for --json, the lines for people, and whether everything passed. Engines are built; without a GPU,
-    their graphs are judged.
+    Returns the data for --json, the text, and whether everything passed. Without a GPU, engines are built, and their
+    graphs are compared in their place.
     """
     from bagel_compress.exporting.build import export
     from bagel_compress.exporting.manifest import MANIFEST, ExportFolder
@@ -101,14 +101,14 @@ def follow_recipe(artifact: Artifact, trace: Path) -> tuple[dict[str, Any], str,
 
 
 def parity_lines(report: ParityReport) -> list[str]:
-    """What was run, whether it held, and why not."""
-    ran = report.environment
-    what = f"{ran['runtime']} {ran['version']} on {ran['provider']} in {ran['precision']}"
+    """The lines on an export's parity: the runtime, the verdict, and the faults."""
+    env = report.environment
+    what = f"{env['runtime']} {env['version']} on {env['provider']} in {env['precision']}"
     return [f"parity, {what}: {'passed' if report.passed else 'broken'}", *report.faults, *report.broken]
 
 
 def inspect_export(args: argparse.Namespace) -> int:
-    """The verb inspect, of an export. Raises GateError, with --verify, if anything was changed."""
+    """The verb inspect for an export. Raises GateError, with --verify, if any file was changed."""
     from bagel_compress.errors import GateError
     from bagel_compress.exporting.manifest import ExportFolder
 
@@ -156,12 +156,12 @@ def _inspected(folder: ExportFolder, blocks: bool, verified: bool) -> str:
     lines.append(f"{settings.runtime}{place} in {settings.precision}, opset {manifest.opset}, target {manifest.target}")
     if settings.runtime != "onnxruntime":
         sizes = (f"{name} {s.min}..{s.opt}..{s.max}" for name, s in manifest.axes.items())
-        lines.append("sizes (least, usual, most): " + ", ".join(sizes))
+        lines.append("sizes (smallest, usual, largest): " + ", ".join(sizes))
     lines.append("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     source = manifest.source
     lines.append(f"export {folder.digest[:12]}: of {source.kind} {source.name} {source.digest[:12]}")
     if verified:
-        lines.append(f"verified: {len(manifest.files)} files, every byte as the manifest says")
+        lines.append(f"verified: {len(manifest.files)} files, every byte matches the manifest")
     return "\n".join(lines)
 
 
@@ -170,7 +170,7 @@ def _forms(forms: dict[str, int]) -> str:
 
 
 def blocks_of(folder: ExportFolder) -> list[dict[str, Any]]:
-    """One row per block: kind, files, sizes, forms of its matrices."""
+    """Plain data, one entry per block: kind, files, sizes, forms of its matrices."""
     files = folder.manifest.files
     return [
         {
@@ -183,7 +183,7 @@ def blocks_of(folder: ExportFolder) -> list[dict[str, Any]]:
 
 
 def summary(folder: ExportFolder) -> str:
-    """What was exported, and what was not run."""
+    """One line on the contents of an export, and for engines a reminder that they were not run."""
     manifest = folder.manifest
     stored = sum(entry.bytes for entry in manifest.files.values())
     text = (

@@ -1,4 +1,4 @@
-"""The verb fit: a recipe that fills a GPU."""
+"""The verb fit: finds the recipe with the most bits per weight that a GPU's memory holds."""
 
 from __future__ import annotations
 
@@ -28,18 +28,22 @@ def register(verbs: Any) -> None:
         " --device cuda --out best-12gb.yaml",
     )  # fmt: skip
     parser.add_argument("--target", required=True, metavar="TARGET", help="target file, or the name of a packaged one")
-    parser.add_argument("--gib", type=float, metavar="G", help="memory that may be used, in GiB, instead of all of it")
+    parser.add_argument(
+        "--gib", type=float, metavar="G", help="limit of the memory to use, in GiB (default: all of it)"
+    )
     parser.add_argument("--disk-gb", type=float, metavar="G", help="largest size of all weight files, in 1e9 bytes")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="t2i edit understand think (all)")
-    parser.add_argument("--recipe", default="ecq-12gb", metavar="RECIPE", help="whose rules are moved (%(default)s)")
+    parser.add_argument(
+        "--recipe", default="ecq-12gb", metavar="RECIPE", help="recipe whose rates are changed (%(default)s)"
+    )
     parser.add_argument("--source", metavar="SRC", help="checkpoint to plan for (default: the released one's header)")
     parser.add_argument(
         "--calibration", metavar="FILE",
-        help="calibration set: measures every group of --source's weights on it, spreads the bits by what each costs",
+        help="calibration set to measure the sensitivity of --source's weights on, by which bits are then distributed",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="where that is measured: cpu, cuda, cuda:1 (default cpu)")
+    parser.add_argument("--device", default="cpu", help="device of that measurement: cpu, cuda, cuda:1 (default cpu)")
     parser.add_argument("--name", metavar="NAME", help="name of the recipe (default: made from the target's)")
-    parser.add_argument("--out", metavar="FILE", help="where the recipe is written (default: it is printed)")
+    parser.add_argument("--out", metavar="FILE", help="file to write the recipe to (default: print it)")
     add_json(parser)
     parser.set_defaults(verb=_fit)
 
@@ -83,20 +87,23 @@ def _fitted(args: argparse.Namespace) -> Fitted:
 
     target = _with_limit(Target.load(args.target), args.gib)
     family = Recipe.load(find_recipe(args.recipe))
-    asked = {"name": args.name, "disk_gb": args.disk_gb, "tasks": None if args.tasks is None else tuple(args.tasks)}
+    options = {"name": args.name, "disk_gb": args.disk_gb, "tasks": None if args.tasks is None else tuple(args.tasks)}
     if args.source is None and args.calibration is not None:
-        raise CalibrationError("--calibration measures weights and there are none; give --source as well.")
+        raise CalibrationError("--calibration measures the weights of a checkpoint; give --source as well.")
     if args.source is None:
-        return fit(family, TrueHeader(), target, say=say, **asked)
+        return fit(family, TrueHeader(), target, say=say, **options)
     checkpoint = Checkpoint.open(args.source)
     folder, vae = checkpoint_sizes(checkpoint)
     if args.calibration is not None:
-        asked |= _measured(checkpoint, family, args)
-    return fit(family, checkpoint, target, folder=folder, vae=vae, say=say, **asked)
+        options |= _measured(checkpoint, family, args)
+    return fit(family, checkpoint, target, folder=folder, vae=vae, say=say, **options)
 
 
 def _measured(checkpoint: Checkpoint, family: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """What groups of weights cost in the family's first format with a rate, and the words for it."""
+    """The arguments `effects` and `measured` of `fit`: sensitivities of the groups of weights, and what they come from.
+
+    They are measured in the family's first calibrated format with a rate.
+    """
     from bagel_compress.budgets.device_option import one_device
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.sensitivity import sensitivities
@@ -108,16 +115,16 @@ def _measured(checkpoint: Checkpoint, family: Recipe, args: argparse.Namespace) 
     codec = next((p.codec for p in plan.placements if p.calibrated and hasattr(p.codec, "bits")), None)
     if codec is None or plan.calibration is None:
         raise CalibrationError(
-            f"recipe {family.name} has no calibrated format with a rate (bits: ...), so nothing can be spread by a"
-            " calibration set; give a recipe such as ecq-12gb."
+            f"recipe {family.name} has no calibrated format with a rate (bits: ...), so there are no bits to distribute"
+            " by a calibration set; give a recipe such as ecq-12gb."
         )
     found = sensitivities(checkpoint, plan.calibration, [codec], device, say)
-    words = f"measured on {checkpoint.name} {checkpoint.digest[:12]}, calibration set {plan.calibration.digest[:12]}"
-    return {"effects": {group: effect for group, (effect,) in found.items()}, "measured": words}
+    text = f"measured on {checkpoint.name} {checkpoint.digest[:12]}, calibration set {plan.calibration.digest[:12]}"
+    return {"effects": {group: effect for group, (effect,) in found.items()}, "measured": text}
 
 
 def _with_limit(target: Target, gib: float | None) -> Target:
-    """The target with a limit of its own."""
+    """The target with `gib` as its limit of device memory. Raises TargetError if it is more than the GPU has."""
     from bagel_compress.errors import TargetError
 
     if gib is None:

@@ -1,4 +1,4 @@
-"""Verbs around BAGEL-nano: `score` counts what a model still does, `train-nano` makes it again."""
+"""The verbs score (a benchmark, by default BAGEL-nano's) and train-nano (trains BAGEL-nano from its seeds)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def register(verbs: Any) -> None:
     score = verbs.add_parser(
         "score",
         help="count right pictures, answers, edits and plans of BAGEL-nano or a build of it",
-        description="Asks over 500 prompts and counts what is right, by kind. With --against, the paired difference to"
-        " another model and its 95 %% interval. On the CPU weights are computed in fp32: what is counted is the coding"
-        " error. On a GPU a build runs as it would in use.",
+        description="Runs over 500 prompts and counts right answers by kind. With --against, also prints the paired"
+        " difference from another model and its 95 %% interval. On the CPU the model computes in fp32, so that the"
+        " scores show the error of the compressed weights alone; on a GPU it runs as it does in use.",
         epilog="examples:\n  bagel-compress score bagel_compress/data/BAGEL-nano\n"
         "  bagel-compress score out/nf4 --against bagel_compress/data/BAGEL-nano --sheet sheet.png\n"
         "  bagel-compress score out/nf4 --against BAGEL-7B-MoT --benchmark geneval:benchmark --device cuda",
@@ -35,7 +35,7 @@ def register(verbs: Any) -> None:
     score.add_argument("model", metavar="MODEL", help="BAGEL-nano, a build of it; with --benchmark any BAGEL")
     score.add_argument("--against", metavar="MODEL", help="the original to compare with, prompt by prompt")
     score.add_argument(
-        "--sheet", type=Path, metavar="FILE", help="PNG to write: the pictures, framed by right and wrong"
+        "--sheet", type=Path, metavar="FILE", help="PNG file to write: the pictures, framed green if right, else red"
     )
     which = score.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a fifth of the prompts")
@@ -43,7 +43,7 @@ def register(verbs: Any) -> None:
         "--benchmark", metavar="MODULE:FUNCTION", help="another benchmark: a function that returns one (docs/nano.md)"
     )
     score.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
-    score.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: nano gains nothing by a second)")
+    score.add_argument("--threads", type=int, default=1, help="CPU threads (default 1; more do not help BAGEL-nano)")
     add_json(score)
     score.set_defaults(verb=_score)
 
@@ -51,10 +51,13 @@ def register(verbs: Any) -> None:
         "train-nano",
         help="train BAGEL-nano from seeds on CPU (about 40 minutes of one core)",
         description="Train BAGEL-nano from its seeds: autoencoder, then understanding, then all tasks. Saves its state"
-        " every three minutes; the same command goes on from there. Same machine and thread count: the same weights.",
+        " every three minutes; the same command continues from there. On one machine, the same number of threads gives"
+        " the same weights.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for states and the checkpoint OUT/BAGEL-nano")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; a part of what makes a run repeat exactly")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; a run repeats exactly only with the same number"
+    )
     parser.set_defaults(verb=_train)
 
 
@@ -66,8 +69,8 @@ def _score(args: argparse.Namespace) -> int:
     benchmark = _benchmark(args)
     check = None if args.benchmark else _expect_nano
     with _threads(args.threads):
-        found = _asked(benchmark, args.model, args.device, check)
-        against = _asked(benchmark, args.against, args.device, check) if args.against else None
+        found = _scores(benchmark, args.model, args.device, check)
+        against = _scores(benchmark, args.against, args.device, check) if args.against else None
     if args.sheet:
         with atomic_path(args.sheet) as partial:
             contact_sheet(benchmark, found).save(partial, "PNG")
@@ -89,7 +92,7 @@ def _score(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """torch computes with so many threads inside, and with as many as before after it."""
+    """Inside, torch uses `count` threads; afterwards as many as before."""
     import torch
 
     before = torch.get_num_threads()
@@ -105,14 +108,14 @@ def _benchmark(args: argparse.Namespace) -> Benchmark:
     from bagel_compress.scores.nano import nano_benchmark
 
     if args.benchmark:
-        sys.path.append(str(Path.cwd()))  # as `python -m` has it: the module may lie where the command is typed
+        sys.path.append(str(Path.cwd()))  # so that a module in the working folder is found, as with `python -m`
         return load_benchmark(args.benchmark)
     share = 5 if args.quick else 1
     return nano_benchmark(240 // share, 168 // share, 100 // share, 60 // share)
 
 
-def _asked(benchmark: Benchmark, model: str, device: str, check: Callable[[BagelConfig], None] | None) -> Scores:
-    """The scores of a model, with a bar over the prompts on stderr."""
+def _scores(benchmark: Benchmark, model: str, device: str, check: Callable[[BagelConfig], None] | None) -> Scores:
+    """The scores of a model; a progress bar over the prompts goes to stderr. `check` gets the model's configuration."""
     import torch
     from tqdm import tqdm
 
@@ -129,19 +132,19 @@ def _asked(benchmark: Benchmark, model: str, device: str, check: Callable[[Bagel
 
 
 def _expect_nano(config: BagelConfig) -> None:
-    """Raises InputError if the model draws no pictures of BAGEL-nano's size."""
+    """Raises InputError if the largest pictures of the model are not of BAGEL-nano's size."""
     from bagel_compress.errors import InputError
     from bagel_compress.nano_training.model import CONFIG
 
     if (side := config.max_latent_size * config.image_stride) != CONFIG.max_latent_size * CONFIG.image_stride:
         raise InputError(
-            f"this model is not of BAGEL-nano's world: its pictures have up to {side} pixels a side, nano's"
-            f" {CONFIG.max_latent_size * CONFIG.image_stride}; name a benchmark that it can be asked with --benchmark."
+            f"this model is not BAGEL-nano or a build of it: its pictures have up to {side} pixels a side, nano's"
+            f" {CONFIG.max_latent_size * CONFIG.image_stride}; give a benchmark for this model with --benchmark."
         )
 
 
 def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Percent, with 95 % intervals."""
+    """A text table of scores in percent with their 95 % intervals."""
     lines = []
     for category, row in rows.items():
         line = f"{category:18s} {row['prompts']:4.0f}  {100 * row['score']:5.1f}"

@@ -1,4 +1,4 @@
-"""The verb profile: where the time of a denoising pass goes, beside its floor."""
+"""The verb profile: the time of the parts of a denoising pass, and of its matrix products and attention alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bagel_compress.cli.sample import picture_size
 def register(verbs: Any) -> None:
     """Adds the parser of profile."""
     parser = add_verb(
-        verbs, "profile", "where the time of a denoising pass goes, beside the same products and attention alone",
+        verbs, "profile", "show where the time of a denoising pass goes, and its products and attention alone",
         "bagel-compress profile out/nf4 --size 512x512\n"
         "  bagel-compress profile BAGEL-nano --dtype fp32 --threads 1",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Verbs from artifact to public: card, publish, verify, batch."""
+"""The verbs card, publish, verify and batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def register(verbs: Any) -> None:
     card.set_defaults(verb=_card)
 
     publish = add_verb(
-        verbs, "publish", "gates, card, upload, and a check of what arrived",
+        verbs, "publish", "check a build, write its model card, upload it, and verify the upload",
         "bagel-compress publish out/nf4 me/BAGEL-7B-MoT-NF4 --dry-run\n"
         "  bagel-compress publish out/nf4 me/BAGEL-7B-MoT-NF4 --collection 'BAGEL-7B-MoT builds'\n"
         "  bagel-compress publish out/nf4 me/BAGEL-7B-MoT-NF4 --draft --private",
@@ -28,21 +28,27 @@ def register(verbs: Any) -> None:
     _what(publish)
     publish.add_argument("--dry-run", action="store_true", help="write the release folder, show the differences, stop")
     publish.add_argument(
-        "--unrun", action="store_true", help="an export whose engines were never run may go out; its card says so"
+        "--unrun", action="store_true", help="also publish an export whose engines were never run; its card says so"
     )
-    publish.add_argument("--private", action="store_true", help="a new repository is made private")
+    publish.add_argument("--private", action="store_true", help="make a new repository private")
     publish.add_argument("--revision", default="main", metavar="BRANCH", help="branch to publish to (default: main)")
     publish.add_argument("--create-pr", action="store_true", help="open a pull request instead of writing the branch")
-    publish.add_argument("--replace", action="store_true", help="the repository may hold another build; its files go")
-    publish.add_argument("--collection", default="", metavar="TITLE", help="link it with the other builds of its base")
+    publish.add_argument(
+        "--replace", action="store_true", help="replace another build in the repository; its files are deleted"
+    )
+    publish.add_argument(
+        "--collection", default="", metavar="TITLE", help="add it to this collection of builds of its base"
+    )
     publish.add_argument("--folder", type=Path, metavar="DIR", help="release folder (default: BUILD.release)")
-    publish.add_argument("--receipts", type=Path, default=Path("exports/receipts"), metavar="DIR", help="for receipts")
+    publish.add_argument(
+        "--receipts", type=Path, default=Path("exports/receipts"), metavar="DIR", help="folder of receipts"
+    )
     publish.add_argument("--sign", type=Path, metavar="KEY", help="sign with this EC private key (extra: sign)")
     add_json(publish)
     publish.set_defaults(verb=_publish)
 
     verify = add_verb(
-        verbs, "verify", "is it byte for byte what was released? exit 1 if not",
+        verbs, "verify", "verify that a folder or repository is byte for byte what was released; exit 1 if not",
         "bagel-compress verify out/nf4\n  bagel-compress verify me/BAGEL-7B-MoT-NF4 --full --key publisher.pem",
     )  # fmt: skip
     verify.add_argument("where", metavar="REPO|DIR", help="artifact, export or release, or owner/name[@revision]")
@@ -52,7 +58,7 @@ def register(verbs: Any) -> None:
     verify.set_defaults(verb=_verify)
 
     batch = add_verb(
-        verbs, "batch", "several recipes over several checkpoints; run again to go on after an interruption",
+        verbs, "batch", "build several recipes for several checkpoints; run it again to continue after an interruption",
         "bagel-compress batch builds.yaml\n  bagel-compress batch builds.yaml --jobs 2 --executor ray",
     )  # fmt: skip
     batch.add_argument("file", type=Path, metavar="FILE", help="YAML with out, sources and recipes")
@@ -65,14 +71,16 @@ def register(verbs: Any) -> None:
 def _what(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("build", type=Path, metavar="BUILD", help="folder that compress or export wrote")
     parser.add_argument("repo", metavar="REPO", help="owner/name on the Hub")
-    parser.add_argument("--draft", action="store_true", help="not released yet: says so, private repository or PR only")
-    parser.add_argument("--base-model", metavar="ID", help="Hub id of what was compressed (default: the manifest's)")
+    parser.add_argument(
+        "--draft", action="store_true", help="mark it as a draft, for a private repository or a PR only"
+    )
+    parser.add_argument("--base-model", metavar="ID", help="Hub id of the compressed model (default: the manifest's)")
     parser.add_argument("--license", default="apache-2.0", metavar="ID", help="licence of the weights on the Hub")
 
 
 def _card(args: argparse.Namespace) -> int:
+    from bagel_compress.publishing.card_sections import Origin
     from bagel_compress.publishing.export_card import card_of
-    from bagel_compress.publishing.model_card import Origin
     from bagel_compress.publishing.publishable import open_publishable, source_of
     from bagel_compress.publishing.release_reports import load_reports
 
@@ -86,22 +94,22 @@ def _card(args: argparse.Namespace) -> int:
 def _publish(args: argparse.Namespace) -> int:
     from bagel_compress.publishing.pipeline import PublishRequest, prepare_release, preview, publish
 
-    wish = PublishRequest(
+    request = PublishRequest(
         build=args.build, repo=args.repo, base_model=args.base_model, license=args.license, folder=args.folder,
         receipts=args.receipts, revision=args.revision, private=args.private, draft=args.draft, unrun=args.unrun,
         create_pr=args.create_pr, replace=args.replace, signing_key=args.sign, collection=args.collection,
     )  # fmt: skip
     if args.dry_run:
-        release = prepare_release(wish)
+        release = prepare_release(request)
         print(f"{release.folder}: {len(release.files)} files, as they would be uploaded", file=sys.stderr)
-        text = preview(release, wish.repo, wish.revision)
+        text = preview(release, request.repo, request.revision)
         emit(args, {"folder": str(release.folder), "files": sorted(release.files), "preview": text}, text)
         return 0
-    done = publish(wish, _show)
-    lines = [f"{done.uploaded.url}: {len(done.release.files)} files, all arrived as sent"]
+    done = publish(request, _show)
+    lines = [f"{done.uploaded.url}: {len(done.release.files)} files uploaded and verified"]
     lines += [f"pull request: {done.uploaded.pull_request}"] if done.uploaded.pull_request else []
     lines += ["the repository is private; its settings page makes it public"] if done.uploaded.private else []
-    lines += [f"receipt: {path}" for path in done.receipts] + [f"card renewed: {repo}" for repo in done.cards]
+    lines += [f"receipt: {path}" for path in done.receipts] + [f"card updated: {repo}" for repo in done.cards]
     data = {
         "repo": done.uploaded.repo, "commit": done.uploaded.commit, "url": done.uploaded.url,
         "pull_request": done.uploaded.pull_request, "private": done.uploaded.private,

@@ -1,4 +1,4 @@
-"""Verbs that use a model: generate (text to image), edit (image and text to image), ask (text, maybe about images).
+"""The verbs generate (text to image), edit (image and text to image) and ask (text, optionally about images).
 
 MODEL is a full-precision checkpoint, an artifact, an ONNX export, or a Hub id of one of them.
 """
@@ -67,15 +67,13 @@ def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentP
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument(
         "--device", default="auto",
-        help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1 (auto: the CUDA devices that it takes, else the CPU)",
+        help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1 (auto: as many CUDA devices as needed, else the CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--target", metavar="T", help="place the model as this target says (which part is on the GPU when)"
+        "--target", metavar="T", help="keep parts of the model in host memory in the phases that this target defines"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the CPU generator; the same seed gives the same picture"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise; the same seed gives the same picture")
     parser.add_argument("--think", action="store_true", help="let the model plan in words first")
     add_json(parser)
     return parser
@@ -102,16 +100,17 @@ def _image_options(parser: argparse.ArgumentParser, defaults: dict[str, Any]) ->
     speed.add_argument("--cache-every", type=int, default=1, metavar="K",
                        help="evaluate the network at every K-th step, forecast the others (%(default)s)")  # fmt: skip
     speed.add_argument("--cache-threshold", type=float, default=0.0, metavar="R",
-                       help="evaluate it once the picture has moved by this share; 0 is off (%(default)s)")  # fmt: skip
+                       help="evaluate the network when the picture has changed by this share; 0 is off (%(default)s)",
+                       )  # fmt: skip
     speed.add_argument("--cache-order", type=int, default=1, metavar="N",
                        help="order of the forecast, 0 to 2 (%(default)s)")  # fmt: skip
-    speed.add_argument("--preset", metavar="NAME", help="settings that the build's recipe promises under this name")
+    speed.add_argument("--preset", metavar="NAME", help="use the settings of this preset of the build's recipe")
     speed.add_argument("--guidance-every", type=int, default=1, metavar="K",
                        help="evaluate the guidance branches at every K-th evaluation (%(default)s)")  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="where to write it (default: out.png, or the next free out-N.png)"
+        "--out", type=Path, metavar="PNG", help="file to write (default: out.png, or the next free out-N.png)"
     )
-    parser.add_argument("--force", action="store_true", help="overwrite a picture that is there")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing file")
     _text_options(parser, 1000)
 
 
@@ -148,7 +147,7 @@ def _edit(args: argparse.Namespace) -> int:
 
 
 def _out(args: argparse.Namespace) -> Path:
-    """Where the picture goes, found before any work: a new PNG, or with --force one that is there."""
+    """The PNG file to write: a new one, or with --force an existing one. Raises InputError if it cannot be written."""
     from bagel_compress.errors import InputError
 
     out: Path = args.out or Path("out.png")
@@ -218,8 +217,8 @@ def _flow(args: argparse.Namespace) -> FlowSettings:
 
     check_seed(args.seed)
     names = FlowSettings.__dataclass_fields__
-    asked = FlowSettings(**{**{n: getattr(args, n) for n in names}, "cfg_interval": tuple(args.cfg_interval)})
-    return asked if args.preset is None else with_preset(asked, args.preset, _folder(args))
+    flow = FlowSettings(**{**{n: getattr(args, n) for n in names}, "cfg_interval": tuple(args.cfg_interval)})
+    return flow if args.preset is None else with_preset(flow, args.preset, _folder(args))
 
 
 def _folder(args: argparse.Namespace) -> Path:
@@ -236,9 +235,9 @@ def _text(args: argparse.Namespace) -> TextSettings:
 
 
 def _opened(args: argparse.Namespace, check: Callable[[BagelConfig], object] | None = None) -> Loops:
-    """The model on the device, or an export on its runtime; --target places the model by its residency plan.
+    """The opened model on the device of --device, offloaded as --target defines; an export in its own runtime.
 
-    `check` is given the model's configuration before weights are read.
+    `check` is called with the model's configuration before weights are read.
     """
     from bagel_compress.build.manifest import EXPORT_MANIFEST
 
@@ -272,7 +271,7 @@ def _opened(args: argparse.Namespace, check: Callable[[BagelConfig], object] | N
 
 @contextmanager
 def _progress(total: int) -> Iterator[Listener]:
-    """A bar over the denoising steps, on stderr."""
+    """A progress bar on stderr over the denoising steps. Yields the listener that moves it."""
     from tqdm import tqdm
 
     from bagel.events import Listener, Step

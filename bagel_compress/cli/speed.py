@@ -1,4 +1,4 @@
-"""The verb speed: what drawing with fewer evaluations costs a model, and the presets that hold its limits."""
+"""The verb speed: time and error of a model with fewer evaluations of the network, and presets within its limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 58  # of the longest name of a setting
 def register(verbs: Any) -> None:
     """Adds the parser of speed."""
     speed = add_verb(
-        verbs, "speed", "price list of solvers and step caches: passes, seconds and error of each, against a trace",
+        verbs, "speed", "measure passes, seconds and error of solvers and step caches on a trace",
         "bagel-compress speed out/nf4 --trace bagel.trace.safetensors --out out/nf4-speed\n"
         "  bagel-compress speed BAGEL-7B-MoT --class 8-bit --trace bagel.trace.safetensors --device cuda",
     )  # fmt: skip
@@ -27,10 +27,10 @@ def register(verbs: Any) -> None:
         "--class", dest="level", choices=("16-bit", "8-bit", "4-bit"),
         help="limits of this class (default: the recipe's; of a checkpoint 8-bit)",
     )  # fmt: skip
-    speed.add_argument("--target", metavar="T", help="also hold the target's seconds_per_image, on its own GPU")
+    speed.add_argument("--target", metavar="T", help="also apply the target's seconds_per_image, on its own GPU")
     speed.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
     speed.add_argument("--out", type=Path, default=Path("speed"), metavar="DIR",
-                       help="where speed.json and speed.svg go (%(default)s)")  # fmt: skip
+                       help="folder for speed.json and speed.svg (%(default)s)")  # fmt: skip
     add_json(speed)
     speed.set_defaults(verb=_speed)
 

@@ -1,4 +1,4 @@
-"""Verbs that judge: trace, validate, report; check and budget against a target."""
+"""The verbs trace, validate, compare, report, check and budget."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def register(verbs: Any) -> None:
     _add_validate_and_check(verbs)
     _add_budget(verbs)
     comparison = add_verb(
-        verbs, "compare", "put builds of one source side by side on a page, against the same traces",
+        verbs, "compare", "compare builds of one source with the same traces, on one page",
         "bagel-compress compare out/nf4 out/fp8 --trace bagel.trace.safetensors --out compared.html",
     )  # fmt: skip
     comparison.add_argument("builds", nargs="+", metavar="BUILD", help="two or more artifact folders")
@@ -36,7 +36,7 @@ def register(verbs: Any) -> None:
     comparison.set_defaults(verb=_compare)
 
     report = add_verb(
-        verbs, "report", "draw report.html again from the reports beside an artifact", "bagel-compress report out/nf4"
+        verbs, "report", "write report.html again from an artifact's JSON reports", "bagel-compress report out/nf4"
     )
     report.add_argument("artifact", metavar="ARTIFACT")
     add_json(report)
@@ -45,7 +45,7 @@ def register(verbs: Any) -> None:
 
 def _add_trace(verbs: Any) -> None:
     trace = add_verb(
-        verbs, "trace", "record what the full-precision model does, case by case; run again to go on",
+        verbs, "trace", "record the full-precision model on each case; run it again to continue",
         "bagel-compress trace exports/cases --source BAGEL-7B-MoT --out bagel.trace.safetensors --device cuda",
     )  # fmt: skip
     trace.add_argument("cases", nargs="+", metavar="CASE", help="case file, or folder of them")
@@ -72,11 +72,11 @@ def _add_validate_and_check(verbs: Any) -> None:
     validate.add_argument("--source", metavar="DIR", help="the checkpoint, to attribute errors to components")
     add_base_and_lora(validate)
     validate.add_argument("--lpips", metavar="FILE", help="AlexNet and LPIPS weights (safetensors), to measure LPIPS")
-    validate.add_argument("--clip", metavar="DIR", help="CLIP model in the layout of the Hub, to score by it")
+    validate.add_argument("--clip", metavar="DIR", help="CLIP model in the layout of the Hub, to measure CLIP scores")
     validate.set_defaults(verb=_validate)
 
     check = add_verb(
-        verbs, "check", "validate and budget in one, for CI; exit 1 and a sentence per broken limit",
+        verbs, "check", "validate an artifact and its budget, for CI; exit 1 and a sentence per broken limit",
         "bagel-compress check out/nf4 --trace bagel.trace.safetensors --target 12gb",
     )  # fmt: skip
     _artifact_and_traces(check, several=False)
@@ -86,7 +86,7 @@ def _add_validate_and_check(verbs: Any) -> None:
 
 def _add_budget(verbs: Any) -> None:
     budget = add_verb(
-        verbs, "budget", "peak memory on a GPU, phase by phase, predicted without one; exit 1 if it does not fit",
+        verbs, "budget", "predict the peak memory on a GPU, phase by phase, without one; exit 1 if it does not fit",
         "bagel-compress budget nf4 --target 12gb 16gb\n  bagel-compress budget out/nf4 --target h100 --device cuda\n"
         "  bagel-compress budget out/nf4 --target 12gb --device cpu --source BAGEL-7B-MoT\n"
         "  bagel-compress budget fp8-24gb --target 12gb 12gb --together",
@@ -106,8 +106,8 @@ def _add_budget(verbs: Any) -> None:
     )
     budget.add_argument(
         "--source", metavar="SRC",
-        help="with a recipe: plan for this checkpoint (default: the released one); with an artifact and --device: time"
-        " this full-precision model in turns with it",
+        help="with a recipe: checkpoint to plan for (default: the released one); with an artifact and --device:"
+        " full-precision model to compare times with",
     )  # fmt: skip
     budget.add_argument(
         "--device", metavar="D", help="also measure on this CUDA device, if it is the target's; cpu: times only"
@@ -185,7 +185,7 @@ def _compare(args: argparse.Namespace) -> int:
     from bagel_compress.validation.compare_builds import compare_builds, page
 
     if len(args.builds) < 2:
-        raise InputError(f"compare takes two or more builds, found {args.builds[0]} alone; `validate` judges one.")
+        raise InputError(f"compare takes two or more builds, found only {args.builds[0]}; use `validate` for one.")
     builds = compare_builds([Path(build) for build in args.builds], args.trace, args.device, say)
     write_atomic(args.out, page(builds, args.trace))
     lines = [
@@ -230,7 +230,7 @@ def _budget_of_training(args: argparse.Namespace) -> int:
     from bagel_compress.run.target import Target
 
     if args.device is not None:
-        raise TargetError("--task finetune is predicted, not measured; leave --device away.")
+        raise TargetError("--task finetune is predicted, not measured; leave out --device.")
     usual = FinetuneConfig.model_validate({"model": args.build, "steps": 1, "lora": {}})
     config = FinetuneConfig.load(args.config) if args.config else usual
     is_folder = (Path(args.build) / MANIFEST).exists()
@@ -249,7 +249,7 @@ def _together(args: argparse.Namespace) -> int:
     from bagel_compress.run.target import Target
 
     if args.device is not None:
-        raise TargetError("--together plans from the targets' memory and measures nothing; leave --device away.")
+        raise TargetError("--together plans from the targets' memory and measures nothing; leave out --device.")
     targets = [Target.load(target) for target in args.target]
     is_folder = (Path(args.build) / MANIFEST).exists()
     build = outline_of(Path(args.build)) if is_folder else planned_build(args.build, args.source)
@@ -259,7 +259,7 @@ def _together(args: argparse.Namespace) -> int:
 
 
 def budget_table(report: BudgetReport) -> str:
-    """Peaks by phase as text, in GiB, times where they were measured, the verdict and what would make it fit."""
+    """A budget report as text: peaks by phase in GiB, measured times, verdict and advice."""
     from bagel_compress.parity.report_data import TOKEN
 
     names = list(report.phases[0].parts)
@@ -286,15 +286,15 @@ def budget_table(report: BudgetReport) -> str:
 
 def _report(args: argparse.Namespace) -> int:
     from bagel_compress.build.artifact import Artifact
-    from bagel_compress.validation.artifact import write_report
+    from bagel_compress.validation.artifact import write_pages
 
-    page = write_report(args.artifact, Artifact.open(args.artifact).digest)
+    page = write_pages(args.artifact, Artifact.open(args.artifact).digest)
     emit(args, {"page": str(page)}, str(page))
     return 0
 
 
 def table(report: ParityReport, page: Path) -> str:
-    """The verdict as text: the worst value of each metric, then reasons and the page."""
+    """A parity report as text: the worst value of each metric, the broken limits and faults, the path of the page."""
     from bagel_compress.build.limits import METRICS
     from bagel_compress.parity.report_data import number
     from bagel_compress.report.text import worst_rows

@@ -1,9 +1,8 @@
-"""batch: the same recipes over several checkpoints, one independent job each.
+"""Builds several recipes for several checkpoints, as independent jobs that a YAML file lists.
 
-A job builds one artifact and reads it back. Jobs share nothing, so they run in this process, in several, or on a Ray
-cluster (extra `ray`; the file's paths must mean the same on every node), with the same bytes as the result. A job that
-is finished is not done again and one that was interrupted goes on where it was, because builds do; one that fails does
-not stop the others.
+A job builds one artifact and verifies it. Jobs share nothing, so they run in this process, in several processes, or on
+a Ray cluster (extra `ray`; paths have to be the same on every node), and give the same bytes. A finished job is
+skipped, an interrupted one continues, as builds do, and a failed one does not stop the others.
 
     out: out/family
     sources:
@@ -36,16 +35,16 @@ SUMMARY = "batch.json"
 
 
 class SourceItem(FrozenModel):
-    """A checkpoint: folder, file or Hub id, with what it lacks."""
+    """A checkpoint of a batch."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    path: str
-    base: str | None = None
-    lora: str | None = None
+    path: str  # folder, file or Hub id
+    base: str | None = None  # checkpoint with what this one lacks
+    lora: str | None = None  # folder of an adapter to merge
 
 
 class BatchFile(FrozenModel):
-    """The file."""
+    """The contents of a batch file."""
 
     out: str
     sources: tuple[SourceItem, ...] = Field(min_length=1)
@@ -61,18 +60,18 @@ class BatchFile(FrozenModel):
 
     @classmethod
     def load(cls, path: Path) -> BatchFile:
-        """Reads a YAML file. Raises RecipeError: file, key, found, expected."""
+        """Reads a YAML file. Raises RecipeError naming file and key if it is not valid."""
         batch = load_yaml(cls, path, "batch", RecipeError)
         batch._folder = str(path.resolve().parent)
         return batch
 
     @property
     def folder(self) -> str:
-        """The folder that the file lies in; its paths are relative to it."""
+        """The folder of the file, to which its paths are relative."""
         return self._folder
 
     def jobs(self) -> list[BatchJob]:
-        """Every source with every recipe. Raises RecipeError on a recipe that is not there or two of one name."""
+        """One job for every source and recipe. Raises RecipeError if a recipe is missing or two have the same name."""
         from bagel_compress.build.recipe import Recipe
         from bagel_compress.io.packaged import find_recipe
 
@@ -82,14 +81,14 @@ class BatchFile(FrozenModel):
         if len(set(names)) < len(names):
             raise RecipeError(f"two of the recipes are called {max(names, key=names.count)!r}; names must differ.")
         return [
-            BatchJob(f"{s.name}--{name}", self._place(s.path), self._place(s.base), self._place(s.lora), str(file),
-                str(base / self.out / f"{s.name}--{name}"))
+            BatchJob(f"{s.name}--{name}", self._resolved(s.path), self._resolved(s.base), self._resolved(s.lora),
+                str(file), str(base / self.out / f"{s.name}--{name}"))
             for s in self.sources
             for name, file in zip(names, files, strict=True)
         ]  # fmt: skip
 
-    def _place(self, path: str | None) -> str | None:
-        """A path relative to the file, if there is such a thing; else what it was (a Hub id)."""
+    def _resolved(self, path: str | None) -> str | None:
+        """The path relative to the file's folder, if it exists there; else the text as it is (a Hub id)."""
         if path is None:
             return None
         here = Path(self.folder) / path
@@ -98,7 +97,7 @@ class BatchFile(FrozenModel):
 
 @dataclass(frozen=True)
 class BatchJob:
-    """One artifact to be built; plain strings, so that it travels to another process or machine."""
+    """One artifact to build. All fields are strings, so that a job can be sent to another process or machine."""
 
     name: str
     source: str | None
@@ -110,17 +109,18 @@ class BatchJob:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of a job. `error` is a sentence, None where it is done."""
+    """The result of a job."""
 
     job: str
     out: str
-    artifact: str = ""
+    artifact: str = ""  # sha256 of its manifest
     nbytes: int = 0
     seconds: float = 0.0
-    resumed: bool = False  # the artifact was there already
-    error: str | None = None
+    resumed: bool = False  # the artifact existed before
+    error: str | None = None  # why the job failed; None if it is done
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data for batch.json and --json."""
         return asdict(self)
 
 
@@ -131,9 +131,10 @@ def run_batch(
     cluster: str | None = None,
     progress: Callable[[BatchResult], None] | None = None,
 ) -> list[BatchResult]:
-    """Runs all jobs and returns their results in order; `cluster` is the address of a running Ray cluster.
+    """Runs all jobs, writes their results to batch.json in the output folder, and returns them in order.
 
-    Writes out/batch.json. Raises RecipeError on a bad file, MissingExtraError without the extra `ray`.
+    `cluster` is the address of a running Ray cluster. Raises RecipeError on a recipe that is missing or a name that
+    occurs twice, MissingExtraError without the extra `ray`.
     """
     jobs, results = batch.jobs(), []
     for result in run_jobs(run_job, jobs, processes, executor, cluster):
@@ -147,31 +148,32 @@ def run_batch(
 
 
 def run_job(job: BatchJob) -> BatchResult:
-    """Builds and reads back one artifact. What a user can cause is in the result, anything else is raised."""
+    """Builds and verifies one artifact. A BagelCompressError becomes the result's `error`; others are raised."""
     from bagel_compress.build.compress import compress
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
     from bagel_compress.source.checkpoint import Checkpoint
 
-    began, there = time.monotonic(), (Path(job.out) / "manifest.json").exists()
+    began, existed = time.monotonic(), (Path(job.out) / "manifest.json").exists()
     try:
         checkpoint = Checkpoint.open(str(job.source), job.base, job.lora)
         artifact = compress(make_plan(checkpoint, Recipe.load(job.recipe)), checkpoint, job.out)
-        if not there and (faults := artifact.verify()):
+        if not existed and (faults := artifact.verify()):
             return BatchResult(job.name, job.out, error=f"{job.out}: {faults[0]}")
     except BagelCompressError as error:
         return BatchResult(job.name, job.out, seconds=time.monotonic() - began, error=str(error))
     nbytes = sum(entry.bytes for entry in artifact.manifest.files.values())
-    return BatchResult(job.name, job.out, artifact.digest, nbytes, round(time.monotonic() - began, 3), there)
+    return BatchResult(job.name, job.out, artifact.digest, nbytes, round(time.monotonic() - began, 3), existed)
 
 
 def summary(results: Sequence[BatchResult]) -> str:
-    """A line per job and a total."""
+    """The results as text: a line per job, and the number of finished jobs."""
     done = sum(r.error is None for r in results)
     return "\n".join([*map(line, results), f"{done} of {len(results)} done"])
 
 
 def line(r: BatchResult) -> str:
-    """One job."""
-    state = f"FAILED: {r.error}" if r.error else f"{'there' if r.resumed else 'built'}  artifact {r.artifact[:12]}"
+    """The line of one job."""
+    done = "exists" if r.resumed else "built"
+    state = f"FAILED: {r.error}" if r.error else f"{done}  artifact {r.artifact[:12]}"
     return f"{r.job:<32}  {size_text(r.nbytes):>12}  {r.seconds:8.1f} s  {state}"

@@ -1,8 +1,8 @@
-"""Family: the builds of one base on linked cards with one comparison table.
+"""The comparison table of a Hub collection: the builds of one base model, on the card of each of them.
 
-Every release carries `reports/build.json`, the few numbers by which builds are compared. A family is a collection on
-the Hub; its table is made from those files, never from cards, and put between two markers of each member's card. Cards
-are outside SHA256SUMS, so a member stays verifiable when its table grows.
+Every release contains `reports/build.json`, the few numbers by which builds are compared. The table is made from these
+files of all members of the collection, never from cards, and is put between two markers on each member's card. Cards
+are not covered by SHA256SUMS, so a build stays verifiable when its table changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from bagel_compress.io.byte_size import size_text
 from bagel_compress.io.hub_client import failures, split_repo_id
 from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.parity.report_data import Number, number
-from bagel_compress.publishing.model_card import CARD, FAMILY_END, FAMILY_START, gib, plain, table
+from bagel_compress.publishing.card_markdown import gib, plain, table
+from bagel_compress.publishing.card_sections import CARD, TABLE_END, TABLE_START
 from bagel_compress.publishing.publishable import Publishable, label, weights_bytes
 from bagel_compress.publishing.release_reports import ReleaseReports
 from bagel_compress.report.text import worst_rows
@@ -28,12 +29,12 @@ from bagel_compress.report.text import worst_rows
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-BUILD = "reports/build.json"
-COMPARED = (Metric.LATENT_PATH, Metric.IMAGE_PSNR, Metric.LOGITS_KL_MEAN)  # the columns of parity, where measured
+ROW_FILE = "reports/build.json"
+COMPARED = (Metric.LATENT_PATH, Metric.IMAGE_PSNR, Metric.LOGITS_KL_MEAN)  # columns on parity, if measured
 
 
 class CollectionRow(FrozenModel, extra="ignore"):
-    """What one member contributes to the table."""
+    """The row of one build; the contents of its `reports/build.json`."""
 
     repo: str
     base_model: str
@@ -45,8 +46,10 @@ class CollectionRow(FrozenModel, extra="ignore"):
     parity: dict[str, Number]
 
 
-def build_of(publishable: Publishable, reports: ReleaseReports, repo: str, base_model: str | None) -> CollectionRow:
-    """The row of a build."""
+def collection_row(
+    publishable: Publishable, reports: ReleaseReports, repo: str, base_model: str | None
+) -> CollectionRow:
+    """The row of a build that is about to be published to `repo`."""
     peaks = {b.target: b.peak for b in reports.budgets}
     values = {row.metric: row.value for row in worst_rows(reports.parity)} if reports.parity else {}
     return CollectionRow(
@@ -69,27 +72,27 @@ def _formats(publishable: Publishable) -> tuple[str, ...]:
     return (settings.runtime, settings.precision, *sorted(forms))
 
 
-def join(api: HfApi, title: str, own: CollectionRow) -> list[str]:
-    """Adds a published build to its owner's collection and renews the table on every member's card.
+def add_to_collection(api: HfApi, title: str, own: CollectionRow) -> list[str]:
+    """Adds a published build to its owner's collection and updates the table on every member's card.
 
-    Returns the repositories whose cards were written. Raises PublishError if a member belongs to another base.
+    Returns the repositories whose cards changed. Raises PublishError if a member is a build of another base.
     """
     owner = own.repo.partition("/")[0]
-    builds = [*members(api, title, own), own]
+    builds = [*other_members(api, title, own), own]
     with failures(f"collection {title!r} of {owner} cannot be written"):
         collection = api.create_collection(title, namespace=owner, exists_ok=True)
         api.add_collection_item(collection.slug, own.repo, "model", exists_ok=True)
     text = comparison(builds)
-    return [b.repo for b in builds if b.repo.partition("/")[0] == owner and _renew(api, b.repo, text)]
+    return [b.repo for b in builds if b.repo.partition("/")[0] == owner and _update_card(api, b.repo, text)]
 
 
-def members(api: HfApi, title: str, own: CollectionRow) -> list[CollectionRow]:
-    """The other builds of the collection. Raises PublishError if one of them is of another base."""
+def other_members(api: HfApi, title: str, own: CollectionRow) -> list[CollectionRow]:
+    """The rows of the collection's other builds. Raises PublishError if one of them is of another base."""
     owner = own.repo.partition("/")[0]
     with failures(f"collection {title!r} of {owner} cannot be written"):
         collection = api.create_collection(title, namespace=owner, exists_ok=True)
         repos = [i.item_id for i in api.get_collection(collection.slug).items if i.item_type == "model"]
-    builds = [build for repo in repos if repo != own.repo and (build := _build(api, repo)) is not None]
+    builds = [build for repo in repos if repo != own.repo and (build := _member_row(api, repo)) is not None]
     for build in builds:
         if build.base_model != own.base_model:
             raise PublishError(
@@ -100,7 +103,7 @@ def members(api: HfApi, title: str, own: CollectionRow) -> list[CollectionRow]:
 
 
 def comparison(builds: Sequence[CollectionRow]) -> str:
-    """The table, smallest build first."""
+    """The table as Markdown, the smallest build first."""
     builds = sorted(builds, key=lambda b: (b.weights_bytes, b.repo))
     targets = sorted({t for b in builds for t in b.peaks})
     metrics = [m for m in COMPARED if any(m in b.parity for b in builds)]
@@ -118,41 +121,41 @@ def comparison(builds: Sequence[CollectionRow]) -> str:
     return "## Builds of this base\n\n" + table(head, rows)
 
 
-def spliced(card: str, text: str) -> str:
-    """The card with `text` between the markers. Raises PublishError if its owner removed them."""
-    start, end = card.find(FAMILY_START), card.find(FAMILY_END)
+def card_with_table(card: str, text: str) -> str:
+    """The card with `text` between the markers. Raises PublishError if the card has no markers."""
+    start, end = card.find(TABLE_START), card.find(TABLE_END)
     if start < 0 or end < start:
-        raise PublishError(f"the card has no place for the table ({FAMILY_START} ... {FAMILY_END}); put it back.")
-    return card[: start + len(FAMILY_START)] + "\n" + text + "\n" + card[end:]
+        raise PublishError(f"the card lacks the markers of the table ({TABLE_START} ... {TABLE_END}); put them back.")
+    return card[: start + len(TABLE_START)] + "\n" + text + "\n" + card[end:]
 
 
 def table_of(card: str) -> str:
-    """What stands between the markers of a card, empty if nothing does."""
-    return card.partition(FAMILY_START)[2].partition(FAMILY_END)[0].strip()
+    """The table between the markers of a card; empty if there is none."""
+    return card.partition(TABLE_START)[2].partition(TABLE_END)[0].strip()
 
 
-def _build(api: HfApi, repo: str) -> CollectionRow | None:
-    """The numbers of a member; None if it is no release of ours."""
+def _member_row(api: HfApi, repo: str) -> CollectionRow | None:
+    """The row of a member of the collection; None if the repository was not published by bagel-compress."""
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
     repo = split_repo_id(repo)[0]
     with failures(f"{repo} cannot be read"):
         try:
-            text = Path(api.hf_hub_download(repo, BUILD)).read_text(encoding="utf-8")
+            text = Path(api.hf_hub_download(repo, ROW_FILE)).read_text(encoding="utf-8")
         except (EntryNotFoundError, RepositoryNotFoundError):
             return None
     try:
         return CollectionRow.model_validate_json(text).model_copy(update={"repo": repo})
     except ValidationError:
-        raise PublishError(f"{BUILD} of {repo} is not readable; publish that build again.") from None
+        raise PublishError(f"{ROW_FILE} of {repo} is not readable; publish that build again.") from None
 
 
-def _renew(api: HfApi, repo: str, text: str) -> bool:
-    """Writes the table into a member's card unless it is there already."""
+def _update_card(api: HfApi, repo: str, text: str) -> bool:
+    """Writes the table into a member's card. Returns False if the card has it already."""
     with failures(f"the card of {repo} cannot be written"):
         head = api.model_info(repo).sha
         old = Path(api.hf_hub_download(repo, CARD, revision=head)).read_text(encoding="utf-8")
-        new = spliced(old, text)
+        new = card_with_table(old, text)
         if new == old:
             return False
         api.upload_file(

@@ -1,7 +1,6 @@
-"""The model card of an export: what it is, block by block, what was checked, and what was not.
+"""The model card (README.md) of an export: its blocks, what was checked, and what was not.
 
-The page says in its first lines if what it offers was never run. See
-bagel_compress.publishing.model_card for the rest of its rules.
+If the graphs or engines were never run in the form that is published, the first lines say so.
 """
 
 from __future__ import annotations
@@ -10,34 +9,31 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.codecs.traits import ONNX_FORMS
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.io.byte_size import size_text
-from bagel_compress.publishing.model_card import (
-    FAMILY_END,
-    FAMILY_START,
+from bagel_compress.publishing.card_markdown import code, joined, plain, table
+from bagel_compress.publishing.card_sections import (
+    TABLE_END,
+    TABLE_START,
     Origin,
     base_link,
-    code,
     front_matter,
-    joined,
     licence,
     loading,
-    model_card,
     parity_section,
     pictures,
-    plain,
     provenance_section,
     recipe_section,
-    table,
     titled,
 )
+from bagel_compress.publishing.model_card import model_card
 from bagel_compress.publishing.publishable import Publishable, recipe_digest_of, source_of
-from bagel_compress.publishing.release_reports import ReleaseReports, ran
+from bagel_compress.publishing.release_reports import ReleaseReports, runtime_of
 from bagel_compress.publishing.snippets import export_snippets
 
 
 def card_of(
     publishable: Publishable, reports: ReleaseReports, origin: Origin, draft: bool = False, signed: bool = False
 ) -> str:
-    """The whole README.md of an artifact or an export."""
+    """The model card of an artifact or an export, as Markdown. `signed`: whether the release has a signature."""
     if isinstance(publishable, Artifact):
         return model_card(publishable, reports, origin, draft, signed)
     m = publishable.manifest
@@ -49,7 +45,7 @@ def card_of(
         _head(publishable, reports, origin, draft),
         _checked(publishable, reports),
         pictures(reports),
-        FAMILY_START + "\n" + FAMILY_END,
+        TABLE_START + "\n" + TABLE_END,
         _blocks(publishable),
         parity_section(reports.parity),
         loading(export_snippets(publishable, origin.repo)),
@@ -71,15 +67,15 @@ def _tags(export: ExportFolder) -> list[str]:
 def _head(export: ExportFolder, reports: ReleaseReports, origin: Origin, draft: bool) -> str:
     manifest, settings = export.manifest, export.manifest.settings
     lines = titled(origin, draft)
-    if not reports.tried:
-        lines.append(f"> **Built, not run.** {' '.join(reports.not_run)} Expect to be the first who runs it.")
+    if not reports.was_run:
+        lines.append(f"> **Built, not run.** {' '.join(reports.not_run)} You may be the first to run it.")
     what = "ONNX graphs" if settings.runtime == "onnxruntime" else "TensorRT engines, and the graphs behind them"
     recipe = f", recipe {code(manifest.source.recipe.name)}" if manifest.source.recipe else ""
     lines.append(
         f"{base_link(origin, source_of(export))} as {what}, one per block, for {plain(settings.runtime)} in"
         f" {settings.precision} (opset {manifest.opset}), **{size_text(export.nbytes)}**, by"
         f" [bagel-compress](https://pypi.org/project/bagel-compress/){recipe}, target {code(manifest.target)}."
-        " Everything that a sampler needs is here."
+        " The repository has everything that a sampler needs."
     )
     if manifest.source.recipe and manifest.source.recipe.card:
         lines.append(plain(manifest.source.recipe.card))
@@ -93,7 +89,7 @@ def _checked(export: ExportFolder, reports: ReleaseReports) -> str:
         capabilities = ", ".join(settings.capabilities) or "the GPU it was built on"
         rows.append((f"every engine was built by {plain(settings.runtime)}, for {plain(capabilities)}", "yes"))
     verdict = "no" if parity is None else "passed" if parity.passed else "**did not pass**"
-    how = f", by {plain(ran(parity))}" if parity else ""
+    how = f", by {plain(runtime_of(parity))}" if parity else ""
     rows.append((f"the whole sampler was compared with the bf16 reference{how}", verdict))
     rows += [(plain(sentence), "**not run**") for sentence in reports.not_run]
     rows.append((f"memory and speed on {plain(export.manifest.device)}", "not measured"))
@@ -118,5 +114,5 @@ def _blocks(export: ExportFolder) -> str:
         "## Blocks\n\n"
         + table(("kind", "graphs", "inputs", "outputs", "matrices", "weights it reads", "engines"), rows)
         + "\n\n`und_layer` serves text and input pictures, `gen_layer` denoises. The two graphs of a layer read one"
-        " data file, in which every weight lies once."
+        " data file, which holds every weight once."
     )

@@ -1,4 +1,4 @@
-"""publish: gates -> release folder -> upload -> what arrived is verified -> receipts -> family. In that order."""
+"""The steps of `publish`, in order: checks, release folder, upload, verification on the Hub, receipts, collection."""
 
 from __future__ import annotations
 
@@ -10,57 +10,65 @@ from pathlib import Path
 from bagel_compress.errors import PublishError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.hub_client import client, failures, offline, split_repo_id
-from bagel_compress.publishing.collection_table import build_of, join, members, spliced, table_of
-from bagel_compress.publishing.model_card import CARD, Origin
+from bagel_compress.publishing.card_sections import CARD, Origin
+from bagel_compress.publishing.collection_table import (
+    add_to_collection,
+    card_with_table,
+    collection_row,
+    other_members,
+    table_of,
+)
 from bagel_compress.publishing.provenance import ListedFile
 from bagel_compress.publishing.publishable import Publishable, open_publishable, source_of
 from bagel_compress.publishing.receipt import write_receipts
 from bagel_compress.publishing.release import Release, make_release
-from bagel_compress.publishing.remote_files import differences, look
+from bagel_compress.publishing.remote_files import differences, read_remote
 from bagel_compress.publishing.upload import Progress, Uploaded, upload
 
 
 @dataclass(frozen=True)
 class PublishRequest:
-    """What the user asked for. `folder` None: beside the build. `collection` empty: none."""
+    """The user's request to publish a build."""
 
-    build: Path  # artifact or export
+    build: Path  # folder of an artifact or export
     repo: str
     base_model: str | None = None
     license: str = "apache-2.0"
-    folder: Path | None = None
+    folder: Path | None = None  # release folder; None: beside the build
     receipts: Path = Path("exports/receipts")
     revision: str = "main"
     private: bool = False
     draft: bool = False
-    unrun: bool = False  # an export whose own form was never run may go out, saying so
+    unrun: bool = False  # also publish an export that was never run in its own form; its card says so
     create_pr: bool = False
-    replace: bool = False
+    replace: bool = False  # allow a repository with another build
     signing_key: Path | None = None
-    collection: str = ""
+    collection: str = ""  # title of a collection to add the build to; empty: none
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What was done."""
+    """The result of publishing."""
 
     release: Release
     uploaded: Uploaded
     receipts: tuple[Path, ...]
-    cards: tuple[str, ...]  # members of the family whose cards were renewed
+    cards: tuple[str, ...]  # repositories of the collection whose cards were updated
 
 
 def publish(request: PublishRequest, progress: Progress | None = None) -> PublishResult:
-    """Verifies, uploads and checks a build; nothing is visible on the Hub before the last commit.
+    """Verifies a build, uploads it and checks the upload. Nothing is visible on the Hub before the final commit.
 
-    Raises GateError, PublishError, HubError or ArtifactError.
+    Raises GateError if the build may not be published, PublishError, HubError or ArtifactError.
     """
     if request.collection and (request.draft or request.create_pr or request.revision != "main"):
-        raise PublishError("a collection shows what is on main; leave --collection out with a draft, PR or revision.")
+        raise PublishError("a collection shows main; leave out --collection with a draft, pull request or revision.")
     release = prepare_release(request)
-    own = build_of(release.publishable, release.reports, request.repo, _origin(release.publishable, request).base_model)
+    own = collection_row(
+        release.publishable, release.reports, request.repo, _origin(release.publishable, request).base_model
+    )
     if request.collection:
-        members(client(), request.collection, own)  # refused before anything is sent
+        other_members(client(), request.collection, own)  # raises before anything is uploaded
     release = with_table(release, request.repo, request.revision)
     uploaded = upload(
         release,
@@ -74,12 +82,12 @@ def publish(request: PublishRequest, progress: Progress | None = None) -> Publis
     receipts = write_receipts(release, uploaded, request.receipts) if uploaded.pull_request is None else []
     cards: list[str] = []
     if request.collection:
-        cards = join(client(), request.collection, own)
+        cards = add_to_collection(client(), request.collection, own)
     return PublishResult(release, uploaded, tuple(receipts), tuple(cards))
 
 
 def prepare_release(request: PublishRequest) -> Release:
-    """The folder that would be uploaded. Raises GateError unless the build may be published."""
+    """Writes the folder that is uploaded. Raises GateError if the build may not be published."""
     split_repo_id(request.repo)
     if "@" in request.repo:
         raise PublishError(f"{request.repo}: give the branch with --revision.")
@@ -91,29 +99,29 @@ def prepare_release(request: PublishRequest) -> Release:
 
 
 def with_table(release: Release, repo: str, revision: str) -> Release:
-    """The release with the comparison table that the repository's card has already, if it has one."""
+    """The release, its card completed by the comparison table that the repository's present card has, if any."""
     api = client()
-    remote = look(api, repo, revision)
+    remote = read_remote(api, repo, revision)
     if remote is None or CARD not in remote.files:
         return release
     with failures(f"the card of {repo} cannot be read"):
-        there = Path(api.hf_hub_download(repo, CARD, revision=remote.commit)).read_text(encoding="utf-8")
-    if not (text := table_of(there)):
+        published = Path(api.hf_hub_download(repo, CARD, revision=remote.commit)).read_text(encoding="utf-8")
+    if not (text := table_of(published)):
         return release
     path = release.folder / CARD
-    content = spliced(path.read_text(encoding="utf-8"), text).encode()
+    content = card_with_table(path.read_text(encoding="utf-8"), text).encode()
     write_atomic(path, content)
     entry = ListedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     return replace(release, files={**release.files, CARD: entry})
 
 
 def preview(release: Release, repo: str, revision: str) -> str:
-    """What an upload would change in the repository: a line per file, and the card as a diff."""
+    """The changes that an upload would make in the repository, as text: a line per file, and a diff of the card."""
     if offline():
         files = [f"  {entry.bytes:>15,}  {path}" for path, entry in release.files.items()]
-        return "\n".join([f"{repo}: not compared with what is there (HF_HUB_OFFLINE is set)", *files])
+        return "\n".join([f"{repo}: not compared with its present files (HF_HUB_OFFLINE is set)", *files])
     release, api = with_table(release, repo, revision), client()
-    remote = look(api, repo, revision)
+    remote = read_remote(api, repo, revision)
     marks = {"new": "+", "changed": "~", "same": "=", "only there": "?"}
     lines = [f"{repo}: " + ("does not exist yet" if remote is None else f"compared with {remote.commit[:12]}")]
     for path, state in differences(release, remote.files if remote else {}).items():

@@ -1,12 +1,12 @@
-"""Provenance: what a stranger needs to check a build byte for byte and to know how it came about.
+"""Provenance: files by which anybody can check a release byte for byte and see how it was made.
 
     SHA256SUMS                every file but the card, for `sha256sum -c`
-    reports/provenance.json   an in-toto Statement v1 with a SLSA provenance v1 predicate: from what, by what recipe,
-                              with which tools, and which reports judged it
+    reports/provenance.json   an in-toto Statement v1 with a SLSA provenance v1 predicate: source, recipe, versions of
+                              the tools, reports
     model.sig                 optional: an OpenSSF Model Signing bundle over all files (extra `sign`)
 
-The card is left out: its owner may edit it later without the build becoming another one. Nothing here depends on time
-or machine but the versions that are named, so the same build gives the same statement.
+The card is not covered, since its owner may edit it later. The statement contains versions of packages, but no time or
+name of a machine, so the same build gives the same statement.
 
 Formats: https://in-toto.io/Statement/v1, https://slsa.dev/spec/v1.0/provenance,
 https://github.com/ossf/model-signing-spec.
@@ -36,7 +36,7 @@ PROVENANCE = "reports/provenance.json"
 SIGNATURE = "model.sig"
 NOT_SUMMED = ("README.md", ".gitattributes", SUMS, SIGNATURE)
 BUILD_TYPE = "https://pypi.org/project/bagel-compress/#build-v1"
-LIBRARIES = ("torch", "numpy", "safetensors", "numba", "huggingface_hub")  # those that can move a byte of a release
+LIBRARIES = ("torch", "numpy", "safetensors", "numba", "huggingface_hub")  # those whose version can change a byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def sums(files: Mapping[str, ListedFile]) -> str:
 
 
 def read_sums(text: str) -> dict[str, str]:
-    """path -> sha256. Raises ArtifactError on a line that is no such entry or that leaves the folder."""
+    """Parses SHA256SUMS: path -> sha256. Raises ArtifactError on a malformed line or a path outside the folder."""
     found: dict[str, str] = {}
     for line in text.splitlines():
         digest, _, path = line.partition("  ")
@@ -64,7 +64,7 @@ def read_sums(text: str) -> dict[str, str]:
 
 
 def sums_of(folder: Path) -> dict[str, str]:
-    """`read_sums` of a folder's SHA256SUMS. Raises ArtifactError if it has no readable one."""
+    """Reads the SHA256SUMS of a folder: path -> sha256. Raises ArtifactError if it is missing or malformed."""
     try:
         text = small_bytes(folder / SUMS).decode()
     except (OSError, UnicodeDecodeError):
@@ -73,7 +73,7 @@ def sums_of(folder: Path) -> dict[str, str]:
 
 
 def check_sums(folder: Path) -> list[str]:
-    """One sentence per file that is missing, changed, or not covered. Raises ArtifactError without SHA256SUMS."""
+    """Reads every file; one phrase per file that is missing, changed, or not listed. Raises ArtifactError as above."""
     listed = sums_of(folder)
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     faults = [f"{path} is missing" for path in listed if path not in present]
@@ -83,9 +83,10 @@ def check_sums(folder: Path) -> list[str]:
 
 
 def statement(publishable: Publishable, files: Mapping[str, ListedFile]) -> dict[str, Any]:
-    """The in-toto statement about a build; `files` are those of the release so far: its own and the reports on it.
+    """The in-toto statement about a build. `files` are its own files and its reports.
 
-    A subject's two digests tie the manifest, which has a BLAKE3 of each file or of its tensors, to SHA256SUMS.
+    Each subject has the sha256 of SHA256SUMS and the digests of the manifest (BLAKE3 of a file or of its tensors), and
+    so connects the two.
     """
     subject: list[dict[str, Any]] = [{"name": manifest_name(publishable), "digest": {"sha256": publishable.digest}}]
     for name, entry in sorted(publishable.manifest.files.items()):
@@ -107,7 +108,7 @@ def statement(publishable: Publishable, files: Mapping[str, ListedFile]) -> dict
                 "buildType": BUILD_TYPE,
                 "externalParameters": external,
                 "internalParameters": internal,
-                "resolvedDependencies": [origin, *_altering(source)],
+                "resolvedDependencies": [origin, *_further_sources(source)],
             },
             "runDetails": {
                 "builder": {
@@ -120,8 +121,8 @@ def statement(publishable: Publishable, files: Mapping[str, ListedFile]) -> dict
     }
 
 
-def _altering(source: SourceEntry) -> list[dict[str, Any]]:
-    """What else decided the weights: an adapter, and a base that gave what the source lacks."""
+def _further_sources(source: SourceEntry) -> list[dict[str, Any]]:
+    """What the weights come from besides the source: a merged adapter, a base that has what the source lacks."""
     found: list[dict[str, Any]] = []
     if (adapter := source.adapter) is not None:
         scales = {"scale_least": adapter.scales[0], "scale_largest": adapter.scales[1]}
@@ -133,7 +134,7 @@ def _altering(source: SourceEntry) -> list[dict[str, Any]]:
 
 
 def subjects(folder: Path) -> dict[str, dict[str, str]]:
-    """Digests by file as the statement of a released folder gives them; empty where it cannot be read."""
+    """File -> digests, from the statement in a released folder; empty if it cannot be read."""
     try:
         found = json.loads(small_bytes(folder / PROVENANCE))
         return {str(subject["name"]): dict(subject["digest"]) for subject in found["subject"]}
@@ -142,29 +143,29 @@ def subjects(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _parameters(publishable: Publishable) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was asked for, and what followed from it."""
+    """The statement's external parameters (what the user chose) and internal ones (what followed from that)."""
     recipe = recipe_of(publishable)
-    asked: dict[str, Any] = {}
+    external: dict[str, Any] = {}
     if recipe is not None:
-        asked = {
+        external = {
             "recipe": recipe.model_dump(mode="json", by_alias=True),
             "recipe_sha256": recipe_digest_of(publishable),
         }
     if isinstance(publishable, Artifact):
-        return asked, {"plan_sha256": publishable.manifest.plan}
+        return external, {"plan_sha256": publishable.manifest.plan}
     manifest = publishable.manifest
-    asked |= {"target": manifest.target, "settings": manifest.settings.model_dump(mode="json")}
-    return asked, {f"{manifest.source.kind}_sha256": manifest.source.digest, "opset": manifest.opset,
+    external |= {"target": manifest.target, "settings": manifest.settings.model_dump(mode="json")}
+    return external, {f"{manifest.source.kind}_sha256": manifest.source.digest, "opset": manifest.opset,
                    "versions": manifest.versions}  # fmt: skip
 
 
 def statement_bytes(publishable: Publishable, files: Mapping[str, ListedFile]) -> bytes:
-    """`statement` as a file's content."""
+    """The statement as JSON, the content of reports/provenance.json."""
     return (json.dumps(statement(publishable, files), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def versions() -> dict[str, str]:
-    """This tool, Python and the libraries, by name."""
+    """Name -> version of Python, this tool and LIBRARIES."""
     found = {"python": platform.python_version()}
     for name in ("bagel-compress", *LIBRARIES):
         try:
@@ -186,7 +187,7 @@ def sign(folder: Path, private_key: Path) -> Path:
 
 
 def check_signature(folder: Path, public_key: Path) -> None:
-    """Raises GateError if model.sig is missing, made by another key, or not over these files."""
+    """Checks model.sig. Raises GateError if it is missing, was made by another key, or does not match the files."""
     verifying = _library("verifying")
     if not (folder / SIGNATURE).is_file():
         raise GateError(f"{folder} is not signed: it has no {SIGNATURE}.")
@@ -198,16 +199,14 @@ def check_signature(folder: Path, public_key: Path) -> None:
         verifier.set_hashing_config(_hashing(folder)).verify(folder, folder / SIGNATURE)
     except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise GateError(
-            f"the signature of {folder} does not hold ({reason or 'it was made by another key'})."
-        ) from None
+        raise GateError(f"the signature of {folder} is not valid ({reason or 'it was made by another key'}).") from None
 
 
 def _hashing(folder: Path) -> Any:
-    """All files but the card, the signature and what download tools leave."""
+    """The files that a signature covers: all but the card, the signature itself and files of download tools."""
     ignored = ("README.md", SIGNATURE, ".gitattributes", ".cache", ".git")
     config = _library("hashing").Config().set_ignored_paths(paths=[folder / p for p in ignored], ignore_git_paths=True)
-    return config.set_allow_symlinks(True)  # the cache of downloads consists of them
+    return config.set_allow_symlinks(True)  # files in the Hub's download cache are symbolic links
 
 
 def _library(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Receipt: what was published and what was measured for it, one small JSON per recipe and target.
+"""Receipt: a small JSON file per published recipe and target, with the digests and the measured values.
 
-It is written after the files were seen to have arrived, lies in the source tree under exports/receipts/, is reviewed
-like code, and is where tables in the documentation take their numbers from. No paths, no account, no token.
+It is written when the upload has been verified. Receipts lie in the source tree under exports/receipts/, are reviewed
+like code, and supply the numbers of tables in the documentation. They contain no paths, account names or tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bagel_compress.parity.report_data import BudgetReport, Number, Timing, writ
 from bagel_compress.publishing.provenance import versions
 from bagel_compress.publishing.publishable import label, recipe_digest_of, source_of, weights_bytes
 from bagel_compress.publishing.release import Release
-from bagel_compress.publishing.release_reports import ran
+from bagel_compress.publishing.release_reports import runtime_of
 from bagel_compress.publishing.upload import Uploaded
 from bagel_compress.report.text import worst_rows
 
@@ -43,8 +43,8 @@ class Receipt(FrozenModel):
     timings: tuple[Timing, ...]
     parity: dict[str, Number]
     versions: dict[str, str]
-    parity_on: str = ""  # what an export's parity was measured on
-    not_run: tuple[str, ...] = ()  # what of an export was never run
+    parity_on: str = ""  # of an export: the runtime that its parity was measured with
+    not_run: tuple[str, ...] = ()  # of an export: what was never run, one sentence each
 
     @property
     def name(self) -> str:
@@ -53,7 +53,7 @@ class Receipt(FrozenModel):
 
 
 def write_receipts(release: Release, uploaded: Uploaded, folder: Path) -> list[Path]:
-    """One receipt per target of the budget reports, or of the export. A draft gets none."""
+    """Writes one receipt per budget report, or one for the export's target. Returns the paths; none for a draft."""
     if release.draft:
         return []
     budgets = release.reports.budgets if isinstance(release.publishable, Artifact) else (None,)
@@ -65,7 +65,7 @@ def _receipt(release: Release, uploaded: Uploaded, budget: BudgetReport | None) 
     publishable, parity = release.publishable, release.reports.parity
     source = source_of(publishable)
     on_export: dict[str, Any] = {} if isinstance(publishable, Artifact) else {
-        "parity_on": ran(parity) if parity else "", "not_run": release.reports.not_run,
+        "parity_on": runtime_of(parity) if parity else "", "not_run": release.reports.not_run,
     }  # fmt: skip
     return Receipt(
         recipe=label(publishable),
@@ -86,12 +86,12 @@ def _receipt(release: Release, uploaded: Uploaded, budget: BudgetReport | None) 
 
 
 def _on_target(release: Release, budget: BudgetReport | None) -> dict[str, Any]:
-    """The fields that come from a budget; an export says only what it was made for."""
+    """The fields that come from a budget report; for an export, which has none, only target and device are known."""
     if budget is None:
         assert not isinstance(release.publishable, Artifact)
         manifest = release.publishable.manifest
-        nothing = dict.fromkeys(("peak_predicted", "peak_measured", "measured_on", "timed_on", "limit"))
-        return {"target": manifest.target, "device": manifest.device, "timings": (), **nothing}
+        unknown = dict.fromkeys(("peak_predicted", "peak_measured", "measured_on", "timed_on", "limit"))
+        return {"target": manifest.target, "device": manifest.device, "timings": (), **unknown}
     return {
         "target": budget.target,
         "device": budget.device,

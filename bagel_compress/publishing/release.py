@@ -1,10 +1,10 @@
-"""Release: exactly which files go to a repository, in a folder of its own, with the digests they were verified with.
+"""Release: a folder with exactly the files that are uploaded, and their verified digests.
 
-It is built only from an artifact or export whose every byte is what its manifest says, and whose reports carry its
-digest and pass. What is missing is listed, all of it, in one GateError. A draft may lack reports; it may not lack
-integrity, and its card says what it is. An export whose own form was never run needs `unrun` as well.
+It is made only from an artifact or export whose bytes match its manifest, and whose reports contain its digest and
+pass. Everything that is missing is listed in one GateError. A draft may lack reports, but its bytes have to match; its
+card says that it is a draft. An export that was never run in the form that is published needs `unrun` as well.
 
-Large files are linked into the folder, not copied, where the file system allows; nothing of the build is changed.
+Large files are linked into the folder, not copied, if the file system allows it; the build itself is not changed.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from bagel_compress.errors import GateError, PublishError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.publishing import provenance
-from bagel_compress.publishing.collection_table import BUILD, build_of
+from bagel_compress.publishing.card_sections import CARD, Origin
+from bagel_compress.publishing.collection_table import ROW_FILE, collection_row
 from bagel_compress.publishing.export_card import card_of
-from bagel_compress.publishing.model_card import CARD, Origin
 from bagel_compress.publishing.provenance import ListedFile
 from bagel_compress.publishing.publishable import Publishable, label, manifest_name, source_of
-from bagel_compress.publishing.release_reports import ReleaseReports, load_reports, ran
+from bagel_compress.publishing.release_reports import ReleaseReports, load_reports, runtime_of
 from bagel_compress.report.files import page_files
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
-MARK = ".release"  # beside the folder: says that it was made here and may be made again
+MARK = ".release"  # suffix of a file beside the folder, which says that `publish` made the folder and may replace it
 
 
 @dataclass(frozen=True)
 class Release:
-    """A folder that is ready to be uploaded. `files` has the digest of each file as it was verified."""
+    """A folder that is ready to be uploaded. `files` has the digest that each file was verified with."""
 
     publishable: Publishable
     reports: ReleaseReports
@@ -46,7 +46,7 @@ class Release:
 
     @property
     def title(self) -> str:
-        """Summary line of the commit."""
+        """The summary line of the commit."""
         return f"{'Draft of ' if self.draft else ''}{label(self.publishable)}, manifest {self.publishable.digest[:12]}"
 
 
@@ -58,20 +58,20 @@ def make_release(
     signing_key: Path | None = None,
     unrun: bool = False,
 ) -> Release:
-    """Verifies, judges and writes the release folder; an older one of ours is replaced.
+    """Verifies a build and its reports and writes the release folder; a folder of an earlier release is replaced.
 
-    Raises GateError listing every fault of the build and of its reports, PublishError if `folder` is not ours.
+    Raises GateError listing every fault of the build and its reports, PublishError if `folder` holds something else.
     """
-    sums: dict[str, str] = {}  # sha256 of each file, taken while it is verified: no byte is read for it again
+    sums: dict[str, str] = {}  # sha256 of each file, computed while the file is verified
     stamps = _stamps(publishable)
-    reports, missing = _judged(publishable, origin, draft, unrun, sums)
+    reports, missing = _checked_reports(publishable, origin, draft, unrun, sums)
     if missing:
         raise GateError(f"{publishable.path} is not ready to be published: " + "; ".join(missing) + ".")
-    _fresh(folder)
+    _emptied(folder)
     files = _build_files(publishable, folder, sums, stamps)
     files |= _report_files(publishable, reports, folder)
-    build = build_of(publishable, reports, origin.repo, origin.base_model)
-    files[BUILD] = _written(folder, BUILD, (build.model_dump_json(indent=1) + "\n").encode())
+    build = collection_row(publishable, reports, origin.repo, origin.base_model)
+    files[ROW_FILE] = _written(folder, ROW_FILE, (build.model_dump_json(indent=1) + "\n").encode())
     statement = provenance.statement_bytes(publishable, files)
     files[provenance.PROVENANCE] = _written(folder, provenance.PROVENANCE, statement)
     files[provenance.SUMS] = _written(folder, provenance.SUMS, provenance.sums(files).encode())
@@ -83,28 +83,29 @@ def make_release(
     return Release(publishable, reports, folder, dict(sorted(files.items())), draft)
 
 
-def _judged(
+def _checked_reports(
     publishable: Publishable, origin: Origin, draft: bool, unrun: bool, sums: dict[str, str]
 ) -> tuple[ReleaseReports, list[str]]:
-    """The reports, and everything that keeps the build from being released; `sums` is filled as by `verify`."""
+    """The reports, and a phrase for every reason why the build may not be released. `sums` is filled by `verify`."""
     reports, faults = load_reports(publishable)
     damage = publishable.verify(sums)
     if draft:
         return reports, damage
     missing = damage + faults
-    if not reports.tried and not unrun and reports.parity is not None:
+    if not reports.was_run and not unrun and reports.parity is not None:
         missing.append(
-            f"what it holds was never run (parity is that of its graphs by {ran(reports.parity)}); run `bagel-compress"
-            " validate` where there is a card, or say --unrun, and the page will say so"
+            "it was never run in the form that is published (its parity was measured on its graphs with"
+            f" {runtime_of(reports.parity)}); run `bagel-compress validate` on a machine with a GPU, or publish it"
+            " with --unrun, which its model card will mention"
         )
     if origin.base_model is None:
         name = source_of(publishable).name
-        missing.append(f"its source {name!r} is no repository; name the one it came from with --base-model")
+        missing.append(f"its source {name!r} is not a repository; name the repository it came from with --base-model")
     return reports, missing
 
 
-def _fresh(folder: Path) -> None:
-    """Empties a folder that an earlier release made; refuses one that something else made."""
+def _emptied(folder: Path) -> None:
+    """Makes the folder, or empties one of an earlier release. Raises PublishError if it holds something else."""
     mark = folder.with_name(folder.name + MARK)
     if folder.exists() and any(folder.iterdir()) and not mark.exists():
         raise PublishError(f"{folder} is not empty and was not made by publish; choose another folder with --folder.")
@@ -115,7 +116,7 @@ def _fresh(folder: Path) -> None:
 
 
 def _stamps(publishable: Publishable) -> dict[str, Stamp]:
-    """Size and time of the last change of each file of the manifest that is there."""
+    """File of the manifest -> its size and time of modification; missing files are left out."""
     paths = {name: publishable.path / name for name in publishable.manifest.files}
     return {name: _stamp(path) for name, path in paths.items() if path.is_file()}
 
@@ -128,9 +129,10 @@ def _stamp(path: Path) -> Stamp:
 def _build_files(
     publishable: Publishable, folder: Path, sums: Mapping[str, str], stamps: Mapping[str, Stamp]
 ) -> dict[str, ListedFile]:
-    """The files of the manifest, and the manifest itself. `sums` and `stamps` are those of the verified files.
+    """Puts the files of the manifest, and the manifest, into the folder. `sums` and `stamps` are of the verified files.
 
-    A linked file is the one that was verified if nobody wrote to it since. A copy is read: it was not verified itself.
+    A linked file only has to be unmodified since it was verified. A copy is read and verified again. Raises GateError
+    if a file was changed meanwhile.
     """
     files = {}
     for name, entry in publishable.manifest.files.items():
@@ -151,9 +153,9 @@ def _build_files(
 
 
 def _report_files(publishable: Publishable, reports: ReleaseReports, folder: Path) -> dict[str, ListedFile]:
-    """Reports and pictures, copied so that a later validation does not change the release, and the pages on them.
+    """Copies reports and pictures into the folder, and renders the pages there from the reports.
 
-    Pages are drawn here: they show what the reports say and nothing else.
+    They are copied, not linked, so that a later validation of the build does not change the release.
     """
     files = {}
     for name in reports.files:
@@ -170,11 +172,11 @@ def _report_files(publishable: Publishable, reports: ReleaseReports, folder: Pat
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Puts a file into the release folder: a hard link, or a copy (False) where there are no links between the two."""
+    """Puts a file into the release folder. Returns True for a hard link, False for a copy, if links are impossible."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # the folder is on another file system, or on one without hard links
         shutil.copyfile(source, target)
         return False
     return True

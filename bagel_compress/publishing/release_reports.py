@@ -1,9 +1,8 @@
-"""The reports of a build as a release needs them, and everything that keeps it from being one.
+"""Loads the reports of a build for its release, and lists everything that keeps the build from being released.
 
-An export is judged like an artifact. What it cannot be held to where it is published, because there is no card to run
-its engines on, is never passed over in silence: `not_run` says it in words, for the card; and unless the very form that
-is published was run (runtime and precision of the parity report are those of the export), `tried` is False, and a
-release needs the publisher's word for it.
+An export has to pass the same checks as an artifact. Its engines may have been built without a GPU to run them on. If
+so, parity was measured on another form of it: `was_run` is False unless runtime and precision of the parity report are
+those of the export, `not_run` says for the model card what was never run, and a release needs `unrun`.
 """
 
 from __future__ import annotations
@@ -29,41 +28,41 @@ from bagel_compress.run.target import Target
 
 @dataclass(frozen=True)
 class ReleaseReports:
-    """Reports that carry the build's digest. `files` are their paths under its folder, `pictures` case -> path."""
+    """The reports that contain the build's digest."""
 
     parity: ParityReport | None = None
     budgets: tuple[BudgetReport, ...] = ()
-    files: tuple[str, ...] = ()
-    pictures: Mapping[str, str] = field(default_factory=dict)
-    tried: bool = True  # what is published was run, not only what stands for it
-    not_run: tuple[str, ...] = ()  # one sentence each, for the card
+    files: tuple[str, ...] = ()  # paths of the reports and pictures under the build's folder
+    pictures: Mapping[str, str] = field(default_factory=dict)  # case -> path of its picture
+    was_run: bool = True  # the parity report is of the form that is published (always, for an artifact)
+    not_run: tuple[str, ...] = ()  # what was never run, one sentence each, for the card
 
     def prompt(self, case: str) -> str:
-        """The prompt of a case, empty if the report does not know it."""
+        """The prompt of a case; empty if the report has no such case."""
         cases = self.parity.cases if self.parity else ()
         return next((c.prompt for c in cases if c.name == case), "")
 
 
 def load_reports(publishable: Publishable) -> tuple[ReleaseReports, list[str]]:
-    """The reports, and one phrase for each that is missing, stale or not passed.
+    """The reports of a build, and one phrase for each that is missing, of another build, or did not pass.
 
-    A report of another build is named and left out, and with it everything that could be drawn from it.
+    Reports of another build are left out, and so are their pictures.
     """
     parity, faults = _parity(publishable)
     budgets, more = _budgets(publishable) if isinstance(publishable, Artifact) else ((), publishable.over_disk)
-    tried, not_run = (True, ()) if isinstance(publishable, Artifact) else _ran(publishable, parity)
+    was_run, not_run = (True, ()) if isinstance(publishable, Artifact) else _ran(publishable, parity)
     if parity is None or (more and any("another build" in fault for fault in more)):
         own = _own_files(parity, budgets)
-        return ReleaseReports(parity, budgets, own, tried=tried, not_run=not_run), faults + more
+        return ReleaseReports(parity, budgets, own, was_run=was_run, not_run=not_run), faults + more
     pictures, strays = _pictures(publishable.path, parity)
     files = (*_own_files(parity, budgets), *pictures.values())
     folder = publishable.path
     linked = [f"{name} is a link; put the file itself there" for name in files if leads_away(folder / name, folder)]
-    return ReleaseReports(parity, budgets, files, pictures, tried, not_run), [*faults, *more, *strays, *linked]
+    return ReleaseReports(parity, budgets, files, pictures, was_run, not_run), [*faults, *more, *strays, *linked]
 
 
 def _pictures(folder: Path, parity: ParityReport) -> tuple[dict[str, str], list[str]]:
-    """Case -> path of its picture, and a phrase for each that is not the one that was compared."""
+    """Case -> path of its picture, and a phrase for each picture that is missing or was changed after validation."""
     found: dict[str, str] = {}
     faults = []
     for case in parity.cases:
@@ -77,23 +76,23 @@ def _pictures(folder: Path, parity: ParityReport) -> tuple[dict[str, str], list[
     return found, faults
 
 
-def ran(parity: ParityReport) -> str:
-    """What the parity of an export was measured on, in words."""
+def runtime_of(parity: ParityReport) -> str:
+    """The runtime, provider and precision that the parity of an export was measured with, as text."""
     known = parity.environment
     names = ("runtime", "version", "provider", "precision")
     return "{} {} on {} in {}".format(*(known.get(name, "unknown") for name in names))
 
 
 def _ran(export: ExportFolder, parity: ParityReport | None) -> tuple[bool, tuple[str, ...]]:
-    """Whether the form itself was run, and what was not. A report that does not say what was run counts for nothing."""
+    """(was_run, not_run) of an export. A parity report that does not name its runtime does not count."""
     settings = export.manifest.settings
     known = {} if parity is None else parity.environment
-    tried = (known.get("runtime"), known.get("precision")) == (settings.runtime, settings.precision)
-    stood_in = "Nothing was run." if parity is None else f"Their graphs and weights were run by {ran(parity)}."
-    if settings.runtime != "onnxruntime" and not tried:
-        return False, (f"The engines were built with {settings.runtime} and never run. {stood_in}",)
-    if not tried:
-        return False, (f"The graphs in {settings.precision} were written and never run as they are. {stood_in}",)
+    was_run = (known.get("runtime"), known.get("precision")) == (settings.runtime, settings.precision)
+    instead = "Nothing was run." if parity is None else f"Their graphs and weights were run by {runtime_of(parity)}."
+    if settings.runtime != "onnxruntime" and not was_run:
+        return False, (f"The engines were built with {settings.runtime} and never run. {instead}",)
+    if not was_run:
+        return False, (f"The graphs in {settings.precision} were written and never run as they are. {instead}",)
     if settings.provider == "cuda" and known.get("provider") != "cuda":
         return True, ("The graphs were run on a CPU and never on a GPU.",)
     return True, ()
@@ -111,7 +110,7 @@ def _parity(publishable: Publishable) -> tuple[ParityReport | None, list[str]]:
 
 
 def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
-    """What keeps the report from passing, computed again under the limits of the manifest's recipe."""
+    """The reasons why a parity report does not pass, computed again under the limits of the manifest's recipe."""
     faults = []
     if isinstance(publishable, ExportFolder):
         limits, level = publishable.manifest.limits, publishable.manifest.level
@@ -119,9 +118,9 @@ def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
         recipe = publishable.manifest.recipe
         limits, level = recipe.limits, recipe.limits.level
         if recipe.digest != publishable.manifest.recipe_digest:
-            faults.append("Its manifest's recipe is not the one of its recipe_digest; build it again.")
+            faults.append("The recipe in its manifest does not match the manifest's recipe_digest; build it again.")
     if report.source_digest != source_of(publishable).digest:
-        faults.append("It was compared with another checkpoint than it was built from.")
+        faults.append("It was compared with a checkpoint that it was not built from.")
     try:
         resolved = resolve(level, limits.overrides)
     except RecipeError as error:
@@ -131,24 +130,24 @@ def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
 
 
 def _budgets(artifact: Artifact) -> tuple[tuple[BudgetReport, ...], list[str]]:
-    """Every target that the recipe promises, and at least one."""
+    """The budget reports, and the faults: a broken limit, no report for a target of the recipe, or none at all."""
     try:
         reports = load_budgets(artifact.path, artifact.digest)
     except ArtifactError as error:
         return (), [str(error).rstrip(".")]
     faults = [
-        f"budget of {r.target}: {' '.join(broken).rstrip('.')}" for r in reports if (broken := _over(artifact, r))
+        f"budget of {r.target}: {' '.join(broken).rstrip('.')}" for r in reports if (broken := _broken(artifact, r))
     ]
-    promised = [Path(target).name.removesuffix(".yaml") for target in artifact.manifest.recipe.targets]
-    missing = [target for target in promised if target not in {r.target for r in reports}]
+    listed = [Path(target).name.removesuffix(".yaml") for target in artifact.manifest.recipe.targets]
+    missing = [target for target in listed if target not in {r.target for r in reports}]
     faults += [f"it has no budget report for {t}; run `bagel-compress budget --target {t}`" for t in missing]
-    if not reports and not promised:
+    if not reports and not listed:
         faults.append("it has no budget report; run `bagel-compress budget`")
     return tuple(reports), faults
 
 
-def _over(artifact: Artifact, report: BudgetReport) -> list[str]:
-    """What the report's numbers break, computed again. A target that comes with the package is asked itself."""
+def _broken(artifact: Artifact, report: BudgetReport) -> list[str]:
+    """One sentence per limit that the report's numbers break. Limits of a packaged target are taken from the target."""
     disk = float(sum(entry.bytes for entry in artifact.manifest.files.values()))
     report = report.model_copy(update={"disk": disk})
     if report.target not in target_files():
@@ -161,6 +160,6 @@ def _over(artifact: Artifact, report: BudgetReport) -> list[str]:
 
 
 def _own_files(parity: ParityReport | None, budgets: tuple[BudgetReport, ...]) -> tuple[str, ...]:
-    """Only the reports that belong to this build."""
+    """Paths of the reports that belong to this build."""
     own = [f"{REPORTS}/budget-{b.target}.json" for b in budgets]
     return tuple(([f"{REPORTS}/{PARITY}"] if parity else []) + own)

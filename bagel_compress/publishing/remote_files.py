@@ -1,4 +1,4 @@
-"""Remote: what a repository shows at one commit, and how a release differs from it. Reads only."""
+"""Reads the files of a Hub repository at one commit, and compares a release with them. Writes nothing."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from bagel_compress.run.fetch import manifest_in
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-OWN = (".gitattributes",)  # files that the Hub itself puts into a repository
+HUB_FILES = (".gitattributes",)  # files that the Hub itself puts into a repository
 
 
 @dataclass(frozen=True)
 class Remote:
-    """What a repository shows at one commit: path -> digest ("sha256:..." for large files, "sha1:..." git blobs)."""
+    """A repository at one commit."""
 
     commit: str
     private: bool
-    files: Mapping[str, str]
-    manifest: str | None  # sha256 of its manifest; None: it holds nothing of ours
+    files: Mapping[str, str]  # path -> digest: "sha256:..." for large files (LFS), "sha1:..." for git blobs
+    manifest: str | None  # sha256 of its manifest; None if it holds no build
 
 
-def look(api: HfApi, repo: str, revision: str) -> Remote | None:
-    """What the repository shows; None if it does not exist. A branch that does not exist yet shows what main does."""
+def read_remote(api: HfApi, repo: str, revision: str) -> Remote | None:
+    """The repository at a revision; None if it does not exist. A missing branch is read as main, its later parent."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     with failures(f"{repo} cannot be read"):
@@ -51,7 +51,7 @@ def look(api: HfApi, repo: str, revision: str) -> Remote | None:
 
 
 def listed_digests(api: HfApi, repo: str, commit: str) -> dict[str, str]:
-    """path -> digest of every file at a commit, as the Hub computed it when the file arrived; see `Remote.files`."""
+    """Path -> digest of every file at a commit (see `Remote.files`), computed by the Hub when the file arrived."""
     from huggingface_hub.hf_api import RepoFile
 
     tree = answered(lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
@@ -60,26 +60,26 @@ def listed_digests(api: HfApi, repo: str, commit: str) -> dict[str, str]:
 
 
 def differences(release: Release, held: Mapping[str, str]) -> dict[str, str]:
-    """path -> "new", "changed", "same" or "only there", as an upload would find it."""
+    """Path -> "new", "changed", "same" or "only there" (in the repository, whose files are `held`)."""
     result = {}
     for path in release.files:
-        kind, _, there = held.get(path, "").partition(":")
-        here = git_sha1(release.folder / path) if kind == "sha1" else release.files[path].sha256
-        result[path] = "new" if path not in held else "same" if there == here else "changed"
-    return result | {path: "only there" for path in held if path not in release.files and path not in OWN}
+        kind, _, remote = held.get(path, "").partition(":")
+        local = git_sha1(release.folder / path) if kind == "sha1" else release.files[path].sha256
+        result[path] = "new" if path not in held else "same" if remote == local else "changed"
+    return result | {path: "only there" for path in held if path not in release.files and path not in HUB_FILES}
 
 
-def holds(remote: Remote, release: Release) -> bool:
-    """Whether every file of the release is there."""
+def has_release(remote: Remote, release: Release) -> bool:
+    """Whether the repository has every file of the release."""
     return all(state in ("same", "only there") for state in differences(release, remote.files).values())
 
 
-def stale(remote: Remote, release: Release) -> list[str]:
-    """Files of the build that is replaced."""
-    return [path for path in sorted(remote.files) if path not in release.files and path not in OWN]
+def obsolete_files(remote: Remote, release: Release) -> list[str]:
+    """Files of the repository that the release does not have; they are deleted when a build is replaced."""
+    return [path for path in sorted(remote.files) if path not in release.files and path not in HUB_FILES]
 
 
 def git_sha1(path: Path) -> str:
-    """The name that git gives to a file's content."""
+    """The sha1 by which git names a blob with the file's content."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

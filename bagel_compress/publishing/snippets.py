@@ -1,7 +1,7 @@
-"""How to open an artifact in each ecosystem that can: the text of the model card, which the tests execute.
+"""Code for model cards that opens a build, with this toolkit and with other libraries. The tests execute it.
 
-A snippet is offered only where the artifact holds that format; it names a tensor that is really there. None of them
-downloads more than it shows, and none needs a GPU unless it says so.
+A snippet for a format is included only if the artifact has that format, and names one of its tensors. A snippet
+downloads no more than it needs, and needs no GPU unless its note says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from bagel_compress.exporting.manifest import ExportFolder
 
 
 def snippets(artifact: Artifact, repo: str) -> list[Snippet]:
-    """All that apply, ours first."""
+    """The snippets that apply to an artifact: first this toolkit's, then one per format, then other applications."""
     units = artifact.manifest.units.values()
     stored = {unit.codec.format for unit in units if not unit.codec.stored_as_is}
     found = [_command(repo), _python(repo)]
@@ -25,7 +25,7 @@ def snippets(artifact: Artifact, repo: str) -> list[Snippet]:
 
 
 def export_snippets(export: ExportFolder, repo: str) -> list[Snippet]:
-    """Of an export: the runtime alone, then the whole sampler."""
+    """The snippets of an export: command line, one block in the runtime alone, the whole sampler in Python."""
     cuda = export.manifest.settings.runtime != "onnxruntime"
     alone = _engine(repo) if cuda else _session(repo)
     extra = "tensorrt" if cuda else "onnx-gpu" if export.manifest.settings.provider == "cuda" else "onnx"
@@ -42,8 +42,8 @@ session = onnxruntime.InferenceSession(f"{{folder}}/embed.onnx", disabled_optimi
 print(session.run(None, {{"ids": np.array([1, 2, 3])}})[0])
 """
     note = (
-        "One block; all have named inputs and outputs. The fusion is switched off because it would unpack compressed"
-        " weights in every pass."
+        "Runs one block; all have named inputs and outputs. The fusion is switched off because it would unpack"
+        " compressed weights in every pass."
     )
     return Snippet("onnxruntime", text, ("onnxruntime",), note=note)
 
@@ -57,7 +57,7 @@ data = open(hf_hub_download("{repo}", "gen_layer_00.engine"), "rb").read()
 engine = tensorrt_rtx.Runtime(tensorrt_rtx.Logger()).deserialize_cuda_engine(data)
 print([engine.get_tensor_name(index) for index in range(engine.num_io_tensors)])
 """
-    return Snippet("tensorrt-rtx", text, ("tensorrt_rtx",), note="One block; needs the GPU.", cuda=True)
+    return Snippet("tensorrt-rtx", text, ("tensorrt_rtx",), note="Loads one block; needs the GPU.", cuda=True)
 
 
 def _graph_sampler(repo: str, extra: str, cuda: bool) -> Snippet:
@@ -87,7 +87,7 @@ def _python(repo: str) -> Snippet:
 import bagel_compress as bc
 from bagel.settings import TextSettings
 
-sampler = bc.open_model("{repo}")  # device="cuda" where there is one
+sampler = bc.open_model("{repo}")  # device="cuda" for a GPU
 print(sampler.run(["why is the sky blue?"], output="text", text=TextSettings(max_tokens=64)).text)
 """
     return Snippet("Python", text, ("torch",), note="`pip install bagel-compress`")
@@ -101,8 +101,9 @@ inferencer = official_inferencer("{repo}")
 inferencer(text="a red teapot on a wooden table")["image"].save("teapot.png")
 """
     note = (
-        "In a clone of ByteDance-Seed/Bagel with its packages: the official model and sampler over the weights as they"
-        " are stored. Its pinned `huggingface_hub` is too old to download; give a folder that `hf download` made."
+        "Run it in a clone of ByteDance-Seed/Bagel with its packages: the official model and sampler then use the"
+        " weights as they are stored. Its pinned `huggingface_hub` is too old to download the build; pass a folder that"
+        " `hf download` made instead."
     )
     return Snippet("Official BAGEL code", text, ("modeling",), note=note)
 
@@ -114,7 +115,8 @@ bagel-compress comfyui install ComfyUI
 hf download {repo} --local-dir ComfyUI/models/bagel/{repo.partition("/")[2]}
 """
     note = (
-        "With the Python that runs ComfyUI. The nodes, in the menu BAGEL, open every format; workflows come with them."
+        "Install with the Python that runs ComfyUI. The nodes, in the menu BAGEL, open every format; workflows come"
+        " with them."
     )
     return Snippet("ComfyUI nodes", text, (), "sh", note)
 

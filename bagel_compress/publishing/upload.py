@@ -1,10 +1,9 @@
-"""upload: a release folder becomes one commit of a repository, whole or not at all.
+"""Uploads a release folder as one commit, completely or not at all.
 
-Large files are sent first, one by one and biggest first; the Hub keeps them by digest without showing them. Then a
-single commit names everything, the manifest last, on top of the very commit that was looked at in the beginning. So
-main is at every moment what it was, or complete, and a run that died is repeated: what the Hub has is not sent again.
-
-It does not create history to be cleaned up later, and does not touch files of a repository that are not of a build.
+Large files are sent first, one by one, the largest first; the Hub stores them by digest without showing them. A single
+commit then adds all files, with the commit that was read at the start as its parent, so that it fails if somebody else
+wrote meanwhile. At every moment the branch therefore has either its old state or the complete release. An interrupted
+run is simply repeated: contents that the Hub has are not sent again.
 """
 
 from __future__ import annotations
@@ -19,18 +18,26 @@ from bagel_compress.build.manifest import MANIFESTS
 from bagel_compress.errors import GateError, PublishError
 from bagel_compress.io.hub_client import TRIES, client, failures, insist, transient, transport_errors
 from bagel_compress.publishing.release import Release
-from bagel_compress.publishing.remote_files import OWN, Remote, differences, holds, listed_digests, look, stale
+from bagel_compress.publishing.remote_files import (
+    HUB_FILES,
+    Remote,
+    differences,
+    has_release,
+    listed_digests,
+    obsolete_files,
+    read_remote,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-LARGE = 1 << 20  # bytes from which a file is sent on its own, so that what has arrived is never sent twice
-Progress = Callable[[str, int, int], None]  # file, bytes sent before it, bytes in all
+LARGE = 1 << 20  # files of at least this many bytes are sent one by one, so that a retry repeats only one of them
+Progress = Callable[[str, int, int], None]  # (file, bytes sent before it, bytes in all)
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """Where a release lies now."""
+    """The commit that a release was uploaded as."""
 
     repo: str
     commit: str
@@ -49,17 +56,18 @@ def upload(
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Uploaded:
-    """Puts the release into the repository and checks what arrived.
+    """Uploads the release to the repository and compares the digests of the uploaded files.
 
-    `private` makes a new repository private; `replace` allows a repository that holds another build (its files go).
-    Raises PublishError: no right to write, or another build is there; HubError: not logged in, refused, no network;
-    GateError: the folder changed since it was verified, or what arrived is not what was sent.
+    `private` makes a new repository private; `replace` allows a repository with another build, whose files are deleted.
+    Raises PublishError without the right to write, or if the repository has another build; HubError if the user is not
+    logged in, the Hub refuses or cannot be reached; GateError if the folder changed since it was verified, or if the
+    uploaded files differ from it.
     """
     api = client()
     remote = prepare(api, release, repo, revision, create_pr, private or release.draft, replace)
     additions = _additions(release)
     _send_large(api, release, repo, revision, create_pr, additions, progress or (lambda *_: None))
-    removed = stale(remote, release) if replace else []
+    removed = obsolete_files(remote, release) if replace else []
     uploaded = _commit(api, release, repo, revision, create_pr, remote, additions, removed)
     check_arrived(api, release, uploaded)
     return replace_fields(uploaded, private=remote.private)
@@ -68,9 +76,12 @@ def upload(
 def prepare(
     api: HfApi, release: Release, repo: str, revision: str, create_pr: bool, private: bool, replace: bool
 ) -> Remote:
-    """Everything that can be refused before a byte is sent; creates the repository and the branch where needed."""
+    """Makes all checks that are possible before the upload, and creates the repository and the branch if needed.
+
+    Raises PublishError, HubError.
+    """
     may_write = _may_write(api, repo)
-    remote = look(api, repo, revision)
+    remote = read_remote(api, repo, revision)
     if not may_write and (remote is None or not create_pr):
         raise PublishError(
             f"{repo} belongs to somebody else; publish under your own name or organisation"
@@ -90,24 +101,27 @@ def prepare(
 
 
 def check_arrived(api: HfApi, release: Release, uploaded: Uploaded) -> None:
-    """Compares the digests of what was verified with those the Hub lists. Raises GateError on any difference.
+    """Compares the verified digests with those that the Hub lists. Raises GateError on any difference.
 
-    The Hub computed its digests itself when the files arrived, so large files are not read here again.
+    The Hub computed its digests from the bytes that arrived, so large files need not be downloaded.
     """
     with failures(f"{uploaded.repo} cannot be checked after the upload"):
         found = listed_digests(api, uploaded.repo, uploaded.commit)
-    words = {"changed": "differs", "new": "is missing"}
-    faults = [f"{path} {words[state]}" for path, state in differences(release, found).items() if state in words]
+    texts = {"changed": "differs", "new": "is missing"}
+    faults = [f"{path} {texts[state]}" for path, state in differences(release, found).items() if state in texts]
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise GateError(
-            f"{uploaded.repo} does not hold what was sent: {faults[0]}{more}; run the same command again and, if it"
-            " stays so, tell the Hub."
+            f"{uploaded.repo} does not have the files that were sent: {faults[0]}{more}; run the same command again,"
+            " and report it to the Hub if the error stays."
         )
 
 
 def _may_write(api: HfApi, repo: str) -> bool:
-    """Whether the repository's owner is the user or an organisation of theirs. Raises HubError without a token."""
+    """Whether the user may write to the repository: its owner is the user or one of the user's organisations.
+
+    Raises HubError without a token, PublishError if the token is read-only.
+    """
     with failures("you cannot publish"):
         user = insist(api.whoami)
     role = user.get("auth", {}).get("accessToken", {}).get("role")
@@ -120,7 +134,7 @@ def _may_write(api: HfApi, repo: str) -> bool:
 def _create(api: HfApi, repo: str, revision: str, private: bool) -> Remote:
     with failures(f"{repo} cannot be created"):
         insist(lambda: api.create_repo(repo, private=private, exist_ok=True))
-    remote = look(api, repo, revision)
+    remote = read_remote(api, repo, revision)
     if remote is None:
         raise PublishError(f"{repo} was created but cannot be seen; run the same command again.")
     return remote
@@ -132,17 +146,17 @@ def _refuse_other_build(release: Release, repo: str, remote: Remote, replace: bo
     if remote.manifest is not None:
         raise PublishError(
             f"{repo} already holds another build (manifest {remote.manifest[:12]}, this one is"
-            f" {release.publishable.digest[:12]}); choose another name or --revision, or say --replace."
+            f" {release.publishable.digest[:12]}); choose another name or --revision, or give --replace."
         )
-    weights = [path for path in sorted(remote.files) if path not in (*OWN, "README.md", "LICENSE")]
+    weights = [path for path in sorted(remote.files) if path not in (*HUB_FILES, "README.md", "LICENSE")]
     if weights:
         raise PublishError(
-            f"{repo} already holds other files ({weights[0]}); choose another name or --revision, or say --replace."
+            f"{repo} already holds other files ({weights[0]}); choose another name or --revision, or give --replace."
         )
 
 
 def _additions(release: Release) -> list[CommitOperationAdd]:
-    """Biggest first, the manifest last. Raises GateError if a file is no longer what was verified."""
+    """The operations that add the files, the largest first and the manifest last."""
     from huggingface_hub import CommitOperationAdd
 
     order = sorted(release.files, key=lambda path: (path in MANIFESTS, -release.files[path].bytes, path))
@@ -158,7 +172,7 @@ def _send_large(
     additions: list[CommitOperationAdd],
     progress: Progress,
 ) -> None:
-    """Sends contents, large files one by one, the rest together; nothing of it shows before the commit."""
+    """Sends the contents, large files one by one, the others together. Nothing is visible before the commit."""
     sent, total = 0, sum(entry.bytes for entry in release.files.values())
     large = [op for op in additions if release.files[op.path_in_repo].bytes >= LARGE]
     small = [op for op in additions if release.files[op.path_in_repo].bytes < LARGE]
@@ -174,7 +188,7 @@ def _send_large(
 
 
 def _preupload(api: HfApi, repo: str, group: list[CommitOperationAdd], revision: str, create_pr: bool) -> None:
-    """Sends contents. The client wraps what goes wrong with a file in a RuntimeError; the cause says more."""
+    """Sends contents. huggingface_hub wraps an error with a file in a RuntimeError; its cause is raised instead."""
     try:
         api.preupload_lfs_files(repo, group, revision=revision, create_pr=create_pr, free_memory=False)
     except RuntimeError as error:
@@ -184,7 +198,7 @@ def _preupload(api: HfApi, repo: str, group: list[CommitOperationAdd], revision:
 
 
 def _unchanged(release: Release, operation: CommitOperationAdd) -> None:
-    """Reads the file and compares it with what was verified; the client then sends under this very digest."""
+    """Raises GateError if the file's digest is not the verified one; the client uploads it under the digest checked."""
     path = operation.path_in_repo
     if operation.upload_info.sha256.hex() != release.files[path].sha256:
         raise GateError(f"{path} was changed after it had been verified; run the same command again.")
@@ -200,7 +214,7 @@ def _commit(
     additions: list[CommitOperationAdd],
     removed: list[str],
 ) -> Uploaded:
-    """One commit. An answer that got lost is not an error: the repository is looked at, and only then tried again."""
+    """Makes the commit. If the Hub's answer is lost, the repository is read before the commit is tried again."""
     from huggingface_hub import CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -231,22 +245,22 @@ def _commit(
 
 
 def _arrived(api: HfApi, release: Release, repo: str, revision: str, create_pr: bool) -> Uploaded | None:
-    """The release as it lies in the repository, if a commit whose answer was lost went through."""
+    """The uploaded release, if a commit whose answer was lost was made after all; else None."""
     if create_pr:
         return _open_pull_request(api, release, repo)
-    found = look(api, repo, revision)
-    if found is None or not holds(found, release):
+    found = read_remote(api, repo, revision)
+    if found is None or not has_release(found, release):
         return None
     return Uploaded(repo, found.commit, f"{api.endpoint}/{repo}/commit/{found.commit}", None)
 
 
 def _open_pull_request(api: HfApi, release: Release, repo: str) -> Uploaded | None:
-    """A pull request that already offers exactly this release: a repeated command makes no second one."""
+    """An existing pull request with exactly this release, so that a repeated command opens no second one; else None."""
     with failures(f"the pull requests of {repo} cannot be read"):
         pulls = api.list_repo_refs(repo, include_pull_requests=True).pull_requests or []
         for pull in pulls:
-            found = look(api, repo, pull.ref)
-            if found is not None and holds(found, release):
+            found = read_remote(api, repo, pull.ref)
+            if found is not None and has_release(found, release):
                 number = pull.ref.rpartition("/")[2]
                 return Uploaded(repo, found.commit, f"{api.endpoint}/{repo}/commit/{found.commit}",
                                 f"{api.endpoint}/{repo}/discussions/{number}")  # fmt: skip

@@ -1,7 +1,7 @@
-"""verify: is this folder, or this repository, byte for byte what was released?
+"""Verifies that a folder or a repository has exactly the bytes that were released.
 
-A folder is read in full. A repository is compared through the digests that the Hub lists (it computed them itself when
-the files arrived) without downloading the weights; `full` downloads and reads everything.
+A folder is read in full. A repository is compared by the digests that the Hub lists, which it computed when the files
+arrived, without downloading the weights; `full` downloads and reads everything.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from bagel_compress.parity.report_data import REPORTS
 from bagel_compress.publishing import provenance
 from bagel_compress.publishing.publishable import Publishable, manifest_name, open_publishable
 from bagel_compress.publishing.release_reports import load_reports
-from bagel_compress.publishing.remote_files import Remote, look
+from bagel_compress.publishing.remote_files import Remote, read_remote
 from bagel_compress.run.fetch import Files, fetch, manifest_in
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was looked at and what was wrong with it. `signature`: valid, not checked, or none."""
+    """The result of verifying a folder or repository."""
 
     where: str
     artifact: str  # sha256 of the manifest
     files: int
-    how: str
-    signature: str
-    faults: tuple[str, ...]
+    how: str  # how the bytes were compared, as text
+    signature: str  # "valid", "not valid", "not checked ..." or "none"
+    faults: tuple[str, ...]  # one phrase each
 
     @property
     def text(self) -> str:
-        """The verdict for people."""
+        """The verdict as text for a terminal."""
         about = f"artifact {self.artifact[:12]}; signature: {self.signature}"
         head = f"{self.where}: {self.files} files, {self.how}; {about}"
         return "\n".join([head, *(f"  {fault}" for fault in self.faults), "FAILED" if self.faults else "verified"])
 
 
 def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
-    """Reads every byte. Raises ArtifactError if the folder is no artifact and no export at all."""
+    """Verifies a folder by reading every byte. Raises ArtifactError if it is neither an artifact nor an export."""
     publishable = open_publishable(folder)
     published = (folder / provenance.SUMS).is_file()
     if published:
         files, faults = len(provenance.sums_of(folder)), provenance.check_sums(folder)
         faults += _against_manifest(folder, publishable.manifest.files, manifest_name(publishable), publishable.digest)
-        faults = faults or publishable.verify()  # the manifest's own digests, should all the others have been forged
+        faults = faults or publishable.verify()  # checks the manifest's digests too, in case all others were forged
     else:
         files, faults = len(publishable.manifest.files) + 1, publishable.verify()
     faults += _stale_reports(publishable)
@@ -59,11 +59,11 @@ def verify_folder(folder: Path, public_key: Path | None = None) -> Verdict:
 
 
 def verify_repo(repo: str, revision: str | None = None, full: bool = False, public_key: Path | None = None) -> Verdict:
-    """Checks a published artifact. Raises HubError if it cannot be read, ArtifactError if it is none."""
+    """Verifies a repository. Raises HubError if it cannot be read, ArtifactError if it is no published build."""
     repo, revision = split_repo_id(repo, revision)
     if full or public_key is not None:
         return verify_folder(fetch(repo, revision, "everything"), public_key)
-    remote = look(client(), repo, revision or "main")
+    remote = read_remote(client(), repo, revision or "main")
     if remote is None:
         raise ArtifactError(f"{repo} does not exist, or your token may not see it; check the name.")
     own = manifest_in(remote.files)
@@ -71,7 +71,7 @@ def verify_repo(repo: str, revision: str | None = None, full: bool = False, publ
         missing = provenance.SUMS if own else " or ".join(MANIFESTS)
         raise ArtifactError(f"{repo} has no {missing}: it was not published by bagel-compress.")
     got = download(repo, remote.commit, _small(remote))
-    path = got.get(own) or download(repo, remote.commit, [own])[own]  # a large one is in LFS
+    path = got.get(own) or download(repo, remote.commit, [own])[own]  # a large manifest is in LFS, not in git
     listed, digest = listed_files(own, path.read_bytes(), Path(repo)), sha256_file(path)
     sums = provenance.sums_of(got[provenance.SUMS].parent)
     held = {n: d.partition(":")[2] if n not in got else sha256_file(got[n]) for n, d in remote.files.items()}
@@ -84,14 +84,8 @@ def verify_repo(repo: str, revision: str | None = None, full: bool = False, publ
     return Verdict(f"{repo}@{remote.commit[:12]}", digest, len(sums), how, signature, tuple(faults))
 
 
-def require(verdict: Verdict) -> None:
-    """Raises GateError with every fault."""
-    if verdict.faults:
-        raise GateError(f"{verdict.where} is not what was released: " + "; ".join(verdict.faults) + ".")
-
-
 def _small(remote: Remote) -> list[str]:
-    """Files that lie in git itself: known by sha1 only, and small by the Hub's rules."""
+    """Files that are stored in git itself: small by the Hub's rules, and listed with a sha1 only."""
     return [name for name, digest in remote.files.items() if digest.startswith("sha1:")]
 
 
@@ -100,7 +94,10 @@ def _covered(name: str) -> bool:
 
 
 def _against_manifest(folder: Path, files: Files, own: str, digest: str) -> list[str]:
-    """SHA256SUMS and the manifest have to say the same: the provenance statement has a file's digest of both kinds."""
+    """Phrases for files whose digests in manifest, SHA256SUMS and provenance statement do not agree.
+
+    `files` are the manifest's; `own` and `digest` are the name and the sha256 of the manifest itself.
+    """
     sums, subjects = provenance.sums_of(folder), provenance.subjects(folder)
     faults = [
         f"{name} has another digest in {provenance.SUMS} or {provenance.PROVENANCE} than in the manifest"
@@ -111,7 +108,7 @@ def _against_manifest(folder: Path, files: Files, own: str, digest: str) -> list
 
 
 def _stale_reports(publishable: Publishable) -> list[str]:
-    """Reports of another build. A build without reports is no fault here: verify is about bytes."""
+    """Phrases for reports of another build. A build without reports is not a fault."""
     if not (publishable.path / REPORTS).is_dir():
         return []
     return [fault for fault in load_reports(publishable)[1] if "another build" in fault]

@@ -88,10 +88,6 @@ class Case(FrozenModel):
         return self.kind in ("t2i", "edit")
 
     @property
-    def makes_text(self) -> bool:
-        return self.think or not self.makes_image
-
-    @property
     def pictures(self) -> tuple[str, ...]:
         """Files of the input pictures, in order."""
         return tuple(turn.image for turn in self.turns if isinstance(turn, Picture))

@@ -1,1 +1,1 @@
-"""Validation: an artifact or export against traces of its source and against targets; several recipes side by side."""
+"""Validation: compares an artifact or export with traces of its source and with targets, or several builds."""

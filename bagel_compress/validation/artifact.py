@@ -1,7 +1,7 @@
-"""Compares an artifact with traces of its source and writes the reports beside it.
+"""Compares an artifact with traces of its source and writes the reports into its folder.
 
-reports/parity.json      everything, for programs         reports/CASE.png    reference, artifact, difference
-reports/junit.xml        one test per limit               report.html         the same for people
+reports/parity.json      all values, for programs         reports/CASE.png    reference, artifact, difference
+reports/junit.xml        one test per limit               report.html         the report as a page
 reports/summary.md       for the page of a CI run
 """
 
@@ -39,7 +39,7 @@ from bagel_compress.source.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from PIL import Image
 
-DIFFERENCE_GAIN = 4
+DIFFERENCE_GAIN = 4  # of the difference in reports/CASE.png
 
 
 def record_source(
@@ -51,7 +51,10 @@ def record_source(
     floors: Sequence[str] = FLOORS,
     progress: Progress | None = None,
 ) -> TraceFile:
-    """Records cases on a full-precision checkpoint folder. See record_cases."""
+    """Records traces of cases (each with the folder of its pictures) on a full-precision checkpoint.
+
+    Parameters and errors are those of `parity.record.record_cases`.
+    """
     checkpoint = _opened(source)
     sampler = load_checkpoint(checkpoint, device, dtype)
     return record_cases(sampler, checkpoint.name, checkpoint.digest, cases, out, floors, progress)
@@ -67,11 +70,11 @@ def validate_artifact(
 ) -> ParityReport:
     """Compares an artifact with traces of its source under its recipe's limits, and writes the reports.
 
-    With `source`, the error is also attributed to components of the model. `networks`: LPIPS and CLIP, where the user
-    has their weights.
+    With `source`, the error is also attributed to components of the model. `networks` are LPIPS and CLIP, as far as the
+    user has their weights. `device` may be a device map if there is no `source`.
 
-    Raises TraceError on a trace of another source, RecipeError on a limit below the noise floor; a broken limit raises
-    nothing here: it is in the report, whose `require` raises. `device` may be a map if there is no `source`.
+    Raises TraceError on a trace of another source, RecipeError on a limit below the noise floor. A broken limit raises
+    no error; it is in the report, whose method `require` raises GateError.
     """
     artifact = Artifact.open(path)
     recipe = artifact.manifest.recipe
@@ -90,16 +93,16 @@ def validate_artifact(
         reference = load_checkpoint(checkpoint, device, dtype)
     sampler = load(artifact, device, None if dtype == torch.bfloat16 else dtype)
     codecs, rounding = codecs_by_module(artifact), rounding_by_layer(artifact)
-    subject = Candidate(
+    candidate = Candidate(
         sampler, recipe.name, artifact.digest, recipe.limits.level, limits, codecs, rounding,
         presets={str(name): preset for name, preset in recipe.fast.items()},
     )  # fmt: skip
-    found = compare(subject, files, reference, progress, networks)
-    return write(artifact, found)
+    found = compare(candidate, files, reference, progress, networks)
+    return write_reports(artifact, found)
 
 
 class ReportedFolder(Protocol):
-    """What reports are written for, an artifact or an export: they go to its folder and carry its digest."""
+    """An artifact or an export: its reports are written into its folder and contain its digest."""
 
     @property
     def path(self) -> Path: ...
@@ -107,21 +110,24 @@ class ReportedFolder(Protocol):
     def digest(self) -> str: ...
 
 
-def write(content: ReportedFolder, found: Comparison) -> ParityReport:
+def write_reports(build: ReportedFolder, found: Comparison) -> ParityReport:
     """Writes the reports of a comparison. Returns the parity report as written, with the digests of its pictures."""
-    folder, digests = content.path / REPORTS, {}
+    folder, digests = build.path / REPORTS, {}
     for case, pictures in found.pictures.items():
         with atomic_path(folder / f"{case}.png") as partial:
-            strip(*pictures).save(partial, "PNG")
+            side_by_side(*pictures).save(partial, "PNG")
         digests[case] = blake3_file(folder / f"{case}.png")
     report = found.report.model_copy(update={"pictures": digests})
-    report.save(content.path)
-    write_report(content.path, content.digest)
+    report.save(build.path)
+    write_pages(build.path, build.digest)
     return report
 
 
-def write_report(path: str | Path, digest: str | None = None) -> Path:
-    """Draws report.html, junit.xml and summary.md from the reports that lie beside an artifact. Returns the first."""
+def write_pages(path: str | Path, digest: str | None = None) -> Path:
+    """Renders report.html, junit.xml and summary.md from the JSON reports of a build. Returns the path of the first.
+
+    Raises ArtifactError if there is no report, or if one does not belong to the build with this `digest`.
+    """
     path = Path(path)
     report = ParityReport.load(path, digest)
     budgets = load_budgets(path, digest)
@@ -133,7 +139,7 @@ def write_report(path: str | Path, digest: str | None = None) -> Path:
 
 
 def codecs_by_module(artifact: Artifact) -> dict[str, Codec]:
-    """Path of each linear module -> the codec that the manifest names for it."""
+    """Path of each linear module -> its codec, from the manifest."""
     known = {}
     for entry in artifact.manifest.units.values():
         for tensor in entry.tensors:
@@ -143,7 +149,7 @@ def codecs_by_module(artifact: Artifact) -> dict[str, Codec]:
 
 
 def rounding_by_layer(artifact: Artifact) -> list[LayerRounding]:
-    """What calibrated rounding did to each layer's experts, by layer; empty for a build without it."""
+    """The effect of calibrated rounding on each layer and expert; empty for a build without it."""
     found: dict[tuple[int, str], list[Rounded]] = defaultdict(list)
     for entry in artifact.manifest.units.values():
         role = official_role(next(iter(entry.tensors)))
@@ -161,10 +167,10 @@ def rounding_by_layer(artifact: Artifact) -> list[LayerRounding]:
     ]
 
 
-def strip(reference: Tensor, found: Tensor, *inputs: Tensor) -> Image.Image:
-    """Reference, artifact, their difference times DIFFERENCE_GAIN, and the inputs, side by side; uint8 [H, W, 3] in.
+def side_by_side(reference: Tensor, found: Tensor, *inputs: Tensor) -> Image.Image:
+    """One picture of reference, artifact, DIFFERENCE_GAIN times their difference, and the inputs.
 
-    Inputs [h, w, 3] are fitted into H x W, with white around them.
+    `reference` and `found` are uint8 [H, W, 3]; inputs, uint8 [h, w, 3], are scaled to fit into H x W on white.
     """
     from PIL import Image, ImageOps
 

@@ -1,6 +1,6 @@
-"""Whether a build passes: its parity with its source and its budget on targets, for the verbs `check` and `budget`.
+"""Checks a build's parity with its source and its budget on targets; the commands `check` and `budget` use it.
 
-Budgets are predicted without a GPU. A number is called measured only if it was measured on the target's own GPU.
+Budgets are predicted without a GPU. A value counts as measured only if it was measured on the target's own GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bagel_compress.parity.compare import Progress
 from bagel_compress.parity.report_data import BudgetReport, ParityReport
 from bagel_compress.run.target import Target
 from bagel_compress.source.checkpoint import Checkpoint
-from bagel_compress.validation.artifact import validate_artifact, write_report
+from bagel_compress.validation.artifact import validate_artifact, write_pages
 
 
 def check(
@@ -31,7 +31,7 @@ def check(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[ParityReport, list[BudgetReport]]:
-    """Compares an artifact with traces and with targets, and writes all reports beside it."""
+    """Compares an artifact with traces and with targets, and writes all reports into its folder."""
     budgets = budgets_of(artifact, targets, device=device if device != "cpu" else None)
     return validate_artifact(artifact, traces, device=device, progress=progress), budgets
 
@@ -42,40 +42,40 @@ def budgets_of(
     source: str | None = None,
     device: str | None = None,
 ) -> list[BudgetReport]:
-    """Budget of an artifact, or of a recipe and a checkpoint (default: the released one's header), on each target.
+    """The budget on each target of an artifact, or of a recipe for the checkpoint `source` (default: the released one).
 
-    An artifact's reports are written beside it. With `device`, peaks and times are measured on that CUDA device, or
-    only times on "cpu"; with `source` too, the times of the full-precision model beside them. Raises TargetError if
-    the device is not there or is another GPU than the target's, or if the artifact was not made from `source`.
+    Reports of an artifact are written into its folder. With `device`, peaks and times are measured on that CUDA device,
+    or only times on "cpu"; with `source` too, so are the times of the full-precision model. Raises TargetError if the
+    device does not exist or is not the target's GPU, or if the artifact was not made from `source`.
     """
     loaded = [t if isinstance(t, Target) else Target.load(t) for t in targets]
     folder = None if isinstance(build, Recipe) else Path(build)
     if folder is None or not (folder / MANIFEST).exists():
         if device is not None:
             name = build.name if isinstance(build, Recipe) else build
-            raise TargetError(f"{name} is a recipe; only an artifact can be measured on {device}. Leave --device away.")
+            raise TargetError(f"{name} is a recipe; only an artifact can be measured on {device}. Leave out --device.")
         planned = planned_build(build if isinstance(build, Recipe) else str(build), source)
         return [_predicted(planned, target) for target in loaded]
     artifact = Artifact.open(folder)
     known = BuildOutline.of_artifact(artifact)
     reports = [_predicted(known, target) for target in loaded]
     if source is not None and device is None:
-        raise TargetError(f"{build} is an artifact: its --source is only timed beside it; name a --device to time on.")
+        raise TargetError(f"{build} is an artifact: --source is used only to compare times; give --device to measure.")
     if device is not None:
         reference = None if source is None else _source_of(artifact, source)
         reports = [_measured(artifact, r, t, device, reference) for r, t in zip(reports, loaded, strict=True)]
     for report in reports:
         report.save(folder)
     if (folder / "reports" / "parity.json").exists():
-        write_report(folder, artifact.digest)
+        write_pages(folder, artifact.digest)
     return reports
 
 
 def _predicted(build: BuildOutline, target: Target) -> BudgetReport:
-    """The prediction; where the build does not fit, its advice ends with a packaged target or recipe that would."""
+    """The prediction; if the build does not fit, its advice ends with a packaged target or recipe that does."""
     report = predict(build, target)
-    named = recommendation(build, target) if report.limit is not None and report.peak > report.limit else ""
-    return report.model_copy(update={"advice": (*report.advice, named)}) if named else report
+    hint = recommendation(build, target) if report.limit is not None and report.peak > report.limit else ""
+    return report.model_copy(update={"advice": (*report.advice, hint)}) if hint else report
 
 
 def _measured(
@@ -87,7 +87,7 @@ def _measured(
 
 
 def _source_of(artifact: Artifact, source: str) -> Checkpoint:
-    """The checkpoint, if the artifact was made from it."""
+    """The opened checkpoint `source`. Raises TargetError if the artifact was not made from it."""
     checkpoint = Checkpoint.open(source)
     if checkpoint.digest != artifact.manifest.source.digest:
         raise TargetError(

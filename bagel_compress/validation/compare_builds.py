@@ -1,6 +1,6 @@
-"""Any builds of one source side by side: each is compared with the same traces, and one page shows them together.
+"""Compares several builds of one source with the same traces, and shows them on one page.
 
-The reports of each build are written beside it, as `validate` writes them.
+The reports of each build are written into its folder, as `validate` does.
 """
 
 from __future__ import annotations
@@ -38,29 +38,30 @@ SIDE = 256  # longest side of a picture on the page, in pixels
 
 @dataclass(frozen=True, slots=True)
 class ComparedBuild:
-    """A build with its report. `name` is its folder's."""
+    """A build with its parity report."""
 
-    name: str
+    name: str  # of its folder
     artifact: Artifact
     report: ParityReport
 
-    def middle(self, metric: Metric) -> float | None:
-        """Median over the cases that have it."""
+    def median(self, metric: Metric) -> float | None:
+        """The median of a metric over the cases that have it; None if there is none."""
         values = [case.metrics[metric] for case in self.report.cases if metric in case.metrics]
         return median(values) if values else None
 
     def case(self, name: str) -> CaseParity:
+        """The values of a case."""
         return next(case for case in self.report.cases if case.name == name)
 
     def to_json(self) -> dict[str, Any]:
         """The numbers of the page; an infinite PSNR (equal pictures) is null."""
-        psnr = self.middle(Metric.IMAGE_PSNR)
+        psnr = self.median(Metric.IMAGE_PSNR)
         return {
             "build": str(self.artifact.path),
             "digest": self.artifact.digest,
             "bytes": self.artifact.nbytes,
-            "latent_path": self.middle(Metric.LATENT_PATH),
-            "logits_kl_mean": self.middle(Metric.LOGITS_KL_MEAN),
+            "latent_path": self.median(Metric.LATENT_PATH),
+            "logits_kl_mean": self.median(Metric.LOGITS_KL_MEAN),
             "psnr_db": None if psnr == math.inf else psnr,
             "passed": self.report.passed,
         }
@@ -82,7 +83,7 @@ def compare_builds(
 
 
 def page(builds: Sequence[ComparedBuild], traces: Sequence[str | Path]) -> str:
-    """One self-contained page: what each build is, its distances in one table, then pictures and texts case by case."""
+    """One self-contained HTML page: a sentence per build, a table of distances, then pictures and texts by case."""
     title = " and ".join([", ".join(b.name for b in builds[:-1]), builds[-1].name])
     cases = list(_cases(builds, traces))
     sections = [
@@ -108,11 +109,11 @@ def _table(builds: Sequence[ComparedBuild]) -> str:
         ("latent error", Metric.LATENT_PATH), ("logits KL", Metric.LOGITS_KL_MEAN), ("PSNR dB", Metric.IMAGE_PSNR),
         ("SSIM", Metric.IMAGE_SSIM),
     )  # fmt: skip
-    shown = [(head, metric) for head, metric in columns if any(b.middle(metric) is not None for b in builds)]
+    shown = [(head, metric) for head, metric in columns if any(b.median(metric) is not None for b in builds)]
     rows = "".join(
         f"<tr><td>{escape(b.name)}<small>{escape(b.report.level)}</small></td>"
         f"<td class='n' data-is='size'>{size_text(b.artifact.nbytes)}</td>"
-        + "".join(f"<td class='n' data-is='{head}'>{_number(b.middle(metric))}</td>" for head, metric in shown)
+        + "".join(f"<td class='n' data-is='{head}'>{_number(b.median(metric))}</td>" for head, metric in shown)
         + f"<td class='{'ok' if b.report.passed else 'no'}'>{'passed' if b.report.passed else 'did not pass'}</td></tr>"
         for b in builds
     )
@@ -125,7 +126,7 @@ def _table(builds: Sequence[ComparedBuild]) -> str:
 
 
 def _case(builds: Sequence[ComparedBuild], trace: Trace) -> str:
-    """The pictures of a case in a row that scrolls, input and reference first; or its texts, one below the other."""
+    """The pictures of a case in a row, input and reference first, and its texts."""
     name = trace.case.name
     first = builds[0].case(name)
     head = f"<h3>{escape(name)} <small class='soft'>{escape(first.kind)}</small></h3>"
@@ -146,11 +147,11 @@ def _case(builds: Sequence[ComparedBuild], trace: Trace) -> str:
     )
     texts = [("reference", first.text.reference)] if first.text is not None else []
     texts += [(b.name, text.found) for b in builds if (text := b.case(name).text) is not None]
-    said = "".join(
+    columns = "".join(
         f"<div><small class='soft'>{escape(who)}</small><pre>{escape(text)}</pre></div>" for who, text in texts
     )
     row = f"<div class='scroll'><div class='row'>{figures}</div></div>" if figures else ""
-    return f"<div class='case'>{head}{row}<div class='two'>{said}</div></div>"
+    return f"<div class='case'>{head}{row}<div class='two'>{columns}</div></div>"
 
 
 def _number(value: float | None) -> str:
@@ -162,7 +163,7 @@ def _image(pixels_HWC: torch.Tensor) -> Image.Image:
 
 
 def _png(image: Image.Image) -> bytes:
-    """Small enough for a page; pictures that are smaller stay as they are."""
+    """The picture as PNG, reduced to SIDE pixels if it is larger."""
     image = image.copy()
     image.thumbnail((SIDE, SIDE))
     out = io.BytesIO()

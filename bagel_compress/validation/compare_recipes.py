@@ -1,7 +1,7 @@
-"""Builds one model by several recipes and compares the results: bytes, distances, scores and pictures.
+"""Compresses one model by several recipes and compares the results: bytes, distances, scores and pictures.
 
-Each recipe has a process of its own, which compresses, compares with one trace of the source, and scores, so that all
-cores are used. A build that exists already is not built again.
+Every recipe is compressed, compared with one trace of the source, and scored in processes that run side by side, one
+per core. An existing build is not made again.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from bagel_compress.scores.benchmark import Benchmark, Scores
 
 Say = Callable[[str], None]
-SHOWN = {"draw.one": 3, "draw.two": 3, "edit": 4, "think": 2}  # pictures on the page, by kind (or task) of prompt
+SHOWN = {"draw.one": 3, "draw.two": 3, "edit": 4, "think": 2}  # start of a prompt's kind -> its pictures on the page
 CATEGORIES = ("one", "two", "ask", "edit", "think")
 
 
 @dataclass(frozen=True, slots=True)
 class PictureColumn:
-    """What a column of pictures was asked for: the prompt, and the PNG of an edit's input."""
+    """The request behind a column of pictures on the page."""
 
-    text: str
-    before: bytes | None
+    text: str  # the prompt
+    before: bytes | None  # PNG of an edit's input
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A picture as PNG, and whether everything in it is right."""
+    """A picture as PNG, and whether the scorer found everything in it right."""
 
     png: bytes
     right: bool
@@ -49,10 +49,10 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A model's answers to the nano benchmark: category -> share right, and pictures, one per `PictureColumn`."""
+    """A model's results on the nano benchmark."""
 
-    scores: Mapping[str, float]
-    tiles: tuple[Tile, ...]
+    scores: Mapping[str, float]  # category -> share of right answers
+    tiles: tuple[Tile, ...]  # one per PictureColumn
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +65,18 @@ class RecipeResult:
     page: Path
     report: ParityReport
     scored: Scored
-    psnr: float  # dB, median over all pictures to those of the source; infinite where equal
-    equal_texts: float  # share of answers equal word for word
-    differences: Mapping[str, tuple[float, float]]  # category -> 95 % interval of the paired difference to the source
+    psnr: float  # dB against the source's pictures, median over all; infinite if equal
+    equal_texts: float  # share of texts that equal the source's
+    differences: Mapping[str, tuple[float, float]]  # category -> 95 % interval of the paired difference from the source
 
     @property
     def latent(self) -> float:
-        """Median over cases of the final latent's error, as a share of its way from the noise."""
+        """Median over cases of |error of the final latent| / |latent - noise|."""
         return _median(self.report, Metric.LATENT_PATH)
 
     @property
     def kl(self) -> float:
-        """Median over cases of the mean KL divergence of the logits, nats."""
+        """Median over cases of the mean KL divergence of the logits, in nats."""
         return _median(self.report, Metric.LOGITS_KL_MEAN)
 
     def to_json(self) -> dict[str, Any]:
@@ -96,18 +96,18 @@ class RecipeResult:
 
 @dataclass(frozen=True, slots=True)
 class RecipeComparison:
-    """The results of all recipes, beside the scores of the source itself."""
+    """The results of all recipes, and the scores of the source itself."""
 
     source_bytes: int
     source: Scored
     prompts: int
-    asked: tuple[PictureColumn, ...]
+    columns: tuple[PictureColumn, ...]
     builds: tuple[RecipeResult, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many prompts of each kind the benchmark asks."""
+    """The number of prompts of each task in the benchmark."""
 
     draw: int = 16
     ask: int = 14
@@ -122,7 +122,10 @@ class Counts:
 def compare_recipes(
     source: Path, recipes: Sequence[Path], cases: Sequence[tuple[Case, Path]], out: Path, counts: Counts, say: Say
 ) -> RecipeComparison:
-    """Builds and judges every recipe on `source` (a model of the nano world) below `out`, in the recipes' order."""
+    """Builds and scores every recipe on `source` (a model like BAGEL-nano), in folders below `out`.
+
+    `cases` are recorded as the trace of the source. Results are in the order of the recipes.
+    """
     from bagel_compress.source.checkpoint import Checkpoint
     from bagel_compress.validation.artifact import record_source
 
@@ -145,15 +148,15 @@ def compare_recipes(
             say(f"{name}: scored")
     nbytes = sum(spec.nbytes for spec in Checkpoint.open(source).specs)
     benchmark = _benchmark(counts)
-    asked = tuple(_asked(benchmark, index) for index in _shown(benchmark))
-    return RecipeComparison(nbytes, _scored(benchmark, reference), counts.total, asked, tuple(builds))
+    columns = tuple(_column(benchmark, index) for index in _shown(benchmark))
+    return RecipeComparison(nbytes, _scored(benchmark, reference), counts.total, columns, tuple(builds))
 
 
-# --- what runs in a process of its own --------------------------------------------------------------------------------
+# --- work of the processes --------------------------------------------------------------------------------------------
 
 
 def _one_thread() -> None:
-    """The models are so small that waking a second thread costs more than it does; processes use the other cores."""
+    """Sets torch to one thread: more would slow such small models down, and other processes use the other cores."""
     import torch
 
     torch.set_num_threads(1)
@@ -197,7 +200,7 @@ def _score_build(out: Path, counts: Counts, reference: Scores) -> RecipeResult:
     )
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- scores and pictures of the page ----------------------------------------------------------------------------------
 
 
 def _benchmark(counts: Counts) -> Benchmark:
@@ -214,7 +217,7 @@ def _shown(benchmark: Benchmark) -> list[int]:
     return found
 
 
-def _asked(benchmark: Benchmark, index: int) -> PictureColumn:
+def _column(benchmark: Benchmark, index: int) -> PictureColumn:
     turns = benchmark.prompts[index].turns
     text = " ".join(turn for turn in turns if isinstance(turn, str))
     return PictureColumn(text, next((_png(turn) for turn in turns if not isinstance(turn, str)), None))

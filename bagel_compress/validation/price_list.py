@@ -1,7 +1,8 @@
-"""Price list: what drawing with fewer evaluations costs and saves, setting by setting, against a trace.
+"""Price list: the error and the time of sampler settings with fewer evaluations of the network, measured on a trace.
 
-Every setting draws the pictures of a trace freely, with the trace's noise. Its distances are those of the gate, so they
-include what the weights of a build cost. From the settings that hold the limits come presets for a recipe's `fast:`.
+Every setting draws the pictures of a trace in free runs with the trace's noise. Distances are measured from the
+reference's trace, as in validation, so they include the error of a build's weights. Settings that keep the limits are
+proposed as presets for a recipe's `fast:` block.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ from bagel_compress.run.target import Target
 from bagel_compress.source.checkpoint import Checkpoint
 
 OFFICIAL = SpeedPreset()
-SHARES = (2, 3, 4)  # a half, a third and a quarter of the evaluations
-SECONDS = "seconds_per_image"
-BALANCED = 0.5  # share of the limit of the latent that `balanced` may use
+SHARES = (2, 3, 4)  # by default settings use a half, a third and a quarter of the evaluations
+SECONDS = "seconds_per_image"  # in Price.broken: slower than the target's limit
+BALANCED = 0.5  # the preset `balanced` may use this share of the limit of `latent.path`
 
 
 class Price(FrozenModel):
-    """A setting, and what it costs over the pictures of a trace."""
+    """A setting, with its time and its error over the pictures of a trace."""
 
     settings: SpeedPreset
-    passes: float  # of the network, per picture; all branches counted
-    seconds: float  # per picture, median: reading, denoising and the VAE
+    passes: float  # of the network, mean per picture; every branch counts
+    seconds: float  # per picture, median: prefill, denoising and VAE
     latent: Number  # worst latent.path
     psnr: Number  # median image.psnr in dB
-    broken: tuple[str, ...] = ()  # limits that it does not hold
+    broken: tuple[str, ...] = ()  # metrics whose limits it breaks
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class Price(FrozenModel):
 
 
 class PriceList(FrozenModel):
-    """Prices of one model on one device; `presets` are what its recipe could promise."""
+    """Prices of one model on one device. `presets` are the proposals for its recipe."""
 
     model: str
     device: str
@@ -64,7 +65,7 @@ class PriceList(FrozenModel):
     presets: dict[str, SpeedPreset]
 
     def save(self, folder: Path) -> tuple[Path, Path]:
-        """Writes speed.json and speed.svg (seconds against latent error, the Pareto front joined)."""
+        """Writes speed.json and speed.svg (latent error against passes of the network) and returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         data, chart = folder / "speed.json", folder / "speed.svg"
         write_atomic(data, self.model_dump_json(indent=2))
@@ -89,11 +90,11 @@ def model_prices(
     target: Target | None = None,
     progress: Progress | None = None,
 ) -> PriceList:
-    """Prices of an artifact or a full-precision checkpoint, on traces of its source.
+    """The price list of an artifact or a full-precision checkpoint, on traces of its source.
 
-    `level`: class of limits; default: the recipe's, of a checkpoint "8-bit". `target`: settings slower than its
-    seconds_per_image are marked as breaking it. Raises TraceError on traces of another source, TargetError if the
-    device is not the target's GPU.
+    `level` is the class of limits, by default the recipe's, or "8-bit" for a checkpoint. Settings slower than the
+    seconds_per_image of `target` are marked as breaking it. Raises TraceError on traces of another source, TargetError
+    if the device is not the target's GPU.
     """
     files, device = [TraceFile.open(trace) for trace in traces], torch.device(device)
     dtype = common_dtype(files)
@@ -111,14 +112,14 @@ def model_prices(
         sampler = load_checkpoint(checkpoint, device, dtype)
     for file in files:
         file.expect_source(digest, str(model))
-    held = preset_limits(level, resolve(level, overrides))
+    chosen_limits = preset_limits(level, resolve(level, overrides))
     recorded = [file.read(case) for file in files for case in file.header.cases]
     seconds = None if target is None else target.budget.seconds_per_image
-    return price_list(sampler, title, recorded, held, device=name, seconds=seconds, progress=progress)
+    return price_list(sampler, title, recorded, chosen_limits, device=name, seconds=seconds, progress=progress)
 
 
 def candidates(points: int) -> tuple[SpeedPreset, ...]:
-    """The settings that a list has by default, for cases of so many points: solvers, caches, guidance."""
+    """The default settings of a price list for cases with a schedule of `points`: solvers, step caches, guidance."""
     fewer = [(points - 1 + share - 1) // share + 1 for share in SHARES]
     return (
         OFFICIAL,
@@ -140,9 +141,9 @@ def price_list(
     seconds: float | None = None,
     progress: Progress | None = None,
 ) -> PriceList:
-    """Draws the pictures of the traces with every setting. `seconds`: the most that a picture may take.
+    """Draws the pictures of the traces with every setting (default: `candidates`) and applies the limits.
 
-    Raises TraceError if there is no picture among the traces.
+    `seconds` is the limit for one picture. Raises TraceError if the traces hold no picture.
     """
     progress = progress or (lambda message: None)
     drawn = [trace for trace in traces if "image" in trace.tensors]
@@ -162,16 +163,19 @@ def price_list(
 
 
 def choose_presets(prices: Sequence[Price], limits: Mapping[str, Limit]) -> dict[str, SpeedPreset]:
-    """exact: the official sampler; fast: the fewest passes that hold every limit; balanced: the fewest that use at most
-    half of the latent's limit. What nothing holds is left out."""
+    """The presets: `exact`, the official sampler; `fast`, the setting with the fewest passes that keeps every limit;
+    `balanced`, the one with the fewest passes that uses at most half of the limit of `latent.path`.
+
+    A preset is left out if no setting qualifies.
+    """
     chosen = {"exact": OFFICIAL}
-    holding = sorted((p for p in prices if not p.broken), key=lambda p: (p.passes, p.latent))
+    passing = sorted((p for p in prices if not p.broken), key=lambda p: (p.passes, p.latent))
     limit = limits.get(Metric.LATENT_PATH)
-    near = [p for p in holding if limit is None or p.latent <= BALANCED * limit.value]
-    if near:
-        chosen["balanced"] = near[0].settings
-    if holding:
-        chosen["fast"] = holding[0].settings
+    close = [p for p in passing if limit is None or p.latent <= BALANCED * limit.value]
+    if close:
+        chosen["balanced"] = close[0].settings
+    if passing:
+        chosen["fast"] = passing[0].settings
     return chosen
 
 

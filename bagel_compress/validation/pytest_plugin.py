@@ -1,8 +1,8 @@
-"""pytest plugin: an artifact's limits as tests, one per limit, beside a project's own.
+"""pytest plugin: adds the limits of an artifact as tests, one per limit, to a project's own tests.
 
     pytest --bagel-artifact out/nf4 --bagel-trace bagel.trace.safetensors [--bagel-target 12gb]
 
-Without --bagel-artifact the plugin does nothing and imports nothing heavy.
+Without --bagel-artifact the plugin does nothing and imports neither torch nor the toolkit.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the options."""
     group = parser.getgroup("bagel-compress", "parity and budget of a compressed BAGEL")
-    group.addoption("--bagel-artifact", metavar="DIR", help="artifact to hold against its reference")
+    group.addoption("--bagel-artifact", metavar="DIR", help="artifact to compare with its reference")
     group.addoption("--bagel-trace", metavar="FILE", nargs="+", default=[], help="traces of the artifact's source")
-    group.addoption("--bagel-target", metavar="T", nargs="+", default=[], help="targets to hold its memory against")
+    group.addoption("--bagel-target", metavar="T", nargs="+", default=[], help="targets that it has to fit")
     group.addoption("--bagel-device", metavar="D", default="cpu", help="device to run on (cpu)")
 
 
@@ -54,7 +54,7 @@ def _tests(session: pytest.Session, config: pytest.Config, artifact: Path) -> It
 
 
 def _verdicts(report: ParityReport, budgets: list[BudgetReport]) -> Iterator[tuple[str, str]]:
-    """Test name and, where it fails, the sentence."""
+    """Yields the name of each test and why it fails, empty if it passes."""
     from bagel_compress.parity.report_data import sentence
 
     for row in report.rows:
@@ -65,7 +65,7 @@ def _verdicts(report: ParityReport, budgets: list[BudgetReport]) -> Iterator[tup
 
 
 class _Verdict(pytest.Item):
-    """A test whose outcome is known already: `failure` is why it failed, empty if it passed."""
+    """A test whose outcome is already known. `failure` says why it fails; it is empty if the test passes."""
 
     def __init__(self, *, failure: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)

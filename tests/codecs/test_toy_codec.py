@@ -21,7 +21,8 @@ from bagel_compress.codecs.base import Chunk, Encoding, Reader, Unit
 from bagel_compress.codecs.matrix import MatrixCodec
 from bagel_compress.errors import ExportError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
-from bagel_compress.publishing.model_card import Origin, model_card
+from bagel_compress.publishing.card_sections import Origin
+from bagel_compress.publishing.model_card import model_card
 from bagel_compress.publishing.release_reports import load_reports
 from bagel_compress.run.case import Case, Flow
 from bagel_compress.run.load import census, load

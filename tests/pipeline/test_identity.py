@@ -177,7 +177,8 @@ def test_tensors_that_a_fine_tune_lacks_come_from_the_base_and_are_named(
 
 
 def test_the_card_names_the_adapter_and_the_base(tmp_path: Path, write: Write, tensors: Tensors, nf4: Recipe) -> None:
-    from bagel_compress.publishing.model_card import Origin, model_card
+    from bagel_compress.publishing.card_sections import Origin
+    from bagel_compress.publishing.model_card import model_card
     from bagel_compress.publishing.release_reports import ReleaseReports
 
     folder = write({name: value for name, value in tensors.items() if not name.startswith("vit_")})

@@ -82,7 +82,7 @@ def test_rows_of_artifacts(tiny: Checkpoint, tmp_path: Path, recipe: str, opens:
 def test_the_verb_and_the_card_show_the_same(
     tiny: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bagel_compress.publishing.model_card import plain
+    from bagel_compress.publishing.card_markdown import plain
 
     artifact = compress(make_plan(tiny, Recipe.load(find_recipe("comfyui-nvfp4"))), tiny, tmp_path / "a")
     assert main(["inspect", str(tmp_path / "a"), "--loaders", "--json"]) == 0

@@ -19,7 +19,9 @@ from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.ecq import Ecq
 from bagel_compress.codecs.int8 import Int8
 from bagel_compress.codecs.nf4 import Nf4
-from bagel_compress.publishing.model_card import Origin, code, model_card, plain
+from bagel_compress.publishing.card_markdown import code, plain
+from bagel_compress.publishing.card_sections import Origin
+from bagel_compress.publishing.model_card import model_card
 from bagel_compress.publishing.release_reports import ReleaseReports, load_reports
 
 HOSTILE = [

@@ -13,8 +13,8 @@ from publish_data import BASE, REPO, TOKEN, write_reports
 
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import PublishError
-from bagel_compress.publishing.collection_table import spliced
-from bagel_compress.publishing.model_card import FAMILY_END, FAMILY_START
+from bagel_compress.publishing.card_sections import TABLE_END, TABLE_START
+from bagel_compress.publishing.collection_table import card_with_table
 from bagel_compress.publishing.receipt import Receipt
 from bagel_compress.publishing.verify import verify_repo
 
@@ -37,7 +37,7 @@ def test_one_table_on_all_cards(hub: Hub, artifact: Artifact, raw: Artifact, pub
     assert RAW not in card(hub, REPO)
     done = publish(raw, RAW, collection=TITLE)
     assert set(done.cards) == {REPO, RAW}  # type: ignore[attr-defined]
-    tables = {card(hub, r).partition(FAMILY_START)[2].partition(FAMILY_END)[0] for r in (REPO, RAW)}
+    tables = {card(hub, r).partition(TABLE_START)[2].partition(TABLE_END)[0] for r in (REPO, RAW)}
     assert len(tables) == 1
     (table,) = tables
     assert table.index(REPO) < table.index(RAW)  # smallest first
@@ -80,13 +80,13 @@ def test_members_that_are_not_ours_are_left_alone(hub: Hub, artifact: Artifact, 
 
 
 def test_no_collection_for_drafts(artifact: Artifact, publish: Publish) -> None:
-    with pytest.raises(PublishError, match="leave --collection out"):
+    with pytest.raises(PublishError, match="leave out --collection"):
         publish(artifact, collection=TITLE, draft=True)
 
 
 def test_a_card_without_a_place_for_the_table() -> None:
-    with pytest.raises(PublishError, match="no place for the table"):
-        spliced("# my own card\n", "table")
+    with pytest.raises(PublishError, match="lacks the markers of the table"):
+        card_with_table("# my own card\n", "table")
 
 
 def test_receipts(hub: Hub, artifact: Artifact, publish: Publish) -> None:

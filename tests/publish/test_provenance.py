@@ -14,7 +14,7 @@ from publish_data import BASE, REPO, flip
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
 from bagel_compress.publishing import provenance
-from bagel_compress.publishing.model_card import Origin
+from bagel_compress.publishing.card_sections import Origin
 from bagel_compress.publishing.release import Release, make_release
 from bagel_compress.publishing.verify import verify_folder
 

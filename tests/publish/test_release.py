@@ -16,7 +16,7 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import ArtifactError, GateError, PublishError
 from bagel_compress.io.digests import sha256_file
-from bagel_compress.publishing.model_card import Origin
+from bagel_compress.publishing.card_sections import Origin
 from bagel_compress.publishing.release import Release, make_release
 
 ORIGIN = Origin(REPO, BASE)

@@ -22,7 +22,7 @@ from hub import Hub
 from publish_data import BASE
 
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.publishing.model_card import Origin
+from bagel_compress.publishing.card_sections import Origin
 from bagel_compress.publishing.release import make_release
 from bagel_compress.publishing.snippets import Snippet, snippets
 from bagel_compress.publishing.upload import upload

@@ -16,7 +16,7 @@ from publish_data import BASE, REPO, TOKEN, flip
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.errors import GateError, HubError, PublishError
-from bagel_compress.publishing.model_card import Origin
+from bagel_compress.publishing.card_sections import Origin
 from bagel_compress.publishing.release import Release, make_release
 from bagel_compress.publishing.upload import upload
 
@@ -196,7 +196,9 @@ def test_what_arrived_is_compared(hub: Hub, release: Release, monkeypatch: pytes
         return commit
 
     monkeypatch.setattr(Store, "commit", damaging)
-    with pytest.raises(GateError, match=r"does not hold what was sent: model-00001-of-\d+\.safetensors differs"):
+    with pytest.raises(
+        GateError, match=r"does not have the files that were sent: model-00001-of-\d+\.safetensors differs"
+    ):
         upload(release, REPO)
 
 

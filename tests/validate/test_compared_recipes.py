@@ -44,15 +44,15 @@ def test_an_untouched_build_equals_the_source_and_a_coded_one_does_not(family: R
 
 
 def test_the_page_shows_every_picture_under_its_prompt(family: RecipeComparison, folder: Path) -> None:
-    assert len(family.asked) == 12
-    assert [bool(a.before) for a in family.asked] == [False] * 6 + [True] * 4 + [False] * 2
+    assert len(family.columns) == 12
+    assert [bool(a.before) for a in family.columns] == [False] * 6 + [True] * 4 + [False] * 2
     page = render("title", family, folder)
     assert len(re.findall(r"<img class='(?:right|wrong)'", page)) == 12 * 3
     assert len(re.findall(r"<img class='input'", page)) == 4
-    assert all(a.text in page for a in family.asked)
+    assert all(a.text in page for a in family.columns)
     wrong = sum(not t.right for s in (family.source, *(b.scored for b in family.builds)) for t in s.tiles)
     assert page.count("<img class='wrong'") == wrong
-    alike = re.search(r"on the very prompts of the source: ([^<]*)\.", page)  # a line, and no row of equal scores
+    alike = re.search(r"on the same prompts as the source: ([^<]*)\.", page)  # a line, and no row of equal scores
     assert alike
     assert "raw" in alike[1]
     assert "nf4-official is here for comparison only" in page

@@ -18,7 +18,8 @@ from bagel_compress.build.recipe import Recipe
 from bagel_compress.cli import main
 from bagel_compress.parity.record import record_cases
 from bagel_compress.parity.report_data import FIRST_TOKEN, IMAGE, STEP, TOKEN, BudgetReport, PhaseUse, Timing
-from bagel_compress.publishing.model_card import Origin, model_card
+from bagel_compress.publishing.card_sections import Origin
+from bagel_compress.publishing.model_card import model_card
 from bagel_compress.publishing.release_reports import ReleaseReports
 from bagel_compress.run.target import Budget, Device, Target, Workload
 from bagel_compress.source.checkpoint import Checkpoint
@@ -116,7 +117,7 @@ def test_a_report_made_on_a_cpu_says_so_and_closes_no_gate(built, reference, qui
 def test_a_source_is_timed_only_with_a_device_and_only_if_it_is_the_artifacts(built, impatient, nano, capsys):
     arguments = ["budget", str(built), "--target", impatient]
     assert main([*arguments, "--source", str(TINY)]) == 2
-    assert "name a --device" in capsys.readouterr().err
+    assert "give --device to measure" in capsys.readouterr().err
     assert main([*arguments, "--source", str(nano), "--device", "cpu"]) == 2
     assert "give its source" in capsys.readouterr().err
 

@@ -115,26 +115,26 @@ def test_smaller_pictures_need_less(builds):
 
 
 @pytest.fixture
-def two_cards(monkeypatch):
+def two_gpus(monkeypatch):
     """A machine with two cards of 12 GB, as far as planning asks."""
     free = {"cuda:0": 12 * GIB, "cuda:1": 12 * GIB}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], free[device]))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "gpu")
     return free
 
 
-def test_auto_takes_one_card_where_there_is_room_and_else_a_map(two_cards, builds, monkeypatch):
-    monkeypatch.setattr(device_option, "build_of", lambda folder: builds["fp8-24gb"])
+def test_auto_takes_one_gpu_if_the_model_fits_and_else_a_map(two_gpus, builds, monkeypatch):
+    monkeypatch.setattr(device_option, "outline_of", lambda folder: builds["fp8-24gb"])
     told = []
     places = device_option.choose_device("auto", "model", told.append)
     assert set(places.layers) == {"cuda:0", "cuda:1"}
     assert not places.waiting
     assert "cuda:1" in told[0]
-    two_cards["cuda:0"] = 40 * GIB
+    two_gpus["cuda:0"] = 40 * GIB
     assert device_option.choose_device("auto", "model") == "cuda"
-    two_cards["cuda:0"] = 12 * GIB
+    two_gpus["cuda:0"] = 12 * GIB
     assert device_option.choose_device("cuda:1,cuda:0", "model").home == "cuda:1"
 
 
@@ -145,12 +145,12 @@ def test_auto_takes_one_card_where_there_is_room_and_else_a_map(two_cards, build
         ("cuda:0,cuda:2", "has 2 CUDA devices"),
         ("cuda:0,cuda:0", "no GPU of its own"),
         ("cuda:0,cpu", "no GPU of its own"),
-        ("card", "is no device"),
+        ("gpu", "is no device"),
         ("meta", "is no device"),
         ("mps", "no Metal device"),
     ],
 )
-def test_devices_that_are_not_there(two_cards, monkeypatch, device, sentence):
+def test_devices_that_are_not_there(two_gpus, monkeypatch, device, sentence):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(TargetError, match=sentence):
         device_option.choose_device(device, "model")
