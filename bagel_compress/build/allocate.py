@@ -1,9 +1,10 @@
-"""Allocation: which groups of weights get which of a recipe's formats, so that a build fits a size and loses least.
+"""Allocation: assigns one of a recipe's formats to each group of weights, with the least loss within a given size.
 
-The formats are those that the recipe names. Effects of groups are taken to add up; velocity and KL count alike, each in
-units of what all groups in the smallest format would cost: one alone would starve the other expert. The choice is the
-knapsack's by its multiplier: every group takes the format of least cost + price * bytes, for the lowest price at which
-all fit, and what is left is spent on the best of what still fits. The result is a recipe with plain rules.
+The effects of groups are assumed to add up. Errors of velocities and KL divergence have equal weight, each relative to
+its value with all groups in the smallest format; if only one counted, the other expert would get no bytes. The knapsack
+problem is solved with a Lagrange multiplier: every group takes the format with the least cost + price * bytes, at the
+lowest price per byte at which all fit; remaining bytes go to the best changes that still fit. The result is a recipe
+with ordinary rules.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from bagel_compress.build.sizes import size_text
 from bagel_compress.codecs.base import Codec
 from bagel_compress.errors import PlanError
 
-HALVINGS = 200  # of the range of prices
+HALVINGS = 200  # steps of the bisection for the price
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """A format for every group: indices into `codecs`."""
+    """A format for every group, as an index into the codecs."""
 
     codecs: tuple[Codec, ...]
     effects: Mapping[Group, Sequence[Effect]]
     chosen: Mapping[Group, int]
     nbytes: int  # of all shards
-    cost: float  # 2.0: what all groups in the smallest format would cost
+    cost: float  # 2.0 is the cost with all groups in the smallest format
 
     def table(self) -> str:
-        """Groups from the dearest to the cheapest in the smallest format, with what was chosen."""
+        """A text table of the groups and their formats, by their cost in the smallest format, the highest first."""
         costs, smallest = shares_of_cost(self.effects), _smallest(self.effects)
         lines = ["layer expert group      velocity        KL  chosen"]
         for group in sorted(self.effects, key=lambda g: -costs[g][smallest]):
@@ -73,7 +74,7 @@ def allocate(plan: Plan, codecs: Sequence[Codec], effects: Mapping[Group, Sequen
         if nbytes <= budget:
             cost = sum(costs[group][i] for group, i in chosen.items())
             return Allocation(tuple(codecs), effects, chosen, nbytes, cost)
-        room -= nbytes - budget  # what headers of shards grew by
+        room -= nbytes - budget  # the bytes by which headers of shards are larger than assumed
     raise PlanError(
         f"recipe {plan.recipe.name} needs {size_text(fixed + least)} with all layers in {codecs[smallest].format},"
         f" the budget is {size_text(budget)}; give a larger one, or fewer bits to what lies outside the layers."
@@ -90,7 +91,7 @@ def _moved(plan: Plan, codecs: Sequence[Codec], chosen: Mapping[Group, int]) -> 
 
 
 def shares_of_cost(effects: Mapping[Group, Sequence[Effect]]) -> dict[Group, list[float]]:
-    """What each format of each group costs: its shares of all velocity errors and of all KL in the smallest format."""
+    """The cost of each format for each group: velocity error and KL, relative to the sums in the smallest format."""
     smallest = _smallest(effects)
     velocity = sum(e[smallest].velocity for e in effects.values()) or 1.0
     kl = sum(e[smallest].kl for e in effects.values()) or 1.0
@@ -106,7 +107,7 @@ def _smallest(effects: Mapping[Group, Sequence[Effect]]) -> int:
 def _cheapest(
     effects: Mapping[Group, Sequence[Effect]], costs: Mapping[Group, Sequence[float]], room: int
 ) -> dict[Group, int]:
-    """The choice at the lowest price of a byte at which all fit."""
+    """The formats chosen at the lowest price per byte at which all groups fit."""
 
     def at(price: float) -> dict[Group, int]:
         return {
@@ -132,7 +133,7 @@ def _spend(
     costs: Mapping[Group, Sequence[float]],
     room: int,
 ) -> dict[Group, int]:
-    """Takes the change that lowers the cost most while it fits, as long as there is one."""
+    """Repeats the change of one group's format that lowers the cost most and still fits, until there is none."""
     left = room - sum(effects[group][i].nbytes for group, i in chosen.items())
     while True:
         changes = [
@@ -149,7 +150,7 @@ def _spend(
 
 
 def allocated_recipe(plan: Plan, allocation: Allocation, name: str) -> Recipe:
-    """The plan's recipe with rules of its own for the groups, ahead of what is left of the others."""
+    """The plan's recipe with rules for the groups first, then those of its rules that still match a tensor."""
     by_format: dict[tuple[int, str, str], list[int]] = defaultdict(list)
     for group, index in sorted(allocation.chosen.items()):
         by_format[index, group.expert, group.name].append(group.layer)
@@ -162,7 +163,7 @@ def allocated_recipe(plan: Plan, allocation: Allocation, name: str) -> Recipe:
 
 
 def rules_of_the_rest(plan: Plan, groups: Container[Group]) -> list[Rule]:
-    """The plan's rules that still take something when the groups have rules of their own."""
+    """The plan's rules that still match a tensor when the groups have their own rules."""
     specs = [spec for p in plan.placements for spec in p.unit.specs]
     taken = {spec.name for spec in specs if group_of(spec.name) in groups}
     rules = []
@@ -175,7 +176,7 @@ def rules_of_the_rest(plan: Plan, groups: Container[Group]) -> list[Rule]:
 
 
 def group_rule(codec: Codec, expert: str, group: str, layers: Sequence[int]) -> Rule:
-    """The rule that gives a codec to one kind of group in some layers, ascending."""
+    """The rule that assigns a codec to one kind of group in these layers (ascending)."""
     names = tuple(f"*.{linear}*" for linear in GROUPS[group])
     fields = {"component": "llm", "expert": expert, "kind": "linear", "layer": _ranges(layers), "name": names}
     return Rule(match=Match.model_validate(fields), codec=codec)

@@ -1,9 +1,9 @@
-"""Artifact: a finished folder, and its manifest.
+"""Artifact: a finished build, a folder with a manifest.
 
-The tensors lie in the format's own ecosystem's names (see the codecs); the manifest adds what those lack: what was
-built from what by which recipe, digests of everything, and the error of each tensor. It is written last: present means
-complete. Opening checks that all files are there with their sizes; what is read later is compared with the manifest
-as it is read (`parts`, `file`), and nothing is read that it does not list. `verify` reads every byte.
+Tensors have the names that other loaders of their format use (see the codecs). The manifest adds source, recipe,
+digests of everything, and the error of each tensor. It is written last, so a folder with a manifest is complete.
+Opening checks that all files exist with their sizes; data that is read later is compared with its digest (`parts`,
+`file`), and files that the manifest does not list are never read. `verify` reads every byte.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ MODEL_FILES = {
 
 @dataclass(frozen=True, slots=True)
 class WeightedErrors:
-    """Relative errors of layers' outputs over the calibration set's rows; medians over matrices, and the worst one.
+    """Relative errors of the outputs of matrices for the calibration set's inputs: medians, and the worst one.
 
-    `nearest`: with each weight rounded alone. `predictor`: what the moments alone let expect of error over nearest.
+    `nearest` is the error with each weight rounded to nearest; `predictor` the ratio error / nearest that the second
+    moments of the inputs predict.
     """
 
     group: str  # component, expert, codec
@@ -76,7 +77,7 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | Path, check: bool = True) -> Artifact:
-        """Raises ArtifactError if the folder has no readable manifest, or, unless not asked to `check`, if a file is
+        """Opens an artifact. Raises ArtifactError if the folder has no readable manifest or, with `check`, if a file is
         missing or has a wrong size."""
         folder = Path(path)
         try:
@@ -105,9 +106,9 @@ class Artifact:
         return self.manifest.units[name].codec
 
     def parts(self, name: str) -> dict[str, torch.Tensor]:
-        """The stored tensors of a unit, mapped read-only from its shard: nothing is copied.
+        """The stored tensors of a unit, memory-mapped read-only from its shard.
 
-        Raises ArtifactError if one is not what the manifest says, byte for byte.
+        Raises ArtifactError if the digest of one does not match the manifest.
         """
         entry, unit = self.manifest.units[name], self.unit(name)
         entry.codec.check(unit)
@@ -118,21 +119,21 @@ class Artifact:
         return {part: _mapped(file, part, stored) for part, stored in entry.parts.items()}
 
     def file(self, name: str) -> Path:
-        """The path of a file of the manifest that is no shard. Raises ArtifactError if its bytes are others."""
+        """The path of a file of the manifest that is no shard. Raises ArtifactError if its digest does not match."""
         return compared_file(self.path, name, self.manifest.files)
 
     @property
     def model_files(self) -> dict[str, Path]:
-        """Configs, tokenizer and VAE by their own names, without their folder; compared as by `file`."""
+        """Configs, tokenizer and VAE by their file names without folder; their digests are checked as by `file`."""
         return {Path(name).name: self.file(name) for name in self.manifest.files if Path(name).name in MODEL_FILES}
 
     def decode(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a unit as the format defines them."""
+        """The decoded tensors of a unit, by official name."""
         return self.codec(name).decode(self.unit(name), self.parts(name))
 
     @property
     def vae_path(self) -> Path:
-        """Where this artifact keeps the VAE."""
+        """The path of the VAE's weights."""
         return self.path / next(name for name in self.manifest.files if name.endswith("ae.safetensors"))
 
     @property
@@ -148,7 +149,7 @@ class Artifact:
         )
 
     def snr(self) -> dict[str, tuple[float, float]]:
-        """Lowest and highest SNR in dB of the units of each "component expert codec" that lost something."""
+        """Lowest and highest SNR in dB of the lossy units, by "component expert codec"."""
         values: dict[str, list[float]] = defaultdict(list)
         for entry in self.manifest.units.values():
             if entry.snr_db is not None:
@@ -157,7 +158,7 @@ class Artifact:
         return {name: (min(found), max(found)) for name, found in sorted(values.items())}
 
     def weighted_errors(self) -> list[WeightedErrors]:
-        """What calibrated rounding did, of each "component expert codec" that has it."""
+        """The effect of calibrated rounding, for each component, expert and codec that has it."""
         found: dict[str, list[Rounded]] = defaultdict(list)
         for entry in self.manifest.units.values():
             if entry.rounded is not None:
@@ -176,16 +177,16 @@ class Artifact:
         ]
 
     def verify(self, sums: dict[str, str] | None = None) -> list[str]:
-        """Reads every byte. One sentence per fault: changed, missing or extra file; changed tensors by name.
+        """Reads every byte; returns one sentence per fault: changed, missing or extra file; changed tensors by name.
 
-        `sums` is filled with the sha256 of each intact file of the manifest, taken in the same reading.
+        `sums`, if given, is filled with the sha256 of each intact file of the manifest, computed in the same pass.
         """
         faults = list(wrong_sizes(self.path, self.manifest.files))
         faults += [self._changed(name) for name in changed_files(self.path, self.manifest.files, sums)]
         return faults + list(extra_files(self.path, self.manifest.files, MANIFEST))
 
     def _changed(self, name: str) -> str:
-        """Names the tensors of a shard whose bytes are not those of the manifest."""
+        """The names of a shard's tensors whose digests do not match the manifest."""
         stored = {part: p for u in self.manifest.units.values() if u.shard == name for part, p in u.parts.items()}
         if not stored:
             return f"{name} was changed"

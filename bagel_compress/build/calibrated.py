@@ -1,8 +1,8 @@
-"""Encodings of a build whose rounding is calibrated: the rows of the calibration set go along, layer by layer.
+"""Encodings of a build with calibrated rounding, made layer by layer while the calibration set is run.
 
-A build asks for the encodings of one decoder layer after the other. Before a layer's weights are coded, the rows go
-through it (calibrate/layer_run.py). Layers that an earlier run has finished are run through again without coding: the
-rows are computed anew, not kept on the disk, so that a resumed build needs nothing but its finished shards.
+A build requests the encodings of one decoder layer after the other. The rows of the calibration set are run through a
+layer (calibrate/layer_run.py) while its weights are rounded. A resumed build runs finished layers again without
+encoding: the rows are computed again, not stored, so that it needs nothing but its finished shards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CalibratedEncodings:
     """Encodings of the decoder layers of a plan that has a calibration set."""
 
     def __init__(self, plan: Plan, checkpoint: Checkpoint, out: Path, finished: Finished, device: str) -> None:
-        """`finished`: what an earlier run has written into `out`; read again where `refit` needs rounded weights."""
+        """`finished` gives the finished shards of an earlier run in `out`; `refit` reads rounded weights from them."""
         assert plan.calibration is not None
         self._plan, self._checkpoint, self._out, self._finished = plan, checkpoint, out, finished
         self._calibration: CalibrationSet = plan.calibration
@@ -58,9 +58,9 @@ class CalibratedEncodings:
         self._streams: list[Stream] = []
 
     def of_shard(self, shard: str) -> dict[str, Encoding]:
-        """Encodings of a shard's calibrated units by name, and with `refit` of all its coded ones; else none.
+        """The encodings of a shard's calibrated units by name, with `refit` of all its compressed units; else empty.
 
-        Shards are asked for in the plan's order; finished ones may be left out.
+        Call it in the plan's order of shards; finished ones may be left out.
         """
         layer = next((layer for layer, name in self._layers.items() if name == shard), None)
         if layer is None or layer > self._last:
@@ -76,7 +76,7 @@ class CalibratedEncodings:
         return rounder.encodings
 
     def _pass_by(self, layer: int) -> None:
-        """Takes the rows through a layer that is coded already."""
+        """Runs the rows through a layer that is encoded already."""
         if self._refit:
             shard = self._layers[layer]
             entries = self._finished(shard)
@@ -91,7 +91,7 @@ class CalibratedEncodings:
         self._next = layer + 1
 
     def _streams_of(self) -> list[Stream]:
-        """The rows where they are; at first, those that enter the first layer."""
+        """The rows at the input of the next layer."""
         if self._run is None:
             config, text = model_config(self._checkpoint)
             layout = lay_out(self._calibration)
@@ -137,7 +137,7 @@ class _Rounder:
         return decoded
 
     def uncalibrated(self) -> dict[str, torch.Tensor]:
-        """What the layer's other coded weights decode to, by path; they are coded here."""
+        """Encodes the layer's other compressed weights and returns their decoded values by path."""
         found: dict[str, torch.Tensor] = {}
         for placement in self._others:
             encoding = _packed(placement.codec.begin(placement.unit, self._checkpoint))
@@ -148,7 +148,7 @@ class _Rounder:
 
 
 def _alone(codec: CalibratedCodec, placement: Placement, source: Checkpoint) -> Encoding:
-    """A weight for which the format has no grid, each value rounded alone; the entry says so."""
+    """The encoding of a weight without a grid in the format: values are rounded to nearest, and the entry says so."""
     encoding = _packed(codec.model_copy(update={"rounding": "nearest"}).begin(placement.unit, source))
     encoding.reason = "its width is no multiple of the format's block, so that each weight is rounded alone"
     return encoding
@@ -170,7 +170,7 @@ def _values(placement: Placement, encoding: Encoding) -> torch.Tensor:
 
 
 def _decoded(shard: Path, entries: Mapping[str, UnitEntry]) -> dict[str, torch.Tensor]:
-    """Decoded values, by path, of the coded units of a finished shard."""
+    """Decoded values, by path, of the compressed units of a finished shard."""
     found: dict[str, torch.Tensor] = {}
     with safe_open(str(shard), framework="pt") as handle:
         for name, entry in entries.items():

@@ -1,4 +1,4 @@
-"""comfyui_file: an artifact as the single file that ComfyUI's loaders read.
+"""Writes an artifact as the single file that ComfyUI's loaders read.
 
 The tensors are those of the codecs (`Codec.comfyui_values`), and the file's metadata lists the layers that are not full
 precision (QUANTIZATION.md of Comfy-Org/ComfyUI, format_version 1.0). An artifact without such layers, or one that is
@@ -30,7 +30,7 @@ CONFIG_FILES = ("llm_config.json", "vit_config.json")
 
 
 def comfyui_file(artifact: Artifact, out: Path, decoded: bool = False) -> int:
-    """Writes the file and returns its size in bytes. `decoded`: every weight as bf16, whatever it is stored as.
+    """Writes the file and returns its size in bytes. With `decoded`, every weight is decoded to bf16.
 
     Raises ExportError if ComfyUI cannot read a unit's format, or if `out` exists.
     """
@@ -50,19 +50,19 @@ def comfyui_file(artifact: Artifact, out: Path, decoded: bool = False) -> int:
 
 
 def _values(artifact: Artifact, unit: Unit, decoded: bool) -> Mapping[str, torch.Tensor]:
-    """The tensors of a unit as the file holds them."""
+    """The tensors of a unit in the form of the file."""
     if not decoded:
         return artifact.codec(unit.name).comfyui_values(unit, artifact.parts(unit.name))
     return {name: tensor.bfloat16() for name, tensor in artifact.decode(unit.name).items()}
 
 
 def _decoded_parts(artifact: Artifact) -> tuple[dict[str, PartSpec], dict[str, dict[str, str]]]:
-    """The same as `_planned`, of a file without formats."""
+    """The same as `_planned`, for a file with every weight decoded."""
     return {spec.name: PartSpec("BF16", spec.shape) for unit in artifact.units() for spec in unit.specs}, {}
 
 
 def _planned(artifact: Artifact) -> tuple[dict[str, PartSpec], dict[str, dict[str, str]]]:
-    """What the file will hold, found on tensors without values, and ComfyUI's format of each layer that has one."""
+    """The parts of the file, found with tensors without values, and ComfyUI's format of each layer that has one."""
     import torch
 
     parts: dict[str, PartSpec] = {}

@@ -1,8 +1,9 @@
-"""compress: a plan and its checkpoint become an artifact, shard by shard, in bounded memory.
+"""Builds an artifact from a plan and its checkpoint, shard by shard, in bounded memory.
 
-read -> encode -> (the codec decodes and compares) -> write, with the writing, the hashing of the source and the
-finishing of the shard before each in its own thread. What the manifest says was measured on the bytes that were read
-and on the file that was written. A killed build goes on with the first unfinished shard and ends byte-identical.
+read -> encode -> (the codec decodes and compares) -> write. Writing, hashing of the source and finishing of the
+previous shard run in threads of their own. The manifest's digests and errors come from the bytes that were read and
+from the file that was written. An interrupted build continues with the first unfinished shard, and the result has the
+same bytes.
 """
 
 from __future__ import annotations
@@ -54,26 +55,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VAE = "ae.safetensors"
-HASH_ELEMENTS = 1 << 22  # elements per step where a tensor has to be hashed apart from its coding
-UNHASHED = 4  # blocks that may wait to be hashed: converted ones are anonymous memory
-UNFINISHED = 2  # shards that may still be hashed and synced while the next one is coded
-SPARE = 64 << 20  # bytes kept free for records, configs and the file system itself
-Progress = Callable[[str, int], None]  # unit name, bytes of the source that were coded
+HASH_ELEMENTS = 1 << 22  # elements read at a time if a tensor has to be hashed separately from its encoding
+UNHASHED = 4  # blocks that may wait to be hashed; converted blocks take memory
+UNFINISHED = 2  # shards that may still be hashed and synced while the next one is encoded
+SPARE = 64 << 20  # bytes of the disk left free for records, configs and the file system
+Progress = Callable[[str, int], None]  # (name of a unit, bytes of the source that were encoded)
 
 
 def compress(
     plan: Plan, checkpoint: Checkpoint, out: str | Path, progress: Progress | None = None, device: str = "cpu"
 ) -> Artifact:
-    """Builds the artifact in the folder `out`, or goes on with a build of the same plan there.
+    """Builds the artifact in the folder `out`, or continues an interrupted build of the same plan there.
 
-    Weights are streamed: memory holds a few tensors, never the model. The bytes depend on plan and source
-    alone; those of calibrated rounding on the machine and torch's number of threads as well.
-    `progress` gets the name of each unit and the bytes of the source that it covers. `device` is where the layers of a
-    calibrated build run; nothing else uses it.
+    Weights are streamed: memory holds a few tensors, never the model. The bytes depend only on plan and source; with
+    calibrated rounding also on the machine and torch's number of threads. `progress` is called with the name of each
+    unit and the bytes of the source that it covers. `device` runs the layers of a calibrated build; other builds do not
+    use it.
 
-    Raises ArtifactError if the folder holds something else, is locked or full; CodecError, naming the tensor, on values
-    that a codec cannot hold; CheckpointError if the source is not the plan's or changes; CalibrationError if the plan
-    needs a calibration set and has none, or one that does not do.
+    Raises ArtifactError if the folder holds something else, is locked, or its disk is full; CodecError, naming the
+    tensor, on values that a codec cannot represent; CheckpointError if the source is not the plan's or changes;
+    CalibrationError if the plan needs a calibration set and has none, or one that does not suit it.
 
         checkpoint = bc.Checkpoint.open("my-fine-tune", base="BAGEL-7B-MoT")
         plan = bc.make_plan(checkpoint, bc.Recipe.load("nf4-12gb"))
@@ -142,7 +143,7 @@ def _expect_same_source(done: Artifact, checkpoint: Checkpoint) -> None:
 
 
 def _expect_same_tensors(build: BuildFolder, checkpoint: Checkpoint, records: Mapping[str, ShardRecord]) -> None:
-    """Raises ArtifactError if the finished shards were built from other values. Reads what they were built from."""
+    """Raises ArtifactError if the finished shards were built from other values. Reads the tensors of these shards."""
     recorded = {
         name: t.blake3 for r in records.values() for unit in r.units.values() for name, t in unit.tensors.items()
     }
@@ -159,7 +160,7 @@ def _expect_same_tensors(build: BuildFolder, checkpoint: Checkpoint, records: Ma
 def _calibrated(
     build: BuildFolder, checkpoint: Checkpoint, records: Mapping[str, ShardRecord], device: str
 ) -> Callable[[str], Mapping[str, Encoding]]:
-    """Shard -> encodings that are made by a calibration; of most plans, none."""
+    """A function from a shard to its encodings with calibrated rounding; they are empty without calibration."""
     if not build.plan.calibrated:
         return lambda shard: {}
     from bagel_compress.build.calibrated import CalibratedEncodings
@@ -180,13 +181,13 @@ def _write_shard(
     hashing: ThreadPoolExecutor,
     progress: Progress,
 ) -> tuple[dict[str, UnitEntry], dict[str, Future[str]], Future[WrittenShard]]:
-    """Codes all units of a shard into its file: entries, digests of the tensors by name, and those of the parts.
+    """Encodes all units of a shard into its file. Returns entries, futures of the tensors' digests, and of the file.
 
-    `rounded`: encodings that calibration has made already, by unit.
+    `rounded` has the encodings that calibrated rounding has made already, by unit.
     """
     refused = build.plan.recipe.non_finite == "refused"
     reader = _HashingReader(checkpoint, hashing)
-    as_is = _FiniteReader(checkpoint, refused)  # its digest is taken of what was written
+    as_is = _FiniteReader(checkpoint, refused)  # for raw tensors, whose digest is that of the written part
     begun = [
         (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, as_is if p.codec.stored_as_is else reader))
         for p in build.plan.in_shard(shard)
@@ -202,7 +203,7 @@ def _write_shard(
             writer.put(chunk)
         units[placement.unit.name] = _entry(placement, encoding, shard)
         if refused and encoding.codec.stored_as_is and not placement.codec.stored_as_is:
-            _expect_finite_unit(placement, as_is)  # the codec gave up, perhaps because of such values
+            _expect_finite_unit(placement, as_is)  # NaN or infinity may be the reason why the codec failed
         if not placement.codec.stored_as_is:
             digests |= {spec.name: reader.digest(spec) for spec in placement.unit.specs}
         progress(placement.unit.name, sum(spec.nbytes for spec in placement.unit.specs))
@@ -210,7 +211,7 @@ def _write_shard(
 
 
 def _entry(placement: Placement, encoding: Encoding, shard: str) -> UnitEntry:
-    """What is known when a unit is coded; the digests are filled in when all is hashed and the file was read back."""
+    """The entry of an encoded unit, still without digests; these are known when the file has been read back."""
     lossless = encoding.codec.lossless or encoding.quality.noise == 0.0
     return UnitEntry(
         codec=encoding.codec,
@@ -230,7 +231,7 @@ def _record(
     digests: dict[str, Future[str]],
     written: Future[WrittenShard],
 ) -> ShardRecord:
-    """Waits for the digests of the tensors and for the finished file, and keeps its record."""
+    """Waits for the digests of the tensors and for the finished file, and writes the shard's record."""
     result = written.result()
     known = {name: digest.result() for name, digest in digests.items()}
     complete = {name: _with_digests(unit, known, result.parts) for name, unit in units.items()}
@@ -243,7 +244,7 @@ def _record(
 
 
 def _with_digests(unit: UnitEntry, tensors: dict[str, str], parts: dict[str, str]) -> UnitEntry:
-    """Fills the digests in. A raw tensor has none of its own: it is its part."""
+    """The entries with their digests. The digest of a raw tensor is that of its part."""
     entries = {n: t.model_copy(update={"blake3": tensors.get(n) or parts[n]}) for n, t in unit.tensors.items()}
     stored = {name: part.model_copy(update={"blake3": parts[name]}) for name, part in unit.parts.items()}
     return unit.model_copy(update={"tensors": entries, "parts": stored})
@@ -252,7 +253,7 @@ def _with_digests(unit: UnitEntry, tensors: dict[str, str], parts: dict[str, str
 def _finish(
     build: BuildFolder, checkpoint: Checkpoint, records: dict[str, ShardRecord], copies: dict[str, FileEntry]
 ) -> Artifact:
-    """Index, config.json and, last, the manifest."""
+    """Writes the index, config.json and, last, the manifest."""
     plan, out = build.plan, build.out
     units = {name: unit for record in records.values() for name, unit in record.units.items()}
     stored = [(p.unit, units[p.unit.name].codec) for p in plan.placements]
@@ -260,7 +261,7 @@ def _finish(
     weight_map = {part: unit.shard for unit in units.values() for part in unit.parts}
     total = sum(part.spec.nbytes for unit in units.values() for part in unit.parts.values())
     written = {"config.json": config_json(checkpoint.configs, stored)}
-    if plan.recipe.serve:  # its loader reads the files of the index alone
+    if plan.recipe.serve:  # the server's loader reads only the files of the index
         weight_map |= dict.fromkeys(checkpoint.vae.tensors, next(n for n in copies if n.endswith("ae.safetensors")))
         total += sum(tensor.nbytes for tensor in checkpoint.vae.tensors.values())
         if "preprocessor_config.json" not in copies:
@@ -299,7 +300,7 @@ def _calibration_entry(plan: Plan) -> CalibrationEntry | None:
 
 
 def _start_copies(build: BuildFolder, checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Future[FileEntry]]:
-    """Begins to copy what goes with the weights: tokenizer, configs, VAE."""
+    """Starts to copy tokenizer, configs and VAE."""
     refuses = build.plan.recipe.non_finite == "refused"
     apart = any(p.codec.scans_folder for p in build.plan.placements)
     targets = {name: f"vae/{VAE}" if apart and name == VAE else name for name in checkpoint.files}
@@ -311,7 +312,7 @@ def _start_copies(build: BuildFolder, checkpoint: Checkpoint, pool: ThreadPoolEx
 
 
 def _copied(source: Path, target: Path, is_finite: bool) -> FileEntry:
-    """Copies a file; it appears in full, and on the disk. `is_finite`: tensors, none of which may hold NaN or Inf."""
+    """Copies a file atomically and syncs it. `is_finite`: it has tensors, which must not contain NaN or infinity."""
     with atomic_path(target) as partial:
         shutil.copyfile(source, partial)
         if is_finite:
@@ -324,12 +325,12 @@ def _expect_finite(file: TensorFile, source: Path) -> None:
         for start in range(0, tensor.numel, HASH_ELEMENTS):
             stop = min(start + HASH_ELEMENTS, tensor.numel)
             values = floats(stored(file, tensor, start, stop), tensor.dtype)
-            if not (math.isfinite(values.max()) and math.isfinite(values.min())):  # NaN comes through either
+            if not (math.isfinite(values.max()) and math.isfinite(values.min())):  # both are NaN if any value is
                 raise CheckpointError(f"{source}: {name} holds NaN or infinity; copy it from the base model again.")
 
 
 class _FiniteReader:
-    """The checkpoint as a Reader that refuses NaN and infinity, if it `refuses`."""
+    """Reads the checkpoint for codecs; raises an error on NaN and infinity, if it `refuses`."""
 
     def __init__(self, checkpoint: Reader, refuses: bool) -> None:
         self._checkpoint = checkpoint
@@ -343,7 +344,7 @@ class _FiniteReader:
 
 
 class _HashingReader:
-    """The checkpoint as a Reader that also hashes, in the background, what is read in order."""
+    """Reads the checkpoint for codecs, and hashes in the background the elements that are read in order."""
 
     def __init__(self, checkpoint: Reader, pool: ThreadPoolExecutor) -> None:
         self._checkpoint = checkpoint
@@ -359,7 +360,7 @@ class _HashingReader:
         return values
 
     def digest(self, spec: TensorSpec) -> Future[str]:
-        """blake3 of the whole tensor; reads what was not read in order."""
+        """blake3 of the whole tensor. Elements that were not read in order are read for it."""
         for start in range(self._read.get(spec.name, 0), spec.numel, HASH_ELEMENTS):
             stop = min(start + HASH_ELEMENTS, spec.numel)
             self._take(spec, self._checkpoint.read(spec, start, stop), stop)
@@ -388,7 +389,7 @@ def _not_finite(spec: TensorSpec) -> CheckpointError:
 
 @contextmanager
 def _clean_disk_errors(out: Path) -> Iterator[None]:
-    """A full or failing disk as one sentence."""
+    """Inside, an error of a full or failing disk becomes an ArtifactError."""
     try:
         yield
     except OSError as error:

@@ -1,12 +1,11 @@
-"""Limits of parity: what each class of recipe must hold, written before any run, each with the place it comes from.
+"""The metrics, and the limits of each class of recipes with their origin. They were set before any run.
 
-A recipe names a class and may replace single values. A limit has a sense: `max` is broken by a larger value, `min` by a
-smaller one. `Metric` declares every metric once: name, unit, sense and words. This file knows nothing of models or
-reports.
+A recipe names a class and may replace single values. A limit of sense `max` is broken by a larger value, one of sense
+`min` by a smaller one. `Metric` declares every metric once: name, unit, sense and description.
 
-Denoising is limited by what it does to the picture: `latent.path` is the error of the final latent as a share of the
-way from the noise. Errors of single steps are shown in every report and can be limited by a recipe, but a lossy class
-does not limit them: a trained flow corrects most of them (docs/decisions.md).
+Denoising is limited by its effect on the picture: `latent.path` is the error of the final latent relative to the
+latent's distance from the noise. Errors of single steps are shown in every report and can be limited by a recipe, but
+the lossy classes do not limit them, since a trained flow corrects most of them (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ Sense = Literal["max", "min"]
 
 
 class Metric(StrEnum):
-    """A distance from the reference that reports show. The value is its name in recipes, traces and reports.
+    """A distance from the reference. The value is its name in recipes, traces and reports.
 
-    `sense` is the side of a limit that is kept: `max` for errors, `min` for likeness. None: shown, never limited.
+    `sense` is "max" if limits are upper bounds (errors), "min" if they are lower bounds (similarities), None if the
+    metric is only shown.
     """
 
     # fmt: off
@@ -69,23 +69,25 @@ class Metric(StrEnum):
 
     unit: str
     sense: Sense | None
-    words: str  # without the unit
+    description: str  # without the unit
 
-    def __new__(cls, name: str, unit: str, sense: Sense | None, words: str) -> Metric:
+    def __new__(cls, name: str, unit: str, sense: Sense | None, description: str) -> Metric:
         metric = str.__new__(cls, name)
-        metric._value_, metric.unit, metric.sense, metric.words = name, unit, sense, words
+        metric._value_, metric.unit, metric.sense, metric.description = name, unit, sense, description
         return metric
 
     @property
     def label(self) -> str:
-        """What it is, in words with the unit."""
+        """The description with the unit."""
         if not self.unit:
-            return self.words
-        return f"{self.words}, {self.unit}" if self.unit.startswith("of ") else f"{self.words} in {self.unit}"
+            return self.description
+        return (
+            f"{self.description}, {self.unit}" if self.unit.startswith("of ") else f"{self.description} in {self.unit}"
+        )
 
     @property
     def over_cases_by_median(self) -> bool:
-        """Single free runs scatter, because errors grow along a trajectory: their median over the cases is limited."""
+        """Whether the limit applies to the median over the cases: for free runs, whose single values vary strongly."""
         return self.value.startswith(("image.", "text."))
 
 
@@ -99,7 +101,7 @@ _OURS = "ours"
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A value that a metric must not pass, and where the number comes from."""
+    """A bound on a metric, and the origin of the number."""
 
     metric: Metric
     value: float
@@ -107,7 +109,7 @@ class Limit:
 
     @property
     def sense(self) -> Sense:
-        """`max`: larger values break it; `min`: smaller ones do."""
+        """`max` if larger values break the limit, `min` if smaller ones do."""
         assert self.metric.sense is not None
         return self.metric.sense
 
@@ -124,7 +126,7 @@ _CLASSES: dict[str, tuple[Limit, ...]] = {
             (Metric.IMAGE_MAE, 0.0), (Metric.TEXT_EXACT, 1.0),
         )
     ),
-    # The same weights in other arithmetic, as an export of a lossless build has them.
+    # For unchanged weights in other arithmetic, such as exports of a lossless build.
     "16-bit": (
         Limit(Metric.LATENT_PATH, 0.04, f"{_OURS}: half of the 8-bit limit"),
         Limit(Metric.LOGITS_KL_MEAN, 0.001, f"{_OURS}: a tenth of the 8-bit limit"),
@@ -172,7 +174,7 @@ CLASSES = tuple(_CLASSES)
 
 
 def resolve(level: str, overrides: Mapping[str, float]) -> dict[str, Limit]:
-    """Metric -> limit of a class, with single values replaced.
+    """Metric -> limit of a class, with single values replaced by `overrides`.
 
     Raises RecipeError on a class or metric that is unknown.
     """
@@ -189,7 +191,7 @@ def resolve(level: str, overrides: Mapping[str, float]) -> dict[str, Limit]:
 
 
 def unknown_metric(name: str) -> str:
-    """What to say of a name that is no metric with a limit."""
+    """The error message for a name that is no metric with a limit."""
     close = difflib.get_close_matches(name, list(METRICS), n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return f"unknown metric {name!r}{hint}; metrics are {', '.join(METRICS)}"

@@ -1,9 +1,9 @@
-"""What other loaders look for beside the tensors: `config.json`, `model.safetensors.index.json`, and for a server
+"""The config files that other loaders need: `config.json`, `model.safetensors.index.json`, and for a server
 `preprocessor_config.json`.
 
-One lossy format: its own entry (bitsandbytes, compressed-tensors or dfloat11). Several formats in one artifact have no
-common reader; then `quantization_config` names a method that no library knows, so that every loader but ours stops
-with an error instead of reading, say, FP8 codes as plain weights.
+With one format, `config.json` has that format's own entry (bitsandbytes, compressed-tensors or dfloat11). No other
+loader reads several formats in one artifact; `quantization_config` then names a method that no library knows, so that
+other loaders stop with an error instead of reading, for example, FP8 codes as uncompressed weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ READER_KEYS = ("quantization_config", "dfloat11_config")
 
 
 def config_json(configs: Mapping[str, Mapping[str, Any]], stored: Sequence[tuple[Unit, Codec]]) -> bytes:
-    """The artifact's config.json: the source's (or a minimal one), with the entries of the formats really used."""
+    """The artifact's config.json: the source's (or a minimal one), with the entries of the formats that are used."""
     base: dict[str, Any] = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"}
     base |= configs.get("config.json", {})
     for key in READER_KEYS:

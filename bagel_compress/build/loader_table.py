@@ -1,4 +1,4 @@
-"""loader_table: which loaders open an artifact, from the rules that stand beside each codec (codecs/loaders.py)."""
+"""The table of loaders that open an artifact, from the rules in codecs/loaders.py and in the codecs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNRUN = "reading its source"
 
 
 def loaders_of(artifact: Artifact) -> list[Loader]:
-    """The rules that hold for this artifact: those of every build, and of its one format, of none, or of a mixture."""
+    """The rules that apply to this artifact: those of every build, and those of its format, of none or of mixtures."""
     rules = _rules(artifact)
     if artifact.manifest.recipe.serve is None:
         return rules

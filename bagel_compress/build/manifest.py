@@ -1,4 +1,4 @@
-"""manifest.json: what an artifact was built from, by which recipe, and the digest and error of everything in it."""
+"""manifest.json of an artifact: its source, its recipe, and the digest and error of everything in it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bagel_compress.source.checkpoint import Base, Checkpoint
 
 MANIFEST = "manifest.json"
-EXPORT_MANIFEST = "export.json"  # of a folder of graphs or engines; what it holds is export's matter
+EXPORT_MANIFEST = "export.json"  # manifest of an export; see exporting/manifest.py
 MANIFESTS = (MANIFEST, EXPORT_MANIFEST)
 FORMAT = 1  # version of the manifest's fields
 
@@ -59,7 +59,7 @@ class StoredPart(FrozenModel):
 
 
 class TensorEntry(FrozenModel):
-    """A tensor of the checkpoint; `blake3` is over the bf16 values that were coded."""
+    """A tensor of the checkpoint; `blake3` is the digest of its bf16 values."""
 
     dtype: Dtype
     shape: tuple[PositiveInt, ...]
@@ -67,15 +67,15 @@ class TensorEntry(FrozenModel):
 
 
 class UnitEntry(FrozenModel):
-    """One unit: its tensors, how they were coded, and what is stored."""
+    """One unit: its tensors, its codec, and its stored parts."""
 
     codec: Annotated[SerializeAsAny[Codec], BeforeValidator(parse_codec)]
     shard: str
     tensors: dict[str, TensorEntry]
     parts: dict[str, StoredPart]
-    snr_db: float | None = None  # of the decoded weights; None: nothing was lost
-    reason: str = ""  # why the codec is not the recipe's, or what did not go as usual
-    rounded: Rounded | None = None  # what a calibrated rounding did; a weight rounded alone has no such key
+    snr_db: float | None = None  # of the decoded weights; None: lossless
+    reason: str = ""  # why the codec is not the recipe's, or another remark of the codec
+    rounded: Rounded | None = None  # the effect of calibrated rounding; None (no key) for rounding to nearest
 
     @model_serializer(mode="wrap")
     def _without_rounded(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class UnitEntry(FrozenModel):
 
 
 class FileEntry(FrozenModel):
-    """A file of the folder, with the digest of its bytes or, for a shard, the one that follows from its tensors'."""
+    """A file of the folder, with the digest of its bytes or, for a shard, the digest computed from its tensors'."""
 
     bytes: int
     blake3: str = ""
@@ -94,26 +94,26 @@ class FileEntry(FrozenModel):
 
     @property
     def digests(self) -> dict[str, str]:
-        """Name of the algorithm -> digest; the one that there is."""
+        """Name of the algorithm -> digest; only the one that the entry has."""
         return {"blake3_tensors": self.blake3_tensors} if self.blake3_tensors else {"blake3": self.blake3}
 
 
 class _Listing(FrozenModel, extra="ignore"):
-    """What the manifests of artifacts and of exports have in common."""
+    """The fields that manifests of artifacts and of exports have in common."""
 
     files: dict[str, FileEntry]
 
 
 class AdapterEntry(FrozenModel):
-    """An adapter that was merged into the weights; `blake3` is over its config and its weights, as files."""
+    """An adapter that was merged into the weights; `blake3` is over its config and weight files."""
 
     name: str
     blake3: str
-    scales: tuple[float, float]  # least and largest factor of what it adds
+    scales: tuple[float, float]  # smallest and largest scale of its pairs
 
 
 class BaseEntry(FrozenModel):
-    """A second checkpoint that gave what the first one lacked: tensors, and files by their names."""
+    """A second checkpoint that supplied what the first one lacked: tensors and files, by name."""
 
     name: str
     revision: str
@@ -124,7 +124,7 @@ class BaseEntry(FrozenModel):
 class SourceEntry(FrozenModel):
     """The checkpoint that was compressed: its identity, and `data_blake3` over every value that was read.
 
-    `adapter` and `base` are what else decided the values; both are in the identity, which is of the merged values.
+    `adapter` and `base` name what else contributed to the values. The identity is that of the resulting values.
     """
 
     name: str
@@ -136,7 +136,7 @@ class SourceEntry(FrozenModel):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, digest: str, data_blake3: str) -> SourceEntry:
-        """What a manifest says of a checkpoint whose identity is `digest`."""
+        """The entry of a checkpoint whose identity is `digest`."""
         merged, base = checkpoint.adapter, checkpoint.base
         return cls(
             name=checkpoint.name,
@@ -157,7 +157,7 @@ def _base_entry(base: Base) -> BaseEntry:
 
 
 class CalibrationEntry(FrozenModel):
-    """The calibration set that chose the codes: its file's sha256, the checkpoint that made it, what it holds."""
+    """The calibration set of the build: sha256 of its file, the checkpoint that made it, and its contents."""
 
     digest: str
     source: str
@@ -182,7 +182,7 @@ class Manifest(FrozenModel):
 
     @model_serializer(mode="wrap")
     def _without_calibration(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A build without calibration has no such key."""
+        """Leaves the key `calibration` out for a build without calibration."""
         fields: dict[str, Any] = handler(self)
         if self.calibration is None:
             del fields["calibration"]
@@ -203,7 +203,7 @@ class Manifest(FrozenModel):
 
 
 def parse_manifest(content: bytes, folder: Path) -> Manifest:
-    """A manifest's content; `folder` names it in errors. Raises ArtifactError: no JSON, wrong fields, unsafe names."""
+    """Parses a manifest; `folder` is named in errors. Raises ArtifactError on bad JSON, fields or file names."""
     try:
         data = json.loads(content)
     except (ValueError, RecursionError):
@@ -231,7 +231,7 @@ def parse_manifest(content: bytes, folder: Path) -> Manifest:
 
 
 def listed_files(name: str, content: bytes, folder: Path) -> dict[str, FileEntry]:
-    """The files that a manifest of either kind lists; `name` is its own. Raises ArtifactError as `parse_manifest`."""
+    """The files that a manifest lists, of an artifact or an export by its file `name`. Raises ArtifactError."""
     if name == MANIFEST:
         return parse_manifest(content, folder).files
     try:

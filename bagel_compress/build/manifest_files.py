@@ -1,4 +1,4 @@
-"""The files of a folder beside what its manifest lists: missing, changed, or not listed at all."""
+"""Compares the files of a folder with its manifest: missing, changed and unlisted files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bagel_compress.io.digests import Hash, blake3_file, blake3_of, tensors_dige
 from bagel_compress.io.safe_paths import is_file
 from bagel_compress.io.safetensors_file import TensorFile
 
-# What may lie beside the files of the manifest: written after the build, by validation, publishing or signing.
+# Unlisted files that are allowed, since validation, publishing or signing write them after the build.
 EXTRAS = {"README.md", "LICENSE", "SHA256SUMS", "model.sig", "report.html", ".gitattributes"}
 EXTRA_FOLDERS = {"reports", ".cache", ".git"}
 
 
 def compared_file(folder: Path, name: str, files: Mapping[str, FileEntry]) -> Path:
-    """The path of a file that a manifest lists. Raises ArtifactError if it does not, or if the bytes are others."""
+    """The path of a file that a manifest lists. Raises ArtifactError if it is not listed or its digest differs."""
     if name not in files:
         raise ArtifactError(f"{folder} has no {name} among the files of its manifest; copy it again.")
     path = folder / name
@@ -42,9 +42,9 @@ def wrong_sizes(folder: Path, files: Mapping[str, FileEntry]) -> Iterator[str]:
 
 
 def changed_files(folder: Path, files: Mapping[str, FileEntry], sums: dict[str, str] | None = None) -> Iterator[str]:
-    """Reads the files of a manifest that have the right size; names those with other bytes.
+    """Reads the files of a manifest that have the right size; yields the names of those with another digest.
 
-    `sums` is filled with the sha256 of the others, taken in the same reading.
+    `sums`, if given, is filled with the sha256 of the others, computed in the same pass.
     """
     for name, entry in files.items():
         path = folder / name
@@ -62,7 +62,7 @@ def changed_files(folder: Path, files: Mapping[str, FileEntry], sums: dict[str, 
 
 
 def extra_files(folder: Path, files: Mapping[str, FileEntry], manifest: str) -> Iterator[str]:
-    """A sentence per file that is neither in the manifest nor one of those that come to lie beside a build."""
+    """A sentence per file that is neither in the manifest nor one of those that are written after a build."""
     known = files.keys() | EXTRAS | {manifest}
     for path in (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()):
         if path.as_posix() not in known and path.parts[0] not in EXTRA_FOLDERS:
@@ -70,18 +70,18 @@ def extra_files(folder: Path, files: Mapping[str, FileEntry], manifest: str) -> 
 
 
 def intact(path: Path, entry: FileEntry) -> bool:
-    """Reads the file: whether its bytes are those of the entry."""
+    """Whether the digest of the file is that of the entry. Reads the file."""
     return matches(path, entry, None)
 
 
 def intact_sha256(path: Path, entry: FileEntry) -> str | None:
-    """Reads the file once: its sha256 if its bytes are those of the entry, else None."""
+    """The sha256 of the file if its digest is that of the entry, else None. Reads the file once."""
     total = hashlib.sha256()
     return total.hexdigest() if matches(path, entry, total) else None
 
 
 def matches(path: Path, entry: FileEntry, also: Hash | None) -> bool:
-    """Whether the file's bytes are those of the entry; `also` is fed with all of them if they are."""
+    """Whether the file's digest is that of the entry; if so, `also` has been updated with all its bytes."""
     if path.stat().st_size != entry.bytes:
         return False
     if not entry.blake3_tensors:
@@ -92,7 +92,7 @@ def matches(path: Path, entry: FileEntry, also: Hash | None) -> bool:
         return False
     in_file = sorted(file.tensors.values(), key=lambda tensor: (tensor.start, tensor.stop))
     with path.open("rb") as opened:
-        start = opened.read(8 + len(file.header))  # the tensors follow without a gap up to the end of the file
+        start = opened.read(8 + len(file.header))  # the tensors follow, without a gap, up to the end of the file
         if also is not None:
             also.update(start)
         digests = [blake3_of(opened, tensor.nbytes, also) for tensor in in_file]

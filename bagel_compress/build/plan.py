@@ -1,8 +1,8 @@
-"""Plan: the decision, from headers alone, which tensor gets which codec and lies in which shard.
+"""Plan: assigns a codec and a shard to every tensor, from headers alone.
 
-Total by construction: every tensor has exactly one rule (the first that matches) and every rule is hit, else PlanError.
-Shards follow the model (embeddings and head, one per decoder layer, the rest), so that names, sizes and resume points
-are known before a byte is read. No torch, no weights: under a second for the full model.
+Every tensor gets the codec of the first rule that matches, and every rule has to match a tensor; otherwise PlanError.
+Shards follow the model (one for embeddings and head, one per decoder layer, one for all other tensors), so that names,
+sizes and resume points are known before any weight is read. It takes under a second for the full model, without torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAYOUT = 3  # version of shard order and manifest; part of the digest
 
 
 class CheckpointHeader(Protocol):
-    """What a plan needs of a checkpoint: no data."""
+    """The properties of a checkpoint that a plan needs; no weights."""
 
     @property
     def name(self) -> str: ...
@@ -58,7 +58,7 @@ class Placement:
 
     @property
     def calibrated(self) -> bool:
-        """Whether its codes are chosen by the moments of the layer's inputs."""
+        """Whether its codes are chosen by calibrated rounding."""
         return isinstance(self.codec, CalibratedCodec) and self.codec.calibrated
 
 
@@ -69,7 +69,7 @@ class Plan:
     recipe: Recipe
     source_name: str
     source_revision: str
-    source_fingerprint: str  # what was known of the source without reading it all
+    source_fingerprint: str  # Checkpoint.fingerprint
     shards: tuple[str, ...]
     placements: tuple[Placement, ...]
     sampled: int | None = (
@@ -132,7 +132,7 @@ class Plan:
         )
 
     def _likely_text(self) -> str:
-        """What a size that depends on the data will be."""
+        """A text line with the likely size, if sizes depend on the data."""
         if self.exact:
             return ""
         if self.sampled is not None:
@@ -147,7 +147,7 @@ class Plan:
         return "\nrounding needs a calibration set; none is given" if self.calibrated else ""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything the table says, and every placement."""
+        """Plain data for --json: the contents of the table, and every placement."""
         return {
             "recipe": self.recipe.name,
             "digest": self.digest,
@@ -172,14 +172,14 @@ class Plan:
 
 
 def make_plan(checkpoint: CheckpointHeader, recipe: Recipe, calibration: CalibrationSet | None = None) -> Plan:
-    """Decides which tensor gets which codec and lies in which shard, from headers alone: under a second, no torch.
+    """Assigns a codec and a shard to every tensor, from headers alone, in under a second and without torch.
 
     The plan has `nbytes` (bytes of all shards; an upper bound unless `exact`), `groups`, `shard_bytes`, `digest` and
-    `table()`. `calibration` is what a recipe with calibrated rounding is built with; where it is not given, the
-    packaged set of this model, if there is one.
+    `table()`. `calibration` is the calibration set for a recipe with calibrated rounding; the default is the packaged
+    set of this model, if there is one.
 
-    Raises PlanError: a tensor that no rule matches, a rule that matches nothing, a codec that cannot hold a tensor, or
-    a size over the recipe's budget; CalibrationError: a set of another model, or one that is too small.
+    Raises PlanError if no rule matches a tensor, a rule matches nothing, a codec cannot represent a tensor, or the size
+    is over the recipe's budget; CalibrationError if the set is of another model or too small.
 
         plan = bc.make_plan(bc.Checkpoint.open("BAGEL-7B-MoT"), bc.Recipe.load("nf4-12gb"))
         print(plan.nbytes / 1e9, "GB")
@@ -212,7 +212,7 @@ def _with_calibration(plan: Plan, checkpoint: CheckpointHeader, calibration: Cal
                 f"recipe {plan.recipe.name} asks for calibrated rounding of {p.unit.name}; only the linear weights of"
                 " the decoder layers have it: give this one rounding nearest."
             )
-    files = getattr(checkpoint, "files", None)  # a header without files has no tokenizer to compare
+    files = getattr(checkpoint, "files", None)  # TrueHeader has no files, and so no tokenizer to compare
     if calibration is None:
         calibration = None if files is None else packaged_set({s.name: s.shape for s in checkpoint.specs}, files)
     if calibration is not None:
@@ -221,7 +221,7 @@ def _with_calibration(plan: Plan, checkpoint: CheckpointHeader, calibration: Cal
 
 
 def _assign(specs: Sequence[TensorSpec], recipe: Recipe) -> list[list[TensorSpec]]:
-    """For every rule the tensors that it is the first to match."""
+    """For every rule, the tensors for which it is the first match."""
     taken: list[list[TensorSpec]] = [[] for _ in recipe.rules]
     for spec in specs:
         role = official_role(spec.name)
@@ -244,7 +244,7 @@ def _assign(specs: Sequence[TensorSpec], recipe: Recipe) -> list[list[TensorSpec
 
 
 def _place(unit: Unit) -> tuple[int, int]:
-    """Sort key of a unit's shard: embeddings and head, then decoder layers, then the rest."""
+    """Sort key of a unit's shard: embeddings and head, then decoder layers, then all others."""
     roles = [official_role(spec.name) for spec in unit.specs]
     if all(role.kind in ("embedding", "head") for role in roles):
         return (0, 0)
@@ -255,7 +255,7 @@ def _place(unit: Unit) -> tuple[int, int]:
 
 
 def _sampled(placements: Sequence[Placement], checkpoint: CheckpointHeader) -> int | None:
-    """Likely bytes where a codec's size depends on the data and there is data."""
+    """Bytes of all shards estimated from samples, if a codec's size depends on the data and weights are available."""
     if not isinstance(checkpoint, Reader) or all(p.codec.exact for p in placements):
         return None
     return sum(p.codec.sampled(p.unit, checkpoint) for p in placements)

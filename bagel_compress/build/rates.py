@@ -1,10 +1,10 @@
-"""Rates: bits per weight for each group of weights, so that at one mean rate a build loses least.
+"""Rates: distributes bits per weight over the groups of weights, with the least loss at a given mean rate.
 
-On a uniform grid coded at its entropy the squared error of a group falls by four with every bit (Gish and Pierce, IEEE
-Trans. Inf. Theory 14, 1968), so what `sensitivities` measured at one rate says what a group costs at any.
-The sum over groups of cost_g 4^-bits_g at a fixed sum of weights_g bits_g is least where every group loses as much per
-bit, bits_g = level + log4(cost_g / weights_g): reverse water-filling (Cover and Thomas, Elements of Information Theory,
-10.3.3), one level for the whole model, and the ends of the format's rates for groups beyond them.
+On a uniform grid coded at its entropy, the squared error of a group falls by a factor of four with every bit (Gish and
+Pierce, IEEE Trans. Inf. Theory 14, 1968), so the effects that `sensitivities` measured at one rate give those at any
+rate. The sum over groups of cost_g 4^-bits_g, at a fixed sum of weights_g bits_g, is least for
+bits_g = level + log4(cost_g / weights_g): reverse water-filling (Cover and Thomas, Elements of Information Theory,
+10.3.3), with one level for the whole model. Groups beyond the format's rates get its lowest or highest rate.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from bagel_compress.build.recipe import Recipe, Rule
 from bagel_compress.build.sensitivity import Effect, Group
 from bagel_compress.codecs.base import Codec
 
-STEP = 0.05  # bits: rates of groups are multiples of it above the mean's, so that rules of a recipe stay few
+STEP = 0.05  # bits; rates differ from the mean rate by multiples of it, so that a recipe needs few rules
 HALVINGS = 60
 
 
 def water_filled(
     effects: Mapping[Group, Effect], weights: Mapping[Group, int], mean: float, ends: tuple[float, float]
 ) -> dict[Group, float]:
-    """Bits of every group, within the ends, whose mean over all weights is `mean` at most. Effects are of one rate."""
+    """Bits of every group, between the ends, with a mean over all weights of at most `mean`. All effects have been
+    measured at one rate."""
     costs = {group: cost for group, (cost,) in shares_of_cost({g: (e,) for g, e in effects.items()}).items()}
     wanted = {g: math.log(max(costs[g], 1e-30) / weights[g], 4) for g in effects}
     low, high = ends[0] - max(wanted.values()), ends[1] - min(wanted.values())
@@ -43,12 +44,12 @@ def water_filled(
 
 
 def _stepped(bits: float, mean: float, ends: tuple[float, float]) -> float:
-    """The rate of the mean and a multiple of STEP, below or at `bits`, and within the ends."""
+    """The largest rate at most `bits`, between the ends, that differs from the mean by a multiple of STEP."""
     return round(max(mean + math.floor((bits - mean) / STEP + 1e-9) * STEP, ends[0]), 2)
 
 
 def rated_recipe(plan: Plan, effects: Mapping[Group, Effect], ends: tuple[float, float]) -> Recipe:
-    """The plan's recipe with rates of their own for the groups whose codec has one; the mean of each codec is kept."""
+    """The plan's recipe with a rate for each group whose codec has rates; the mean rate of each codec is kept."""
     by_codec: dict[Codec, dict[Group, int]] = defaultdict(lambda: defaultdict(int))
     for placement in plan.placements:
         group = group_of(placement.unit.specs[0].name)

@@ -1,7 +1,7 @@
-"""Recipe: what the weights become. Ordered rules, each a match on a tensor's role and a codec; the first match wins.
+"""Recipe: ordered rules that assign codecs to tensors by their roles; the first rule that matches a tensor applies.
 
-A recipe holds no paths and no devices, so the same recipe and source give the same bytes everywhere. Unknown keys,
-codecs and values are errors that name the file, the rule and what was probably meant.
+A recipe has no paths and no devices, so the same recipe and source give the same bytes everywhere. Unknown keys, codecs
+and values are errors that name the file, the rule and the probable correction.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bagel_compress.io.packaged import find_recipe, target_files
 from bagel_compress.io.safe_paths import is_file
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.io.yaml_model import (
-    MOST,
+    MAX_BYTES,
     FrozenModel,
     did_you_mean,
     load_yaml,
@@ -81,7 +81,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class Match(FrozenModel):
-    """Which tensors a rule takes: all given fields must hold; a list means any of its values; `{}` takes everything."""
+    """The tensors of a rule: all given fields have to match; a list matches any of its values; `{}` matches all."""
 
     component: Names | None = Field(None, description="llm, vit, connector, latent, time")
     expert: Names | None = Field(None, description="und, gen, shared")
@@ -101,7 +101,7 @@ class Match(FrozenModel):
                     )
 
     def takes(self, spec: TensorSpec, role: Role) -> bool:
-        """True if the tensor has every asked property."""
+        """True if every given field matches the tensor."""
         for field in _CHOICES:
             wanted = getattr(self, field)
             if wanted is not None and getattr(role, field) not in wanted:
@@ -118,30 +118,30 @@ class Match(FrozenModel):
 
 
 class Rule(FrozenModel):
-    """A match and the codec of what it takes."""
+    """A match, and the codec of the tensors that it matches."""
 
     match: Match
     codec: Annotated[SerializeAsAny[Codec], BeforeValidator(parse_codec)]
 
 
 class SourceRepo(FrozenModel):
-    """The checkpoint that the recipe was written for; used when no other is named."""
+    """The checkpoint that the recipe was written for; the default source."""
 
     repo: str
     revision: str | None = None
 
 
 class Limits(FrozenModel, populate_by_name=True):
-    """What parity must hold: the limits of a class, and single values that replace them."""
+    """The limits for parity: a class of limits, and single values that replace the class's."""
 
     level: Literal["lossless", "16-bit", "8-bit", "4-bit"] = Field("8-bit", alias="class")
     overrides: dict[str, float] = Field(default_factory=dict, description="metric name -> limit")
 
 
 class Recipe(FrozenModel):
-    """What the weights become: ordered rules, each a match on a tensor's role and a codec; the first match wins.
+    """Ordered rules that assign codecs to tensors by their roles; the first rule that matches a tensor applies.
 
-    A frozen value that holds no paths and no devices: the same recipe and source give the same bytes everywhere.
+    A frozen value without paths and devices: the same recipe and source give the same bytes everywhere.
     `load` takes a YAML file or a packaged name, `parse` takes text. Raises RecipeError on anything unknown.
 
         recipe = bc.Recipe.load("nf4-12gb")
@@ -170,7 +170,7 @@ class Recipe(FrozenModel):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `fast`, `serve` and `non_finite` where a recipe has none: it means what it meant before them."""
+        """Leaves unset `fast`, `serve` and `non_finite` out, so that the digests of older recipes stay valid."""
         fields: dict[str, Any] = handler(self)
         unsaid: dict[str, Any] = {"fast": {}, "serve": None, "non_finite": "refused"}
         return {name: value for name, value in fields.items() if name not in unsaid or value != unsaid[name]}
@@ -187,14 +187,14 @@ class Recipe(FrozenModel):
 
     @property
     def digest(self) -> str:
-        """sha256 of the meaning: comments and order of keys do not matter, every value does."""
+        """sha256 of the recipe's values; independent of comments and the order of keys."""
         return meaning_digest(self)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """A YAML file, or the name of a recipe that comes with the package ("nf4-12gb").
 
-        Raises RecipeError, in one sentence with file, rule, found and expected.
+        Raises RecipeError, which names file, rule, the value found and the expected one.
         """
         file = find_recipe(str(path))
         recipe = load_yaml(cls, file, "recipe", RecipeError, _codec_class)
@@ -211,8 +211,8 @@ class Recipe(FrozenModel):
     def _check_names(self, where: str) -> None:
         """Raises RecipeError on a metric, target or export that does not exist.
 
-        This is asked of recipes that are read for a build, not of those in manifests: an artifact stays readable when
-        a later version has other metrics and targets. A target may lie beside the recipe as `NAME.yaml`.
+        Only recipes that are read for a build are checked, not those in manifests: an artifact stays readable when a
+        later version has other metrics and targets. A target may be a file `NAME.yaml` in the recipe's folder.
         """
         for metric in self.limits.overrides:
             if metric not in METRICS:
@@ -226,7 +226,7 @@ class Recipe(FrozenModel):
 
 
 def _check_target(name: str, known: Sequence[str], where: str) -> None:
-    """Raises RecipeError unless the target comes with the package or its file is there."""
+    """Raises RecipeError unless the target is a packaged one or its file exists."""
     beside = Path(where.partition(": ")[0]).parent
     own = beside / f"{name.removesuffix('.yaml')}.yaml" if Path(name).name == name else Path(name)
     if name not in known and not is_file(own) and not is_file(name):
@@ -243,11 +243,11 @@ def _check_target(name: str, known: Sequence[str], where: str) -> None:
 
 def _name_in(file: Path) -> str:
     try:
-        return str(plain_yaml(small_bytes(file, MOST).decode())["name"])
+        return str(plain_yaml(small_bytes(file, MAX_BYTES).decode())["name"])
     except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
         return ""
 
 
 def _codec_class(model: type[BaseModel], data: Any) -> type[BaseModel]:
-    """The class of the codec that a mapping names, where a rule says only that there is one."""
+    """The class of the codec that a mapping names, for error messages; a rule's field is annotated with the base."""
     return type(parse_codec(data["format"])) if model is Codec and isinstance(data, dict) else model

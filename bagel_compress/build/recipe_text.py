@@ -1,4 +1,4 @@
-"""A recipe as the YAML file that people would write: every rule on two lines, nothing that is at its default."""
+"""Writes a recipe as readable YAML: two lines per rule, without defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bagel_compress.codecs.calibrated import Gptq
 
 
 def recipe_text(recipe: Recipe, reasons: str) -> str:
-    """The file: the reasons as comments, then the recipe. Parsing it gives a recipe of the same digest."""
+    """The text of the file: `reasons` as comments, then the recipe. Parsing it gives a recipe with the same digest."""
     lines = [f"# {line}".rstrip() for line in reasons.splitlines()]
     data = recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True)
     lines += [f"{key}: {_inline(value)}" for key, value in data.items() if key != "rules"]
@@ -30,7 +30,7 @@ def _match(match: Match) -> dict[str, Any]:
 
 
 def _codec(codec: Codec) -> Any:
-    """The format alone, or with every field that is not at its default."""
+    """The name of the format, or a mapping with the fields that are not at their defaults."""
     given = {name for name, value in codec if value != type(codec).model_fields[name].default} - {"format"}
     fields = {"format": codec.format} | codec.model_dump(mode="json", include=given)
     rounding = getattr(codec, "rounding", None)

@@ -1,7 +1,7 @@
 """The state of a build in its folder: one lock, one plan, one record per finished shard.
 
-Everything lies in `.build/` inside the artifact's folder and goes when the manifest is written. A shard whose record is
-there was synced before the record was, so a build that was killed anywhere goes on with the first shard without one.
+The state is in `.build/` inside the artifact's folder and is removed when the manifest has been written. A shard is
+synced before its record is written, so an interrupted build can always continue with the first shard without a record.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ShardRecord(FrozenModel):
 
 @dataclass(frozen=True)
 class BuildFolder:
-    """A folder that this process may write to. Use as a context manager; leaving it releases the lock."""
+    """A build's folder, locked by this process. Use it as a context manager; leaving it releases the lock."""
 
     out: Path
     plan: Plan
@@ -59,21 +59,21 @@ class BuildFolder:
         (self.out / STATE / "lock").unlink(missing_ok=True)
 
     def record(self, shard: str) -> ShardRecord | None:
-        """The record of a finished shard whose file is still there in full, else None."""
+        """The record of a finished shard whose file still exists with its size, else None."""
         path = self.out / STATE / f"{shard}.json"
         try:
             record = ShardRecord.model_validate_json(small_bytes(path))
-        except (OSError, ValidationError):  # none, or a damaged one: the shard is built again
+        except (OSError, ValidationError):  # missing or damaged: the shard is built again
             return None
         file = self.out / shard
         return record if file.is_file() and file.stat().st_size == record.file.bytes else None
 
     def finish_shard(self, shard: str, record: ShardRecord) -> None:
-        """Keeps the record; from here on the shard is not built again."""
+        """Writes the record of a finished shard, which is then not built again."""
         write_atomic(self.out / STATE / f"{shard}.json", record.model_dump_json().encode())
 
     def check_space(self, nbytes: int) -> None:
-        """Raises ArtifactError if the disk cannot take `nbytes` more."""
+        """Raises ArtifactError if the disk has less than `nbytes` free."""
         free = shutil.disk_usage(self.out).free
         if free < nbytes:
             raise ArtifactError(
@@ -82,16 +82,16 @@ class BuildFolder:
             )
 
     def clear(self) -> None:
-        """Removes the state: the manifest is written."""
+        """Removes the state, after the manifest has been written."""
         shutil.rmtree(self.out / STATE)
 
 
 def finished(out: Path, plan: Plan) -> Artifact | None:
-    """The artifact that `plan` has already built in `out`, if it has."""
+    """The finished artifact of this plan in `out`; None if there is none."""
     if not (out / MANIFEST).exists():
         return None
     _refuse_foreign(out, plan)
-    if (out / STATE).exists():  # killed between the manifest and the clearing
+    if (out / STATE).exists():  # the process ended after it wrote the manifest
         if (out / STATE / "lock").exists():
             remove_if_stale(out / STATE / "lock", "built", ArtifactError)
         shutil.rmtree(out / STATE)
@@ -99,7 +99,7 @@ def finished(out: Path, plan: Plan) -> Artifact | None:
 
 
 def _refuse_foreign(out: Path, plan: Plan) -> None:
-    """Raises ArtifactError if the folder holds anything but a build or artifact of this very plan."""
+    """Raises ArtifactError if the folder holds anything but a build or artifact of this plan."""
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file; choose a folder for the artifact.")
     for path, key in ((out / MANIFEST, "finished artifact"), (out / STATE / "plan.json", "begun build")):

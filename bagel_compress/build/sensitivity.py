@@ -1,9 +1,10 @@
-"""Sensitivity: what coding one group of weights in one format does to velocities and to answers.
+"""Sensitivity: the effect of compressing one group of weights in one format on velocities and on texts.
 
-A group is one expert's weights of one layer that see the same inputs: q, k and v; o; gate and up; down. The rows of a
-calibration set go through the full-precision layers. At each layer every group is coded in every format, alone, and the
-rows go on from there to the end; what differs there is measured on noised pictures and on decoded texts. So the cost is
-that of (groups x formats) half models: seconds on BAGEL-nano, a GPU's work at the released size.
+A group is the weights of one layer and expert that have the same inputs: q, k and v; o; gate and up; down. The rows of
+a calibration set are run through the full-precision layers. At each layer, every group is compressed alone in every
+format, and the rows are run through the remaining layers; the changes of velocities and of next-token distributions are
+measured. This takes as much time as (groups x formats) passes of half the model: seconds for BAGEL-nano; use a GPU for
+the released size.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
 
 GROUPS = {"qkv": QKV, "o": ATTENDED, "gate_up": GATED, "down": DOWN}
 Progress = Callable[[str], None]
-ROWS = 2048  # of the set that are measured, about; differences between groups are far larger than those of samples
+ROWS = 2048  # rows of the set to measure, approximately; groups differ far more than samples of this size
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Group:
-    """Weights that are coded alike."""
+    """A group of weights that get one format."""
 
     layer: int
     expert: str
@@ -53,10 +54,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What one group in one format does."""
+    """The effect of one group in one format."""
 
-    velocity: float  # squared error of the velocities over their squares
-    kl: float  # mean KL of next-token distributions, nats
+    velocity: float  # relative squared error of the velocities
+    kl: float  # mean KL divergence of next-token distributions, nats
     nbytes: int
 
 
@@ -68,7 +69,7 @@ def sensitivities(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[Group, tuple[Effect, ...]]:
-    """For every group the effects of the codecs, in their order. Raises what the codecs and moments raise."""
+    """Group -> the effects of the codecs, in their order. Raises CodecError, CalibrationError, CheckpointError."""
     measure = _Measure(checkpoint, calibration, codecs, torch.device(device))
     found: dict[Group, tuple[Effect, ...]] = {}
     for layer in range(measure.layers):
@@ -79,7 +80,7 @@ def sensitivities(
 
 
 class _Measure:
-    """The rows of the full model on their way."""
+    """The rows of the full model at the input of the next layer."""
 
     def __init__(
         self, checkpoint: Checkpoint, calibration: CalibrationSet, codecs: Sequence[Codec], device: torch.device
@@ -102,7 +103,7 @@ class _Measure:
         self._reference = self._outputs(self._through(self._rows.clone(), 0, {}))
 
     def layer(self, layer: int) -> dict[Group, tuple[Effect, ...]]:
-        """Effects of a layer's groups; the rows go on to the next."""
+        """The effects of a layer's groups; advances the rows to the next layer."""
         entering = self._rows.clone()
         rounder = _Candidates(self._checkpoint, self._specs, self._codecs)
         self._run.run(layer, self._weight, [Stream(self._rows)], rounder)
@@ -131,7 +132,7 @@ class _Measure:
         return Effect(float(moved), max(kl, 0.0), nbytes)
 
     def _through(self, rows: Tensor, layer: int, coded: Mapping[str, Tensor]) -> Tensor:
-        """Rows that leave the last layer; `coded` are weights of `layer`, others are the checkpoint's."""
+        """The rows after the last layer, with the weights `coded` in `layer`; all others are the checkpoint's."""
         stream = Stream(rows, rounded=True)
         for index in range(layer, self.layers):
             if index == layer:
@@ -162,14 +163,14 @@ class _Measure:
 
 
 def _thinned(calibration: CalibrationSet) -> CalibrationSet:
-    """Every n-th sequence of the set, so that about ROWS rows are left."""
+    """Every n-th sequence of the set, with about ROWS rows in all."""
     step = max(1, (calibration.rows.und + calibration.rows.gen) // ROWS)
     header = calibration.header.model_copy(update={"sequences": calibration.header.sequences[::step]})
     return replace(calibration, header=header)
 
 
 class _Candidates:
-    """Codes the weights of one layer in every format and keeps what they decode to."""
+    """Encodes the weights of one layer in every format and keeps the decoded values."""
 
     refit = False
 

@@ -1,9 +1,8 @@
-"""ShardWriter: fills safetensors files in place, from background threads, with a few reused buffers.
+"""ShardWriter: writes safetensors files from background threads, with a few reused buffers.
 
-The layout is known before the data (`safetensors_file.lay_out`), so chunks may come in any order. Encoding goes on,
-also of the next shard, while chunks are written and while what was written is read back, hashed and synced. Buffers
-are made once: fresh memory is slow to touch. Portable seek and write; the file appears under its name only when it is
-complete.
+The layout is known before the data (`safetensors_file.lay_out`), so chunks may come in any order. While chunks are
+written, and while a written file is read back, hashed and synced, encoding continues, also of the next shard. Buffers
+are allocated once, since the first access to new memory is slow. A file gets its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from bagel_compress.io.safetensors_file import lay_out
 from bagel_compress.io.tensor_spec import PartSpec
 
 PIECE = 8 << 20  # bytes written at once
-BUFFERS = 6  # being filled, being written, and a few between, since encoding and writing do not keep step
-LASTING = 128  # lasting chunks that may wait: copied tensors must not hold up the coding of the next
-HASH_BLOCK = 1 << 18  # bytes read back at a time: they stay in the second-level cache
-SYNC_BYTES = 192 << 20  # written between two fsyncs: without them the disk would idle until the end of a shard
+BUFFERS = 6  # one being filled, one being written, and some between, since encoding and writing differ in speed
+LASTING = 128  # chunks in lasting memory that may wait, so that tensors copied unchanged do not delay encoding
+HASH_BLOCK = 1 << 18  # bytes read back at a time, which fit into the L2 cache
+SYNC_BYTES = 192 << 20  # bytes between two fsyncs; without them the disk would be idle until the end of a shard
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """A complete file: its JSON header and the BLAKE3 of each part, read back from it, in the order of the file."""
+    """A complete file: its JSON header, and the BLAKE3 of each part as read back, in the order of the file."""
 
     nbytes: int
     header: bytes
@@ -45,11 +44,11 @@ class WrittenShard:
 
 
 class ShardWriter:
-    """Writes shards one after the other: `begin`, any number of `put`, `end`. Use as a context manager."""
+    """Writes shards one after the other: call `begin`, any number of `put`, `end`. Use it as a context manager."""
 
     def __init__(self) -> None:
         self._writing = ThreadPoolExecutor(1, "write")
-        self._copying = ThreadPoolExecutor(1, "copy")  # lasting chunks, so that no buffer waits behind them
+        self._copying = ThreadPoolExecutor(1, "copy")  # writes lasting chunks, so that buffers need not wait for them
         self._finishing = ThreadPoolExecutor(2, "finish")
         self._syncing = ThreadPoolExecutor(2, "sync")
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
@@ -81,9 +80,9 @@ class ShardWriter:
         shard.write(0, header)
 
     def put(self, chunk: Chunk | LaterChunk) -> None:
-        """Leaves the chunk to a background thread, copied if it will not last; writes a `direct` one before it returns.
+        """Queues a chunk to be written by a background thread; copies it first unless its memory lasts.
 
-        Raises what a background thread met.
+        A `direct` chunk is written before the method returns. Raises errors of background threads.
         """
         shard = self._shards[-1]
         nbytes = chunk.nbytes if isinstance(chunk, LaterChunk) else chunk.data.nbytes
@@ -110,7 +109,7 @@ class ShardWriter:
         shard.sync_early(self._syncing)
 
     def end(self) -> Future[WrittenShard]:
-        """Call it after the last `put`. The future is done when the file is written, hashed, synced and renamed."""
+        """Ends the file, after the last `put`. The future is done when it is written, hashed, synced and renamed."""
         shard = self._shards[-1]
         for part, spec in shard.parts.items():
             if shard.filled[part] != spec.nbytes:
@@ -134,7 +133,7 @@ class ShardWriter:
 class _OpenShard:
     path: Path
     partial: Path
-    handles: dict[int, FileIO]  # by thread: a handle has one position
+    handles: dict[int, FileIO]  # by thread, since a handle has one position
     header: bytes
     offsets: dict[str, int]
     parts: dict[str, PartSpec]
@@ -152,14 +151,14 @@ class _OpenShard:
         return file
 
     def write(self, where: int, data: bytes | memoryview) -> None:
-        """Writes at byte `where` of the file. An unbuffered file may take less than it is given."""
+        """Writes at byte `where` of the file, with several calls if an unbuffered write takes only a part."""
         file, rest = self.handle(), memoryview(data)
         file.seek(where)
         while rest:
             rest = rest[file.write(rest) :]
 
     def raise_failures(self) -> None:
-        """Re-raises the error of a background write that failed; drops those that succeeded."""
+        """Raises the error of a failed background write; forgets the finished ones."""
         for write in [w for w in self.pending if w.done()]:
             write.result()
             self.pending.remove(write)
@@ -177,7 +176,7 @@ class _OpenShard:
 
 
 def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
-    """Reads the file back (from the page cache) while it goes to the disk, then gives it its name."""
+    """Reads the file back (from the page cache) and hashes it while it is synced to the disk, then renames it."""
     block = memoryview(bytearray(HASH_BLOCK))
     try:
         for write in shard.pending:
@@ -197,18 +196,18 @@ def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
 
 
 def _reserve(file: FileIO, size: int) -> None:
-    """Sets the size; where it can, gives the file its blocks, which costs less at once than while it is written."""
+    """Sets the file's size, and allocates its blocks if the system supports it, which is faster than while writing."""
     file.truncate(size)
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # the file system cannot
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not supported by the file system
                 raise
 
 
 def _digest(file: FileIO, nbytes: int, block: memoryview) -> str:
-    """BLAKE3 of the next `nbytes`; read into `block`, because fresh memory is slow."""
+    """BLAKE3 of the next `nbytes`; `block` is the buffer to read into."""
     total = blake3()
     while nbytes > 0:
         count = file.readinto(block[: min(nbytes, len(block))])

@@ -15,7 +15,7 @@ from bagel_compress.io.tensor_spec import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class SizeGroup:
-    """Sizes of what shares component, expert and codec."""
+    """Sizes of the tensors of one component, expert and codec."""
 
     component: str
     expert: str

@@ -1,13 +1,13 @@
 """Sampler settings that trade accuracy for speed, as cases, targets and recipes write them.
 
-The values are those of bagel.settings.FlowSettings, where they are explained. A recipe's `fast:` names presets of them:
+bagel.settings.FlowSettings explains the values. A recipe's `fast:` block defines presets of them:
 
     fast:
       balanced: {num_timesteps: 50, cache_every: 2}
       fast: {num_timesteps: 50, cache_every: 3}
 
-What a preset costs is measured with `bagel-compress speed`; `validate` draws with every preset of the recipe and holds
-it to the recipe's limits.
+`bagel-compress speed` measures the error and time of such settings; `validate` draws with every preset of the recipe
+and applies the recipe's limits.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class SpeedSettings(FrozenModel):
 
 
 class SpeedPreset(SpeedSettings):
-    """Speed settings that are put on top of those of a picture."""
+    """Speed settings that replace those of a picture's other settings."""
 
     num_timesteps: int | None = Field(default=None, ge=2, description="points of the schedule; None: as they are")
 
     def applied(self, flow: FlowSettings) -> FlowSettings:
-        """`flow` with these settings in place of its own."""
+        """`flow` with these settings."""
         return replace(flow, **self.model_dump(exclude_none=True))
 
     @model_validator(mode="after")
@@ -50,7 +50,7 @@ class SpeedPreset(SpeedSettings):
         return self
 
     def __str__(self) -> str:
-        """What differs from the official sampler: `ab2, 26 points`."""
+        """The settings that differ from the official sampler's, as text: `ab2, 26 points`."""
         words: list[str] = [] if self.solver == "euler" else [self.solver]
         words += [] if self.num_timesteps is None else [f"{self.num_timesteps} points"]
         if self.cache_every > 1:
@@ -65,7 +65,7 @@ class SpeedPreset(SpeedSettings):
 
 
 def checked(settings: Callable[..., object], **values: object) -> None:
-    """What the sampler itself would refuse, as the ValueError that pydantic expects."""
+    """Raises ValueError, for pydantic, on settings that the sampler would refuse."""
     try:
         settings(**values)
     except BagelError as error:

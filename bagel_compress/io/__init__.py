@@ -1,1 +1,1 @@
-"""Files and bits: safetensors, bf16 words, what comes with the package."""
+"""Files: safetensors, bf16 values, atomic writes, digests, YAML, the Hub client, files that come with the package."""

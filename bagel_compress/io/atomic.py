@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there in full or not at all, also after a power cut."""
+"""Atomic writes: a file appears under its name only when it is complete, also after a power failure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PARTIAL = ".partial"  # suffix of a file that is being written; it is renamed wh
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a small file, text as UTF-8; its folder is made if it is not there."""
+    """Writes a small file, text as UTF-8, and creates its folder if it is missing."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -28,8 +28,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under; synced and renamed to `path` when the `with` block is left.
 
-    If the block raises, nothing appears and the partial file is removed. The folder of `path` is made if it is not
-    there; a file that `path` names already is replaced. What is no regular file (/dev/null, a pipe) is written to
+    If the block raises, the partial file is removed and `path` is unchanged. The folder of `path` is created if it is
+    missing; an existing file is replaced. If `path` exists and is no regular file (/dev/null, a pipe), it is written to
     directly.
     """
     if path.exists() and not path.is_file():
@@ -49,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last through a power cut, where the system lets a folder be synced."""
+    """Syncs a folder, so that renames in it survive a power failure; only POSIX systems support this."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,7 @@
-"""bf16 words from files: stored elements of any float type -> uint16, rounded to nearest even. numpy only."""
+"""Reads stored elements of any float type as bf16, rounded to nearest even, with numpy alone.
+
+numpy has no bf16 type, so a bf16 number is held as its 16 bits in a uint16, here called a word.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}  # the dtypes that weights may be stored in, and their bytes
-BLOCK = 1 << 18  # elements rounded at a time: the temporaries stay in the L2 cache
+WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}  # dtypes that weights may be stored in -> bytes per element
+BLOCK = 1 << 18  # elements rounded at a time, so that temporaries fit into the L2 cache
 
 
 def stored(file: TensorFile, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
-    """Elements [start, stop) as unsigned words of the stored width."""
+    """The bits of elements [start, stop) of the flattened tensor: uint16, or uint32 for F32."""
     import numpy as np
 
     width = WIDTHS[tensor.dtype]
@@ -26,7 +29,7 @@ def stored(file: TensorFile, tensor: StoredTensor, start: int, stop: int) -> np.
 
 
 def floats(words: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored words -> fp32 values."""
+    """Stored bits of the given dtype -> fp32 values."""
     import numpy as np
 
     if dtype == "F32":
@@ -56,7 +59,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def as_tensor(words: np.ndarray) -> torch.Tensor:
-    """bf16 words, or bytes, -> torch tensor on the same memory. Read only: it may be a mapped file."""
+    """uint16 words -> bf16 tensor, uint8 -> uint8 tensor, on the same memory. Do not write to it: it may be mapped."""
     import torch
 
     _accept_read_only()
@@ -65,7 +68,7 @@ def as_tensor(words: np.ndarray) -> torch.Tensor:
 
 
 def as_words(values: torch.Tensor) -> np.ndarray:
-    """1-D bf16 tensor -> its words as a numpy array on the same memory."""
+    """1-D bf16 tensor -> its words as a uint16 array on the same memory."""
     import torch
 
     words: np.ndarray = values.view(torch.uint16).numpy()
@@ -74,7 +77,7 @@ def as_words(values: torch.Tensor) -> np.ndarray:
 
 @cache
 def _accept_read_only() -> None:
-    """torch warns once per process about read-only arrays; ours are never written to, so it is silenced here."""
+    """Silences torch's warning about read-only arrays, which it gives once per process; these are never written to."""
     import numpy as np
     import torch
 

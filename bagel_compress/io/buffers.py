@@ -1,7 +1,7 @@
-"""Reuses read buffers: the first touch of fresh memory costs more than reading into it.
+"""Reuses read buffers, since the first access to newly allocated memory takes longer than reading into it.
 
 A buffer is free when nothing refers to it any more: no array made from it, no tensor on its memory, no entry of
-a queue. A caller never returns a buffer: it is reused once the last reference to it is gone.
+a queue. Callers need not return a buffer; it is reused when the last reference to it is gone.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-SIZE = 8 << 20  # bytes of a buffer: what a reader of weights asks for at once
+SIZE = 8 << 20  # bytes of a buffer: as many as readers of weights request at a time
 SMALL = SIZE // 8
 KEPT = 16  # buffers kept for reuse; further ones are allocated and freed
 
 
 class Buffers:
-    """Gives out memory of up to `SIZE` bytes that was used before, where there is any; larger memory is fresh."""
+    """Hands out buffers of up to `SIZE` bytes, if possible used ones; larger requests get new memory."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -30,7 +30,7 @@ class Buffers:
         """uint8 [nbytes], content undefined. The memory is not reused while anything refers to it."""
         import numpy as np
 
-        if not SMALL < nbytes <= SIZE:  # small: no gain, and it would hold a large one
+        if not SMALL < nbytes <= SIZE:  # a small request would gain nothing, and occupy a large buffer
             return np.empty(nbytes, np.uint8)
         with self._lock:
             for number in range(len(self._buffers)):

@@ -1,4 +1,4 @@
-"""Digests of files and of tensors in files: BLAKE3 in our manifests, sha256 where the Hub and people compare."""
+"""Digests of files and of tensors in files: BLAKE3 for manifests, sha256 for comparison with the Hub and SHA256SUMS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Hash(Protocol):
 def tensors_digest(header: bytes, digests: Iterable[str]) -> str:
     """Digest of a safetensors file from its JSON header and the BLAKE3 of each tensor, in the order of the file.
 
-    The bytes of a shard are hashed once this way, and not once for the file and once for the tensor that changed.
+    In this way every byte is hashed only once, for the digests of the tensors and that of the file.
     """
     return blake3(header + b"".join(map(bytes.fromhex, digests))).hexdigest()
 
@@ -31,13 +31,13 @@ def blake3_file(path: Path, also: Hash | None = None) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes: what the Hub, git LFS and SHA256SUMS say of it."""
+    """sha256 of a file's bytes, the digest that the Hub, git LFS and SHA256SUMS use."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def blake3_of(file: BinaryIO, nbytes: int, also: Hash | None = None) -> str:
-    """BLAKE3 of the next `nbytes` bytes of an open file, or of what is left of it; `also` is fed with them too."""
+    """BLAKE3 of the next `nbytes` bytes of an open file (fewer at its end); `also` is updated with the same bytes."""
     total = blake3()
     while nbytes > 0 and (block := file.read(min(nbytes, 1 << 20))):
         total.update(block)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: one client, one parser of repository ids, one sentence per failure.
+"""Access to the Hugging Face Hub: the client, the parser of repository ids, clear errors.
 
 Everything that talks to the Hub goes through this module: checkpoints (source/checkpoint_download), published builds
 (run/fetch) and publishing. huggingface_hub finds the user's token itself (HF_TOKEN, or what `hf auth login` stored);
@@ -31,13 +31,13 @@ SECRET = re.compile(r"hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^/@\s]+(?=@)")  # to
 TRIES = 3  # attempts at a request that may be repeated
 PAUSE = 1.0  # seconds before the second attempt, doubled before the third
 ANSWER = 120.0  # seconds in which a request for a few lines has to be answered
-STALLED, LEAST = 300.0, 64 << 10  # a download is given up if fewer bytes than LEAST came in that many seconds
+STALLED, LEAST = 300.0, 64 << 10  # a download is aborted if fewer than LEAST bytes arrive in STALLED seconds
 DOWNLOADS = 4  # files that are downloaded at a time
 T = TypeVar("T")
 
 
 class UnreachableError(HubError):
-    """No answer at all: the network or the Hub is down, or the client was told to stay offline."""
+    """There was no answer: the network or the Hub is down, or HF_HUB_OFFLINE is set."""
 
 
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
@@ -50,7 +50,7 @@ def parse_repo_id(text: str) -> tuple[str, str | None] | None:
 
 
 def offline() -> bool:
-    """Whether the user keeps the client from the network (HF_HUB_OFFLINE)."""
+    """Whether the user forbids network access (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -61,7 +61,8 @@ def split_repo_id(text: str, revision: str | None = None) -> tuple[str, str | No
     parsed = parse_repo_id(text)
     if parsed is None:
         raise HubError(
-            f"{text} is neither a folder here nor the name of a repository; expected owner/name or owner/name@revision."
+            f"{text} is neither a local folder nor the name of a repository; expected owner/name or"
+            " owner/name@revision."
         )
     return parsed[0], revision or parsed[1]
 
@@ -83,9 +84,10 @@ def listing(repo: str, revision: str | None) -> tuple[str, set[str]]:
 
 
 def download(repo: str, revision: str | None, names: Iterable[str]) -> dict[str, Path]:
-    """Paths of the named files of one revision (None: main) in the client's cache; fetches those that are not there.
+    """Name -> path in the client's cache, of files of one revision (None: main); missing ones are downloaded.
 
-    An interrupted file is resumed. The client compares sizes only: digests are the caller's to check. Raises HubError.
+    An interrupted download is resumed. The client compares only sizes, so callers have to check digests. Raises
+    HubError.
     """
     from huggingface_hub import hf_hub_download
 
@@ -103,24 +105,24 @@ def download(repo: str, revision: str | None, names: Iterable[str]) -> dict[str,
         try:
             return dict(pool.map(one, names))
         finally:
-            stopped.set()  # after Ctrl-C nobody waits for the files that are still coming
+            stopped.set()  # ends the waiting for running downloads after Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def answered(call: Callable[[], T]) -> T:
-    """`insist` on a request for a few lines. Raises TimeoutError if it takes longer than ANSWER."""
+    """The result of a small request, repeated as by `insist`. Raises TimeoutError if it takes longer than ANSWER."""
     return within(ANSWER, lambda: insist(call))
 
 
 def _xet_is_used() -> bool:
-    """Whether files come by the Xet protocol, which writes them in large pieces and has time limits of its own."""
+    """Whether files are downloaded by the Xet protocol, which writes them in large pieces and has its own timeouts."""
     from huggingface_hub import constants
 
     return importlib.util.find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
 
 
 def _bytes_in_cache(repo: str) -> int:
-    """Bytes of a repository's files in the client's cache, begun ones included."""
+    """Bytes of a repository's files in the client's cache, including unfinished ones."""
     from huggingface_hub import constants
 
     total = 0
@@ -132,9 +134,9 @@ def _bytes_in_cache(repo: str) -> int:
 
 @contextmanager
 def failures(what: str) -> Iterator[None]:
-    """Turns whatever the client raises into one HubError, "<what>: <reason>; <what to do>.", free of secrets.
+    """Inside, every error of the client becomes a HubError "<what>: <reason>; <what to do>." without secrets.
 
-    Raises UnreachableError, a HubError, if there was no answer.
+    It is an UnreachableError if there was no answer.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -165,31 +167,31 @@ def failures(what: str) -> Iterator[None]:
         ) from None
     except TimeoutError as error:
         raise UnreachableError(
-            f"{what}: the Hub sends next to nothing ({error}); run the same command again later, it goes on from there."
+            f"{what}: the Hub sends almost no data ({error}); run the same command again later to continue."
         ) from None
     except (AttributeError, KeyError, IndexError, TypeError, AssertionError, RecursionError, OverflowError) as error:
         raise HubError(
-            f"{what}: what the Hub sent makes no sense ({scrubbed(first_line(error))}); run the same command again"
+            f"{what}: the Hub's answer is not valid ({scrubbed(first_line(error))}); run the same command again"
             " later, or tell the owner of the repository."
         ) from None
-    except OSError as error:  # a full disk, a name that no file can have, a file that came with another size
+    except OSError as error:  # a full disk, an impossible file name, a downloaded file of the wrong size
         raise HubError(f"{what}: {scrubbed(first_line(error))}; run the same command again.") from None
     except (HFValidationError, ValueError) as error:
         raise HubError(f"{what}: {scrubbed(' '.join(str(error).split()))}") from None
 
 
 def insist(call: Callable[[], T]) -> T:
-    """The result of a request that may be repeated: up to TRIES attempts, with a pause between, while that can help.
+    """The result of a request that may be repeated: up to TRIES attempts after transient errors, with pauses between.
 
     The client repeats some of its requests itself; which ones depends on its version.
     """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    passing: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, *transport_errors())
+    retried: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, *transport_errors())
     for attempt in range(TRIES - 1):
         try:
             return call()
-        except passing as error:
+        except retried as error:
             if not transient(error):
                 raise
             time.sleep(PAUSE * 2**attempt)
@@ -197,7 +199,7 @@ def insist(call: Callable[[], T]) -> T:
 
 
 def transient(error: BaseException) -> bool:
-    """Whether trying again can help: no answer, a fault of the server (5xx), or its request to slow down (429)."""
+    """Whether a repetition can succeed: after no answer, a server error (5xx), or too many requests (429)."""
     code = getattr(getattr(error, "response", None), "status_code", None)
     return code is None or code >= 500 or code == 429
 
@@ -224,18 +226,18 @@ def first_line(error: Exception) -> str:
 
 
 def _status(error: Exception) -> str:
-    """What an HTTP status means for the user."""
+    """The meaning of an HTTP error for the user, and what to do."""
     code = getattr(getattr(error, "response", None), "status_code", None)
     known = {
         401: "the token is invalid or has expired; run `hf auth login` again",
         403: "the token may not do that; create one with write access to this repository",
         404: "the Hub does not know this revision or file",
         409: "the repository changed at this moment; run the same command again",
-        412: "somebody else changed it since the upload began; look at what is there and run the same command again",
-        429: "the Hub asks for a pause (429); run the same command later, it goes on from there",
+        412: "somebody else changed it since the upload began; check the repository and run the same command again",
+        429: "the Hub limits the rate of requests (429); run the same command later to continue",
     }
     if code in known:
         return known[code]
     if code is not None and code >= 500:
-        return f"the Hub answered {code} and kept doing so; run the same command again later, it goes on from there"
+        return f"the Hub answered {code} repeatedly; run the same command again later to continue"
     return scrubbed(first_line(error))

@@ -1,4 +1,4 @@
-"""Jobs that share nothing: in this process, in several, or on a Ray cluster (extra `ray`). Results come in order."""
+"""Runs independent jobs in this process, in several processes, or on a Ray cluster (extra `ray`)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def run_jobs(
     executor: Executor = "local",
     cluster: str | None = None,
 ) -> Iterator[Result]:
-    """What `work`, a function of a module, gives for each job; `cluster` is the address of a running Ray cluster.
+    """Yields the result of `work` for each job, in order. `work` has to be a function at the top of a module.
 
-    Raises MissingExtraError without the extra `ray`, and whatever `work` raises.
+    `cluster` is the address of a running Ray cluster. Raises MissingExtraError without the extra `ray`, and the errors
+    of `work`.
     """
     if executor == "ray":
         return _on_ray(work, jobs, processes, cluster)
@@ -38,7 +39,7 @@ def _in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], processes:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, so that a killed command leaves nothing running."""
+    """Ends this worker process when its parent ends, so that no worker survives a killed command."""
     import multiprocessing
     import threading
     from multiprocessing.connection import wait
@@ -56,7 +57,7 @@ def _end_with_parent() -> None:
 def _on_ray(
     work: Callable[[Job], Result], jobs: Sequence[Job], processes: int, cluster: str | None
 ) -> Iterator[Result]:
-    """Joins the cluster at that address, or starts one on this machine with `processes` slots."""
+    """Connects to the cluster at this address, or starts one on this machine with `processes` slots."""
     try:
         import ray
     except ImportError:

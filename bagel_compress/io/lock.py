@@ -1,6 +1,7 @@
-"""A lock file: one process at a time writes to a folder. A lock that a dead process of this machine left is taken over.
+"""Lock files, so that only one process at a time writes to a folder. A lock of a dead process of this machine is
+replaced.
 
-The file appears with its content, so that an empty one is never what a process that was killed meanwhile left.
+The lock file is created together with its content, so that a killed process cannot leave an empty one.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from bagel_compress.errors import BagelCompressError
 
 
 def take_lock(path: Path, what: str, error: type[BagelCompressError]) -> None:
-    """Takes the lock, or one that a dead process left. Raises `error` if it is held; `what` as in "is being built"."""
+    """Takes the lock. Raises `error` if a running process holds it; `what` is a verb as in "is being built"."""
     mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
     for _ in range(2):
         if _created(path, mine):
             return
         remove_if_stale(path, what, error)
-    raise error(f"{path.parent.parent} was taken by another process in this moment; run the command again.")
+    raise error(f"{path.parent.parent} was just locked by another process; run the command again later.")
 
 
 def _created(path: Path, content: str) -> bool:
@@ -49,7 +50,7 @@ def _created_in_place(path: Path, content: str) -> bool:
 
 
 def remove_if_stale(path: Path, what: str, error: type[BagelCompressError]) -> None:
-    """Removes the lock of a dead process of this machine. Raises `error` if it is held or says nothing readable."""
+    """Removes the lock of a dead process of this machine. Raises `error` if it is held or cannot be read."""
     try:
         holder = json.loads(small_bytes(path))
         pid, host, started = int(holder["pid"]), str(holder["host"]), str(holder["started"])
@@ -57,7 +58,8 @@ def remove_if_stale(path: Path, what: str, error: type[BagelCompressError]) -> N
         return
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         raise error(
-            f"{path.parent.parent} is locked and {path} does not say by whom; delete it if no process is at work there."
+            f"{path.parent.parent} is locked, and {path} does not name a process; delete it if no process uses the"
+            " folder."
         ) from None
     if host == socket.gethostname() and not is_alive(pid, started):
         path.unlink(missing_ok=True)
@@ -68,7 +70,7 @@ def remove_if_stale(path: Path, what: str, error: type[BagelCompressError]) -> N
 
 
 def is_alive(pid: int, started: str) -> bool:
-    """Whether the process that took the lock still runs; a number that was given out again does not count."""
+    """Whether the process that took the lock still runs; another process that got its number later does not count."""
     if pid <= 0 or (started and _started(pid) != started):
         return False
     if os.name != "posix":
@@ -83,7 +85,7 @@ def is_alive(pid: int, started: str) -> bool:
 
 
 def _alive_windows(pid: int) -> bool:
-    """`os.kill(pid, 0)` would end the process on Windows, so its handle is asked for instead."""
+    """Whether a process runs, by its handle: `os.kill(pid, 0)` would end it on Windows."""
     import ctypes
 
     still_active, query_limited = 259, 0x1000  # STILL_ACTIVE, PROCESS_QUERY_LIMITED_INFORMATION (winbase.h)

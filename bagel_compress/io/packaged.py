@@ -1,6 +1,6 @@
-"""Files that come with the package: recipes, exports, and configs of the full and of a small model.
+"""Files that come with the package: recipes, targets, and configs of the full and of a small model.
 
-Recipes and exports lie under `bagel_compress/data/` in an installed wheel and at the top of a source tree.
+Recipes and targets are under `bagel_compress/data/` in an installed wheel and at the top of a source tree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SMALL_CONFIGS = _PACKAGE / "data" / "small"  # and its tokenizer
 
 
 def resource(kind: str) -> Path:
-    """The folder `recipes` or `exports`, wherever it lies."""
+    """The packaged folder of this name: "recipes", "exports" (targets, cases) or "BAGEL-nano"."""
     installed = _PACKAGE / "data" / kind
     return installed if installed.exists() else _PACKAGE.parent / kind
 
@@ -27,7 +27,7 @@ def target_files() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file by its path, or one that comes with the package by its name. Raises RecipeError with the names."""
+    """The path of a recipe file, or of a packaged recipe by its name. Raises RecipeError, which lists the names."""
     if is_file(name):
         return Path(name)
     packaged = resource("recipes") / f"{Path(name).stem if name.endswith('.yaml') else name}.yaml"

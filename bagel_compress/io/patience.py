@@ -1,6 +1,6 @@
-"""An end to waiting: a request runs beside, and is left to itself once nothing (or next to nothing) comes back.
+"""Timeouts for requests that make no progress: the request runs in a thread, which is abandoned after the timeout.
 
-A client's own timeouts start anew with every byte, so a server that sends one now and then is waited for without end.
+An HTTP client's own timeout starts again with every byte, so it never ends if a server sends single bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Any, TypeVar
 
-STEP = 0.5  # seconds between two looks at whether to go on waiting
+STEP = 0.5  # seconds between two checks
 T = TypeVar("T")
 
 
@@ -22,9 +22,9 @@ def within(
     least: int = 1,
     stopped: Event | None = None,
 ) -> T:
-    """The result of `call`. Raises TimeoutError once fewer than `least` bytes `arrived` in `seconds`, or if `stopped`.
+    """The result of `call`. Raises TimeoutError if fewer than `least` bytes arrive within `seconds`, or if `stopped`.
 
-    The call goes on in a thread that does not keep the process from ending.
+    `arrived` gives the bytes that have arrived so far. After a timeout the call continues in a daemon thread.
     """
     done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 

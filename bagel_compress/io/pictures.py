@@ -1,4 +1,4 @@
-"""Picture files that somebody else made: read in full, or refused in one sentence."""
+"""Reads picture files of unknown origin completely, or raises a clear error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def read_picture(path: Path) -> Image:
-    """The picture as it is stored; `bagel.images.to_rgb` makes upright RGB of it. Raises InputError."""
+    """The picture as it is stored; `bagel.images.to_rgb` converts it to upright RGB. Raises InputError."""
     from PIL import Image
 
     try:

@@ -1,4 +1,4 @@
-"""Names of files that come from a file somebody else wrote: they must stay inside of their folder, on any system."""
+"""Checks file names from untrusted files: they must not lead out of their folder, on any system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def stays_inside(name: str) -> bool:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is such a file or folder; False where no system takes the name (too long, or with a NUL)."""
+    """Whether the file or folder exists; False if the name is impossible (too long, or with a NUL)."""
     try:
         Path(path).stat()
     except (OSError, ValueError):
@@ -28,14 +28,14 @@ def exists(path: str | Path) -> bool:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file, no folder, pipe or device; False as of `exists`."""
+    """Whether the path is an existing regular file; False if the name is impossible."""
     return exists(path) and Path(path).is_file()
 
 
 def leads_away(path: Path, folder: Path) -> bool:
-    """True if `path`, which lies in `folder`, is reached by a link that leaves the folder.
+    """True if `path`, a path in `folder`, is a symbolic link to a file outside the folder.
 
-    The links of the Hub's cache do not count: from a snapshot to a blob of the same repository.
+    Links in the Hub's cache, from a snapshot to a blob of the same repository, are allowed.
     """
     target = path.resolve()
     if folder.resolve() in target.parents:
@@ -45,7 +45,7 @@ def leads_away(path: Path, folder: Path) -> bool:
 
 
 def check_names(names: Iterable[str], listing: Path, error: type[BagelCompressError]) -> None:
-    """Raises `error` if a file that the file `listing` names would lie outside of its folder."""
+    """Raises `error` if one of the names, which the file `listing` contains, leads out of its folder."""
     for name in names:
         if not stays_inside(name):
-            raise error(f"{listing} points outside its folder ({name}); do not use what lies there.")
+            raise error(f"{listing} points outside its folder ({name}); do not use these files.")

@@ -1,9 +1,9 @@
-"""The safetensors format: reading a header that may be hostile, and laying one out byte for byte as `save_file` does.
+"""The safetensors format: reads and checks untrusted headers, and lays files out byte for byte as `save_file` does.
 
-Our own few lines instead of the library's, because a build has to know every offset before any data exists, and because
-a damaged source must end in one sentence. Checked before use: header length, JSON, dtypes, shapes, offsets, overlaps,
-holes and the file's size. Tensor data is read (`read`), or mapped where it is to stay in the file (`bytes`): a file
-that is cut while it is mapped ends the process, so what may be cut, a source, is read.
+The library is not used, because a build has to know every offset before any data exists, and because a damaged source
+has to give a clear error. Header length, JSON, dtypes, shapes, offsets, overlaps, holes and the file's size are
+checked. Tensor data is either read (`read`) or memory-mapped (`bytes`). If a mapped file is truncated, the next access
+kills the process; so sources, which users may change meanwhile, are read.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from bagel_compress.io.tensor_spec import DTYPE_BYTES, PartSpec
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_AXES = 8  # of a tensor; the model has four at most
+MAX_AXES = 8  # of a tensor; the model's tensors have at most four
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library (0.8, `MAX_HEADER_SIZE`)
 # The order in which `safetensors.serialize_file` 0.8 places tensors: by dtype in this order, then by name.
 DTYPE_ORDER = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
 _buffers = Buffers()
-_seeking = Lock()  # where a file has to be sought to a place before it is read there
+_seeking = Lock()  # for systems without preadv, where a read is a seek and a read
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ Stamp = tuple[int, int, int, int, int]
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """What changes when a file is written to, cut or replaced; None if it is not there."""
+    """A value that changes when a file is written to, truncated or replaced; None if the file is missing."""
     try:
         return _stamp(os.stat(path))
     except OSError:
@@ -58,7 +58,7 @@ def stamp_of(path: Path) -> Stamp | None:
 
 
 def _stamp(status: os.stat_result) -> Stamp:
-    """Size, times of data and inode in ns, inode, device. The time of the inode cannot be set back by a tool."""
+    """Size, mtime and ctime in ns, inode, device. Unlike mtime, ctime cannot be set back by a tool."""
     return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
 
 
@@ -74,7 +74,7 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path, error: type[BagelCompressError] = CheckpointError) -> TensorFile:
-        """Reads and checks the header. Raises `error`, in one sentence, on anything that is not as the format says."""
+        """Reads and checks the header. Raises `error` on anything that violates the format."""
         if path.exists() and not path.is_file():
             raise error(f"{path} is no file; give a safetensors file.")
         try:
@@ -90,9 +90,9 @@ class TensorFile:
         return cls(path, tensors, metadata, header, _stamp(status))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop) of the file as uint8; of memory that is used again when nothing refers to them.
+        """Bytes [start, stop) of the file as uint8, in a buffer that is reused when nothing refers to it any more.
 
-        Raises CheckpointError if the file was cut.
+        Raises CheckpointError if the file was truncated.
         """
         data = _buffers.take(stop - start)
         with _disk_faults(self.path):
@@ -106,14 +106,14 @@ class TensorFile:
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """The whole file as a read-only uint8 map. Pages come and go with the system's cache; nothing is allocated."""
+        """The whole file as a read-only memory-mapped uint8 array."""
         import numpy as np
 
         with self.path.open("rb") as file:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
     def changed(self) -> bool:
-        """True if the file is no longer the one whose header was read."""
+        """True if the file has changed since its header was read."""
         return stamp_of(self.path) != self.stamp
 
 
@@ -126,7 +126,7 @@ def _disk_faults(path: Path) -> Iterator[None]:
 
 
 def _read_at(file: FileIO, data: memoryview, where: int) -> int:
-    """Reads at a byte of the file, as much as there is; any number of threads may. Returns the bytes read."""
+    """Fills `data` from byte `where` of the file, up to its end; thread-safe. Returns the number of bytes read."""
     done = 0
     while done < len(data):
         if hasattr(os, "preadv"):
@@ -214,7 +214,7 @@ def _naturals(values: Any) -> TypeGuard[list[int]]:
 def _check_cover(
     tensors: Mapping[str, StoredTensor], base: int, size: int, path: Path, error: type[BagelCompressError]
 ) -> None:
-    """The format wants the data area covered without overlap or hole, and nothing behind it."""
+    """Raises `error` unless the tensors cover the data area without overlap or hole, and nothing follows them."""
     end, last = base, "the header"
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:

@@ -1,4 +1,4 @@
-"""TensorSpec: what a safetensors header says about one tensor. No data is read and no torch is imported here.
+"""TensorSpec: name, dtype and shape of a tensor, as a safetensors header gives them. No torch.
 
 Dtypes are the codes of the safetensors format ("BF16", "F8_E4M3", ...), so that plans are made without torch.
 """

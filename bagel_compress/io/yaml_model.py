@@ -1,8 +1,7 @@
-"""One base class for frozen models, and one reader of the YAML files that users write.
+"""The base class of immutable models, and the reader of YAML files that users write.
 
-Recipes, targets, cases and batches are pydantic models that cannot be changed and know their keys. Their files are read
-here: whatever is wrong with one ends in a single sentence that names the file, the key, what was found and what was
-expected.
+Recipes, targets, cases and batches are pydantic models with a fixed set of keys. Any fault in such a file is reported
+in one sentence that names the file, the key, the value found and the expected one.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bagel.errors import shown
 from bagel_compress.errors import BagelCompressError
 
-MOST = 128 << 10  # bytes of a file that a person wrote
-DEEPEST = 50  # levels of it
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is a hundred times faster
+MAX_BYTES = 128 << 10  # of a YAML file
+MAX_DEPTH = 50  # levels of nesting
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's loader is a hundred times as fast
 Model = TypeVar("Model", bound=BaseModel)
 Resolve = Callable[[type[BaseModel], Any], type[BaseModel]]
 
 
 class FrozenModel(BaseModel):
-    """A value that cannot be changed; a key that it does not know is an error."""
+    """An immutable model; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def meaning_digest(model: BaseModel) -> str:
-    """sha256 (hex) of a model's values: comments and the order of keys in its file do not matter, every value does."""
+    """sha256 (hex) of a model's values; independent of comments and of the order of keys in its file."""
     return hashlib.sha256(json.dumps(model.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
@@ -45,12 +44,12 @@ def load_yaml(
     error: type[BagelCompressError],
     resolve: Resolve = lambda model, data: model,
 ) -> Model:
-    """A YAML file as a model; `what` is its kind ("recipe"); see `parse_yaml`. Raises `error` on any fault."""
+    """Reads a YAML file as a model (see `parse_yaml`); `what` is its kind ("recipe"). Raises `error` on any fault."""
     try:
         if path.exists() and not path.is_file():
             raise error(f"{what} {path} is no file.")
-        if path.stat().st_size > MOST:
-            raise error(f"{what} {path} has {path.stat().st_size} bytes, more than {MOST}; give another file.")
+        if path.stat().st_size > MAX_BYTES:
+            raise error(f"{what} {path} has {path.stat().st_size} bytes, more than {MAX_BYTES}; give another file.")
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as fault:  # ValueError: no UTF-8, or a NUL in the name
         raise error(f"{what} {path} cannot be read ({fault}).") from None
@@ -64,10 +63,10 @@ def parse_yaml(
     error: type[BagelCompressError],
     resolve: Resolve = lambda model, data: model,
 ) -> Model:
-    """YAML text as a model; `where` names the text in errors. Raises `error`, in one sentence, on any fault.
+    """Parses YAML text as a model; `where` names the text in errors. Raises `error` on any fault.
 
-    `resolve` gives the class that some data really is of, where a field is annotated with a base class of it: the
-    sentence about an unknown key then lists the right keys.
+    `resolve` maps a field's annotated base class and its data to the class that the data is parsed as, so that the
+    message about an unknown key lists the keys of the right class.
     """
     try:
         data = plain_yaml(text)
@@ -84,15 +83,15 @@ def parse_yaml(
 
 
 def plain_yaml(text: str) -> Any:
-    """YAML as data. Raises YAMLError on aliases, of which a few lines stand for more than memory holds, and on endless
-    nesting; ValueError, TypeError or RecursionError on values Python cannot hold."""
+    """YAML as plain data. Raises YAMLError on aliases, by which a short text can expand to more than memory holds, and
+    on deep nesting; ValueError, TypeError or RecursionError on values that Python cannot represent."""
     depth = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not taken, write the value out")
+            raise yaml.YAMLError("aliases (*name) are not allowed, write the value out")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise yaml.YAMLError(f"more than {DEEPEST} levels of nesting")
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels of nesting")
     return yaml.load(text, _Loader)
 
 
@@ -103,7 +102,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _sentence(error: ValidationError, model: type[BaseModel], data: Any, where: str, resolve: Resolve) -> str:
-    """The first fault of a validation as one sentence."""
+    """The first fault of a validation as a sentence."""
     fault = error.errors(include_url=False)[0]
     path = [part for part in fault["loc"] if not str(part).startswith("function-")]
     known = _keys(_model_at(model, data, path[:-1], resolve))
@@ -125,7 +124,7 @@ def _sentence(error: ValidationError, model: type[BaseModel], data: Any, where: 
 
 
 def _model_at(model: type[BaseModel], data: Any, path: Sequence[Any], resolve: Resolve) -> type[BaseModel]:
-    """The model that the mapping at `path` of the data was read as; the nearest one above it if it is none."""
+    """The model class of the mapping at `path` in the data; of the nearest mapping above it if that is no model."""
     annotation: Any = model
     for part in path:
         data = data[part] if isinstance(data, (dict, list)) and _has(data, part) else None

@@ -1,1 +1,1 @@
-"""Running a model: what is asked of it, where, and how its weights get there."""
+"""Runs models: targets and cases, loading, device maps, offload to host memory, download of builds."""

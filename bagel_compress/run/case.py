@@ -1,7 +1,7 @@
-"""Case: one thing that is asked of the model when a trace is recorded, as YAML under exports/cases/.
+"""Case: one request for validation, recorded in a trace; a YAML file under exports/cases/.
 
-A case pins everything that moves a picture or a text: the turns, the size, every sampler setting, the seed. It names no
-weights and no formats. Pictures are files beside the case.
+A case fixes everything that influences a picture or a text except the weights: the turns, the size, every sampler
+setting, the seed. Input pictures are files in the folder of the case.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TextDecoding(FrozenModel):
 
 
 class Record(FrozenModel):
-    """How much is stored: denoising steps (evenly spaced, first and last among them) and positions with logits."""
+    """How much is recorded: number of denoising steps (evenly spaced, with the first and last) and of logits."""
 
     steps: int = Field(default=12, ge=1)
     logits: int = Field(default=64, ge=1)
@@ -94,17 +94,17 @@ class Case(FrozenModel):
 
     @property
     def digest(self) -> str:
-        """sha256 of the meaning."""
+        """sha256 of the case's values."""
         return meaning_digest(self)
 
     @classmethod
     def load(cls, path: str | Path) -> Case:
-        """Reads a YAML file. Raises TargetError: file, key, found, expected."""
+        """Reads a YAML file. Raises TargetError naming file and key if it is not valid."""
         return load_yaml(cls, Path(path), "case", TargetError)
 
 
 def load_cases(paths: list[str | Path]) -> list[tuple[Case, Path]]:
-    """Cases of files and folders (their *.yaml, by name), each with the folder its pictures are in.
+    """The cases of files and of folders (all *.yaml, by name), each with the folder of its pictures.
 
     Raises TargetError on a folder without cases and on two cases of one name.
     """

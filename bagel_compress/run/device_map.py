@@ -1,8 +1,8 @@
-"""DeviceMap: which device holds and computes which part of a model that is spread over several.
+"""DeviceMap: assigns the layers and parts of a model to several devices.
 
-Layers go to devices in runs, so that hidden rows cross as rarely as there are devices; each layer's caches live with
-it. What waits in host memory is brought to its device for every use and dropped after it (offload.py). The map says
-where; `validate.device_map` plans one from the bytes of a build.
+A device has consecutive layers and their caches, so that hidden rows are copied only once per device. Parts that wait
+in host memory are copied to their device for every use and freed after it (offload.py). `budgets.plan_devices` plans a
+map from the bytes of a build.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GROUP = re.compile(r"layers\.\d+|embed_tokens|lm_head|vae(?=\.|$)|(vit|connecto
 
 @dataclass(frozen=True, slots=True)
 class DeviceMap:
-    """A device for each layer and part, by torch's names. `waiting`: groups (see `group_of`) in host memory."""
+    """The device of each layer and part, by torch's names. `waiting` are the groups (`group_of`) in host memory."""
 
     layers: tuple[str, ...]
     home: str  # embeddings, norms, bridges
@@ -35,7 +35,7 @@ class DeviceMap:
     waiting: frozenset[str] = frozenset()
 
     def device_of(self, group: str) -> torch.device:
-        """Where a group computes."""
+        """The device on which a group computes."""
         import torch
 
         kind, _, index = group.partition(".")
@@ -43,14 +43,14 @@ class DeviceMap:
         return torch.device(self.layers[int(index)] if kind == "layers" else parts.get(kind, self.home))
 
     def lies_on(self, path: str) -> torch.device:
-        """Where a module's weights are loaded, by its path in `bagel.Bagel`; the VAE is "vae"."""
+        """The device to load a module's weights to, by its path in `bagel.Bagel`; the VAE is "vae"."""
         import torch
 
         group = group_of(path)
         return torch.device("cpu") if group in self.waiting else self.device_of(group)
 
     def places(self) -> Places:
-        """What the model has to know."""
+        """The map in the form that the model uses."""
         from bagel.model import Places
 
         layers = tuple(self.device_of(f"layers.{index}") for index in range(len(self.layers)))
@@ -79,6 +79,7 @@ def device_named(name: str) -> torch.device:
 
 
 def group_of(path: str) -> str:
-    """What moves as one: "layers.N", "embed_tokens", "lm_head", "vit" (and what belongs to it), "vae", else "home"."""
+    """The group of a module: "layers.N", "embed_tokens", "lm_head", "vit" (with connector and positions), "vae" or
+    "home" (all others)."""
     match = _GROUP.match(path)
     return "home" if match is None else "vit" if match[1] else match[0]

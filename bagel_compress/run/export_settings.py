@@ -1,4 +1,4 @@
-"""What an export target says about graphs and engines: runtime, precision, sizes. Part of exports/*.yaml; no torch."""
+"""The `export` section of a target: runtime, precision and sizes of graphs and engines. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TORCH_NAMES: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bf
 
 
 class Range(FrozenModel):
-    """Sizes of one symbolic axis: an engine is built for [min, max] and tuned for `opt`."""
+    """The range of a symbolic axis: an engine is built for sizes from `min` to `max` and tuned for `opt`."""
 
     min: int = Field(ge=0)
     opt: int = Field(ge=0)
@@ -31,7 +31,7 @@ class Range(FrozenModel):
 
 
 class ExportSettings(FrozenModel):
-    """How blocks become files of a runtime."""
+    """Settings of an export."""
 
     runtime: Runtime = "onnxruntime"
     precision: Precision = Field("fp32", description="of activations, caches and uncompressed weights")

@@ -1,8 +1,8 @@
-"""Published builds from the Hub: downloads whose every byte is checked against the manifest.
+"""Downloads published builds from the Hub and compares every byte with the manifest.
 
-`fetch` brings the files that are needed to open a published artifact or export into the client's cache and reads each
-of them once, to compare it with the manifest: the client itself compares sizes only. The commit is resolved once, so
-that all files are of one version.
+`fetch` downloads the files that are needed to open a published artifact or export into the client's cache and reads
+each of them once, to compare its digest with the manifest's; the client itself compares only sizes. The commit is
+resolved once, so that all files are of one version.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Files = Mapping[str, FileEntry]
 def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
     """Downloads a published artifact or export (`owner/name`, or `owner/name@revision`) and returns its folder.
 
-    kind "model": what is needed to open it; "everything": card, reports and pictures too. What is already in the cache
-    is not loaded again. A file that is not what the manifest says is removed and loaded once more.
+    With kind "model" these are the files needed to open it, with "everything" also card, reports and pictures. Files in
+    the cache are not downloaded again. A file with a wrong digest is deleted and downloaded once more.
     Raises HubError if the Hub or the repository cannot be read, ArtifactError if it holds nothing (intact) of ours.
     """
     repo, revision = split_repo_id(repo, revision)
@@ -59,9 +59,9 @@ def fetch(repo: str, revision: str | None = None, kind: Kind = "model") -> Path:
 
 
 def fetch_model(repo: str) -> Path:
-    """The folder of whatever a repository holds: artifact or export (see `fetch`), else a full-precision checkpoint.
+    """Downloads a repository's artifact, export (see `fetch`) or full-precision checkpoint; returns its folder.
 
-    Raises what `fetch` raises, and CheckpointError if it is none of them.
+    Raises HubError and ArtifactError as `fetch` does, CheckpointError if the repository has none of them.
     """
     from bagel_compress.source.checkpoint import locate
 
@@ -74,19 +74,19 @@ def fetch_model(repo: str) -> Path:
 
 
 def manifest_in(names: Collection[str]) -> str | None:
-    """The manifest among the files of a folder or repository; None if there is no artifact and no export."""
+    """The name of the manifest among these files; None if they are neither an artifact's nor an export's."""
     return next((manifest for manifest in MANIFESTS if manifest in names), None)
 
 
 def open_artifact(path_or_repo: str | Path, revision: str | None = None) -> Artifact:
-    """An artifact from a folder or from the Hub; one from the Hub has every digest checked."""
+    """Opens an artifact in a folder or on the Hub. The digests of a downloaded one are all checked."""
     if exists(path_or_repo):
         return Artifact.open(path_or_repo)
     return Artifact.open(fetch(str(path_or_repo), revision))
 
 
 def _check(repo: str, commit: str, folder: Path, files: Files) -> None:
-    """Reads every file of the manifest; a wrong one is downloaded again, once."""
+    """Compares every file with its digest in the manifest; a wrong one is downloaded again, once."""
     for name in _wrong(folder, files, files):
         _forget(folder / name)
         download(repo, commit, [name])
@@ -98,7 +98,7 @@ def _check(repo: str, commit: str, folder: Path, files: Files) -> None:
 
 
 def _wrong(folder: Path, files: Files, names: Iterable[str]) -> list[str]:
-    """Files that are not what the manifest says. One that was read before and not touched since is not read again."""
+    """The files whose digests differ from the manifest. A file that was verified before and not modified is skipped."""
     notes = folder.parent.parent / f"verified-{folder.name}.json"
     known = _known(notes)
     stamps = {name: _stamp(folder / name, *files[name].digests.values()) for name in names}
@@ -118,7 +118,7 @@ def _stamp(path: Path, digest: str) -> list[str | int]:
 
 
 def _known(notes: Path) -> dict[str, list[str | int]]:
-    """What was verified in this snapshot before; anything unreadable counts as nothing."""
+    """The record of files of this snapshot that were verified before; empty if it cannot be read."""
     try:
         found = json.loads(notes.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -134,7 +134,7 @@ def _forget(path: Path) -> None:
 
 
 def _cached(repo: str, revision: str | None, cause: HubError) -> Path:
-    """What an earlier download left, complete and intact; used when the Hub cannot be reached."""
+    """The folder of a complete and intact earlier download, for use when the Hub cannot be reached."""
     found = _snapshot(repo, revision)
     if found is None:
         raise cause from None
@@ -145,7 +145,7 @@ def _cached(repo: str, revision: str | None, cause: HubError) -> Path:
 
 
 def _snapshot(repo: str, revision: str | None) -> tuple[Path, Files] | None:
-    """The folder of what is complete in the cache, and its files, if there is such a thing."""
+    """The folder of a complete build in the cache and the files of its manifest; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

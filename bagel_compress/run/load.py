@@ -1,8 +1,8 @@
-"""load: an artifact becomes a sampler, with the codecs' run-time modules at their places.
+"""Loads an artifact as a sampler, with the codecs' run-time modules in the model.
 
-Everything goes from the mapped file straight to the device, one unit at a time: memory never holds the model twice.
-Linear weights stay as they are stored and are multiplied by their codec's module; what is not a linear is decoded once.
-A census says what each module really holds, and a compressed weight that is not in effect is an error.
+Weights are copied from the mapped file directly to the device, one unit at a time, so memory never holds the model
+twice. Linear weights stay in their stored form and are multiplied by their codec's module; other tensors are decoded
+once. A census lists what each module holds; a compressed weight that is not used in compressed form is an error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VAE = "ae.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class CensusRow:
-    """What one linear or stored tensor of a loaded model is: bytes on the device, stored dtype, how it is computed."""
+    """One linear or stored tensor of a loaded model: bytes on the device, stored dtype, and how it is computed."""
 
     name: str  # official tensor name
     codec: str
@@ -50,11 +50,11 @@ def open_model(
     dtype: torch.dtype | None = None,
     check: Callable[[BagelConfig], object] | None = None,
 ) -> Sampler:
-    """A full-precision checkpoint folder, an artifact folder or a Hub id, ready to sample.
+    """Opens a full-precision checkpoint folder, an artifact folder or a Hub id as a sampler.
 
-    `device` may be a map over several devices. `dtype` None is bf16, the models' own. Any other dtype gives an
-    artifact's decoded weights in that dtype, without the run-time modules. `check` is given the model's configuration
-    before weights are read, and may raise. Raises CheckpointError, ArtifactError or BagelError.
+    `device` may be a map over several devices. `dtype` None is bf16, the models' own. With another dtype, an artifact's
+    weights are decoded to that dtype and the run-time modules are not used. `check` is called with the model's
+    configuration before weights are read, and may raise. Raises CheckpointError, ArtifactError or BagelError.
     """
     folder = Path(path)
     if not exists(folder):
@@ -72,7 +72,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     check: Callable[[BagelConfig], object] | None = None,
 ) -> Sampler:
-    """The sampler of a checkpoint in any layout: prefixes, shards, dtypes, adapter and base as opened."""
+    """The sampler of an opened checkpoint, whatever its layout, with its adapter and base."""
     import torch
 
     from bagel.loading import load_vae, parameter_path, put, read_config_files, unfilled
@@ -127,7 +127,7 @@ def load(
 
 
 def census(bagel: Bagel, artifact: Artifact) -> list[CensusRow]:
-    """What every tensor of the loaded model is. Raises ArtifactError if a compressed linear is not in effect."""
+    """A row for every tensor of the loaded model. Raises ArtifactError if a compressed linear is not in use."""
     rows = []
     for name, entry in artifact.manifest.units.items():
         for tensor in entry.tensors:
@@ -153,7 +153,7 @@ def _row(tensor: str, module: Any) -> CensusRow:
 
 
 def _lies_on(device: DeviceChoice) -> Callable[[str], torch.device]:
-    """Path of a module -> where its weights are loaded."""
+    """A function from the path of a module to the device that its weights are loaded to."""
     if isinstance(device, DeviceMap):
         return device.lies_on
     everywhere = device_named(device) if isinstance(device, str) else device
@@ -172,7 +172,7 @@ def _spread(sampler: Sampler, device: DeviceChoice) -> Sampler:
 
 
 def _fill(bagel: Bagel, artifact: Artifact, lies_on: Callable[[str], torch.device], dtype: torch.dtype | None) -> None:
-    """Loads the weights: biases first, because a linear's module is made with its bias, then units in shard order."""
+    """Loads the weights: biases first, because a linear's module is made with its bias; then units in shard order."""
     from bagel.loading import parameter_path, put
 
     biases: dict[str, torch.Tensor] = {}
@@ -196,12 +196,12 @@ def _fill(bagel: Bagel, artifact: Artifact, lies_on: Callable[[str], torch.devic
 
 
 def runs_coded(codec: Codec, unit: Unit) -> bool:
-    """Whether a unit's linears multiply with what is stored; a unit that is not all linears is decoded at loading."""
+    """Whether a unit's linears compute from the stored form; a unit with other tensors is decoded when it is loaded."""
     return not codec.stored_as_is and all(_is_linear(spec.name) for spec in unit.specs)
 
 
 def _modules(artifact: Artifact, name: str, parts: Mapping[str, Any], biases: Mapping[str, Any]) -> dict[str, Any]:
-    """Run-time modules of a unit that stays as it is stored, by tensor; none if it is to be decoded."""
+    """Run-time modules, by tensor, of a unit that stays in its stored form; empty if it has to be decoded."""
     unit, codec = artifact.unit(name), artifact.codec(name)
     if runs_coded(codec, unit):
         return codec.linears(unit, parts, biases)

@@ -1,16 +1,17 @@
-"""Residency: which parts of a model are on the GPU in which phase; the others wait in host memory.
+"""Offload: keeps parts of a model in host memory and copies them to the GPU when they are needed.
 
-A run has phases (text and ViT prefill, VAE encode, text decoding, denoising, VAE decode) and each computes with a part
-of the model. A plan lists, by phase, what stays on the GPU. Entering a phase drops what is not listed and copies what
-is, layer by layer on a side stream, so that the first layers compute while later ones arrive. A part that is used but
-not listed is brought layer by layer for its call and dropped after it: slow, and it works on any GPU.
+A run has phases (text and ViT prefill, VAE encode, text decoding, denoising, VAE decode), each of which computes with a
+part of the model. A residency plan lists, for each phase, the parts that are on the GPU. On entering a phase, parts
+that are not listed are freed on the GPU, and listed ones are copied to it layer by layer on a side stream, so that the
+first layers compute while later ones are copied. A part that is used but not listed is copied layer by layer for its
+call and freed after it: this is slow, but works on any GPU.
 
-Weights are never changed, only their place: results are the same to the bit. Host copies are pinned on CUDA. Absent
-weights are meta tensors, so a use that was forgotten fails instead of computing in the wrong place. An embedding table
-that no phase lists stays in host memory for good: only the rows that are looked up travel. Units of a codec that is not
-`movable` stay where they were loaded.
+Only the device of weights changes, so results are the same to the bit. Host copies are pinned on CUDA. Weights that are
+not on the GPU are meta tensors there, so that using one by mistake raises an error. An embedding table that no phase
+lists always stays in host memory; only the rows that are looked up are copied. Units of a codec that is not `movable`
+stay where they were loaded.
 
-A device map (device_map.py) uses the same code: what the map lets wait comes to its own device for each call.
+Device maps (device_map.py) use the same code: groups that wait in host memory are copied to their device for each call.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bagel.sampler import Sampler
 from bagel_compress.run.device_map import DeviceMap, group_of
 from bagel_compress.run.target import Part, Phase, Target
 
-# Groups that come and go as one: an expert of a layer, and the parts outside of the decoder.
+# Groups of weights that are copied together: an expert of a layer, and the parts outside of the decoder.
 _GROUPS: tuple[tuple[str, Part], ...] = (
     (r"(layers\.\d+\.und)\.", "und"),
     (r"(layers\.\d+\.gen)\.", "gen"),
@@ -45,13 +46,13 @@ _PASSES: dict[str, Phase] = {
 
 
 def reside(sampler: Sampler, plan: Mapping[Phase, tuple[Part, ...]], device: torch.device | str) -> Residency:
-    """Lets a sampler follow a plan on `device`; the sampler may be loaded there or on the CPU. Changes it in place."""
+    """Makes a sampler, loaded on `device` or on the CPU, follow a residency plan on `device`. Changes it in place."""
     everywhere = torch.device(device)
     return Residency(sampler, plan, lambda path: everywhere)
 
 
 def wait(sampler: Sampler, places: DeviceMap) -> Residency:
-    """Has a sampler that was loaded by a device map copy the groups in host memory to the GPU when they are used.
+    """Makes a sampler that was loaded by a device map copy its waiting groups to the GPU when they are used.
 
     Changes the sampler in place.
     """
@@ -64,9 +65,11 @@ def wait(sampler: Sampler, places: DeviceMap) -> Residency:
 
 
 def place(sampler: Sampler, target: Target, device: torch.device | str) -> Residency | None:
-    """Puts a sampler on a device as a target says: all of it, by its residency plan, its VAE on the CPU or not.
+    """Moves a sampler to a device as the target defines: completely or by its residency plan, the VAE perhaps on the
+    CPU.
 
-    The sampler may be loaded on the CPU or on that device (what is not `movable` only there). Changes it in place.
+    The sampler may be loaded on the CPU or on that device (units that are not `movable` only there). Changes it in
+    place.
     """
     if target.residency is not None:
         return reside(sampler, target.residency, device)
@@ -77,7 +80,7 @@ def place(sampler: Sampler, target: Target, device: torch.device | str) -> Resid
 
 @dataclass(slots=True)
 class _Group:
-    """Tensors that come and go together. `owners`: module, its dictionary of tensors, name, and the host copy."""
+    """Tensors that are copied together. `owners`: module, its dictionary of tensors, name, and the host copy."""
 
     part: Part
     device: torch.device
@@ -91,7 +94,7 @@ class _Group:
 
 
 class Residency:
-    """The groups of a model and where they are. `bytes_there` and `peak` count weights on the GPU."""
+    """The groups of a model and their places. `bytes_there` and `peak` count weights on the GPU."""
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class Residency:
         plan: Mapping[Phase, tuple[Part, ...]],
         device_of: Callable[[str], torch.device | None],
     ) -> None:
-        """`device_of`: path of a module -> where it computes; None: it is there already and stays."""
+        """`device_of` maps the path of a module to the device it computes on; None if it is there and stays there."""
         self._plan, self._device_of, self._phase = plan, device_of, ""
         self._sides: dict[torch.device, torch.cuda.Stream] = {}
         self.bytes_there = self.peak = 0
@@ -112,7 +115,7 @@ class Residency:
         self._hook(sampler)
 
     def enter(self, phase: Phase) -> None:
-        """Drops what this phase does not list and brings what it does."""
+        """Frees the groups that this phase does not list, and copies those that it lists to the GPU."""
         if phase == self._phase:
             return
         self._phase = phase
@@ -137,7 +140,7 @@ class Residency:
                 continue
             for name, tensor in _own_tensors(module):
                 found = _group_of(f"{path}.")
-                if found is None:  # norms, bridges: small, and used in every pass
+                if found is None:  # norms and bridges, which are small and used in every pass
                     _set(module, name, tensor.to(device))
                     continue
                 key, part = found
@@ -155,7 +158,7 @@ class Residency:
         if group.device.type != "cuda":
             _place(group, lambda host: host.to(group.device, copy=True))
         else:
-            # Memory comes from the current stream, so that what was dropped before can be used again in its order.
+            # Memory is allocated on the current stream, so that memory freed before on it can be reused in order.
             _place(group, lambda host: torch.empty_like(host, device=group.device))
             side = self._side(group.device)
             side.wait_stream(torch.cuda.current_stream(group.device))
@@ -205,7 +208,7 @@ class Residency:
         return entered
 
     def _using(self, key: str, phase: Phase, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Brings a group for a method that is no module's forward."""
+        """Wraps a method that is not a module's forward, so that a group is on the GPU while it runs."""
 
         def used(*args: Any, **kwargs: Any) -> Any:
             self.enter(phase)
@@ -247,11 +250,14 @@ class Residency:
 
 
 class _HostEmbedding(nn.Module):
-    """An embedding whose table is in host memory, and whose rows arrive on the device."""
+    """An embedding whose table is in host memory; the rows that are looked up are copied to the device."""
 
     def __init__(self, embedding: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self._hidden, self._device = (embedding.cpu(),), device  # in a tuple: no submodule, so it does not move
+        self._hidden, self._device = (
+            (embedding.cpu(),),
+            device,
+        )  # in a tuple, so that it is no submodule and never moved
 
     def forward(self, ids: Tensor) -> Tensor:
         [table] = self._hidden

@@ -20,9 +20,9 @@ KEY = "bagel-compress"
 def picture_settings(
     model: str, prompt: str, seed: int, size: tuple[int, int], flow: FlowSettings, thinking: TextSettings | None
 ) -> dict[str, Any]:
-    """What it takes to draw a picture again. `size` is (width, height); `thinking` None: without thoughts.
+    """The settings to draw a picture again. `size` is (width, height); `thinking` is None without thoughts.
 
-    Of the model only its name is kept, never the folder it lies in.
+    Of the model only the name is stored, not its folder.
     """
     return {
         "model": Path(model).name, "prompt": prompt, "seed": seed, "width": size[0], "height": size[1],
@@ -31,14 +31,14 @@ def picture_settings(
 
 
 def png_info(settings: Mapping[str, Any]) -> PngInfo:
-    """For `Image.save(..., pnginfo=)`."""
+    """The settings as a text chunk, for `Image.save(..., pnginfo=)`."""
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
     return info
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that a PNG file holds. Raises InputError if it holds none."""
+    """The settings stored in a PNG file. Raises InputError if it has none."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             text = str(image.info.get(KEY, ""))

@@ -1,4 +1,4 @@
-"""Presets of the sampler that a build's recipe promises (docs/speed.md), by name."""
+"""The sampler presets of a build's recipe (docs/speed.md), by name."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bagel_compress.errors import InputError
 
 
 def presets_of(folder: Path) -> Mapping[str, SpeedPreset]:
-    """Name -> preset of the build in a folder; none where it is no artifact."""
+    """Name -> preset of the build in a folder; empty if it is no artifact."""
     recipe = Artifact.open(folder).manifest.recipe if (folder / MANIFEST).is_file() else None
     return {} if recipe is None else {str(name): preset for name, preset in recipe.fast.items()}
 
 
 def with_preset(flow: FlowSettings, preset: str, folder: Path) -> FlowSettings:
-    """The settings with a preset of the folder's build on top. Raises InputError where it has none of that name."""
+    """The settings with those of a preset of the folder's build. Raises InputError if the build has no such preset."""
     presets = presets_of(folder)
     if preset not in presets:
         known = ", ".join(presets) or "none"

@@ -1,6 +1,6 @@
-"""Target: where a build runs. A GPU with its usable memory, the sizes asked of it, and the budget it must keep.
+"""Target: a GPU with its usable memory, the sizes of requests, and limits; a YAML file under exports/.
 
-A target knows no weights and no formats; any artifact can be held against any target. YAML under exports/.
+A target does not depend on weights or formats, so that any artifact can be compared with any target.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEEDED: dict[Phase, tuple[Part, ...]] = {
 
 
 class Device(FrozenModel):
-    """A GPU. `reserved_mib` is what the driver, a desktop and other programs hold of it."""
+    """A GPU. `reserved_mib` is memory that the driver, a desktop and other programs use."""
 
     name: str
     memory_mib: int = Field(gt=0, description="total memory as nvidia-smi prints it")
@@ -49,7 +49,7 @@ class Device(FrozenModel):
 
 
 class Workload(FrozenModel):
-    """What is asked of the model; tokens are counted after the tokenizer."""
+    """The sizes of requests to the model; tokens are those of the tokenizer."""
 
     image: tuple[int, int] = Field(default=(1024, 1024), description="height, width of the output")
     input_image: tuple[int, int] = Field(default=(1024, 1024), description="height, width of an input picture")
@@ -59,7 +59,7 @@ class Workload(FrozenModel):
 
 
 class Budget(FrozenModel):
-    """Limits. Times are asked only of measurements on this very GPU."""
+    """Limits. Those on times apply only to measurements on the target's own GPU."""
 
     peak_gib: float | None = Field(default=None, gt=0, description="device memory; default: all that is usable")
     disk_gb: float | None = Field(default=None, gt=0, description="files of the artifact, in 1e9 bytes")

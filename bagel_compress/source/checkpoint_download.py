@@ -46,7 +46,7 @@ def _cached(
         if isinstance(path, str):
             return _snapshot(Path(path), name)
     raise UnreachableError(
-        f"{str(cause).partition('; ')[0]}, and {repo} is neither a folder here nor in the cache; connect to the"
+        f"{str(cause).partition('; ')[0]}, and {repo} is neither a local folder nor in the cache; connect to the"
         " network, or download it elsewhere and give its folder."
     ) from None
 

@@ -315,7 +315,7 @@ def test_somebody_commits_meanwhile(hub: Hub, release: Release) -> None:
 
 def test_the_hub_is_down(hub: Hub, release: Release) -> None:
     hub.faults = [Fault("PUT /lfs/", times=10**6)]
-    with pytest.raises(HubError, match="the Hub answered 503 and kept doing so"):
+    with pytest.raises(HubError, match="the Hub answered 503 repeatedly"):
         upload(release, REPO)
     hub.faults = [Fault("GET /api/whoami", "cut", times=100)]
     with pytest.raises(HubError, match="cannot be reached"):

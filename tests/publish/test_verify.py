@@ -132,8 +132,8 @@ def test_a_model_is_an_artifact_or_a_checkpoint(hub: Hub, online: Artifact, tiny
 
 @pytest.mark.parametrize(
     ("repo", "message"),
-    [("ann/nothing", "no such repository"), ("../../etc", "neither a folder here"), ("a/b/c", "neither a folder"),
-     ("ann/..", "neither a folder")],
+    [("ann/nothing", "no such repository"), ("../../etc", "neither a local folder"),
+     ("a/b/c", "neither a local folder"), ("ann/..", "neither a local folder")],
 )  # fmt: skip
 def test_names_that_are_none(hub: Hub, repo: str, message: str) -> None:
     with pytest.raises(HubError, match=message):
