@@ -1,8 +1,8 @@
 """The public functions of `import bagel_compress as bc` that span several packages.
 
-Each accepts paths, names and Hub ids where the command line does, and returns objects where the command line prints.
+They accept the same paths, names and Hub ids as the command line, and return objects where the command line prints.
 Heavy packages are imported when a function is called. The other public names (Checkpoint, Recipe, make_plan, compress,
-Artifact, Target) lie in the packages they belong to.
+Artifact, Target) are defined in the packages they belong to.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def open_model(
     """Opens a model, ready to sample: `run(turns, ...)` draws, edits or answers.
 
     `model` is the folder of a full-precision checkpoint, an artifact or an export, or a Hub id (`owner/name` or
-    `owner/name@revision`) of one. `device` is "cpu", "cuda", "cuda:1", "auto", or several GPUs ("cuda:0,cuda:1") that
-    layers are spread over. `dtype` None is bf16, the models' own; another torch dtype decodes an artifact's weights to
-    it, which is slow and meant for comparisons. `target` places the model on one device as
-    a target says (which part is there when). An export runs in its own precision on "cpu" or "cuda".
+    `owner/name@revision`) of one. `device` is "cpu", "cuda", "cuda:1", "auto", or several GPUs ("cuda:0,cuda:1") among
+    which layers are divided. `dtype` None is bf16, the models' own; another torch dtype decodes an artifact's weights
+    to it, which is slow and meant for comparisons. With `target`, parts of the model wait in host memory in the phases
+    that the target defines. An export runs in its own precision on "cpu" or "cuda".
 
     `run` takes texts and PIL pictures as turns, `size` (height, width) in pixels, multiples of 16, `seed`, `think`,
     `flow` and `text` settings; its result has `image` (PIL, RGB) or `text`.
 
-    Raises CheckpointError, ArtifactError or HubError if the model cannot be opened, TargetError if the device is not
-    there, and ExportError or MissingExtraError if this machine cannot run an export.
+    Raises CheckpointError, ArtifactError or HubError if the model cannot be opened, TargetError if the device does not
+    exist, and ExportError or MissingExtraError if this machine cannot run an export.
 
         model = bc.open_model("out/nf4", device="cuda")
         model.run(["a red cat on a roof"], size=(1024, 1024), seed=7).image.save("cat.png")
@@ -80,11 +80,11 @@ def trace(
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> TraceFile:
-    """Records what the full-precision model does with some cases; builds are compared with that record.
+    """Records a trace: runs of the full-precision model on some cases, with which builds are compared.
 
     `source` is the checkpoint (folder, Hub id or Checkpoint), `cases` are YAML files or folders of them, `out` is the
-    safetensors file to write; the model runs in bf16 on `device`. Each case is recorded together with the model's noise
-    floor, so it runs several times. An interrupted recording goes on where it was. `progress` is told each case.
+    safetensors file to write; the model runs in bf16 on `device`. Each case is run several times, to measure the
+    model's noise floor. An interrupted recording is continued. `progress` is called with a message for each case.
 
     Raises CheckpointError or HubError on the source, TargetError on a case that this model cannot run, InputError on a
     picture that cannot be read.
@@ -108,13 +108,13 @@ def validate(
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
-    """Compares an artifact or export with traces of its source, by the limits of its recipe, and writes the reports.
+    """Compares an artifact or export with traces of its source, applies the limits of its recipe, writes the reports.
 
     `build` is a folder (or an Artifact), `traces` are files that `trace` wrote. With `source`, the full-precision
     checkpoint, the errors of an artifact are attributed to its components. Writes reports/ and report.html into the
-    folder. An export runs on its own runtime, whatever `device` says.
+    folder. An export runs in its own runtime; `device` is then ignored.
 
-    A broken limit raises nothing: look at `passed` and `broken`, or call `require()`, which raises GateError. Raises
+    A broken limit raises no error: look at `passed` and `broken`, or call `require()`, which raises GateError. Raises
     TraceError on a trace of another source, RecipeError on a limit below the noise floor, ArtifactError on the build.
 
         report = bc.validate("out/nf4", ["bagel.trace.safetensors"], device="cuda")
@@ -143,13 +143,13 @@ def budget(
 ) -> BudgetReport:
     """Predicts the peak memory of a build on a target, phase by phase, in bytes; needs neither GPU nor weights.
 
-    `build` is an artifact (then reports/budget-TARGET.json is written beside it), or a recipe (object, file or packaged
-    name) that is planned for `source`, by default the released checkpoint. `target` is a Target, a YAML file or a
-    packaged name such as "12gb". With `device` ("cuda", "cuda:1") an artifact is also measured there, if it is the
-    target's GPU; with "cpu" only times are taken, in seconds.
+    `build` is an artifact (then reports/budget-TARGET.json is written into its folder), or a recipe (object, file or
+    packaged name) that is planned for `source`, by default the released checkpoint. `target` is a Target, a YAML file
+    or a packaged name such as "12gb". With `device` ("cuda", "cuda:1") an artifact is also measured there, if that is
+    the target's GPU; with "cpu" only times are measured, in seconds.
 
-    A limit that does not hold raises nothing: see `broken` and `advice`. Raises RecipeError, PlanError, TargetError (an
-    unknown target or size, another GPU than the target's), ArtifactError.
+    A broken limit raises no error: see `broken` and `advice`. Raises RecipeError, PlanError, TargetError (an unknown
+    target or size, a GPU that is not the target's), ArtifactError.
 
         report = bc.budget("nf4-12gb", "12gb")
         print(report.peak / 2**30, "GiB", report.broken, report.advice)
@@ -170,10 +170,11 @@ def export(
 ) -> ExportFolder:
     """Writes a checkpoint or artifact as ONNX graphs or TensorRT engines, one file per block, into the folder `out`.
 
-    `target` (a Target, a YAML file or a packaged name such as "ort-cpu") says the runtime, the precision and the sizes.
-    An interrupted export goes on where it was. `progress` gets a data file, how many are done, and how many there are.
+    `target` (a Target, a YAML file or a packaged name such as "ort-cpu") defines the runtime, the precision and the
+    sizes. An interrupted export is continued. `progress` is called with the name of a data file, and the numbers of
+    data files done and in all.
 
-    Raises ExportError if the target asks for what cannot be, or `out` holds something else; MissingExtraError if the
+    Raises ExportError if the target's settings are impossible, or `out` holds something else; MissingExtraError if the
     runtime's package is not installed; the errors of the source.
 
         folder = bc.export("out/nf4", "ort-cpu", "out/onnx")
@@ -203,15 +204,16 @@ def publish(
     receipts: str | Path = "exports/receipts",
     collection: str = "",
 ) -> PublishResult:
-    """Verifies a build, writes its model card, uploads it as one commit and checks what arrived.
+    """Verifies a build, writes its model card, uploads it as one commit and verifies the upload.
 
     `build` is an artifact or export whose reports pass; `repo` is `owner/name`. `base_model` is the Hub id of the
-    source, needed where that was a folder. A `draft` may lack reports and goes to a private repository only; `replace`
-    allows a repository that holds another build; `create_pr` offers it to a repository of somebody else. `receipts` is
-    the folder for the small JSON files of what was published; `collection` is the title of a collection to join.
+    source, needed if that was a folder. A `draft` may lack reports and can only go to a private repository or a pull
+    request; `replace` replaces another build in the repository; `create_pr` offers the build to a repository of
+    somebody else. `receipts` is the folder for receipts, small JSON files about what was published; `collection` is the
+    title of a collection to add the build to.
 
-    Raises GateError if the build may not be published or did not arrive as it was, PublishError if it cannot go there,
-    HubError if the Hub refuses, ArtifactError if the folder is no build.
+    Raises GateError if the build may not be published or the upload differs from it, PublishError if the repository
+    cannot take it, HubError if the Hub refuses, ArtifactError if the folder is no build.
 
         done = bc.publish("out/nf4", "you/BAGEL-7B-MoT-NF4", base_model="ByteDance-Seed/BAGEL-7B-MoT")
         print(done.uploaded.url)

@@ -1,10 +1,10 @@
 """One class per kind of user error.
 
-All derive from BagelCompressError. It derives from the model's own BagelError (an impossible image size, say), so
-`except BagelError` catches what either raises.
+All derive from BagelCompressError, which derives from BagelError of the model package `bagel` (raised, for example, on
+an impossible image size), so `except BagelError` catches the errors of both packages.
 
-Each is raised with one sentence that says what was wrong, what was found, what was expected and what to do.
-The command line turns them into that sentence on stderr and the exit code of the class; nothing else catches them.
+A message is one sentence that says what was wrong, what was found, what was expected and what to do. The command line
+prints it on stderr and exits with the exit code of the class.
 """
 
 from bagel.errors import BagelError
@@ -17,7 +17,7 @@ class BagelCompressError(BagelError):
 
 
 class CheckpointError(BagelCompressError):
-    """A checkpoint folder or file is missing something, malformed, or not what its name says."""
+    """A checkpoint is incomplete, malformed, or not a BAGEL checkpoint."""
 
 
 class RecipeError(BagelCompressError):
@@ -29,15 +29,15 @@ class TargetError(BagelCompressError):
 
 
 class PlanError(BagelCompressError):
-    """Recipe and checkpoint do not fit together: an unmatched tensor, an idle rule, a codec that cannot."""
+    """Recipe and checkpoint do not fit together: unmatched tensor, unused rule, codec that cannot be applied."""
 
 
 class CodecError(BagelCompressError):
-    """A tensor's values cannot be coded, or stored parts cannot be decoded. Names the tensor."""
+    """A tensor's values cannot be encoded, or stored parts cannot be decoded. Names the tensor."""
 
 
 class CalibrationError(BagelCompressError):
-    """A calibration set does not fit the checkpoint, or what it gives cannot steer a rounding."""
+    """A calibration set does not fit the checkpoint, or its second moments cannot be used for rounding."""
 
 
 class ArtifactError(BagelCompressError):
@@ -45,7 +45,7 @@ class ArtifactError(BagelCompressError):
 
 
 class TraceError(BagelCompressError):
-    """A trace is truncated, comes from another checkpoint, or does not hold what is asked of it."""
+    """A trace is truncated, comes from another checkpoint, or lacks something that is needed."""
 
 
 class ExportError(BagelCompressError):
@@ -61,11 +61,11 @@ class InputError(BagelCompressError):
 
 
 class BenchmarkError(BagelCompressError):
-    """A benchmark's files, its settings or the answers of its judge are not what they should be."""
+    """A benchmark's files or settings, or the answers of its judge, are invalid."""
 
 
 class PublishError(BagelCompressError):
-    """A release cannot go into this repository: another build is there, or the user may not write to it."""
+    """A release cannot be uploaded to this repository: it has another build, or the user may not write to it."""
 
 
 class MissingExtraError(BagelCompressError):
@@ -77,6 +77,6 @@ class FinetuneError(BagelCompressError):
 
 
 class GateError(BagelCompressError):
-    """A gate did not pass: verification, parity or budget. Exit code 1."""
+    """A check did not pass: verification, parity or budget. Exit code 1."""
 
     exit_code = 1

@@ -1,13 +1,13 @@
-"""A build in the official repository's own model: `Bagel` of ByteDance-Seed/Bagel, with the weights as they are stored.
+"""Opens a build in the official repository's model: `Bagel` of ByteDance-Seed/Bagel, with the weights as stored.
 
     # in a clone of the official repository
     from bagel_compress.interop import official_inferencer
     inferencer = official_inferencer("out/nf4")
     inferencer(text="a red teapot on a wooden table")["image"].save("teapot.png")
 
-NF4 and INT8 weights lie in bitsandbytes' modules, which the official code's modes 2 and 3 make at every start; those of
-every other format in this package's run-time modules, plain `torch.nn.Module`s; what is no linear is decoded. Nothing
-is quantised again. The official code must be importable (its folder is the working directory or on the path). Its VAE
+NF4 and INT8 weights are put into bitsandbytes' modules, which the official code's modes 2 and 3 make at every start;
+weights of other formats into this package's run-time modules; tensors that are no linears are decoded. Nothing is
+quantised again. The official code must be importable (its folder is the working directory or on the path). The VAE
 stays on the CPU, where the official sampler encodes and decodes.
 """
 
