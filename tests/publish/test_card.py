@@ -15,12 +15,13 @@ from markdown_it import MarkdownIt
 from publish_data import BASE, REPO, TOKEN, budget, parity
 
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.ecq import Ecq
 from bagel_compress.codecs.int8 import Int8
 from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.publishing.card_markdown import code, plain
-from bagel_compress.publishing.card_sections import Origin
+from bagel_compress.publishing.card_sections import Origin, recipe_section
 from bagel_compress.publishing.model_card import model_card
 from bagel_compress.publishing.release_reports import ReleaseReports, load_reports
 
@@ -153,3 +154,24 @@ def test_a_base_that_is_no_repository_is_refused_by_the_hub(hub: Hub, artifact: 
     assert ModelCard(card).data.to_dict().keys().isdisjoint({"x"})
     with pytest.raises(ValueError, match="base_model"):
         HfApi(endpoint=hub.url, token=TOKEN)._validate_yaml(card, repo_type="model")
+
+
+@pytest.mark.parametrize(("words", "fence"), [("plain", 3), ("``", 3), ("```", 4), ("a `````` b ``", 7)])
+def test_the_recipe_is_fenced_beyond_its_own_backticks(artifact: Artifact, words: str, fence: int) -> None:
+    recipe = artifact.manifest.recipe.model_copy(update={"summary": words + " \u202e", "targets": ("12gb",)})
+    section = recipe_section(recipe)
+    head, body = section.split("yaml\n", 1)
+    assert head == f"## Recipe\n\n{'`' * fence}"
+    assert body.endswith(f"\n{'`' * fence}")
+    text = body.removesuffix(f"\n{'`' * fence}")
+    assert Recipe.parse(text, "card") == recipe
+    assert text.startswith("name: ")  # in the order in which recipes are written
+    assert "\u202e" not in text  # a character that turns a line around is shown by its number
+    for empty in ("null", "[]", "''"):
+        assert empty not in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_a_number_of_nothing_is_part_of_the_recipe(artifact: Artifact) -> None:
+    recipe = artifact.manifest.recipe.model_copy(update={"budget_gb": 0.0})
+    assert "budget_gb: 0.0" in recipe_section(recipe)

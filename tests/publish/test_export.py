@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,13 @@ from bagel_compress.exporting.source import WeightSource
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.publishing.card_sections import Origin
 from bagel_compress.publishing.collection_table import CollectionRow
+from bagel_compress.publishing.export_card import card_of as export_card
 from bagel_compress.publishing.pipeline import PublishResult
 from bagel_compress.publishing.release import Release, make_release
+from bagel_compress.publishing.release_reports import load_reports
 from bagel_compress.publishing.snippets import export_snippets
 from bagel_compress.publishing.verify import verify_folder
+from bagel_compress.run.export_settings import Range
 from bagel_compress.run.target import Target
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -283,3 +287,47 @@ def test_a_hostile_manifest(own: ExportFolder) -> None:
     path.write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match="not among its files"):
         ExportFolder.open(own.path)
+
+
+def as_if(folder: ExportFolder, **settings: object) -> ExportFolder:
+    """The same export as if it had been made with other settings and axes."""
+    changed = folder.manifest.settings.model_copy(update=settings)
+    axes = {"tokens": Range(min=1, opt=2, max=64)}
+    return replace(folder, manifest=folder.manifest.model_copy(update={"settings": changed, "axes": axes}))
+
+
+def test_only_engines_have_sizes_and_builders(own: ExportFolder) -> None:
+    reports, _ = load_reports(own)
+    graphs = export_card(own, reports, ORIGIN)
+    engines = export_card(as_if(own, runtime="tensorrt-rtx"), reports, ORIGIN)
+    sizes = " Engines accept these sizes: tokens 1 to 64."
+    assert sizes in engines
+    assert "Engines accept" not in export_card(as_if(own), reports, ORIGIN)
+    assert "| every engine was built by tensorrt-rtx, for the GPU it was built on | yes |" in engines
+    assert "every engine" not in graphs
+    assert "  - onnxruntime" not in engines
+    assert "- tensorrt\n" in engines
+    assert "as ONNX graphs, one per block" in graphs
+    assert "as TensorRT engines, and the graphs behind them, one per block" in engines
+
+
+def test_what_was_not_run_is_said_in_words_that_fit(own: ExportFolder) -> None:
+    def words(folder: ExportFolder) -> tuple[bool, tuple[str, ...]]:
+        found = load_reports(folder)[0]
+        return found.was_run, found.not_run
+
+    by = "Their graphs and weights were run by onnxruntime 1.32 on cpu in fp32."
+    assert words(own) == (True, ())
+    assert words(as_if(own, precision="fp16")) == (
+        False, (f"The graphs in fp16 were written and never run as they are. {by}",),
+    )  # fmt: skip
+    assert words(as_if(own, runtime="tensorrt")) == (
+        False, (f"The engines were built with tensorrt and never run. {by}",),
+    )  # fmt: skip
+    assert words(as_if(own, provider="cuda")) == (True, ("The graphs were run on a CPU and never on a GPU.",))
+    parity(own, environment=ON_CPU | {"provider": "cuda"}).save(own.path)
+    assert words(as_if(own, provider="cuda")) == words(own) == (True, ())
+    (own.path / "reports" / "parity.json").unlink()
+    assert words(as_if(own, runtime="tensorrt")) == (
+        False, ("The engines were built with tensorrt and never run. Nothing was run.",),
+    )  # fmt: skip

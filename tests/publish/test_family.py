@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub import Hub
@@ -79,9 +80,12 @@ def test_members_that_are_not_ours_are_left_alone(hub: Hub, artifact: Artifact, 
     assert set(hub.store.repos["ann/something"].head("main").files) == {".gitattributes"}
 
 
-def test_no_collection_for_drafts(artifact: Artifact, publish: Publish) -> None:
+@pytest.mark.parametrize("option", [{"draft": True}, {"create_pr": True}, {"revision": "next"}], ids=str)
+def test_a_collection_shows_main_alone(hub: Hub, artifact: Artifact, publish: Publish, option: dict[str, Any]) -> None:
     with pytest.raises(PublishError, match="leave out --collection"):
-        publish(artifact, collection=TITLE, draft=True)
+        publish(artifact, collection=TITLE, **option)
+    assert not hub.store.repos
+    assert not hub.store.collections
 
 
 def test_a_card_without_a_place_for_the_table() -> None:

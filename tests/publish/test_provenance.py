@@ -6,13 +6,16 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from publish_data import BASE, REPO, flip
 
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import AdapterEntry, BaseEntry
 from bagel_compress.errors import ArtifactError, GateError, MissingExtraError
+from bagel_compress.io.digests import sha256_file
 from bagel_compress.publishing import provenance
 from bagel_compress.publishing.card_sections import Origin
 from bagel_compress.publishing.release import Release, make_release
@@ -152,3 +155,54 @@ def test_a_signed_release_through_the_hub(
     code, out, err = cli("verify", REPO, "--key", keys[1])
     assert code == 0, out + err
     assert "signature: valid" in out
+
+
+def test_the_statement_names_where_weights_came_from(artifact: Artifact) -> None:
+    """A revision where there is one; the digest of all values, or the checkpoint's where none was taken."""
+    files = {name: provenance.ListedFile(1, "1" * 64) for name in artifact.manifest.files}
+    files |= {f"reports/{name}": provenance.ListedFile(1, "2" * 64) for name in ("b.json", "a.json")}
+
+    def origins(**changes: object) -> list[dict[str, object]]:
+        source = artifact.manifest.source.model_copy(update={"name": "me/model", "revision": None} | changes)
+        build = replace(artifact, manifest=artifact.manifest.model_copy(update={"source": source}))
+        found = provenance.statement(build, files)
+        assert [s["name"] for s in found["subject"]] == ["manifest.json", *sorted(artifact.manifest.files)]
+        judged = found["predicate"]["runDetails"]["byproducts"]
+        assert judged == [{"name": f"reports/{n}.json", "digest": {"sha256": "2" * 64}} for n in "ab"]
+        return list(found["predicate"]["buildDefinition"]["resolvedDependencies"])
+
+    digest = artifact.manifest.source.digest
+    [plain] = origins(data_blake3="3" * 64)
+    assert plain == {
+        "uri": "hf://me/model", "digest": {"blake3": "3" * 64}, "annotations": {"checkpoint_digest": digest},
+    }  # fmt: skip
+    [dated] = origins(revision="v1", data_blake3="")
+    assert (dated["uri"], dated["digest"]) == ("hf://me/model@v1", {"sha256": digest})
+    adapter = AdapterEntry(name="style", blake3="4" * 64, scales=(0.5, 2.0))
+    base = BaseEntry(name="me/base", revision="v2", files=("ae.safetensors",), tensors=("a", "b"))
+    _, merged, taken = origins(adapter=adapter, base=base)
+    assert merged == {
+        "name": "style", "digest": {"blake3": "4" * 64}, "annotations": {"scale_least": 0.5, "scale_largest": 2.0},
+    }  # fmt: skip
+    assert taken == {
+        "uri": "hf://me/base@v2", "annotations": {"files": ["ae.safetensors"], "tensors": ["a", "b"]},
+    }  # fmt: skip
+
+
+def test_sums_say_what_is_missing_changed_and_unknown(tmp_path: Path) -> None:
+    for name in ("kept", "changed", "z.new", "a.new", "README.md", ".cache/x", ".git/x", "sub/.cache"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    digest = sha256_file(tmp_path / "kept")
+    lines = {"kept": digest, "changed": "0" * 64, "gone": digest}
+    (tmp_path / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in lines.items()))
+    assert provenance.check_sums(tmp_path) == [
+        "gone is missing", "changed was changed", "a.new is not in SHA256SUMS", "sub/.cache is not in SHA256SUMS",
+        "z.new is not in SHA256SUMS",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", [f"{'0' * 63}  a", f"{'0' * 65}  a", f"{'0' * 64} a", f"{'0' * 64}  ../a", "0" * 64])
+def test_a_line_that_names_no_file_here(line: str) -> None:
+    with pytest.raises(ArtifactError, match="names no file here"):
+        provenance.read_sums(line)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bagel_compress.budgets import advise as advising
-from bagel_compress.budgets.advise import advice_table, advise
+from bagel_compress.budgets.advise import Choice, advice_table, advise
+from bagel_compress.budgets.known_builds import KnownBuild
 from bagel_compress.budgets.machine import Machine
 from bagel_compress.budgets.plan_devices import Gpu, plan_map
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import least_bytes, predict
-from bagel_compress.budgets.recommend import packaged_targets, recipes_for, target_variants
+from bagel_compress.budgets.recommend import Errors, packaged_targets, recipes_for, target_variants
 from bagel_compress.cli import main
 from bagel_compress.errors import TargetError
 from bagel_compress.run.target import Target
@@ -103,3 +105,84 @@ def test_the_commands_of_every_packaged_target_run(target: str, capsys: pytest.C
         for command in choice.commands[:2]:  # budget and plan; the others need the weights
             assert main(shlex.split(command)[1:]) == 0, command
     assert "fits" in capsys.readouterr().out
+
+
+def choice(name: str = "nf4", **changes: Any) -> Choice:
+    """A recipe on a 12 GB target: 8 GiB of 11.5, errors of 9.25 % and 8.15 %."""
+    plain = Choice(name, "four bits", "12gb", False, Errors(0.09, 0.0925, 0.0815), 8 * GIB, 23 * GIB // 2, 7 * 10**9,
+                   0, 0, 0.0, False)  # fmt: skip
+    return replace(plain, **changes)
+
+
+def commands(chosen: Choice, targets: list[str], known: KnownBuild | None = None) -> list[str]:
+    errors, build = chosen.errors, SimpleNamespace()
+    candidate = advising._Candidate(chosen.name, build, errors, chosen.calibrated, known)  # type: ignore[arg-type]
+    return list(advising._commands(chosen, candidate, "me/model", [Target.load(name) for name in targets]))
+
+
+ASK = '"a red cat on a roof"'
+
+
+def test_the_commands_of_a_recipe_that_is_calibrated_and_placed() -> None:
+    assert commands(choice(calibrated=True, placed=True), ["12gb"]) == [
+        "bagel-compress budget nf4 --target 12gb",
+        "bagel-compress plan nf4",
+        "bagel-compress calibrate --source me/model --out bagel.calibration.safetensors",
+        "bagel-compress compress nf4 --source me/model --calibration bagel.calibration.safetensors --out out/nf4",
+        f"bagel-compress generate out/nf4 {ASK} --target 12gb --out cat.png",
+        "bagel-compress app out/nf4 --target 12gb",
+    ]
+
+
+def test_the_commands_for_several_gpus() -> None:
+    assert commands(choice(target="12gb 16gb"), ["12gb", "16gb"]) == [
+        "bagel-compress budget nf4 --target 12gb 16gb --together",
+        "bagel-compress plan nf4",
+        "bagel-compress compress nf4 --source me/model --out out/nf4",
+        f"bagel-compress generate out/nf4 {ASK} --device cuda:0,cuda:1 --out cat.png",
+        "bagel-compress app out/nf4 --device cuda:0,cuda:1",
+    ]
+
+
+def test_the_commands_of_builds_that_are_finished() -> None:
+    here, there = (KnownBuild("b", SimpleNamespace(), size) for size in (0, 5))  # type: ignore[arg-type]
+    use = [f"bagel-compress generate b {ASK} --out cat.png", "bagel-compress app b"]
+    assert commands(choice("b"), ["12gb"], here) == ["bagel-compress budget b --target 12gb", *use]
+    assert commands(choice("b"), ["12gb"], there) == use  # `budget` would read files that are not here yet
+
+
+@pytest.mark.parametrize(("target", "page"), [("ort-cpu", True), ("trt-rtx4090-24gb", False)])
+def test_the_commands_of_exports(target: str, page: bool) -> None:
+    assert commands(choice(target=target), [target])[3:] == [
+        f"bagel-compress export out/nf4 {target} --out out/nf4-{target}",
+        f"bagel-compress generate out/nf4-{target} {ASK} --out cat.png",
+        *([f"bagel-compress app out/nf4-{target}"] if page else []),
+    ]
+
+
+def test_the_table_says_what_is_known_of_each() -> None:
+    rows = [
+        choice(download=29_100_000_000, disk=36_000_000_000, build_seconds=90.0, alike=("x", "y"), commands=("do",)),
+        choice("built"),
+        choice("slow", build_seconds=None, disk=36_000_000_000),
+        choice("quick", build_seconds=20.0, disk=36_000_000_000),
+    ]
+    lines = advice_table(rows, Machine(disk=0, memory=None)).split("\n")
+    assert lines[1].split() == ["nf4", "12gb", "9.2", "%", "8.2", "%", "8.00", "11.50", "29.1", "GB", "36.0", "GB",
+                                "2", "min"]  # fmt: skip
+    assert lines[2] == "    the same for other loaders: x, y"
+    assert lines[3].split()[-3:] == ["-", "-", "-"]  # nothing to load, nothing to write, nothing to wait for
+    assert lines[4].split()[-4:] == ["-", "36.0", "GB", "(1)"]
+    assert lines[5].split()[-2:] == ["1", "min"]
+    assert lines[6].startswith("drawing, answers: expected error")
+    assert lines[7].startswith("(1) calibrated")
+    assert lines[8:] == ["here: no GPU, 0 GB of disk free", "", "nf4: four bits", "do"]
+
+
+@pytest.mark.parametrize(("free", "short"), [(36_000_000_000, False), (35_999_999_999, True)])
+def test_a_disk_is_too_small_if_nothing_goes_onto_it(free: int, short: bool) -> None:
+    rows = [choice(disk=40_000_000_000), choice(disk=36_000_000_000)]
+    table = advice_table(rows, Machine(disk=free, memory=64_000_000_000, gpus=("a", "b")))
+    assert ("this disk has 36.0 GB free: too little for any of them" in table) == short
+    assert "here: a, b, 36 GB of disk free, 64 GB of memory" in table
+    assert "(1)" not in table

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bagel_compress.budgets.fake_model import BuildOutline, scratch_bytes
-from bagel_compress.budgets.fit import STEP, Fitted, expected_error, fit, with_rate
+from bagel_compress.budgets.fit import STEP, Fitted, expected_error, fit, table, with_rate
 from bagel_compress.budgets.plan_devices import held_bytes
 from bagel_compress.budgets.planned_build import checkpoint_sizes
 from bagel_compress.budgets.predict import predict
@@ -153,3 +154,35 @@ rules:
     largest = [max(s.unit.numel for s in b.units if s.codec.format == f) for b, f in ((plain, "df11"), (alone, "ecq"))]
     assert 2 * largest[0] <= scratch_bytes(plain) < 2 * (2 * largest[0] + 64) + 1  # df11's units are the larger ones
     assert scratch_bytes(alone) < scratch_bytes(plain)
+
+
+@pytest.mark.parametrize(("bits", "level"), [(1.5, "4-bit"), (5.49, "4-bit"), (5.5, "8-bit"), (8.5, "8-bit")])
+def test_a_rate_has_the_class_of_its_error(family: Recipe, bits: float, level: str) -> None:
+    """5.5 bits are the first whose normal weights come back no worse than FP8's 0.0265."""
+    recipe = with_rate(family, bits, Target.load("12gb"))
+    assert recipe.limits.level == level
+    assert (recipe.name, recipe.targets, recipe.budget_gb) == ("ecq-12gb", ("12gb",), None)
+    assert f"at {bits:.2f} bits, the most that NVIDIA GeForce RTX 3060 12GB holds" in recipe.summary
+    own = with_rate(family, bits, Target.load(TINY_TARGET), "mine")
+    assert (own.name, own.targets) == ("mine", ())  # a promise of a target that nobody else has says nothing
+
+
+def test_a_few_predictions_find_the_rate(family: Recipe) -> None:
+    """Peaks are close to a line in the rate: the secant meets them at once, where halving would take eight."""
+    said: list[str] = []
+    disk = tiny_fit(family, 4096).nbytes * 0.9 / 1e9
+    found = tiny_fit(family, 4096, disk_gb=disk, say=said.append)
+    assert len(said) <= 5
+    assert said[-1].startswith(f"{found.bits:.2f} bits: peak")
+    assert 0 <= 1 - found.nbytes / (disk * 1e9) <= 0.01
+
+
+def test_the_table_of_rates() -> None:
+    report = SimpleNamespace(peak=10.5 * 2**30)
+    fitted = Fitted(None, 4.125, report, Target.load("12gb"), 7_654_321_000)  # type: ignore[arg-type]
+    limit = Target.load("12gb").limit
+    head, row = table([fitted]).split("\n")
+    assert head.split() == ["target", "bits", "peak", "GiB", "limit", "GiB", "free", "MiB", "disk"]
+    assert row.split() == [
+        "12gb", "4.12", "10.500", f"{limit / 2**30:.3f}", f"{(limit - 10.5 * 2**30) / 2**20:.0f}", "7.654", "GB",
+    ]  # fmt: skip
