@@ -278,8 +278,8 @@ def sentence(row: Row) -> str:
 
 
 def number(value: float) -> str:
-    """A value as text with four significant digits."""
-    return f"{value:.4g}"
+    """A value as text with four significant digits; infinity, the PSNR of equal pictures, is called equal."""
+    return "equal" if value == math.inf else f"{value:.4g}"
 
 
 def write_json(model: BaseModel, path: Path) -> Path:

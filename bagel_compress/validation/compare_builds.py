@@ -155,7 +155,7 @@ def _case(builds: Sequence[ComparedBuild], trace: Trace) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else "equal" if value == math.inf else number(value)
+    return "" if value is None else number(value)
 
 
 def _image(pixels_HWC: torch.Tensor) -> Image.Image:
