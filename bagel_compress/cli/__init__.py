@@ -27,24 +27,36 @@ GROUPS = (
     "publish", "export", "demo", "nano", "finetune",
 )  # fmt: skip
 # Verbs that continue an interrupted run.
-RESUMABLE = ("compress", "run", "export", "calibrate", "batch", "train-nano", "allocate", "finetune")
+RESUMABLE = (
+    "compress", "run", "export", "calibrate", "batch", "train-nano", "allocate", "finetune", "trace", "evaluate",
+)  # fmt: skip
 LONGEST_WORD = 300  # characters; longer words in messages are cut, since names in damaged files can have any length
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of the console script. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        hint = "; the same command continues from there" if words and words[0] in RESUMABLE else ""
+        say(f"bagel-compress: interrupted{hint}.")
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    """Parses the words and runs their verb. Returns the exit code; raises KeyboardInterrupt on Ctrl-C."""
     _open_standard_files()
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = command_parser()
-    if not argv:
+    if not words:
         parser.print_help()
         return 0
-    if not argv[0].startswith("-") and argv[0] not in (verbs := _verbs(parser)):
-        close = difflib.get_close_matches(argv[0], verbs, n=1, cutoff=0.5)
+    if not words[0].startswith("-") and words[0] not in (verbs := _verbs(parser)):
+        close = difflib.get_close_matches(words[0], verbs, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"verbs are {', '.join(verbs)}."
-        say(printable(f"bagel-compress: there is no verb {argv[0]!r}; {hint}"))
+        say(printable(f"bagel-compress: there is no verb {words[0]!r}; {hint}"))
         return 2
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     try:
         code: int = args.verb(args)
         sys.stdout.flush()
@@ -57,10 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # file errors that the verb does not handle: a name too long, a failing disk
         say(printable(f"bagel-compress: {error.filename or 'the output'}: {error.strerror or error}."))
         return 2
-    except KeyboardInterrupt:
-        hint = "; the same command continues from there" if argv[0] in RESUMABLE else ""
-        say(f"bagel-compress: interrupted{hint}.")
-        return 130
     return code
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 from export_targets import target
+from interrupts import bury, calls_of, moments, sigint_at
 
 from bagel.sampler import Sampler
 from bagel_compress.errors import ArtifactError, ExportError
@@ -231,3 +232,25 @@ def test_an_export_that_ends_at_any_file_goes_on(
                 build.export(source, wanted, out, templates=templates)
         assert build.export(source, wanted, out, templates=templates).digest == whole.digest
         assert not list(out.rglob("*.partial")) + list(out.glob(".export"))
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_ctrl_c_at_any_moment_and_again(
+    count: int, tiny: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    text = "name: one\ndevice: {name: a GPU, memory_mib: 8000}\nexport: {blocks: [embed]}\nbudget: {disk_gb: 1}\n"
+    (tmp_path / "one.yaml").write_text(text)
+    command = ("export", tiny, tmp_path / "one.yaml", "--out")
+    (code, _, err), calls = calls_of(lambda: cli(*command, tmp_path / "whole"))
+    assert code == 0, err
+    expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    for call in moments(calls, count, 5):
+        out = tmp_path / f"stopped{call}"
+        with sigint_at(call):
+            code, _, err = cli(*command, out)
+        assert code in (0, 130), err
+        assert "Traceback" not in err
+        bury(out / ".export" / "lock")
+        code, _, err = cli(*command, out)
+        assert code == 0, (call, err)
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == expected, call

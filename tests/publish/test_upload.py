@@ -6,11 +6,13 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hub import Fault, Hub, User
+from interrupts import calls_of, moments, sigint_at
 from publish_data import BASE, REPO, TOKEN, flip
 
 from bagel_compress.build.artifact import Artifact
@@ -19,6 +21,7 @@ from bagel_compress.errors import GateError, HubError, PublishError
 from bagel_compress.publishing.card_sections import Origin
 from bagel_compress.publishing.release import Release, make_release
 from bagel_compress.publishing.upload import upload
+from bagel_compress.publishing.verify import verify_repo
 
 
 @pytest.fixture
@@ -323,3 +326,35 @@ def test_the_hub_is_down(hub: Hub, release: Release) -> None:
     hub.faults = []
     upload(release, REPO)
     assert whole(hub)
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_ctrl_c_at_any_moment_and_again(
+    count: int, hub: Hub, artifact: Artifact, cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """What can be seen on the Hub is a whole build or none, and the same command completes it."""
+    receipts = tmp_path / "receipts"
+
+    def command(repo: str) -> tuple[object, ...]:
+        return "publish", artifact.path, repo, "--base-model", BASE, "--receipts", receipts
+
+    (code, _, err), calls = calls_of(lambda: cli(*command("ann/whole")))
+    assert code == 0, err
+    expected = hub.store.repos["ann/whole"].head("main").files.keys()
+    beside = {p.name for p in artifact.path.parent.glob("nf4*")}
+    for call in moments(calls, count, 4):
+        repo = f"ann/build{call}"
+        with sigint_at(call):
+            code, _, err = cli(*command(repo))
+        assert code in (0, 130), err
+        assert "Traceback" not in err
+        for thread in threading.enumerate():  # a request that was sent goes on; here the process does too
+            if thread.name == "request":
+                thread.join()
+        there = hub.store.repos[repo].head("main").files if repo in hub.store.repos else {}
+        assert "manifest.json" not in there or there.keys() == expected, call
+        code, _, err = cli(*command(repo))
+        assert code == 0, (call, err)
+        assert verify_repo(repo).faults == ()
+        assert hub.store.repos[repo].head("main").files.keys() == expected
+        assert {p.name for p in artifact.path.parent.glob("nf4*")} == beside, call
