@@ -35,6 +35,14 @@ class TextItem:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenItem:
+    """A text turn as token ids, wrapper tokens included; `loss` as in TextItem."""
+
+    ids: tuple[int, ...]
+    loss: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ViTItem:
     """An image as ViT features, [3, H, W] in [-1, 1]."""
 
@@ -54,7 +62,7 @@ class DroppedImage:
     """An image that was left out so that guidance can be learnt: no rows, but it takes its rope position."""
 
 
-Item = TextItem | ViTItem | LatentItem | DroppedImage
+Item = TextItem | TokenItem | ViTItem | LatentItem | DroppedImage
 
 
 @dataclass(slots=True)
@@ -193,7 +201,7 @@ class _Packer:
         splits: list[tuple[str, int]] = []
         rope = 0
         for item in items:
-            if isinstance(item, TextItem):
+            if isinstance(item, TextItem | TokenItem):
                 count = self._text(item, rope)
                 splits.append(("causal", count))
                 rope += count
@@ -206,8 +214,9 @@ class _Packer:
                 rope += 0 if noised else 1
         self.visible.append(visibility(splits))
 
-    def _text(self, item: TextItem, rope: int) -> int:
-        ids, row = self.text.turn(item.text), len(self.positions)
+    def _text(self, item: TextItem | TokenItem, rope: int) -> int:
+        ids = list(item.ids) if isinstance(item, TokenItem) else self.text.turn(item.text)
+        row = len(self.positions)
         self._tokens(ids, list(range(rope, rope + len(ids))))
         if item.loss:
             self.rows["ce"] += range(row, row + len(ids) - 1)

@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def open_model(
-    model: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, target: str | Path | Target | None = None
+    model: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    target: str | Path | Target | None = None,
+    adapter: str | Path | None = None,
 ) -> Loops:
     """Opens a model, ready to sample: `run(turns, ...)` draws, edits or answers.
 
@@ -37,24 +41,29 @@ def open_model(
     `owner/name@revision`) of one. `device` is "cpu", "cuda", "cuda:1", "auto", or several GPUs ("cuda:0,cuda:1") among
     which layers are divided. `dtype` None is bf16, the models' own; another torch dtype decodes an artifact's weights
     to it, which is slow and meant for comparisons. With `target`, parts of the model wait in host memory in the phases
-    that the target defines. An export runs in its own precision on "cpu" or "cuda".
+    that the target defines. `adapter` is a folder of `finetune`; its LoRA is computed beside the linears of a model on
+    one device. An export runs in its own precision on "cpu" or "cuda".
 
     `run` takes texts and PIL pictures as turns, `size` (height, width) in pixels, multiples of 16, `seed`, `think`,
     `flow` and `text` settings; its result has `image` (PIL, RGB) or `text`.
 
     Raises CheckpointError, ArtifactError or HubError if the model cannot be opened, TargetError if the device does not
-    exist, and ExportError or MissingExtraError if this machine cannot run an export.
+    exist, FinetuneError on an adapter that is not for this model, and ExportError or MissingExtraError if this machine
+    cannot run an export.
 
         model = bc.open_model("out/nf4", device="cuda")
         model.run(["a red cat on a roof"], size=(1024, 1024), seed=7).image.save("cat.png")
         print(model.run([picture, "what is in the picture?"], output="text").text)
     """
     from bagel_compress.build.manifest import EXPORT_MANIFEST
+    from bagel_compress.errors import FinetuneError
     from bagel_compress.io.safe_paths import exists
     from bagel_compress.run.load import downloaded
 
     folder = Path(model) if exists(model) else downloaded(str(model))
     log.info("opening %s on %s", model, device)
+    if adapter is not None and (target is not None or "," in device or (folder / EXPORT_MANIFEST).is_file()):
+        raise FinetuneError("an adapter runs beside a checkpoint or build on one device, without a target.")
     if (folder / EXPORT_MANIFEST).is_file():
         from bagel_compress.exporting.ort_sampler import open_onnx
 
@@ -70,7 +79,12 @@ def open_model(
         placed(sampler, target if isinstance(target, Target) else Target.load(target), one_device(device))
         return sampler
     place = choose_device(device, folder, log.info) if dtype is None else one_device(device)
-    return load_model(folder, place, dtype)
+    opened = load_model(folder, place, dtype)
+    if adapter is not None:
+        from bagel_compress.finetune.lora import attach
+
+        attach(opened.bagel, adapter)
+    return opened
 
 
 def trace(

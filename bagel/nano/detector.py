@@ -7,6 +7,7 @@ the same place and area overlaps best. It is strict: a picture is read as what i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,6 @@ from bagel.nano.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIDE, Image, 
 MIN_PIXELS = 12  # an area smaller than this is a speck; the smallest drawn shape has over 50
 MIN_OVERLAP = 0.75  # soft intersection over union below which a thing has no shape
 
-_NAMES = (*BACKGROUNDS, *COLORS)
-_PALETTE = np.asarray([*BACKGROUNDS.values(), *COLORS.values()], np.float32)
 # Area / radius^2 and centroid height below the bounding box' centre / radius, by shape (see scenes.py for the widths).
 _AREA = {"circle": np.pi, "square": 4 * 0.90**2, "triangle": 0.75 * np.sqrt(3.0) * 1.25**2}
 _DROP = {"circle": 0.0, "square": 0.0, "triangle": 0.25 * 1.25}
@@ -44,26 +43,28 @@ class DetectedScene:
     things: tuple[DetectedThing, ...]
 
 
-def read(image: Image) -> DetectedScene:
-    """Reads a uint8 [SIDE, SIDE, 3] picture."""
+def read(image: Image, colors: Mapping[str, tuple[int, int, int]] = COLORS) -> DetectedScene:
+    """Reads a uint8 [SIDE, SIDE, 3] picture. `colors`: those that a thing may have, by name."""
+    names = (*BACKGROUNDS, *colors)
+    palette = np.asarray([*BACKGROUNDS.values(), *colors.values()], np.float32)
     pixels = image.astype(np.float32)
-    labels = _majority(np.square(pixels[:, :, None] - _PALETTE).sum(-1).argmin(-1))
+    labels = _majority(np.square(pixels[:, :, None] - palette).sum(-1).argmin(-1), len(names))
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    background = int(np.bincount(border, minlength=len(_NAMES)).argmax())
-    ground = np.median(pixels[labels == background], axis=0) if (labels == background).any() else _PALETTE[background]
+    background = int(np.bincount(border, minlength=len(names)).argmax())
+    ground = np.median(pixels[labels == background], axis=0) if (labels == background).any() else palette[background]
     areas = [
         (label, area)
         for label in sorted(set(labels.ravel().tolist()) - {background})
         for area in _areas(labels == label)
     ]
     taken = np.logical_or.reduce([area for _, area in areas]) if areas else np.zeros(labels.shape, bool)
-    things = [_read_thing(pixels, area, taken & ~area, label, ground) for label, area in areas]
-    return DetectedScene(_NAMES[background], tuple(sorted(things, key=lambda t: (round(t.x / 8), t.y))))
+    things = [_read_thing(pixels, area, taken & ~area, names[label], ground) for label, area in areas]
+    return DetectedScene(names[background], tuple(sorted(things, key=lambda t: (round(t.x / 8), t.y))))
 
 
-def _majority(labels: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The most frequent label of every 3 x 3 neighbourhood (the lowest on ties)."""
-    one_hot = np.pad(np.eye(len(_NAMES), dtype=np.int8)[labels], ((1, 1), (1, 1), (0, 0)), mode="edge")
+def _majority(labels: NDArray[np.intp], count: int) -> NDArray[np.intp]:
+    """Of `count` labels the most frequent label of every 3 x 3 neighbourhood (the lowest on ties)."""
+    one_hot = np.pad(np.eye(count, dtype=np.int8)[labels], ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = one_hot[:-2] + one_hot[1:-1] + one_hot[2:]
     return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]).argmax(-1)
 
@@ -109,7 +110,7 @@ def _read_thing(
     pixels: NDArray[np.float32],
     area: NDArray[np.bool_],
     other: NDArray[np.bool_],
-    label: int,
+    color_name: str,
     ground: NDArray[np.float32],
 ) -> DetectedThing:
     """Shape and place from the soft cover: how far each pixel lies between the background's and the thing's colour."""
@@ -120,12 +121,12 @@ def _read_thing(
     cover = (np.clip(along, 0, 1) * near).astype(np.float32)
     mass = float(cover.sum())
     if mass <= 0:
-        return DetectedThing("?", _NAMES[label], "center", SIDE / 2, SIDE / 2, 0.0)
+        return DetectedThing("?", color_name, "center", SIDE / 2, SIDE / 2, 0.0)
     steps = np.arange(SIDE, dtype=np.float32) + 0.5
     x, y = float(cover.sum(0) @ steps / mass), float(cover.sum(1) @ steps / mass)
     overlap, shape, middle = max(_fit(cover, shape, x, y, mass) for shape in SHAPES)
     place = min(PLACES, key=lambda p: (PLACES[p][0] - x) ** 2 + (PLACES[p][1] - middle) ** 2)
-    return DetectedThing(shape if overlap >= MIN_OVERLAP else "?", _NAMES[label], place, x, middle, overlap)
+    return DetectedThing(shape if overlap >= MIN_OVERLAP else "?", color_name, place, x, middle, overlap)
 
 
 def _fit(cover: NDArray[np.float32], shape: str, x: float, y: float, mass: float) -> tuple[float, str, float]:

@@ -9,7 +9,7 @@ Everything is deterministic in the generator that is passed in. Colours are sRGB
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -103,13 +103,13 @@ def recoloured(thing: Thing, color: str) -> Thing:
     return replace(thing, color=color)
 
 
-def render(scene: Scene) -> Image:
-    """The picture: uint8 [SIDE, SIDE, 3], edges anti-aliased over one pixel."""
+def render(scene: Scene, colors: Mapping[str, tuple[int, int, int]] = COLORS) -> Image:
+    """The picture: uint8 [SIDE, SIDE, 3], edges anti-aliased over one pixel. `colors`: of things, by name."""
     canvas = np.empty((SIDE, SIDE, 3), np.float32)
     canvas[:] = np.clip(np.add(BACKGROUNDS[scene.background], scene.tint), 0, 255)
     for thing in scene.things:
         alpha = coverage(thing.shape, thing.x, thing.y, thing.radius)[..., None]
-        canvas += alpha * (np.asarray(COLORS[thing.color], np.float32) - canvas)
+        canvas += alpha * (np.asarray(colors[thing.color], np.float32) - canvas)
     return np.rint(canvas).astype(np.uint8)
 
 

@@ -95,7 +95,7 @@ def open_calibration(path: str | None) -> CalibrationSet | None:
     return CalibrationSet.open(path)
 
 
-def add_calibration(parser: argparse.ArgumentParser) -> None:
+def add_calibration(parser: argparse._ActionsContainer) -> None:
     """Adds the option --calibration."""
     parser.add_argument(
         "--calibration", metavar="FILE",

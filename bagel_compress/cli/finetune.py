@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bagel_compress.cli import add_json, add_verb, emit, say
+from bagel_compress.cli.build import add_calibration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from bagel_compress.finetune.config import FinetuneConfig
     from bagel_compress.finetune.loop import StepResult
     from bagel_compress.finetune.processes import Processes
 
@@ -24,13 +26,20 @@ def register(verbs: Any) -> None:
     parser = add_verb(
         verbs, "finetune", "train a checkpoint further, or LoRA adapters over a checkpoint or a compressed build",
         "bagel-compress finetune lora.yaml --out out/lora --device cuda\n"
-        "  torchrun --nproc-per-node 8 -m bagel_compress finetune full.yaml --out out/full --device cuda",
+        "  torchrun --nproc-per-node 8 -m bagel_compress finetune full.yaml --out out/full --device cuda\n"
+        "  bagel-compress finetune repair.yaml --out out/repair --recover BAGEL-7B-MoT"
+        " --calibration bagel.calibration.safetensors",
     )  # fmt: skip
     parser.add_argument("config", metavar="CONFIG", help="YAML file: model, data, what is trained (docs/finetune.md)")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for saves and metrics; the same command goes on"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda (one GPU per process under torchrun), cuda:1")
+    repair = parser.add_argument_group("repair of a compressed build: no data, a low-rank lora")
+    repair.add_argument(
+        "--recover", metavar="SRC", help="teach the adapters to give what this full-precision source of the build gives"
+    )
+    add_calibration(repair)
     add_json(parser)
     parser.set_defaults(verb=_finetune)
 
@@ -38,12 +47,16 @@ def register(verbs: Any) -> None:
 def _finetune(args: argparse.Namespace) -> int:
     from bagel_compress.finetune.config import FinetuneConfig
     from bagel_compress.finetune.loop import Trainer
+    from bagel_compress.finetune.recover import open_repair
     from bagel_compress.finetune.trainee import open_trainee
 
-    config = FinetuneConfig.load(args.config)
+    config = _with_repair(FinetuneConfig.load(args.config), args)
     processes = _processes(args.device)
     try:
-        trainer = Trainer(open_trainee(config, processes), config, args.out, processes)
+        trainee, lessons = (
+            open_repair(config, processes) if config.recover is not None else (open_trainee(config, processes), [])
+        )
+        trainer = Trainer(trainee, config, args.out, processes, lessons)
         if trainer.step and processes.first:
             say(f"going on after step {trainer.step}")
         last = _report(trainer.steps(), processes.first)
@@ -54,6 +67,19 @@ def _finetune(args: argparse.Namespace) -> int:
     finally:
         processes.close()
     return 0
+
+
+def _with_repair(config: FinetuneConfig, args: argparse.Namespace) -> FinetuneConfig:
+    """The config with --recover and --calibration in it."""
+    from bagel_compress.errors import FinetuneError
+    from bagel_compress.finetune.config import RecoverConfig
+
+    if args.recover is None and args.calibration is None:
+        return config
+    reference = args.recover or (config.recover.reference if config.recover else None)
+    if reference is None:
+        raise FinetuneError("--calibration goes with --recover SRC; training on data takes no calibration set.")
+    return config.with_recover(RecoverConfig(reference=reference, calibration=args.calibration))
 
 
 def _processes(device: str) -> Processes:

@@ -73,6 +73,9 @@ def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentP
         "--target", metavar="T", help="keep parts of the model in host memory in the phases that this target defines"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="compute a LoRA beside the model's linears: a folder that `finetune` wrote"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise; the same seed gives the same picture")
     parser.add_argument("--think", action="store_true", help="let the model plan in words first")
     add_json(parser)
@@ -235,6 +238,23 @@ def _text(args: argparse.Namespace) -> TextSettings:
 
 
 def _opened(args: argparse.Namespace, check: Callable[[BagelConfig], object] | None = None) -> Loops:
+    """The model of `_placed`, with the adapter that --adapter names beside its linears."""
+    if args.adapter is None:
+        return _placed(args, check)
+    from bagel.sampler import Sampler
+    from bagel_compress.errors import FinetuneError
+    from bagel_compress.finetune.lora import attach
+
+    if args.target is not None or "," in args.device:
+        raise FinetuneError("--adapter runs on one device without a residency plan; leave --target and lists away.")
+    sampler = _placed(args, check)
+    if not isinstance(sampler, Sampler):
+        raise FinetuneError(f"{args.model} is an export, which takes no adapter; merge it with `compress --lora`.")
+    attach(sampler.bagel, args.adapter)
+    return sampler
+
+
+def _placed(args: argparse.Namespace, check: Callable[[BagelConfig], object] | None) -> Loops:
     """The opened model on the device of --device, offloaded as --target defines; an export in its own runtime.
 
     `check` is called with the model's configuration before weights are read.

@@ -38,7 +38,6 @@ from bagel_compress.evaluate.runner import (
 )
 from bagel_compress.evaluate.values import Values
 from bagel_compress.io.jobs import Executor, run_jobs
-from bagel_compress.parity.report_data import REPORTS, write_json
 from bagel_compress.source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -168,8 +167,8 @@ def finish(what: Run, scorers: Scorers = Scorers()) -> EvaluationReport | None:
         reference=read_settings(scorers.against)["model"][:12] if scorers.against else "",
     )  # fmt: skip
     report.save(out)
-    if (Path(what.model) / MANIFEST).is_file():
-        write_json(report.public(), Path(what.model) / REPORTS / f"evaluation-{info.name}.json")
+    if any((Path(what.model) / name).is_file() for name in (MANIFEST, EXPORT_MANIFEST)):
+        report.attach(Path(what.model))
     return report
 
 

@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bagel_compress.errors import BenchmarkError
+from pydantic import Field
+
+from bagel_compress.errors import ArtifactError, BenchmarkError
 from bagel_compress.evaluate.values import Total, Values, difference, figure
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.yaml_model import FrozenModel
-from bagel_compress.parity.report_data import Number, read_json, write_json
+from bagel_compress.parity.report_data import NAME, REPORTS, Number, read_json, write_json
 
 REPORT, PAGE, VALUES = "report.json", "report.md", "values.json"
+_PREFIX = "evaluation-"  # of the copy beside a build
 
 
 class Score(FrozenModel):
@@ -53,7 +56,7 @@ class JudgeUse(FrozenModel):
 class EvaluationReport(FrozenModel):
     """One benchmark on one model."""
 
-    benchmark: str
+    benchmark: str = Field(pattern=NAME)
     title: str
     model: str
     digest: str  # of the artifact, export or checkpoint
@@ -72,12 +75,21 @@ class EvaluationReport(FrozenModel):
         """Scores below the reference by more than chance explains."""
         return [score for score in self.scores if score.worse]
 
+    @property
+    def main_scores(self) -> list[Score]:
+        """Those with an official figure; the first where there are none."""
+        return [score for score in self.scores if score.official is not None] or list(self.scores[:1])
+
     def public(self) -> EvaluationReport:
         """Without paths of this machine and the judge's address: the copy beside an artifact, which is published."""
         judge = self.judge and self.judge.model_copy(update={"host": ""})
         left_out = (f"{len(self.skipped)} items were left out.",) if self.skipped else ()
         own = {"model": Path(self.model).name, "skipped": (), "judge": judge, "notes": (*self.notes, *left_out)}
         return self.model_copy(update=own)
+
+    def attach(self, build: Path) -> Path:
+        """Writes the published copy, reports/evaluation-BENCHMARK.json, under the build's folder."""
+        return write_json(self.public(), build / REPORTS / f"{_PREFIX}{self.benchmark}.json")
 
     def save(self, out: Path) -> None:
         """Writes report.json and report.md."""
@@ -106,6 +118,22 @@ class EvaluationReport(FrozenModel):
         lines += [f"Not the official run: {'; '.join(self.differs)}."] if self.differs else []
         lines += [f"{len(self.skipped)} items left out: {'; '.join(self.skipped[:3])}."] if self.skipped else []
         return "\n".join([*lines, *self.notes]) + "\n"
+
+
+def load_evaluations(build: Path, digest: str) -> list[EvaluationReport]:
+    """The evaluations of a build. Raises ArtifactError on one that belongs to another build, or is none."""
+    found = []
+    for path in sorted((build / REPORTS).glob(f"{_PREFIX}*.json")):
+        report: EvaluationReport = read_json(EvaluationReport, path)
+        if path.name != f"{_PREFIX}{report.benchmark}.json":
+            raise ArtifactError(f"{path} is about {report.benchmark}; run `bagel-compress evaluate` again.")
+        if report.digest != digest:
+            raise ArtifactError(
+                f"{path} belongs to another build ({report.digest[:12]}, this one is {digest[:12]}); run"
+                " `bagel-compress evaluate` again or remove it."
+            )
+        found.append(report)
+    return found
 
 
 def scored(values: Values, official: Mapping[str, float], against: Values | None = None) -> tuple[Score, ...]:

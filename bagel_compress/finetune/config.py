@@ -22,6 +22,8 @@ OFFICIAL_VIT = ResizeRule(980, 224, 14)
 TRAINING_VIT = {"edit": ResizeRule(518, 224, 14), "vlm": ResizeRule(980, 378, 14, 2_007_040)}
 FREE_KEYS = frozenset({"steps", "save_every", "keep_states", "tensorboard"})  # may change when a run goes on
 
+REPAIR_NEEDS = "a repair (recover) needs a lora and takes no data, because its lessons are a calibration set"
+
 
 class PictureSides(FrozenModel):
     """Sides of pictures in pixels; the stride is the model's."""
@@ -78,6 +80,13 @@ class LoraConfig(FrozenModel):
     match: tuple[Match, ...] = Field((Match.model_validate({"component": "llm", "kind": "linear"}),), min_length=1)
 
 
+class RecoverConfig(FrozenModel):
+    """Repair of a build: what its adapters are taught (`recover.py`). Set by --recover and --calibration."""
+
+    reference: str = Field(description="the full-precision checkpoint that the build was made of: folder or Hub id")
+    calibration: str | None = Field(None, description="calibration set; BAGEL-nano's is packaged")
+
+
 class FinetuneConfig(FrozenModel):
     """A fine-tuning run. Paths are relative to the file's folder."""
 
@@ -85,6 +94,7 @@ class FinetuneConfig(FrozenModel):
     base: str | None = Field(None, description="gives what a checkpoint lacks: configs, tokenizer, VAE, ViT")
     data: tuple[DataGroup, ...] = ()
     lora: LoraConfig | None = Field(None, description="train adapters; without it all weights are trained")
+    recover: RecoverConfig | None = Field(None, description="repair a compressed build instead of training on data")
     freeze: tuple[Match, ...] = Field((), description="roles that are not trained, as in a recipe")
     visual_und: bool = Field(True, description="train what sees: answers, ViT")
     visual_gen: bool = Field(True, description="train what draws: latents")
@@ -114,14 +124,25 @@ class FinetuneConfig(FrozenModel):
         """Reads a YAML file. Raises FinetuneError, in one sentence, on anything unknown or impossible."""
         path = Path(path)
         config = load_yaml(cls, path, "fine-tuning config", FinetuneError)
+        recover = config.recover and config.recover.model_copy(
+            update={key: _beside(getattr(config.recover, key), path.parent) for key in ("reference", "calibration")}
+        )
         return config.model_copy(
-            update={"data": tuple(_resolved(group, path.parent) for group in config.data)}
+            update={"data": tuple(_resolved(group, path.parent) for group in config.data), "recover": recover}
             | {key: _beside(getattr(config, key), path.parent) for key in ("model", "base")}
         )
+
+    def with_recover(self, recover: RecoverConfig) -> FinetuneConfig:
+        """The config of a repair. Raises FinetuneError if it trains something else."""
+        if self.lora is None or self.data:
+            raise FinetuneError(REPAIR_NEEDS + ".")
+        return self.model_copy(update={"recover": recover})
 
     def model_post_init(self, context: Any) -> None:
         if not (self.visual_und or self.visual_gen):
             raise ValueError("visual_und and visual_gen are both false, so there is nothing to train")
+        if self.recover is not None and (self.lora is None or self.data):
+            raise ValueError(REPAIR_NEEDS)
         drawing = [g.name for g in self.data if g.kind != "vlm"]
         seeing = [g.name for g in self.data if g.kind == "vlm"]
         if not self.visual_gen and drawing:

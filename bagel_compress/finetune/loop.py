@@ -25,6 +25,7 @@ from bagel_compress.finetune.lora import save_adapter
 from bagel_compress.finetune.packing import Packer, Prepared
 from bagel_compress.finetune.processes import Processes, whole
 from bagel_compress.finetune.readers import open_reader
+from bagel_compress.finetune.recover import Lesson, Lessons
 from bagel_compress.finetune.stream import Damage, ExampleStream
 from bagel_compress.finetune.trainee import Trainee
 from bagel_compress.io.atomic import write_atomic
@@ -93,12 +94,19 @@ class AveragedAdamW:
 class Trainer:
     """A run: `steps` yields after every step; whoever runs it prints and stops."""
 
-    def __init__(self, trainee: Trainee, config: FinetuneConfig, out: Path, processes: Processes | None = None) -> None:
-        """Opens the data and goes to where an earlier run in `out` stopped.
+    def __init__(
+        self,
+        trainee: Trainee,
+        config: FinetuneConfig,
+        out: Path,
+        processes: Processes | None = None,
+        lessons: Sequence[Lesson] = (),
+    ) -> None:
+        """Opens the data, unless it is given as `lessons`, and goes to where an earlier run in `out` stopped.
 
         Raises FinetuneError if `out` holds a run with another config, or if the data cannot be used.
         """
-        if not config.data:
+        if not config.data and not lessons:
             raise FinetuneError("the config has no data groups; add one under data.")
         self.trainee, self.config, self.out = trainee, config, out
         self.processes = processes or Processes()
@@ -107,8 +115,14 @@ class Trainer:
         self.damage = [Damage(r.group.name, r.rows) for r in readers]
         count = self.processes.world * config.accumulate
         numbers = range(self.processes.rank * config.accumulate, (self.processes.rank + 1) * config.accumulate)
-        streams = [ExampleStream(readers, config.seed, number, count, self.damage) for number in numbers]
-        self.packers = [Packer(trainee.sampler, config, stream, self.damage) for stream in streams]
+        self.packers: list[Packer | Lessons] = [
+            Lessons(lessons, config.seed, number, count)
+            if lessons
+            else Packer(
+                trainee.sampler, config, ExampleStream(readers, config.seed, number, count, self.damage), self.damage
+            )
+            for number in numbers
+        ]
         self.step = 0
         self._begin(count)
 
@@ -153,9 +167,7 @@ class Trainer:
         tokens, samples, n_ce, n_mse = self.processes.total(_counts(batches))
         ce = mse = 0.0
         for prepared in batches:
-            losses = self.trainee.network(
-                prepared.batch.to(self.processes.device), prepared.noise.to(self.processes.device)
-            )
+            losses = self.trainee.network(*prepared.inputs(self.processes.device))
             ce_part = losses.ce.sum() / max(1.0, n_ce)
             mse_part = losses.mse.mean(-1).sum() / max(1.0, n_mse)
             loss = self.config.ce_weight * ce_part + self.config.mse_weight * mse_part

@@ -51,6 +51,10 @@ class Prepared:
     def tokens(self) -> int:
         return sum(self.batch.sample_lens)
 
+    def inputs(self, device: torch.device) -> tuple[Any, ...]:
+        """What the network is called with."""
+        return self.batch.to(device), self.noise.to(device)
+
 
 class Packer:
     """Packs a stream for a model. `sampler` gives configuration, tokenizer and VAE."""

@@ -47,7 +47,7 @@ class Trainee:
     """`trained`: tensors by name, peft's for adapters, official ones otherwise."""
 
     sampler: Sampler
-    network: Network
+    network: nn.Module  # gives Losses of what a batch's `inputs` are
     trained: dict[str, nn.Parameter]
     adapters: dict[str, LoraLinear]
     base: str  # public name of the model

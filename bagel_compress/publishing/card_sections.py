@@ -24,6 +24,7 @@ from bagel_compress.publishing.snippets import Snippet
 from bagel_compress.report.text import worst_rows
 
 if TYPE_CHECKING:
+    from bagel_compress.evaluate.report import EvaluationReport
     from bagel_compress.publishing.release_reports import ReleaseReports
 
 CARD = "README.md"
@@ -135,6 +136,28 @@ def parity_section(parity: ParityReport | None) -> str:
         + f"\n\nMeasured with {where}."
         + "".join(f"\n\n{plain(note)}" for note in parity.notes)
     )
+
+
+def benchmark_section(evaluations: Sequence[EvaluationReport]) -> str:
+    """Published benchmarks that were run on this build: the main figures, by whom and on what they were measured."""
+    if not evaluations:
+        return ""
+    rows, notes = [], []
+    for report in evaluations:
+        for s in report.main_scores:
+            official = "-" if s.official is None else number(s.official)
+            delta = "-"
+            if s.delta is not None and s.delta_low is not None and s.delta_high is not None:
+                delta = f"{s.delta:+.2f} ({s.delta_low:+.2f} to {s.delta_high:+.2f})"
+            value = f"{s.value:.2f} ({s.low:.2f} to {s.high:.2f})"
+            rows.append([plain(report.title), plain(s.name), value, official, delta])
+        words = [f"{report.title}: {report.items} items, measured by {report.measured_by} on {report.measured_on}"]
+        words += [f"judged by {report.judge.model}"] if report.judge else []
+        words += [f"not the official run: {'; '.join(report.differs)}"] if report.differs else []
+        words += [f"differences are to {report.reference}, paired by unit"] if report.reference else []
+        notes.append(f"- {plain('; '.join([*words, *report.notes]).rstrip('.'))}.")
+    head = ("benchmark", "score", "this build (95 %)", "reported for the full model", "difference, measured (95 %)")
+    return "\n\n".join(["## Benchmarks", *([table(head, rows)] if rows else []), "\n".join(notes)])
 
 
 def loading(snippets: Iterable[Snippet]) -> str:

@@ -21,6 +21,7 @@ from bagel_compress.publishing.card_sections import (
     TABLE_START,
     Origin,
     base_link,
+    benchmark_section,
     front_matter,
     licence,
     loading,
@@ -52,9 +53,10 @@ def model_card(
         _sizes(artifact),
         _budgets(reports.budgets),
         parity_section(reports.parity),
+        benchmark_section(reports.evaluations),
         loading(snippets(artifact, origin.repo)),
         _loaders(artifact),
-        _losses(artifact, reports.parity),
+        _losses(artifact, reports),
         recipe_section(m.recipe),
         provenance_section(
             m.source, {"recipe": m.recipe_digest, "plan": m.plan, "manifest": artifact.digest}, m.tool, origin, signed
@@ -160,9 +162,9 @@ def _loaders(artifact: Artifact) -> str:
     return "## Other loaders\n\n" + table(HEAD, rows) if rows else ""
 
 
-def _losses(artifact: Artifact, parity: ParityReport | None) -> str:
+def _losses(artifact: Artifact, reports: ReleaseReports) -> str:
     """The section on known losses, from the signal-to-noise ratio of every tensor and the report's attribution."""
-    units = artifact.manifest.units
+    units, parity = artifact.manifest.units, reports.parity
     lossy = {name: u for name, u in units.items() if u.snr_db is not None}
     lines = ["## Limits and known losses"]
     if not lossy:
@@ -193,8 +195,9 @@ def _losses(artifact: Artifact, parity: ParityReport | None) -> str:
                 f"- Most of the error of the velocities comes from {plain(largest.component)} (relative error"
                 f" {number(largest.velocity)} when only that part is compressed)."
             )
+    unmeasured = "" if reports.evaluations else " Scores such as GenEval were not measured."
     lines.append(
         "- Pictures made with another seed, size, step count or guidance than those measured may differ by more."
-        " Scores such as GenEval were not measured."
+        + unmeasured
     )
     return lines[0] + "\n\n" + "\n".join(lines[1:])

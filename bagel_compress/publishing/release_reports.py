@@ -15,6 +15,7 @@ from bagel_compress.budgets.overruns import overruns
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.errors import ArtifactError, RecipeError
+from bagel_compress.evaluate.report import EvaluationReport, load_evaluations
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.io.digests import blake3_file
 from bagel_compress.io.packaged import target_files
@@ -32,6 +33,7 @@ class ReleaseReports:
 
     parity: ParityReport | None = None
     budgets: tuple[BudgetReport, ...] = ()
+    evaluations: tuple[EvaluationReport, ...] = ()  # published benchmarks, if any were run
     files: tuple[str, ...] = ()  # paths of the reports and pictures under the build's folder
     pictures: Mapping[str, str] = field(default_factory=dict)  # case -> path of its picture
     was_run: bool = True  # the parity report is of the form that is published (always, for an artifact)
@@ -50,15 +52,18 @@ def load_reports(publishable: Publishable) -> tuple[ReleaseReports, list[str]]:
     """
     parity, faults = _parity(publishable)
     budgets, more = _budgets(publishable) if isinstance(publishable, Artifact) else ((), publishable.over_disk)
+    evaluations, strange = _evaluations(publishable)
+    more = [*more, *strange]
     was_run, not_run = (True, ()) if isinstance(publishable, Artifact) else _ran(publishable, parity)
     if parity is None or (more and any("another build" in fault for fault in more)):
-        own = _own_files(parity, budgets)
-        return ReleaseReports(parity, budgets, own, was_run=was_run, not_run=not_run), faults + more
+        own = _own_files(parity, budgets, evaluations)
+        return ReleaseReports(parity, budgets, evaluations, own, was_run=was_run, not_run=not_run), faults + more
     pictures, strays = _pictures(publishable.path, parity)
-    files = (*_own_files(parity, budgets), *pictures.values())
+    files = (*_own_files(parity, budgets, evaluations), *pictures.values())
     folder = publishable.path
     linked = [f"{name} is a link; put the file itself there" for name in files if leads_away(folder / name, folder)]
-    return ReleaseReports(parity, budgets, files, pictures, was_run, not_run), [*faults, *more, *strays, *linked]
+    found = ReleaseReports(parity, budgets, evaluations, files, pictures, was_run, not_run)
+    return found, [*faults, *more, *strays, *linked]
 
 
 def _pictures(folder: Path, parity: ParityReport) -> tuple[dict[str, str], list[str]]:
@@ -159,7 +164,17 @@ def _broken(artifact: Artifact, report: BudgetReport) -> list[str]:
     return [*unmeasured, *overruns(report.model_copy(update=limits), target)]
 
 
-def _own_files(parity: ParityReport | None, budgets: tuple[BudgetReport, ...]) -> tuple[str, ...]:
+def _evaluations(publishable: Publishable) -> tuple[tuple[EvaluationReport, ...], list[str]]:
+    try:
+        return tuple(load_evaluations(publishable.path, publishable.digest)), []
+    except ArtifactError as error:
+        return (), [str(error).rstrip(".")]
+
+
+def _own_files(
+    parity: ParityReport | None, budgets: tuple[BudgetReport, ...], evaluations: tuple[EvaluationReport, ...]
+) -> tuple[str, ...]:
     """Paths of the reports that belong to this build."""
     own = [f"{REPORTS}/budget-{b.target}.json" for b in budgets]
+    own += [f"{REPORTS}/evaluation-{e.benchmark}.json" for e in evaluations]
     return tuple(([f"{REPORTS}/{PARITY}"] if parity else []) + own)

@@ -11,7 +11,7 @@ import miniature
 import pytest
 
 from bagel.nano.scenes import SIDE
-from bagel_compress.errors import BenchmarkError
+from bagel_compress.errors import ArtifactError, BenchmarkError
 from bagel_compress.evaluate import evaluate as module
 from bagel_compress.evaluate.benchmarks import BENCHMARKS, benchmark_info
 from bagel_compress.evaluate.evaluate import Run, Scorers, evaluate, read_items, run_part
@@ -232,3 +232,46 @@ def test_the_copy_for_publishing_holds_no_path_of_this_machine(tmp_path: Path) -
     assert "/home/ann" in private.model_dump_json()
     assert "/home/ann" not in shown.model_dump_json()
     assert (shown.model, shown.notes) == ("nf4", ("1 items were left out.",))
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """Real processes, each with a model of its own; the report of the two together is that of one."""
+    miniature.mme(tmp_path / "mme")
+    miniature.dpg(tmp_path / "dpg")
+    (tmp_path / "dpg" / "1.txt").write_text("a blue square\n")
+    for name, kind in (("mme", ANSWERS), ("dpg", PICTURES)):
+        common = ("evaluate", name, NANO, "--dtype", "fp32", "--steps", "2", "--side", SIDE, "--data", tmp_path / name)
+        found = []
+        for processes in (1, 2):
+            out = tmp_path / f"{name}-{processes}"
+            code, text, err = cli(*common, "--out", out, "--processes", processes, "--json")
+            assert code == 0, err
+            found.append((json.loads(text)["scores"], answers_of(out), files(out / PICTURES)))
+            assert len(list((out / ANSWERS).glob("*.jsonl"))) == processes
+        assert found[0] == found[1]
+        assert any(found[0][1:]), kind
+
+
+def test_a_report_goes_beside_the_build_and_is_bound_to_it(tmp_path: Path) -> None:
+    from bagel_compress.build.artifact import Artifact
+    from bagel_compress.build.compress import compress
+    from bagel_compress.build.plan import make_plan
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.evaluate.report import load_evaluations
+    from bagel_compress.source.checkpoint import Checkpoint
+
+    source = Checkpoint.open(NANO)
+    build = compress(make_plan(source, Recipe.load("raw")), source, tmp_path / "build")
+    what = module.replace(run_of("mmvp", miniature.mmvp(tmp_path / "data"), tmp_path / "out"), model=str(build.path))
+    report = evaluate(module.replace(what, digest=""))
+    assert report is not None
+    assert load_evaluations(build.path, build.digest) == [report.public()]
+    assert report.measured_by.startswith("bagel-compress ")
+    assert "CPU" in report.measured_on
+    assert Artifact.open(build.path).verify() == []
+    with pytest.raises(ArtifactError, match="belongs to another build"):
+        load_evaluations(build.path, "0" * 64)
+    (build.path / "reports" / "evaluation-mmvp.json").rename(build.path / "reports" / "evaluation-mme.json")
+    with pytest.raises(ArtifactError, match="is about mmvp"):
+        load_evaluations(build.path, build.digest)

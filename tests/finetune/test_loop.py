@@ -138,6 +138,20 @@ def test_what_cannot_be_trained(groups: list[dict[str, Any]], tmp_path: Path, co
             run(config(groups).model_validate(config(groups).model_dump() | more), tmp_path / says[:9])
 
 
+def test_tensorboard_shows_what_the_metrics_say(groups: list[dict[str, Any]], tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    made = config(groups, lora=LORA, tensorboard=True)
+    run(made, tmp_path, stop=3)  # killed after its save of step 2
+    run(made, tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "ce", "mse", "norm", "lr", "tokens", "damaged_rows"):
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == pytest.approx({line["step"]: line[name] for line in lines}), name
+    assert len(lines) == 4
+
+
 def test_the_verb(cli: Callable[..., tuple[int, str, str]], groups: list[dict[str, Any]], tmp_path: Path) -> None:
     import yaml
 

@@ -60,10 +60,15 @@ def test_what_is_not_predicted() -> None:
 
 
 @pytest.mark.slow
-def test_the_docs_show_what_is_predicted() -> None:
-    report = predict_finetune(planned_build("nf4", None), target(512), config())
-    row = re.search(r"^\| `nf4` \| 512 \|(.+)\|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+@pytest.mark.parametrize(
+    ("recipe", "side", "tokens"),
+    [("nf4", 512, 4096), ("nf4", 1024, 8324), ("fp8-24gb", 512, 4096), ("ecq-24gb", 512, 4096), ("raw", 512, 4096)],
+)
+def test_the_docs_show_what_is_predicted(recipe: str, side: int, tokens: int) -> None:
+    report = predict_finetune(planned_build(recipe, None), target(side), config(tokens=tokens))
+    label = "bf16" if recipe == "raw" else f"`{recipe}`"
+    row = re.search(rf"^\| {label} \| {side} \|(.+)\|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
     assert row is not None
     shown = [float(cell) for cell in row[1].split("|")]
     assert shown == [round(p.total / 2**30, 2) for p in report.phases]
-    assert report.broken == []
+    assert (report.broken == []) == (report.peak <= target(side).limit)

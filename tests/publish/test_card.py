@@ -20,6 +20,7 @@ from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.ecq import Ecq
 from bagel_compress.codecs.int8 import Int8
 from bagel_compress.codecs.nf4 import Nf4
+from bagel_compress.evaluate.report import EvaluationReport, Score
 from bagel_compress.publishing.card_markdown import code, plain
 from bagel_compress.publishing.card_sections import Origin, recipe_section
 from bagel_compress.publishing.model_card import model_card
@@ -175,3 +176,28 @@ def test_the_recipe_is_fenced_beyond_its_own_backticks(artifact: Artifact, words
 def test_a_number_of_nothing_is_part_of_the_recipe(artifact: Artifact) -> None:
     recipe = artifact.manifest.recipe.model_copy(update={"budget_gb": 0.0})
     assert "budget_gb: 0.0" in recipe_section(recipe)
+
+
+def test_benchmarks_say_by_whom_and_on_what(artifact: Artifact) -> None:
+    assert "## Benchmarks" not in card_of(artifact)
+    figure = {"value": 81.2, "low": 79.0, "high": 83.4, "units": 553}
+    report = EvaluationReport(
+        benchmark="geneval", title="GenEval", model="nf4", digest=artifact.digest, measured_by="bagel-compress 9.9",
+        measured_on="H200, torch 2.11", differs=("a subset of 60 units",), items=240, skipped=(), reference="abc123",
+        scores=(
+            Score(name="overall", official=0.82, delta=-0.4, delta_low=-1.2, delta_high=0.5, **figure),
+            Score(name="counting", **figure),
+        ),
+    )  # fmt: skip
+    report.attach(artifact.path)
+    card = card_of(artifact)
+    page = rendered(card.partition("\n---\n")[2])
+    for shown in ("Benchmarks", "81.20 (79.00 to 83.40)", "0.82", "-0.40 (-1.20 to +0.50)", "bagel-compress 9.9",
+                  "H200, torch 2.11", "not the official run: a subset of 60 units", "abc123"):  # fmt: skip
+        assert shown in page.text, shown
+    assert "counting" not in page.text
+    assert "GenEval were not measured" not in card
+    report.model_copy(update={"digest": "0" * 64}).attach(artifact.path)
+    reports, faults = load_reports(artifact)
+    assert reports.evaluations == ()
+    assert any("evaluation-geneval.json belongs to another build" in fault for fault in faults)

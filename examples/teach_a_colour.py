@@ -1,0 +1,181 @@
+"""Teach a compressed model a new word: LoRA over an NF4 base, merged, compressed again and validated.
+
+    python examples/teach_a_colour.py [OUT]
+
+BAGEL-nano knows six colours of things. It gets 200 pictures of a seventh, "violet", with captions, in a plain folder. A
+LoRA is trained over its NF4 build, as one would train over BAGEL-7B-MoT on a 24 GB GPU; pictures of the old world are
+mixed in, so that it is not forgotten. The adapter is in PEFT's format; it is merged into the full-precision model while
+that is compressed, and the result is validated against a trace of the merged model. Then the detector looks for violet
+in fresh drawings, and the nano benchmark says what was forgotten.
+
+The VAE is the limit of what can be taught: it was trained on six colours and shows most others as one of those. So
+`PAINTED` was searched for: the VAE shows it as `SHOWN`, between blue and purple. Pictures that the VAE itself does not
+carry are no lesson and are left out. About five minutes on one CPU core.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import bagel_compress as bc
+from bagel.inputs import to_tensor
+from bagel.nano import detector, language
+from bagel.nano.scenes import COLORS, SIDE, Scene, coverage, render, sample_scene
+from bagel_compress.finetune.config import FinetuneConfig
+from bagel_compress.finetune.loop import Trainer
+from bagel_compress.finetune.processes import Processes
+from bagel_compress.finetune.trainee import open_trainee
+from bagel_compress.io.packaged import resource
+from bagel_compress.scores.benchmark import run as ask_all
+from bagel_compress.scores.nano import DRAW_FLOW, Shown, nano_benchmark
+
+NANO = Path(bc.__file__).parent / "data" / "BAGEL-nano"
+NAME, PAINTED, SHOWN = "violet", (115, 60, 235), (107, 60, 208)
+CARRIED = 18  # bytes by which the VAE may show a lesson's violet differently
+LESSONS, DRAWN, SEED = 200, 96, 7_000  # pictures to learn from; drawings to judge; of scenes that nothing else has
+OLD = ("one", "two", "ask", "edit", "think")  # scores of the nano benchmark
+CONFIG = """
+model: BASE
+data: [{kind: folder, path: pictures}, {kind: folder, path: rehearsal, weight: 0.7}]
+lora: {rank: 8, alpha: 16}
+visual_und: false
+steps: 500
+tokens: 900
+lr: 2.0e-3
+warmup: 20
+schedule: cosine
+timestep_shift: 2.0
+"""
+CASE = """
+name: violet
+kind: t2i
+turns: [a violet circle on the left on a white background]
+size: [32, 32]
+flow: {num_timesteps: 12, timestep_shift: 2.0, cfg_text_scale: 3.0, cfg_interval: [0.0, 1.0], cfg_renorm_min: 1.0}
+record: {steps: 4}
+"""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Shares in [0, 1]: drawings of one and of two things that show the colour; and old scores by category."""
+
+    one: float
+    two: float
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    adapter: Path
+    build: bc.Artifact
+    passed: bool
+
+
+def main(out: str = "out/violet") -> Learnt:
+    logging.basicConfig(level=logging.WARNING)
+    folder, nano = Path(out), bc.Checkpoint.open(NANO)
+    recipe = bc.Recipe.load("nf4")
+    base = bc.compress(bc.make_plan(nano, recipe), nano, folder / "base")
+    lessons(folder / "pictures")
+    rehearsal(folder / "rehearsal")
+    adapter = train(base, folder)
+
+    tuned = bc.Checkpoint.open(NANO, lora=adapter)  # merges W + B A while it is read
+    build = bc.compress(bc.make_plan(tuned, recipe), tuned, folder / "build")
+    (folder / "case.yaml").write_text(CASE, encoding="utf-8")
+    trace = bc.trace(
+        tuned, [folder / "case.yaml", resource("exports") / "cases" / "nano"], folder / "violet.trace.safetensors"
+    )
+    report = bc.validate(build, [trace.path])
+    print(f"{build.path}: {'every limit holds' if report.passed else report.broken}")
+
+    one, two = drawn(build, 1), drawn(build, 2)
+    before, after = old_scores(NANO), old_scores(build.path)
+    print(f"violet is seen in {one:.1%} of drawings of one thing, in {two:.1%} of those of two")
+    print("; ".join(f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in OLD))
+    return Learnt(one, two, before, after, adapter, build, report.passed)
+
+
+def lessons(folder: Path) -> None:
+    """NAME.png and NAME.txt: every second picture has another thing beside the violet one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, vae, kept = np.random.default_rng(SEED), bc.open_model(NANO, dtype=torch.float32).vae, 0
+    while kept < LESSONS:
+        scene = violet_scene(rng, 1 + kept % 2)
+        picture = Image.fromarray(render(scene, {**COLORS, NAME: PAINTED}))
+        with torch.no_grad():
+            latent = vae.encode(to_tensor(picture)[None], torch.zeros(1, 16, SIDE // 4, SIDE // 4))
+            decoded = vae.decode(latent)[0].clamp(-1, 1)
+        carried = ((decoded + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        if shows(carried) == Shown.of(scene) and _off(carried, scene) < CARRIED:
+            picture.save(folder / f"{kept:03}.png")
+            (folder / f"{kept:03}.txt").write_text(language.caption(scene, rng), encoding="utf-8")
+            kept += 1
+
+
+def rehearsal(folder: Path) -> None:
+    """As many pictures of what it knows, so that it is not forgotten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(SEED + 3)
+    for index in range(LESSONS):
+        scene = sample_scene(rng, 1 + index % 2)
+        Image.fromarray(render(scene)).save(folder / f"{index:03}.png")
+        (folder / f"{index:03}.txt").write_text(language.caption(scene, rng), encoding="utf-8")
+
+
+def _off(picture: np.ndarray, scene: Scene) -> float:
+    """How far the middle colour of the violet thing is from SHOWN, in bytes (root of the sum of squares)."""
+    thing = next(t for t in scene.things if t.color == NAME)
+    inside = coverage(thing.shape, thing.x, thing.y, thing.radius) == 1
+    return float(np.linalg.norm(np.median(picture[inside], axis=0) - SHOWN))
+
+
+def violet_scene(rng: np.random.Generator, count: int) -> Scene:
+    scene = sample_scene(rng, count)
+    chosen = int(rng.integers(count))
+    return replace(
+        scene, things=tuple(replace(t, color=NAME) if i == chosen else t for i, t in enumerate(scene.things))
+    )
+
+
+def shows(picture: np.ndarray) -> Shown:
+    """What the detector reads, with violet as a seventh colour."""
+    return Shown.seen(detector.read(picture, {**COLORS, NAME: SHOWN}))
+
+
+def train(base: bc.Artifact, folder: Path) -> Path:
+    """The folder of the trained adapter. The same as `bagel-compress finetune lora.yaml --out OUT/lora`."""
+    file = folder / "lora.yaml"
+    file.write_text(CONFIG.replace("BASE", json.dumps(str(base.path))), encoding="utf-8")
+    config = FinetuneConfig.load(file)
+    trainer = Trainer(open_trainee(config, Processes()), config, folder / "lora")
+    for result in trainer.steps():
+        if result.step % 50 == 0:
+            print(f"step {result.step} of {result.steps}: loss {result.metrics['loss']:.3f}")
+    return folder / "lora" / f"{config.steps:07d}"
+
+
+def drawn(build: bc.Artifact, things: int) -> float:
+    """Share of drawings of one violet thing, or of it and another, in which the detector finds violet."""
+    rng, sampler, found = np.random.default_rng(SEED + things), bc.open_model(build.path), 0
+    for index in range(DRAWN):
+        prompt = language.caption(violet_scene(rng, things), rng)
+        picture = sampler.run([prompt], size=(SIDE, SIDE), seed=index, flow=DRAW_FLOW).image
+        found += NAME in {color for _, color, _ in shows(np.asarray(picture)).things}
+    return found / DRAWN
+
+
+def old_scores(model: Path) -> dict[str, float]:
+    scores = ask_all(nano_benchmark(think=180), bc.open_model(model))
+    return {name: scores.mean(name) for name in OLD}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
