@@ -58,7 +58,7 @@ BENCHMARKS: Mapping[str, BenchmarkInfo] = {
             url="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
         ),
         BenchmarkInfo(
-            "mmmu", "MMMU (validation, multiple choice)", "understanding", "exact",
+            "mmmu", "MMMU (validation)", "understanding", "exact",
             {"*/validation-*.parquet": "one folder per subject, as the data set's repository MMMU/MMMU has them"},
             text=TextSettings(10), official={"total": 55.3}, url="https://huggingface.co/datasets/MMMU/MMMU",
         ),

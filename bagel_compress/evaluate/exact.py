@@ -1,4 +1,4 @@
-"""MME, MMMU (multiple choice) and MMVP scored exactly, by the rules of InternVL2's scripts. No judge, no model."""
+"""MME, MMMU and MMVP scored exactly, by the rules of InternVL2's scripts. No judge, no model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from bagel_compress.evaluate.items import Item
+from bagel_compress.evaluate.open_answers import says
 from bagel_compress.evaluate.values import Total, Values
 
 MME_PERCEPTION = (
@@ -45,13 +46,17 @@ def score_mmvp(items: Sequence[Item], answers: Answers) -> Values:
 
 
 def score_mmmu(items: Sequence[Item], answers: Answers) -> Values:
-    """Percent of questions answered right, by subject, and `total` over all questions."""
-    values: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
+    """Percent of questions answered right: by subject, of those with options and the open ones, `total` over all."""
+    values: dict[str, dict[str, tuple[float, ...]]] = {"total": {}, "multiple choice": {}, "open": {}}
     for item in items:
-        right = (chosen(answers[item.id], item.wanted["options"], "C") == item.wanted["answer"],)
-        for category in (item.category, "total"):
-            values[category][item.cluster] = (100.0 * right[0],)
-    return Values(values, {})
+        answer, wanted = answers[item.id], item.wanted
+        is_open = "accepted" in wanted
+        right = (
+            says(answer, wanted["accepted"]) if is_open else chosen(answer, wanted["options"], "C") == wanted["answer"]
+        )
+        for category in ("total", "open" if is_open else "multiple choice", item.category):
+            values.setdefault(category, {})[item.cluster] = (100.0 * right,)
+    return Values({category: units for category, units in values.items() if units}, {})
 
 
 def yes_or_no(answer: str) -> str:

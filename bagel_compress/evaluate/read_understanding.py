@@ -74,23 +74,25 @@ def read_mmvp(data: Path) -> BenchmarkItems:
 
 
 def read_mmmu(data: Path) -> BenchmarkItems:
-    """SUBJECT/validation-*.parquet; open questions need a judge and are left out, as documented."""
+    """SUBJECT/validation-*.parquet, questions with options and open ones."""
     files = sorted(data.glob("*/validation-*.parquet"))
     if not files:
         required(data, "Art/validation-00000-of-00001.parquet", "mmmu", "and so on, one folder per subject")
     reading = BenchmarkItems(data)
     for name, row in parquet_rows(files):
         try:
-            if row.get("question_type") == "multiple-choice":
-                reading.add(_mmmu_item(row))
+            reading.add(_mmmu_item(row))
         except (BenchmarkError, ValueError, SyntaxError) as error:
             reading.skip(name, error)
     return reading.checked()
 
 
 def _mmmu_item(row: Mapping[str, Any]) -> Item:
-    choices = ast.literal_eval(text_of(row, "options"))
-    if not isinstance(choices, list) or not 0 < len(choices) <= len(LETTERS):
+    kind = row.get("question_type")
+    if kind not in ("multiple-choice", "open"):
+        raise BenchmarkError(f"question_type is {kind!r}, expected multiple-choice or open")
+    choices = ast.literal_eval(text_of(row, "options")) if kind == "multiple-choice" else []
+    if not isinstance(choices, list) or (kind != "open" and not 0 < len(choices) <= len(LETTERS)):
         raise BenchmarkError(f"options is {row['options']!r}, expected a list of texts")
     options = {letter: str(choice).strip() for letter, choice in zip(LETTERS, choices, strict=False)}
     pictures = [row.get(f"image_{i}") for i in range(1, 8)]
@@ -101,8 +103,19 @@ def _mmmu_item(row: Mapping[str, Any]) -> Item:
     ]
     name = text_of(row, "id")
     subject = "_".join(name.split("_")[1:-1]) or "all"
-    wanted = {"answer": text_of(row, "answer"), "options": options}
-    return Item(name, subject, (*found, _asked(text_of(row, "question").strip(), options, LETTER)), "text", "", wanted)
+    answer, question = text_of(row, "answer"), text_of(row, "question").strip()
+    if kind == "open":
+        return Item(name, subject, (*found, f"{question}\n{SHORT}"), "text", "", {"accepted": _accepted(answer)})
+    wanted = {"answer": answer, "options": options}
+    return Item(name, subject, (*found, _asked(question, options, LETTER)), "text", "", wanted)
+
+
+def _accepted(answer: str) -> list[str]:
+    """Some rows hold one answer, others a list of them, as text."""
+    if not answer.startswith("["):
+        return [answer]
+    listed = ast.literal_eval(answer)
+    return [str(one) for one in listed] if isinstance(listed, list) else [answer]
 
 
 def _asked(question: str, options: Mapping[str, str], prompt: str) -> str:

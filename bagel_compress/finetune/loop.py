@@ -67,7 +67,13 @@ class AveragedAdamW:
 
     @torch.no_grad()
     def step(self, step: int) -> tuple[float, float]:
-        """One update; drops the gradients. Returns their norm before clipping, and the rate."""
+        """One update; drops the gradients. Returns their norm before clipping, and the rate.
+
+        A missing gradient (of adapters whose expert had no rows) is zero, so that all have made the same updates.
+        """
+        for parameter in self.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip))
         rate = self.rate(step)
         for group in self._adam.param_groups:

@@ -62,8 +62,9 @@ def mmvp(folder: Path) -> Path:
 def mmmu(folder: Path) -> Path:
     def row(number: int, kind: str) -> dict[str, object]:
         images = {f"image_{i}": {"bytes": png(i), "path": None} if i <= number else None for i in range(1, 8)}
-        return {"id": f"validation_Art_{number}", "question": "Which <image 1>?", "options": "['circle', 'square']",
-                "answer": "B", "question_type": kind, **images}  # fmt: skip
+        options, answer = ("[]", "['circle', 'disc']") if kind == "open" else ("['circle', 'square']", "B")
+        return {"id": f"validation_Art_{number}", "question": "Which <image 1>?", "options": options,
+                "answer": answer, "question_type": kind, **images}  # fmt: skip
 
     rows = [row(1, "multiple-choice"), row(2, "multiple-choice"), row(3, "open")]
     parquet(folder / "Art" / "validation-00000-of-00001.parquet", rows)

@@ -68,7 +68,7 @@ def test_questions_are_answered_and_scored(name: str, tmp_path: Path) -> None:
     data = miniature.MAKE[name](tmp_path / "data")
     report = evaluate(run_of(name, data, tmp_path / "out"))
     assert report is not None
-    assert report.items == len(answers_of(tmp_path / "out")) == {"mme": 8, "mmvp": 4, "mmmu": 2}[name]
+    assert report.items == len(answers_of(tmp_path / "out")) == {"mme": 8, "mmvp": 4, "mmmu": 3}[name]
     assert report.scores
     official = {score.name: score.official for score in report.scores}
     assert {k: v for k, v in official.items() if v} == dict(benchmark_info(name).official)

@@ -12,6 +12,7 @@ from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate.exact import chosen, score_mme, score_mmmu, score_mmvp, yes_or_no
 from bagel_compress.evaluate.geneval import Detection, faults, relations
 from bagel_compress.evaluate.items import Item
+from bagel_compress.evaluate.open_answers import says
 from bagel_compress.evaluate.values import Total, Values, difference, figure
 
 OPTIONS = {"A": "a cat", "B": "a dog"}
@@ -45,6 +46,30 @@ def test_mmmu_by_subject_and_in_all() -> None:
     values = score_mmmu(items, {"1": "A", "2": "a cat", "3": ""})
     assert [figure(values, name).value for name in ("Art", "Music")] == [50, 0]
     assert figure(values, "total").value == pytest.approx(100 / 3)
+    items += [Item("4", "Music", (), "text", "", {"accepted": ["0.5", "1/2"]})]
+    values = score_mmmu(items, {"1": "A", "2": "a cat", "3": "", "4": "It is .50."})
+    figures = {name: figure(values, name).value for name in values.names()}
+    assert figures == {"total": 50, "multiple choice": pytest.approx(100 / 3), "open": 100, "Art": 50, "Music": 50}
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        ("24/7", ["24/7", "3.429"], True),
+        ("The ratio is 3.429 to one", ["24/7", "3.429"], True),
+        ("The total comes to 1,250 dollars", ["1250"], True),
+        ("x = 2.004", ["2"], True),  # two decimals are compared
+        ("x = 2.01", ["2"], False),
+        ("It is a Trochaic tetrameter.", ["trochaic tetrameter"], True),
+        ("so it is 5\nthus 7", ["5"], True),  # every line has a key phrase
+        ("the answer is 5", ["15"], False),
+        ("sine", ["i"], False),  # one letter needs a space beside it
+        ("force i", ["i"], True),
+        ("", ["5"], False),
+    ],
+)
+def test_open_answers_are_read_as_mmmu_reads_them(answer: str, accepted: list[str], right: bool) -> None:
+    assert says(answer, accepted) == right
 
 
 @pytest.mark.parametrize(

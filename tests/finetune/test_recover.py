@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ NEARER = 0.8  # of the first distance, after a few dozen steps; set before the f
 
 def config(build: Artifact, **more: Any) -> FinetuneConfig:
     settings = {
-        "model": str(build.path), "steps": 30, "tokens": 1200, "lr": 1e-2, "lora": {"rank": 4, "alpha": 4},
-        "recover": {"reference": str(TINY), "calibration": str(SET)}, "recompute": False, "save_every": 15,
+        "model": str(build.path), "steps": 24, "tokens": 1200, "lr": 1e-2, "lora": {"rank": 4, "alpha": 4},
+        "recover": {"reference": str(TINY), "calibration": str(SET)}, "recompute": False, "save_every": 12,
     }  # fmt: skip
     return FinetuneConfig.model_validate(settings | more)
 
@@ -58,11 +59,16 @@ def test_the_lessons_are_what_the_sampler_computes(fp32: Sampler) -> None:
     assert sum(len(lesson.batch.ce_rows) for lesson in lessons) == sum(
         len(b.ids) - 1 for b in branches if isinstance(b, DecodedText)
     )
-    sequence = next(
-        s for s in calibration.header.sequences
-        if isinstance(s.branches[0], NoisedLatent) and all(isinstance(e, TextPass) for e in s.trunk)
-    )  # fmt: skip
-    first = sequence.branches[0]
+    sequence = calibration.header.sequences[0]
+    assert all(isinstance(event, TextPass) for event in sequence.trunk)
+    for after in sorted({branch.after for branch in sequence.branches}):
+        first = next(b for b in sequence.branches if b.after == after)
+        assert isinstance(first, NoisedLatent)
+        _check(fp32, calibration, sequence, first, lessons)
+
+
+def _check(fp32: Sampler, calibration: CalibrationSet, sequence: Any, first: NoisedLatent, lessons: list[Any]) -> None:
+    """The velocity of a branch, after its own part of the trunk, is that of one of the lessons."""
     bagel = fp32.bagel
     context = bagel.new_context()
     for event in sequence.trunk[: first.after]:
@@ -72,9 +78,12 @@ def test_the_lessons_are_what_the_sampler_computes(fp32: Sampler) -> None:
     wrap = (fp32.text.image_start, fp32.text.image_end)
     block = bagel.noisy_block(latent, torch.tensor([first.time]), [(rows, cols)], wrap)
     wanted = bagel.velocity(block, [context])
-    place = _place(lessons, latent)
-    found = answers(bagel, place[0].batch, False)[0][place[1] : place[1] + rows * cols]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    found = [
+        answers(bagel, lesson.batch, False)[0][row : row + rows * cols]
+        for lesson in lessons
+        for row in _rows_of(lesson, latent)
+    ]
+    assert any(torch.allclose(one, wanted, rtol=1e-4, atol=1e-4) for one in found)
 
 
 def test_a_build_comes_nearer_to_its_reference_and_a_killed_run_goes_on(coded: Artifact, tmp_path: Path) -> None:
@@ -82,15 +91,22 @@ def test_a_build_comes_nearer_to_its_reference_and_a_killed_run_goes_on(coded: A
     straight = run(made, tmp_path / "a")
     before, after = (sum(line["loss"] for line in part) for part in (straight[:3], straight[-3:]))
     assert after < NEARER * before
-    run(made, tmp_path / "b", stop=20)
-    assert run(made, tmp_path / "b") == straight[15:]
-    repaired = bc.open_model(coded.path, adapter=tmp_path / "a" / "0000030")
-    settings: dict[str, Any] = {"size": (32, 32), "seed": 3}
-    wanted, plain, ours = (
-        model.run(["a red cat"], **settings).latent
-        for model in (bc.open_model(TINY), bc.open_model(coded.path), repaired)
+    run(made, tmp_path / "b", stop=16)
+    assert run(made, tmp_path / "b") == straight[12:]
+    _, lessons = open_repair(made, Processes())
+    plain, repaired = (
+        _distance(model, lessons)
+        for model in (bc.open_model(coded.path), bc.open_model(coded.path, adapter=tmp_path / "a" / "0000024"))
     )
-    assert (ours - wanted).norm() < (plain - wanted).norm()
+    assert 0 < repaired < NEARER * plain
+
+
+@torch.no_grad()
+def _distance(model: Any, lessons: list[Any]) -> float:
+    """Mean square of what velocities are off, as a share of the wanted ones'."""
+    model.bagel.config = replace(model.bagel.config, timestep_shift=1.0)
+    off = [answers(model.bagel, lesson.batch, False)[0].float() - lesson.velocity for lesson in lessons]
+    return float(torch.cat([part.flatten() for part in off]).square().mean() / lessons[0].power)
 
 
 def test_the_verb_repairs_and_generate_runs_it(
@@ -135,11 +151,7 @@ def test_what_cannot_be_repaired(coded: Artifact, tmp_path: Path) -> None:
         plain.with_recover(config(coded).recover)  # type: ignore[arg-type]
 
 
-def _place(lessons: list[Any], latent: torch.Tensor) -> tuple[Any, int]:
-    """The lesson in which a noised latent lies, and its first row among the noised ones."""
-    for lesson in lessons:
-        noised = lesson.batch.latents[torch.searchsorted(lesson.batch.latent_rows, lesson.batch.mse_rows)]
-        for row in range(len(noised) - len(latent) + 1):
-            if torch.equal(noised[row : row + len(latent)], latent):
-                return lesson, row
-    raise AssertionError("no lesson holds it")
+def _rows_of(lesson: Any, latent: torch.Tensor) -> list[int]:
+    """Where a noised latent begins among the noised rows of a lesson: guidance branches have the same one."""
+    noised = lesson.batch.latents[torch.searchsorted(lesson.batch.latent_rows, lesson.batch.mse_rows)]
+    return [row for row in range(len(noised) - len(latent) + 1) if torch.equal(noised[row : row + len(latent)], latent)]
