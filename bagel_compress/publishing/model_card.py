@@ -14,7 +14,7 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.loader_table import HEAD, loader_rows
 from bagel_compress.build.sizes import SizeGroup
 from bagel_compress.io.byte_size import size_text
-from bagel_compress.parity.report_data import BudgetReport, ParityReport, number
+from bagel_compress.parity.report_data import BudgetReport, number
 from bagel_compress.publishing.card_markdown import code, gib, joined, plain, table
 from bagel_compress.publishing.card_sections import (
     TABLE_END,
