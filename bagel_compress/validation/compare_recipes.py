@@ -126,13 +126,19 @@ def compare_recipes(
 
     `cases` are recorded as the trace of the source. Results are in the order of the recipes.
     """
+    import torch
+
     from bagel_compress.source.checkpoint import Checkpoint
     from bagel_compress.validation.artifact import record_source
 
-    _one_thread()
     out.mkdir(parents=True, exist_ok=True)
     trace = out / "reference.trace.safetensors"
-    record_source(source, cases, trace, progress=say)
+    threads = torch.get_num_threads()
+    _one_thread()  # as the processes below, so that sums are added in one order
+    try:
+        record_source(source, cases, trace, progress=say)
+    finally:
+        torch.set_num_threads(threads)
     workers = min(len(recipes) + 1, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
         original = pool.submit(_score, source, counts)

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from bagel_compress.io.packaged import find_recipe, resource
 from bagel_compress.report import format_chart
@@ -28,7 +29,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def family(folder: Path) -> RecipeComparison:
     cases = load_cases([resource("exports") / "cases" / "nano" / f"{n}.yaml" for n in ("draw_one", "ask_describe")])
     recipes = [find_recipe("nf4-official"), find_recipe("raw")]
-    return compare_recipes(resource("BAGEL-nano"), recipes, cases, folder, COUNTS, lambda _: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = compare_recipes(resource("BAGEL-nano"), recipes, cases, folder, COUNTS, lambda _: None)
+        assert torch.get_num_threads() == 2  # it works on one thread, and leaves none of that behind
+    finally:
+        torch.set_num_threads(before)
+    return found
 
 
 def test_an_untouched_build_equals_the_source_and_a_coded_one_does_not(family: RecipeComparison) -> None:
