@@ -36,6 +36,7 @@ from bagel_compress.io.safetensors_file import TensorFile
 from bagel_compress.source.checkpoint import Checkpoint
 
 TINY = Path(__file__).parent / "data" / "golden" / "checkpoint"
+CALIBRATION = Path(__file__).parents[1] / "bagel_compress" / "data" / "calibration" / "tiny.safetensors"
 QUICK = int(os.environ.get("BAGEL_FUZZ", "25"))
 SECONDS = 2.0  # of this process that one input may take
 
@@ -198,6 +199,39 @@ def _picture(content: bytes) -> None:
     to_rgb(read_picture(file))
 
 
+def _settings(content: bytes) -> None:
+    from PIL import Image
+
+    from bagel_compress.run.picture_settings import KEY, png_info, read_settings
+
+    file, info = place() / "drawn.png", png_info({})
+    info.chunks.clear()
+    info.add_itxt(KEY, content.decode("utf-8", "replace").replace("\0", " "))
+    Image.new("RGB", (4, 4)).save(file, pnginfo=info)
+    found = read_settings(file)
+    assert all(isinstance(found.get(part) or {}, dict) for part in ("flow", "thinking"))
+    (found.get("flow") or {}).get("cfg_interval", [0.0, 1.0])[1]
+
+
+def _calibration(content: bytes) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from bagel_compress.calibrate.calibration_set import METADATA_KEY, CalibrationSet
+
+    file = place() / "calibration.safetensors"
+    save_file(load_file(CALIBRATION), file, {METADATA_KEY: content.decode("utf-8", "replace").replace("\0", " ")})
+    CalibrationSet.open(file)
+
+
+def _benchmark(content: bytes) -> None:
+    from bagel_compress.evaluate.read_pictures import read_geneval
+
+    folder = place() / "geneval"
+    folder.mkdir(exist_ok=True)
+    (folder / "evaluation_metadata.jsonl").write_bytes(content.replace(b"\n", b" ") + b"\n" + BENCHMARK_ROW)
+    read_geneval(folder, 1)
+
+
 def _sums(content: bytes) -> None:
     from bagel_compress.publishing.provenance import check_sums, subjects
 
@@ -280,6 +314,23 @@ def _budget_of() -> Any:
     }  # fmt: skip
 
 
+def _settings_of() -> Any:
+    from bagel.settings import FlowSettings, TextSettings
+    from bagel_compress.run.picture_settings import picture_settings
+
+    return json.loads(json.dumps(picture_settings("m", "a red cat", 1, (64, 32), FlowSettings(), TextSettings())))
+
+
+def _calibration_of() -> Any:
+    from safetensors import safe_open
+
+    from bagel_compress.calibrate.calibration_set import METADATA_KEY
+
+    with safe_open(str(CALIBRATION), framework="numpy") as whole:
+        return json.loads(whole.metadata()[METADATA_KEY])
+
+
+BENCHMARK_ROW = b'{"tag": "colors", "include": [{"class": "cat", "count": 1}], "prompt": "a red cat"}'
 ADAPTER = {
     "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2},
     "alpha_pattern": {}, "bias": "none", "base_model_name_or_path": "x", "modules_to_save": None, "use_rslora": False,
@@ -337,6 +388,9 @@ JSON_PARSERS: dict[str, tuple[Callable[[bytes], object], Callable[[], Any]]] = {
     "batch": (_yaml(_batch), lambda: BATCH),
     "adapter": (_adapter, lambda: ADAPTER),
     "trace": (_trace, _trace_of),
+    "calibration set": (_calibration, _calibration_of),
+    "settings of a picture": (_settings, _settings_of),
+    "row of a benchmark": (_benchmark, lambda: json.loads(BENCHMARK_ROW)),
     "parity report": (_parity, _parity_of),
     "budget report": (_budget, _budget_of),
 }

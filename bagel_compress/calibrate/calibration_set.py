@@ -333,5 +333,5 @@ def _header(path: Path, metadata: Mapping[str, str]) -> Header:
         raise CalibrationError(
             f"calibration set {path} has a damaged header ({where}: {fault['msg']}); make it again."
         ) from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, integers of 5,000 digits, deep nesting
         raise CalibrationError(f"calibration set {path} has a damaged header ({error}); make it again.") from None

@@ -191,7 +191,7 @@ def nested_offset(spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> float 
         state = json.loads(text)
     except ValueError as error:
         raise CodecError(f"{spec.name}: its quant_state is not JSON ({error}); the artifact is damaged.") from error
-    offset: float | None = state.get("nested_offset")
+    offset: float | None = state.get("nested_offset") if isinstance(state, dict) else None
     if text.rstrip() != _state(spec, offset).rstrip():
         raise CodecError(
             f"{spec.name}: quant_state {text!r} does not describe an nf4 matrix of shape {list(spec.shape)}."

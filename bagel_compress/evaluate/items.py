@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from bagel_compress.errors import BenchmarkError, InputError, MissingExtraError
+from bagel_compress.io.pictures import FAULTS, open_picture
 from bagel_compress.io.safe_paths import stays_inside
 
 MAX_DAMAGED = 0.01  # share of rows, pictures or judge's answers that may be unreadable
@@ -31,9 +32,9 @@ class ItemPicture:
     def open(self) -> Image.Image:
         """Raises InputError if it is none."""
         try:
-            image = Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+            image = open_picture(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
             image.load()
-        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        except (*FAULTS, Image.DecompressionBombError) as error:
             name = self.source if isinstance(self.source, Path) else f"a picture of {len(self.source)} bytes"
             raise InputError(f"{name} is not a readable picture ({error}); expected PNG, JPEG, WebP, ...") from None
         if self.scale == 1:
@@ -123,7 +124,7 @@ def read_json(path: Path) -> Any:
     """Raises BenchmarkError if the file is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BenchmarkError(f"{path} is not readable JSON ({error}); download it again.") from None
 
 

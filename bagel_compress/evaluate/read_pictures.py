@@ -34,7 +34,7 @@ def read_geneval(data: Path, pictures: int, file: str = "evaluation_metadata.jso
             prompt, tag = text_of(row, "prompt"), text_of(row, "tag")
             if not isinstance(row.get("include"), list):
                 raise BenchmarkError("it has no list `include`")
-        except (ValueError, BenchmarkError) as error:
+        except (ValueError, AttributeError, RecursionError, BenchmarkError) as error:
             reading.skip(f"line {number + 1}", error)
             continue
         folder = f"{number:05}"
@@ -178,7 +178,7 @@ def with_row(reading: BenchmarkItems, name: str, make: Callable[..., Item], *arg
     """Adds what `make` reads, or counts the row as damaged."""
     try:
         reading.add(make(*args))
-    except (BenchmarkError, ValueError, AttributeError) as error:
+    except (BenchmarkError, ValueError, AttributeError, RecursionError) as error:
         reading.skip(name, error)
 
 

@@ -71,7 +71,7 @@ def read_settings(out: Path) -> dict[str, Any]:
     """Settings of the run in a folder. Raises BenchmarkError if there is none."""
     try:
         found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise BenchmarkError(f"{out} holds no results of `bagel-compress evaluate` ({SETTINGS} is missing).") from None
     return found if isinstance(found, dict) else {}
 
@@ -239,7 +239,7 @@ def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 yield row

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from bagel.images import to_rgb
 from bagel_compress.errors import FinetuneError, MissingExtraError
 from bagel_compress.finetune.config import DataGroup
 from bagel_compress.finetune.example import Example, PicturePart, RowError, TextPart
+from bagel_compress.io.pictures import FAULTS, open_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LINES = 256  # lines or files of a chunk, where the layout has no row groups
@@ -104,7 +104,7 @@ class _Parquet(ExampleReader):
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
             counts = {Path(k).name: (int(v["num_row_groups"]), int(v["num_rows"])) for k, v in table.items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
             raise self.fail(
                 f"{path} is no parquet_info ({type(fault).__name__}: {fault}); expected JSON from file names to"
                 " num_row_groups and num_rows."
@@ -201,7 +201,7 @@ class Conversations(ExampleReader):
     def example(self, row: Any, rng: np.random.Generator) -> Example:
         try:
             entry = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError("it is not JSON") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
             raise RowError("it has no list of conversations")
@@ -286,7 +286,7 @@ def _listed_caption(line: bytes) -> tuple[str, str]:
     try:
         entry = json.loads(line)
         return str(entry["file_name"]), str(entry.get("text") or "")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise RowError("it is not JSON with file_name and text") from None
 
 
@@ -295,7 +295,7 @@ def _captions(value: Any) -> list[str]:
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError("its captions are not JSON") from None
     found = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return [text.strip() for text in found if isinstance(text, str) and text.strip()]
@@ -324,9 +324,9 @@ def _opened(folder: Path, name: Any) -> Image.Image:
 
 def _decoded(source: Any, what: str) -> Image.Image:
     try:
-        with Image.open(source) as image:
+        with open_picture(source) as image:
             return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, struct.error, BagelError, Image.DecompressionBombError) as fault:
+    except (*FAULTS, BagelError, Image.DecompressionBombError) as fault:
         raise RowError(f"{what} does not open ({_short(fault)})") from None
 
 

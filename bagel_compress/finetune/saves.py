@@ -48,7 +48,7 @@ def newest(out: Path) -> Path | None:
 def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise FinetuneError(f"{folder / STATE_FILE} cannot be read ({fault}); remove {folder}.") from None
     if not isinstance(state, dict):
         raise FinetuneError(f"{folder / STATE_FILE} is no JSON object; remove {folder}.")

@@ -48,8 +48,25 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is no readable PNG.") from None
     try:
         settings = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} holds no settings; only pictures of `generate`, `edit` and the page do.") from None
-    if not isinstance(settings, dict):
+    if not _understood(settings):
         raise InputError(f"{path} holds no settings that are understood.")
-    return settings
+    return dict(settings)
+
+
+def _understood(settings: Any) -> bool:
+    """Whether a picture, which anybody may have made, holds settings of the form that `picture_settings` gives."""
+    if not isinstance(settings, dict):
+        return False
+    flow, thinking = settings.get("flow") or {}, settings.get("thinking") or {}
+    if not isinstance(flow, dict) or not isinstance(thinking, dict):
+        return False
+    interval = flow.get("cfg_interval", [0.0, 1.0])
+    own = [value for key, value in settings.items() if key not in ("flow", "thinking")]
+    values = [*own, *(value for key, value in flow.items() if key != "cfg_interval"), *thinking.values()]
+    return (
+        isinstance(interval, list)
+        and len(interval) == 2
+        and all(value is None or isinstance(value, str | int | float) for value in [*values, *interval])
+    )

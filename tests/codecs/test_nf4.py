@@ -169,7 +169,7 @@ def test_damaged_state_is_refused() -> None:
     unit = unit_of(tensor)
     parts = encoded(Nf4(), tensor)
     name = f"w.weight.{STATE}"
-    for text in (b"{", json.dumps({"quant_type": "fp4"}).encode()):
+    for text in (b"{", b"[]", b"null", b"[" * 50, json.dumps({"quant_type": "fp4"}).encode()):
         damaged = parts | {name: torch.tensor(list(text.ljust(len(parts[name]))), dtype=torch.uint8)}
         with pytest.raises(CodecError, match=r"w\.weight"):
             Nf4().decode(unit, damaged)

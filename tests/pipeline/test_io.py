@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
+from PIL import EpsImagePlugin, Image
+from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
 from bagel.json_file import small_bytes
@@ -13,14 +17,15 @@ from bagel_compress import open_model
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.recipe import Recipe
-from bagel_compress.errors import ArtifactError, BagelCompressError, RecipeError, TargetError
+from bagel_compress.errors import ArtifactError, BagelCompressError, InputError, RecipeError, TargetError
 from bagel_compress.exporting.manifest import ExportFolder
 from bagel_compress.io.atomic import atomic_file, atomic_path, write_atomic
 from bagel_compress.io.packaged import find_recipe
-from bagel_compress.io.pictures import read_picture
+from bagel_compress.io.pictures import MAX_PIXELS, open_picture, read_picture
 from bagel_compress.io.safe_paths import check_names, exists, stays_inside
 from bagel_compress.io.yaml_model import FrozenModel, load_yaml, meaning_digest, parse_yaml
 from bagel_compress.parity.trace import TraceFile
+from bagel_compress.run.picture_settings import KEY, read_settings
 from bagel_compress.run.target import Target
 from bagel_compress.source.adapter_config import AdapterConfig
 from bagel_compress.source.checkpoint import Checkpoint
@@ -162,3 +167,60 @@ def test_the_digest_is_of_the_values() -> None:
     same = parse_yaml(Tree, "best: {class: small, size: 1} # comment\nname: a", "f", TargetError)
     other = parse_yaml(Tree, "name: a\nbest: {size: 2}", "f", TargetError)
     assert meaning_digest(one) == meaning_digest(same) != meaning_digest(other)
+
+
+def png_of(path: Path, width: int, height: int, data: bytes = b"") -> Path:
+    """A PNG that says it has this size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks:
+        content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("width", [MAX_PIXELS // 100 + 1, 10**6 * 2, 2**31 - 1])
+def test_a_picture_that_says_it_is_huge_is_refused_before_it_is_decoded(width: int, tmp_path: Path) -> None:
+    """A few bytes that would take hundreds of megabytes. Pillow refuses from twice its limit on, and warns before."""
+    with pytest.raises(InputError, match=r"bomb\.png is too large .*of at most 100 megapixels"):
+        read_picture(png_of(tmp_path / "bomb.png", width, 100))
+
+
+def test_the_largest_picture_is_opened(tmp_path: Path) -> None:
+    with open_picture(png_of(tmp_path / "large.png", MAX_PIXELS // 100, 100)) as image:
+        assert image.size == (MAX_PIXELS // 100, 100)
+
+
+def test_no_program_is_started_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands EPS to Ghostscript."""
+
+    def started(*rest: object) -> None:
+        raise AssertionError("Ghostscript")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with Image.open(tmp_path / "a.png") as image, pytest.raises(AssertionError):
+        image.load()  # what Pillow does
+    with pytest.raises(InputError, match="is not a readable picture"):
+        read_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "1" * 6000, "[]", '{"flow": [1]}', '{"flow": {"cfg_interval": 3}}'])
+def test_settings_that_a_picture_only_claims_to_hold(text: str, tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_itxt(KEY, text)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(InputError, match="holds no settings"):
+        read_settings(tmp_path / "a.png")
+
+
+def test_text_of_a_picture_is_not_unpacked_without_end(tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_itxt(KEY, "x" * 50_000_000, zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    assert (tmp_path / "a.png").stat().st_size < 100_000
+    for read in (read_settings, read_picture):
+        with pytest.raises(InputError, match="readable"):
+            read(tmp_path / "a.png")

@@ -183,3 +183,45 @@ def test_the_recipe_on_the_card_is_the_recipe(artifact: Artifact, tmp_path: Path
     text = card.partition("```yaml\n")[2].partition("\n```")[0]
     written = Recipe.model_validate(yaml.safe_load(text))  # its target is known to these tests alone
     assert written.digest == artifact.manifest.recipe_digest
+
+
+def test_a_hard_link_is_the_file_it_names_and_no_way_to_another(artifact: Artifact, tmp_path: Path) -> None:
+    """It cannot be told from a file, so what goes out is decided by names and digests, as for every file."""
+    secret, folder = tmp_path / "secret.txt", artifact.path
+    secret.write_text("secret")
+    shared = tmp_path / "shared.safetensors"
+    shard = folder / artifact.manifest.shards[0]
+    os.link(shard, shared)  # as a tool that saves space does with equal files
+    os.link(secret, folder / "notes.txt")
+    os.link(secret, folder / "reports" / "notes.txt")
+    with pytest.raises(GateError, match=r"notes\.txt is not in the manifest"):
+        release(artifact, tmp_path)
+    (folder / "notes.txt").unlink()
+    made = release(artifact, tmp_path)
+    assert made.files[shard.name].sha256 == sha256_file(shared)
+    assert "reports/notes.txt" not in made.files
+    present = {p.relative_to(made.folder).as_posix() for p in made.folder.rglob("*") if p.is_file()}
+    assert present == made.files.keys()
+
+    names = ("reports/t2i_square.png", "reports/parity.json", "config.json")
+    for name, refusal in zip(names, ("not the picture that was", "parity", "config.json has 6 bytes"), strict=True):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        os.link(secret, folder / name)
+        with pytest.raises(GateError, match=refusal):
+            release(artifact, tmp_path)
+        (folder / name).unlink()
+        (folder / name).write_bytes(kept)
+    assert secret.read_text() == "secret"
+
+
+def test_writing_into_a_release_leaves_the_build_alone(artifact: Artifact, tmp_path: Path) -> None:
+    """Weights in it are hard links to the build's; whatever is made for it is a file of its own."""
+    before = {p: p.read_bytes() for p in artifact.path.rglob("*") if p.is_file()}
+    made = release(artifact, tmp_path)
+    own = [p for p in made.folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1]
+    assert {p.relative_to(made.folder).as_posix() for p in own} == made.files.keys() - artifact.manifest.files.keys()
+    for path in own:
+        path.write_bytes(b"")
+    release(artifact, tmp_path)  # the old one is removed, name by name
+    assert {p: p.read_bytes() for p in artifact.path.rglob("*") if p.is_file()} == before
