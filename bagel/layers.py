@@ -26,9 +26,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x_wide = x.float()
-        x_wide = x_wide * torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x_wide.to(x.dtype)
+        if torch.is_grad_enabled():
+            x_wide = x.float()
+            return self.weight * (x_wide * self._scale(x_wide.pow(2))).to(x.dtype)
+        # x is widened twice, so that no more than one array of its size in fp32 is ever held
+        scale = self._scale(x.pow(2) if x.dtype == torch.float32 else x.float().square_())
+        x_wide = x * scale if x.dtype == torch.float32 else x.float().mul_(scale)
+        return scaled(x_wide.to(x.dtype), self.weight)
+
+    def _scale(self, squares: Tensor) -> Tensor:
+        return torch.rsqrt(squares.mean(-1, keepdim=True) + self.eps)
 
 
 class WideLayerNorm(nn.LayerNorm):
@@ -67,8 +74,39 @@ def inverse_frequencies(head_dim: int, theta: float, device: torch.device | str 
 def apply_rope(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Rotates every head of every token. Works in the dtype that `x` and the tables promote to."""
     first, second = x_THE.chunk(2, dim=-1)
-    rotated_THE = torch.cat([-second, first], dim=-1)
-    return x_THE * cos_TE[:, None] + rotated_THE * sin_TE[:, None]
+    if torch.is_grad_enabled():
+        rotated_THE = torch.cat([-second, first], dim=-1)
+        return x_THE * cos_TE[:, None] + rotated_THE * sin_TE[:, None]
+    sin_first, sin_second = sin_TE[:, None].chunk(2, dim=-1)
+    out_THE = x_THE * cos_TE[:, None]
+    out_first, out_second = out_THE.chunk(2, dim=-1)
+    out_first -= second * sin_first
+    out_second += first * sin_second
+    return out_THE
+
+
+# --- results in the memory of an argument -----------------------------------------------------------------------------
+# A new array of some MB costs the CPU about as much as the arithmetic that fills it, and on a GPU it is peak memory. So
+# where no gradient is wanted the result replaces an argument that the caller owns: the same operation, the same bits.
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor; x is spent."""
+    if torch.is_grad_enabled() or torch.result_type(x, factor) != x.dtype:
+        return x * factor
+    return x.mul_(factor)
+
+
+def added(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; y is spent."""
+    if torch.is_grad_enabled() or torch.result_type(x, y) != y.dtype:
+        return x + y
+    return y.add_(x)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; gate is spent."""
+    return scaled(nn.functional.silu(gate, inplace=not torch.is_grad_enabled()), up)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

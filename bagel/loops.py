@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -108,6 +109,19 @@ class Loops(ABC):
         """
         flow, text, listener = flow or FlowSettings(), text or TextSettings(), listener or Listener()
         self._check(requests, output)
+        with self.running():
+            return self._run(requests, output, think, flow, text, noise, listener)
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        output: Output,
+        think: bool,
+        flow: FlowSettings,
+        text: TextSettings,
+        noise: Noise | None,
+        listener: Listener,
+    ) -> list[Result]:
         generators = [self.generator(check_seed(request.seed)) for request in requests]
         noises = [noise or partial(self.normal, generator=generator) for generator in generators]
         branches = Branches(self, len(requests), listener)
@@ -182,11 +196,13 @@ class Loops(ABC):
         listener: Listener | None = None,
     ) -> Result:
         """The evaluation path: pictures straight through the ViT's resize rule, then the prompt, then decoding."""
-        branches = Branches(self, 1, listener)
-        for image in images:
-            branches.prefill("vit", [self.pixels(resized(to_rgb(image), self.bagel.config.vit_rule))])
-        branches.prefill("text", [self.text.turn(prompt)])
-        [ids] = self.decode_text(branches.cond, text or TextSettings(), [self.generator(check_seed(seed))], listener)
+        generator = self.generator(check_seed(seed))
+        with self.running():
+            branches = Branches(self, 1, listener)
+            for image in images:
+                branches.prefill("vit", [self.pixels(resized(to_rgb(image), self.bagel.config.vit_rule))])
+            branches.prefill("text", [self.text.turn(prompt)])
+            [ids] = self.decode_text(branches.cond, text or TextSettings(), [generator], listener)
         return Result(self.text.answer(ids), ids)
 
     def decode_text(
@@ -309,6 +325,10 @@ class Loops(ABC):
     def check(self, what: str, values: Array) -> None:
         """Raises BagelError if values are not finite."""
         check_finite(what, values)
+
+    def running(self) -> AbstractContextManager[None]:
+        """What surrounds a run; a backend may set its threads here."""
+        return nullcontext()
 
     # --- what a backend gives -----------------------------------------------------------------------------------------
 

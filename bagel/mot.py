@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bagel.config import LLMConfig
-from bagel.layers import RMSNorm, apply_rope
+from bagel.layers import RMSNorm, added, apply_rope, gated
 
 # (layer index, q [T', H, E], k [T, K, E], v [T, K, E]) -> [T', H, E]; q may hold only the rows still needed.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -53,7 +53,7 @@ class Expert(nn.Module):
         return apply_rope(normed_THE, *rope).to(x_THE.dtype)
 
     def mlp(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))  # type: ignore[no-any-return]
+        return self.down_proj(gated(self.gate_proj(x_TD), self.up_proj(x_TD)))  # type: ignore[no-any-return]
 
 
 class MoTLayer(nn.Module):
@@ -93,8 +93,8 @@ class MoTLayer(nn.Module):
         outs = []
         for expert, start, stop in experts:
             if stop > start or self.training:
-                h_TD = x_TD[start:stop] + expert.o_proj(o_TD[start:stop])
-                outs.append(h_TD + expert.mlp(expert.post_attention_layernorm(h_TD)))
+                h_TD = added(x_TD[start:stop], expert.o_proj(o_TD[start:stop]))
+                outs.append(added(h_TD, expert.mlp(expert.post_attention_layernorm(h_TD))))
         return _join(outs) if outs else x_TD[:0]
 
 

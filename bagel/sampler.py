@@ -15,6 +15,7 @@ branch is not evaluated a second time (`share_branches = False` evaluates all of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from bagel.loading import load_bagel, load_vae
 from bagel.loops import Loops, Request, Result, Turn
 from bagel.model import Bagel
 from bagel.settings import EDIT_FLOW, TextSettings
+from bagel.threads import one_thread, too_small_to_share
 from bagel.vae import AutoEncoder, to_uint8
 
 __all__ = [
@@ -52,6 +54,9 @@ class Sampler(Loops):
         """Loads a full-precision checkpoint folder in the official layout. Raises BagelError on anything missing."""
         folder, device = Path(folder), torch.device(device)
         return cls(load_bagel(folder, device, dtype), load_vae(folder, device), TextCodec.from_dir(folder))
+
+    def running(self) -> AbstractContextManager[None]:
+        return one_thread() if too_small_to_share(self.bagel.config.llm) else nullcontext()
 
     # --- randomness ---------------------------------------------------------------------------------------------------
 

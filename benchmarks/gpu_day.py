@@ -41,8 +41,8 @@ from bench_df11_gpu import rate
 
 from bagel_compress.budgets.fake_model import BuildOutline
 from bagel_compress.budgets.measure_gpu import measured
+from bagel_compress.budgets.pass_profile import profile_pass
 from bagel_compress.budgets.predict import predict
-from bagel_compress.budgets.step_profile import profile_step
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
@@ -228,7 +228,7 @@ def drawn(artifact: Artifact, checkpoint: Checkpoint, found: Found) -> dict[str,
         device = Device(name=torch.cuda.get_device_name(), memory_mib=total)
         target = Target(name="gpu-day", device=device, sizes=sizes, tasks=("t2i", "edit"))
         report = measured(artifact, predict(outline, target), target, "cuda")
-    profile = profile_step(load(artifact, "cpu" if DRY else "cuda"), (side, side), repeats=1 if DRY else 3)
+    profile = profile_pass(load(artifact, "cpu" if DRY else "cuda"), "step", (side, side), repeats=1 if DRY else 3)
     peaks = {p.name: {"predicted": p.total, "measured": p.measured} for p in report.phases}
     return {
         "bytes": artifact.nbytes,

@@ -1,0 +1,285 @@
+"""A denoising step, what an edit reads, and a token of text, beside their floor; and beside the official code.
+
+    python benchmarks/bench_sampler.py [--before DIR] [--official DIR] [--work DIR] [--threads 1]
+
+Models: `synth medium`, and one layer pair of the released shape (`synth 7b-mot --layers 1`), fp32 and bf16, 256 x 256,
+on the CPU, in the processor's time. The floor of a pass are its own products and attention alone, in turns with it
+(bagel_compress/budgets/pass_profile.py); a token is also compared with the time to read its weights. Goals: a step and
+a prefill at 1.15 times the floor, a token at 1.3 times the reading.
+
+--before DIR     measures another checkout of this repository in the same run
+--official DIR   draws and edits the medium model with a checkout of github.com/ByteDance-Seed/Bagel as well, with equal
+                 weights, noise, points and number of passes, in bf16 (the official code knows no other dtype), its
+                 flash-attn replaced by SDPA, its autocast by the CPU's. It needs the transformers of its requirements
+                 (4.49) first on PYTHONPATH.
+--busy           seconds of a picture of BAGEL-nano alone, and while two other processes keep all cores busy
+
+Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bagel.config import ResizeRule
+from bagel.inputs import resized, to_tensor
+from bagel.settings import EDIT_FLOW, FlowSettings
+from bagel_compress.build.compress import compress
+from bagel_compress.build.plan import make_plan
+from bagel_compress.build.recipe import Recipe
+from bagel_compress.io.packaged import resource
+from bagel_compress.run.load import open_model
+from bagel_compress.source.checkpoint import Checkpoint
+from bagel_compress.source.synthetic import synthesise
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {"medium": ("medium", None), "pair": ("7b-mot", 1)}  # name -> shape and decoder layers of `synth`
+DTYPES = {"fp32": torch.float32, "bf16": None}
+KINDS = ("step", "prefill", "token")
+SIDE = 256
+PROMPT = "a red cat on a blue chair"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--before", type=Path, metavar="DIR")
+    parser.add_argument("--official", type=Path, metavar="DIR")
+    parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the checkpoints (5 GB)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9, help="turns of which the median is taken")
+    parser.add_argument(
+        "--points", type=int, default=26, help="of the pictures that are drawn beside the official code"
+    )
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.measure:
+        print(json.dumps(measured(Path(args.measure[0]), args.measure[1], args.repeats)))
+        return 0
+    trees = {"now": ROOT} | ({"before": args.before.resolve()} if args.before else {})
+    found: dict[str, Any] = {"benchmark": "bench_sampler", "threads": args.threads, "size": SIDE}
+    with TemporaryDirectory() if args.work is None else nullcontext(str(args.work)) as work:
+        for name in args.models:
+            folder = checkpoint(name, Path(work))
+            for dtype in DTYPES:
+                found[f"{name} {dtype}"] = {
+                    when: in_tree(tree, folder, dtype, args.threads, args.repeats) for when, tree in trees.items()
+                }
+                print(name, dtype, json.dumps(found[f"{name} {dtype}"]), file=sys.stderr, flush=True)
+        if args.official:
+            found["official"] = beside_official(
+                args.official.resolve(), checkpoint("medium", Path(work)), Path(work), args.points
+            )
+    if args.busy:
+        found["busy"] = busy()
+    print(json.dumps(found))
+    return 0
+
+
+def checkpoint(name: str, work: Path) -> Path:
+    """The folder of a synthetic checkpoint, made where it is missing."""
+    shape, layers = MODELS[name]
+    folder = work / name
+    if not (folder / "ema.safetensors").is_file():
+        synthesise(shape, folder, 0, layers)
+    return folder
+
+
+# --- floors -----------------------------------------------------------------------------------------------------------
+
+
+def in_tree(tree: Path, folder: Path, dtype: str, threads: int, repeats: int) -> dict[str, Any]:
+    """`measured` with the code of a checkout, in a process of its own."""
+    command = [sys.executable, __file__, "--measure", str(folder), dtype]
+    command += ["--threads", str(threads), "--repeats", str(repeats)]
+    environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, env=environment, cwd=tree, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def measured(folder: Path, dtype: str, repeats: int) -> dict[str, Any]:
+    """Seconds of each kind of pass, and how many times its floor and its reading they are."""
+    profiler = pass_profiler()
+    sampler, found = open_model(folder, dtype=DTYPES[dtype]), {}
+    for kind in KINDS:
+        one = profiler.profile_pass(sampler, kind, (SIDE, SIDE), PROMPT, repeats)
+        found[kind] = {"seconds": round(one.seconds, 5), "floor": round(one.floor, 5), "ratio": round(one.ratio, 3)}
+        if one.reading:
+            found[kind] |= {"reading": round(one.reading, 5), "reads": round(one.reads, 3)}
+    return found
+
+
+def pass_profiler() -> ModuleType:
+    """This checkout's profiler, also where the measured code is another checkout's."""
+    spec = importlib.util.spec_from_file_location(
+        "pass_profiler", ROOT / "bagel_compress" / "budgets" / "pass_profile.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- beside the official code -----------------------------------------------------------------------------------------
+
+
+def beside_official(official: Path, folder: Path, work: Path, points: int) -> dict[str, Any]:
+    """Seconds of the processor for a drawing and an edit, ours and theirs, in turns; the PSNR of the two pictures."""
+    built = work / "medium-raw"
+    if not (built / "manifest.json").is_file():
+        source = Checkpoint.open(folder)
+        recipe = Recipe.parse("name: raw\nrules: [{match: {}, codec: raw}]\n", "bench_sampler")
+        compress(make_plan(source, recipe), source, built)
+    sampler, inferencer = open_model(folder), official_inferencer_of(official, built)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
+    t2i = FlowSettings(num_timesteps=points)
+    edit = replace(EDIT_FLOW, num_timesteps=points)
+    found = {}
+    for name, turns, flow in (("t2i", [PROMPT], t2i), ("edit", [picture, PROMPT], edit)):
+
+        def ours(turns: list[Any] = turns, flow: FlowSettings = flow) -> Image.Image:
+            torch.manual_seed(0)
+            image = sampler.run(turns, size=(SIDE, SIDE), flow=flow, noise=torch.randn).image
+            assert image is not None
+            return image
+
+        def theirs(turns: list[Any] = turns, flow: FlowSettings = flow) -> Image.Image:
+            torch.manual_seed(0)
+            [image] = inferencer.interleave_inference(
+                turns, image_shapes=(SIDE, SIDE), num_timesteps=flow.num_timesteps, timestep_shift=flow.timestep_shift,
+                cfg_text_scale=flow.cfg_text_scale, cfg_img_scale=flow.cfg_img_scale,
+                cfg_interval=list(flow.cfg_interval), cfg_renorm_min=flow.cfg_renorm_min,
+                cfg_renorm_type=flow.cfg_renorm_type,
+            )  # fmt: skip
+            return image  # type: ignore[no-any-return]
+
+        seconds: dict[str, list[float]] = {"ours": [], "official": []}
+        images = {}
+        for turn in range(4):  # the first warms up
+            for who, draw in (("ours", ours), ("official", theirs)):
+                begun = time.process_time()
+                images[who] = draw()
+                if turn:
+                    seconds[who].append(time.process_time() - begun)
+        middle = {who: sorted(values)[len(values) // 2] for who, values in seconds.items()}
+        error = np.subtract(*(np.asarray(image, np.float64) for image in images.values()))
+        found[name] = {
+            **{who: round(value, 3) for who, value in middle.items()},
+            "times as fast": round(middle["official"] / middle["ours"], 3),
+            "psnr": round(float(10 * np.log10(255**2 / np.mean(error**2))), 1),
+        }
+        print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
+    return found
+
+
+def official_inferencer_of(official: Path, built: Path) -> Any:
+    """The official inferencer over the build, with stand-ins for what needs CUDA."""
+    sys.path.insert(0, str(official))
+    sys.modules["flash_attn"] = stand_in = ModuleType("flash_attn")
+    stand_in.__spec__ = importlib.util.spec_from_loader("flash_attn", None)
+    stand_in.flash_attn_varlen_func = varlen_by_sdpa  # type: ignore[attr-defined]
+    real = torch.autocast
+
+    def autocast(device_type: str, **settings: Any) -> Any:
+        return real("cpu", dtype=torch.bfloat16) if device_type == "cuda" else real(device_type, **settings)
+
+    torch.autocast = autocast  # type: ignore[assignment,misc]
+    sys.modules["data.transforms"] = transforms = ModuleType("data.transforms")
+    transforms.ImageTransform = Resizing  # type: ignore[attr-defined]
+    from bagel_compress.interop import official_inferencer
+
+    inferencer = official_inferencer(built, "cpu")
+    vae = inferencer.vae_model  # in fp32: CUDA's autocast does not reach the CPU, where the official VAE works
+    vae.encode, vae.decode = without_autocast(vae.encode), without_autocast(vae.decode)
+    return inferencer
+
+
+class Resizing:
+    """The official ImageTransform, whose module needs torchvision and OpenCV."""
+
+    def __init__(self, max_size: int, min_size: int, stride: int) -> None:
+        self.stride, self._rule = stride, ResizeRule(max_size=max_size, min_size=min_size, stride=stride)
+
+    def resize_transform(self, image: Image.Image) -> Image.Image:
+        return resized(image, self._rule)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return to_tensor(self.resize_transform(image))
+
+
+def without_autocast(work: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(x: torch.Tensor) -> Any:
+        with torch.amp.autocast("cpu", enabled=False):
+            return work(x.float())
+
+    return plain
+
+
+def varlen_by_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int,
+    max_seqlen_k: int, causal: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """flash-attn's varlen attention for one segment, by torch's SDPA; causal masks are aligned to the bottom right."""
+    assert len(cu_seqlens_q) == len(cu_seqlens_k) == 2, "one sample at a time"
+    mask = None
+    if causal and 1 < max_seqlen_q < max_seqlen_k:
+        mask = torch.ones(max_seqlen_q, max_seqlen_k, dtype=torch.bool).tril(max_seqlen_k - max_seqlen_q)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and max_seqlen_q == max_seqlen_k > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return out[0].transpose(0, 1)
+
+
+# --- beside other work ------------------------------------------------------------------------------------------------
+
+
+def busy() -> dict[str, float]:
+    """Seconds of a nano picture on torch's own number of threads, alone and beside one busy process per core."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    sampler = open_model(resource("BAGEL-nano"))
+
+    def seconds() -> float:
+        taken = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            sampler.run(["a red circle"], size=(64, 64))
+            taken.append(time.perf_counter() - begun)
+        return sorted(taken)[2]
+
+    seconds()
+    alone = seconds()
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        beside = seconds()
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    return {"alone": round(alone, 3), "busy": round(beside, 3), "times": round(beside / alone, 2)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
