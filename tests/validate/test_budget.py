@@ -36,6 +36,9 @@ SMALL = Workload(image=(64, 128), input_image=(128, 96), prompt_tokens=12, think
 CARD = Device(name="a card", memory_mib=1000, context_mib=0)
 TINY_TARGET = Target(name="tiny", device=CARD, sizes=SMALL)
 DECODER_PHASES = {"text", "vit", "latent", "decode", "denoise"}
+# Bytes that a thread of torch's CPU attention takes: scores of 32 queries and 512 keys in fp32 and again in 16 bits, two
+# sums a query, and the output of 32 queries of 64 values (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+ATTENTION_SCRATCH = 4 * (32 * 512 + 2 * 32 + 32 * 64) + 2 * 32 * 512
 
 
 def small_model(layers, hidden, intermediate, kind=Sampler):
@@ -81,7 +84,7 @@ def fake_peaks(shape, task, target=TINY_TARGET):
 
 @pytest.mark.parametrize("task", ["t2i", "edit", "understand", "think"])
 def test_the_prediction_is_what_the_allocator_hands_out(task):
-    """A middle-sized decoder: to the byte, but for attention's own scratch where a long mask is in play (under 1 %)."""
+    """A middle-sized decoder: to the byte, but for the scratch inside attention where a long mask is in play."""
     shape = (4, 512, 1408)
     sampler = small_model(*shape)
     real, predicted = allocator_peaks(sampler, task, TINY_TARGET), fake_peaks(shape, task)
@@ -90,7 +93,7 @@ def test_the_prediction_is_what_the_allocator_hands_out(task):
         if phase in DECODER_PHASES and task != "think":
             assert found == expected, phase
         elif phase in DECODER_PHASES:
-            assert found == pytest.approx(expected, rel=0.01), phase
+            assert expected <= found <= expected + ATTENTION_SCRATCH, phase
         else:  # the CPU's convolutions take scratch inside that no operator shows
             assert expected <= found < 1.3 * expected, phase
 
