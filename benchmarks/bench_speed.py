@@ -1,6 +1,8 @@
 """What fewer evaluations cost: solvers and step caches on BAGEL-nano, against 50 points and the exact solution.
 
     python benchmarks/bench_speed.py [--seed 95000] [--pictures 40] [--scores]
+    python benchmarks/bench_speed.py --model DIR --pictures 2     another model, drawings alone; `synth medium` shows
+                                                                  that the mechanics do not depend on nano
 
 Drawings and edits that no recipe, calibration set or choice was made with; fp32. `latent` is the error of the final
 latent as a share of its way from the noise (the gate's latent.path), with a 95 % bootstrap interval over prompts;
@@ -130,11 +132,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--pictures", type=int, default=40, help="drawings, and as many edits")
     parser.add_argument("--scores", action="store_true", help="also score 120 drawings and 60 edits")
+    parser.add_argument("--model", metavar="DIR", help="in place of BAGEL-nano; no edits, no scores")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    sampler = open_model(resource("BAGEL-nano"), dtype=torch.float32)
-    benchmark = fresh(args.seed, (args.pictures, 0, args.pictures, 0))
+    sampler = open_model(args.model or resource("BAGEL-nano"), dtype=torch.float32)
+    benchmark = fresh(args.seed, (args.pictures, 0, 0 if args.model else args.pictures, 0))
     official = drawn(benchmark, sampler, SpeedPreset(num_timesteps=POINTS))
     exact = drawn(benchmark, sampler, SpeedPreset(num_timesteps=EXACT))
     found = {}
@@ -145,7 +148,7 @@ def main() -> int:
             "latent": interval(path_errors(one, official)), "exact": interval(path_errors(one, exact)),
         }  # fmt: skip
         print(preset, json.dumps(found[str(preset)]), file=sys.stderr, flush=True)
-    scored = scores(sampler, fresh(args.seed + 1, (120, 0, 60, 0))) if args.scores else {}
+    scored = scores(sampler, fresh(args.seed + 1, (120, 0, 60, 0))) if args.scores and not args.model else {}
     print(json.dumps({"benchmark": "bench_speed", "seed": args.seed, "settings": found, "scores": scored}))
     return 0
 

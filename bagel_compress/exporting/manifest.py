@@ -21,6 +21,7 @@ from bagel.json_file import small_bytes
 from bagel_compress.build.manifest import EXPORT_MANIFEST, FileEntry, SourceEntry
 from bagel_compress.build.manifest_files import changed_files, compared_file, extra_files, wrong_sizes
 from bagel_compress.build.recipe import Limits, Recipe
+from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.errors import ArtifactError
 from bagel_compress.io.safe_paths import check_names
 from bagel_compress.io.yaml_model import FrozenModel
@@ -97,6 +98,12 @@ class ExportManifest(FrozenModel):
         A lossless build has the reference's weights, but another runtime never reproduces its arithmetic to the bit.
         """
         return "16-bit" if self.limits.level == "lossless" else self.limits.level
+
+    @property
+    def presets(self) -> dict[str, SpeedPreset]:
+        """The presets that the recipe of its source promises, by name; its parity must hold them too."""
+        recipe = self.source.recipe
+        return {} if recipe is None else {str(name): preset for name, preset in recipe.fast.items()}
 
     def to_bytes(self) -> bytes:
         return (json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n").encode()

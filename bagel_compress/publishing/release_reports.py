@@ -16,7 +16,7 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.errors import ArtifactError, RecipeError
 from bagel_compress.evaluate.report import EvaluationReport, load_evaluations
-from bagel_compress.exporting.manifest import ExportFolder
+from bagel_compress.exporting.manifest import ExportFolder, ExportManifest
 from bagel_compress.io.digests import blake3_file
 from bagel_compress.io.packaged import target_files
 from bagel_compress.io.safe_paths import leads_away
@@ -130,7 +130,8 @@ def _verdict(publishable: Publishable, report: ParityReport) -> list[str]:
         resolved = resolve(level, limits.overrides)
     except RecipeError as error:
         return [*faults, str(error)]
-    presets = publishable.manifest.recipe.fast if isinstance(publishable, Artifact) else ()
+    manifest = publishable.manifest
+    presets = manifest.presets if isinstance(manifest, ExportManifest) else manifest.recipe.fast
     return faults + recheck(report, resolved, level, isinstance(publishable, Artifact), presets)
 
 

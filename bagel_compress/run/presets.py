@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from bagel.json_file import small_bytes
 from bagel.settings import FlowSettings
 from bagel_compress.build.artifact import Artifact
-from bagel_compress.build.manifest import MANIFEST
+from bagel_compress.build.manifest import EXPORT_MANIFEST, MANIFEST
+from bagel_compress.build.recipe import Recipe
 from bagel_compress.build.speed_settings import SpeedPreset
-from bagel_compress.errors import InputError
+from bagel_compress.errors import ArtifactError, InputError
 
 
 def presets_of(folder: Path) -> Mapping[str, SpeedPreset]:
-    """Name -> preset of the build in a folder; empty if it is no artifact."""
-    recipe = Artifact.open(folder).manifest.recipe if (folder / MANIFEST).is_file() else None
+    """Name -> preset of the build in a folder, or of the build that an export was made from; empty for a checkpoint.
+
+    Raises ArtifactError on a damaged manifest.
+    """
+    recipe = _recipe(folder)
     return {} if recipe is None else {str(name): preset for name, preset in recipe.fast.items()}
 
 
@@ -25,3 +31,15 @@ def with_preset(flow: FlowSettings, preset: str, folder: Path) -> FlowSettings:
         known = ", ".join(presets) or "none"
         raise InputError(f"{folder} promises no preset {preset!r} (its presets: {known}).")
     return presets[preset].applied(flow)
+
+
+def _recipe(folder: Path) -> Recipe | None:
+    if (folder / MANIFEST).is_file():
+        return Artifact.open(folder).manifest.recipe
+    if not (folder / EXPORT_MANIFEST).is_file():
+        return None
+    try:
+        found = json.loads(small_bytes(folder / EXPORT_MANIFEST))["source"]["recipe"]
+        return None if found is None else Recipe.model_validate(found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / EXPORT_MANIFEST} is damaged ({error}); export it again.") from None

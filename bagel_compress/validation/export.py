@@ -46,7 +46,7 @@ def validate_export(
     limits = resolve(level, manifest.limits.overrides)
     with _open_sampler(folder, threads) as (sampler, runtime):
         name = f"{manifest.source.name} ({runtime['runtime']} on {runtime['provider']}, {runtime['precision']})"
-        candidate = Candidate(sampler, name, folder.digest, level, limits, has_modules=False)
+        candidate = Candidate(sampler, name, folder.digest, level, limits, presets=manifest.presets, has_modules=False)
         found = compare(candidate, files, None, progress)
     reference = {k: v for k, v in found.report.environment.items() if k.startswith("reference")}
     report = found.report.model_copy(update={"environment": runtime | reference})

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import Field
 
 from bagel.sampler import Sampler
 from bagel_compress.budgets.latency import device_name
@@ -32,12 +34,22 @@ from bagel_compress.parity.verdict import preset_limits
 from bagel_compress.report.svg import scatter, standalone
 from bagel_compress.run.load import load, load_checkpoint
 from bagel_compress.run.target import Target
+from bagel_compress.scores.benchmark import Benchmark, Scores, compare, run
 from bagel_compress.source.checkpoint import Checkpoint
 
 OFFICIAL = SpeedPreset()
 SHARES = (2, 3, 4)  # by default settings use a half, a third and a quarter of the evaluations
 SECONDS = "seconds_per_image"  # in Price.broken: slower than the target's limit
 BALANCED = 0.5  # the preset `balanced` may use this share of the limit of `latent.path`
+
+
+class ScoreChange(FrozenModel):
+    """How a score moves against the same model with the official sampler, prompt by prompt; points of 100."""
+
+    prompts: int
+    delta: float
+    low: float  # 95 % interval
+    high: float
 
 
 class Price(FrozenModel):
@@ -48,6 +60,7 @@ class Price(FrozenModel):
     seconds: float  # per picture, median: prefill, denoising and VAE
     latent: Number  # worst latent.path
     psnr: Number  # median image.psnr in dB
+    scores: dict[str, ScoreChange] = Field(default_factory=dict)  # by category of a benchmark
     broken: tuple[str, ...] = ()  # metrics whose limits it breaks
 
     @property
@@ -89,12 +102,13 @@ def model_prices(
     device: torch.device | str = "cpu",
     target: Target | None = None,
     progress: Progress | None = None,
+    benchmark: Benchmark | None = None,
 ) -> PriceList:
     """The price list of an artifact or a full-precision checkpoint, on traces of its source.
 
     `level` is the class of limits, by default the recipe's, or "8-bit" for a checkpoint. Settings slower than the
-    seconds_per_image of `target` are marked as breaking it. Raises TraceError on traces of another source, TargetError
-    if the device is not the target's GPU.
+    seconds_per_image of `target` are marked as breaking it. The pictures of `benchmark` are drawn and scored with every
+    setting. Raises TraceError on traces of another source, TargetError if the device is not the target's GPU.
     """
     files, device = [TraceFile.open(trace) for trace in traces], torch.device(device)
     dtype = common_dtype(files)
@@ -115,7 +129,8 @@ def model_prices(
     chosen_limits = preset_limits(level, resolve(level, overrides))
     recorded = [file.read(case) for file in files for case in file.header.cases]
     seconds = None if target is None else target.budget.seconds_per_image
-    return price_list(sampler, title, recorded, chosen_limits, device=name, seconds=seconds, progress=progress)
+    found = price_list(sampler, title, recorded, chosen_limits, device=name, seconds=seconds, progress=progress)
+    return found if benchmark is None else with_scores(found, sampler, benchmark, progress)
 
 
 def candidates(points: int) -> tuple[SpeedPreset, ...]:
@@ -160,6 +175,33 @@ def price_list(
     return PriceList(
         model=name, device=device, limits=shown, prices=tuple(prices), presets=choose_presets(prices, limits)
     )
+
+
+def with_scores(
+    found: PriceList, sampler: Sampler, benchmark: Benchmark, progress: Progress | None = None
+) -> PriceList:
+    """The list with how the scores of the benchmark's pictures move by each setting. Raises TraceError without any."""
+    progress = progress or (lambda message: None)
+    drawn = replace(benchmark, prompts=tuple(p for p in benchmark.prompts if p.output == "image" and not p.think))
+    if not drawn.prompts:
+        raise TraceError(f"benchmark {benchmark.name} has no prompt for a picture.")
+
+    def scores(setting: SpeedPreset) -> Scores:
+        progress(f"scoring {setting}")
+        flows = {name: setting.applied(flow) for name, flow in drawn.flows.items()}
+        return run(replace(drawn, flows=flows), sampler)
+
+    reference, prices = scores(OFFICIAL), []
+    for price in found.prices:
+        rows = compare(reference if price.settings == OFFICIAL else scores(price.settings), reference)
+        changes = {
+            row.category: ScoreChange(
+                prompts=row.prompts, delta=100 * row.delta, low=100 * row.low, high=100 * row.high
+            )
+            for row in rows
+        }
+        prices.append(price.model_copy(update={"scores": changes}))
+    return found.model_copy(update={"prices": tuple(prices)})
 
 
 def choose_presets(prices: Sequence[Price], limits: Mapping[str, Limit]) -> dict[str, SpeedPreset]:

@@ -254,3 +254,39 @@ def test_ctrl_c_at_any_moment_and_again(
         code, _, err = cli(*command, out)
         assert code == 0, (call, err)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == expected, call
+
+
+def test_an_export_is_held_to_the_presets_of_its_recipe(
+    exported: ExportFolder, tiny: Path, tmp_path: Path, small_cases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from bagel_compress.build.recipe import Recipe
+    from bagel_compress.build.speed_settings import SpeedPreset
+    from bagel_compress.errors import ArtifactError
+    from bagel_compress.exporting.manifest import ExportManifest
+    from bagel_compress.run.presets import presets_of
+    from bagel_compress.validation.artifact import record_source
+    from bagel_compress.validation.export import validate_export
+
+    recipe = Recipe.parse("name: a\nrules: [{match: {}, codec: raw}]\nfast: {fast: {cache_every: 2}}\n", "a")
+    source = exported.manifest.source.model_copy(update={"recipe": recipe})
+    promised = exported.manifest.model_copy(update={"source": source})
+    assert promised.presets == {"fast": SpeedPreset(cache_every=2)}
+    assert exported.manifest.presets == {}
+    presets = {"exact": SpeedPreset(), "fast": SpeedPreset(num_timesteps=2)}
+    monkeypatch.setattr(ExportManifest, "presets", property(lambda self: presets))
+    cases = load_cases([small_cases])
+    file = record_source(tiny, cases, tmp_path / "t.safetensors", dtype=torch.float32, floors=("repeat",))
+    report = validate_export(exported, [file.path], threads=1)
+    found = {name: [row for row in report.rows if row.case.endswith(f"preset {name}")] for name in presets}
+    assert all(row.limit is not None for rows in found.values() for row in rows)
+    worst = {name: max(row.value for row in rows if row.metric == "latent.path") for name, rows in found.items()}
+    assert worst["exact"] < 1e-4 < worst["fast"]
+    folder = tmp_path / "promised"
+    folder.mkdir()
+    (folder / build.MANIFEST).write_bytes(promised.to_bytes())
+    assert presets_of(folder) == {"fast": SpeedPreset(cache_every=2)}
+    (folder / build.MANIFEST).write_text('{"source": 3}')
+    with pytest.raises(ArtifactError, match="is damaged"):
+        presets_of(folder)

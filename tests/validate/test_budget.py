@@ -36,8 +36,8 @@ SMALL = Workload(image=(64, 128), input_image=(128, 96), prompt_tokens=12, think
 CARD = Device(name="a card", memory_mib=1000, context_mib=0)
 TINY_TARGET = Target(name="tiny", device=CARD, sizes=SMALL)
 DECODER_PHASES = {"text", "vit", "latent", "decode", "denoise"}
-# Bytes that a thread of torch's CPU attention takes: scores of 32 queries and 512 keys in fp32 and again in 16 bits, two
-# sums a query, and the output of 32 queries of 64 values (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+# Bytes that a thread of torch's CPU attention takes: scores of 32 queries and 512 keys in fp32 and again in 16 bit,
+# two sums a query, and the output of 32 queries of 64 values (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
 ATTENTION_SCRATCH = 4 * (32 * 512 + 2 * 32 + 32 * 64) + 2 * 32 * 512
 
 

@@ -1,21 +1,24 @@
 """Presets of a recipe are held to its limits, and the price list chooses those that hold them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_suite import CASES, PICTURES, TINY
 
+from bagel.settings import FlowSettings
 from bagel_compress.build.compress import compress
 from bagel_compress.build.limits import resolve
 from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.cli import main
-from bagel_compress.errors import RecipeError
+from bagel_compress.errors import RecipeError, TraceError
 from bagel_compress.parity.compare import Candidate, compare
+from bagel_compress.scores.benchmark import Benchmark, Prompt
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.validation.artifact import record_source
-from bagel_compress.validation.price_list import PriceList
+from bagel_compress.validation.price_list import PriceList, price_list, with_scores
 
 RECIPE = "name: a\nrules: [{match: {}, codec: raw}]\n"
 
@@ -58,6 +61,26 @@ def test_the_price_list_of_a_checkpoint(tmp_path, capsys):
     for preset in found.presets.values():
         assert prices[str(preset)].broken == ()
     assert (out / "speed.svg").read_text().startswith("<svg ")
+
+
+def test_the_price_list_says_how_scores_move(reference, trace_file):
+    """The scorer calls a picture right if it is the official sampler's, so every setting that changes one loses."""
+    setting, kept = SpeedPreset(num_timesteps=3), FlowSettings(num_timesteps=9)
+    prompts = tuple(Prompt("draw", (text,), size=(32, 32)) for text in ("a cat", "a red car"))
+    wanted = {p.turns: reference.run(p.turns, size=(32, 32), flow=kept, seed=i).image for i, p in enumerate(prompts)}
+
+    def score(prompt, answer):
+        return {"same": float(answer.image.tobytes() == wanted[prompt.turns].tobytes())}
+
+    asked = (*prompts, Prompt("ask", ("what is it?",), output="text"))  # a text, which no setting touches
+    benchmark = Benchmark("own", asked, score, {"": kept})
+    listed = price_list(reference, "m", [trace_file.read(CASES[0].name)], {}, (SpeedPreset(), setting))
+    found = with_scores(listed, reference, benchmark)
+    official, fewer = (price.scores["same"] for price in found.prices)
+    assert (official.prompts, official.delta) == (2, 0.0)
+    assert (fewer.delta, fewer.low, fewer.high) == (-100.0, -100.0, -100.0)
+    with pytest.raises(TraceError, match="no prompt for a picture"):
+        with_scores(listed, reference, replace(benchmark, prompts=asked[2:]))
 
 
 def test_a_picture_is_drawn_with_the_preset_of_a_build(tmp_path, capsys):
