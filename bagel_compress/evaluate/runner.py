@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,9 +56,10 @@ class RunSettings:
     def claim(self, out: Path) -> None:
         """Writes OUT/settings.json, or raises BenchmarkError if another run's results are in that folder."""
         path, own = out / SETTINGS, self.to_json()
-        if not path.exists():
-            write_atomic(path, json.dumps(own, indent=1) + "\n")
-            return
+        if not path.exists():  # parts that begin at once write under names of their own; the last one stays
+            written = out / f"{SETTINGS}.{os.getpid()}-{secrets.token_hex(4)}"
+            write_atomic(written, json.dumps(own, indent=1) + "\n")
+            written.replace(path)
         found = read_settings(out)
         for key in own:
             if found.get(key) != own[key]:
