@@ -9,6 +9,7 @@ import pytest
 import torch
 from finetune_data import NANO
 
+from bagel.layout import official_role
 from bagel_compress.source.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,8 @@ def test_a_seventh_colour_is_learnt_and_the_old_ones_are_kept(tmp_path: Path, mo
         assert learnt.after[name] >= before - KEPT, name
 
     plain, ours = Checkpoint.open(NANO), Checkpoint.open(NANO, lora=learnt.adapter)
-    linears = {s.name: plain.read(s, 0, s.numel).reshape(s.shape) for s in plain.specs if "_proj.weight" in s.name}
+    names = [s for s in plain.specs if official_role(s.name).kind == "linear" and "_proj" in s.name]
+    linears = {s.name: plain.read(s, 0, s.numel).reshape(s.shape) for s in names if s.name.endswith(".weight")}
     theirs = merged_by_peft({n: t.float() for n, t in linears.items()}, "", learnt.adapter)
     changed = 0
     for spec in ours.specs:
