@@ -146,6 +146,8 @@ def test_the_grid_has_the_scales_that_the_codec_says(scale: str, dialect: str) -
         assert found.stored["w.weight_format"].item() == 0
     else:
         assert torch.equal(found.stored["w.weight_scale"], found.values)
+    tensor[4, 0] = 1.0
+    assert float(grid.scales(tensor, Curvature(torch.ones(512), torch.ones(512))).values[2]) <= 1.05
     tensor[4, 0] = 65536.0
     with pytest.raises(CodecError, match="over 65504"):
         grid.scales(tensor, Curvature(torch.ones(512), torch.ones(512)))
