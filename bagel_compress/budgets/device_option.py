@@ -14,6 +14,7 @@ from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.errors import TargetError
 from bagel_compress.run.device_map import DeviceChoice, device_named
+from bagel_compress.run.target import Workload
 
 # Bytes that a GPU must have free beside the weights to be used without a device map: more than any phase takes
 # (decoding scratch and the VAE at 1024 x 1024 need 4.8 GB), so that long contexts fit too.
@@ -37,7 +38,11 @@ def choose_device(device: str, model: str | Path, say: Callable[[str], None] = l
         gpus, build = gpus_named(device.split(",")), outline_of(Path(model))
     else:
         return one_device(device)
-    plan = plan_map(build, gpus)
+    largest = build.config.image_stride * build.config.max_latent_size
+    sizes = Workload()
+    if largest < max(sizes.image):  # a small model: BAGEL-nano
+        sizes = Workload(image=(largest, largest), input_image=(largest, largest))
+    plan = plan_map(build, gpus, sizes)
     say(plan.table())
     return plan.places
 

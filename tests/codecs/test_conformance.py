@@ -218,3 +218,14 @@ def test_what_is_stored_as_it_is_must_have_its_shape(codec: Codec) -> None:
     for name, other in (("a.weight", (6, 4)), ("b.weight", (2, 2))):
         with pytest.raises(CodecError, match=rf"^{name}: stored shape .*expected .*damaged"):
             codec.decode(unit, tensors | {name: weight(*other)})
+
+
+@pytest.mark.parametrize("codec", [c for c in LOSSY if c.format in VARIANTS], ids=str)
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_source_that_gives_another_number_of_values_is_refused(codec: Codec, more: int) -> None:
+    class Other(Whole):
+        def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+            return torch.zeros(stop - start + more, dtype=torch.bfloat16)
+
+    with pytest.raises(CodecError, match=r"w\.weight: expected 1024 bf16 values, the source gave 102[35]"):
+        list(codec.begin(unit_of(weight(8, 128)), Other(weight(8, 128))).chunks())

@@ -225,3 +225,9 @@ def test_writing_into_a_release_leaves_the_build_alone(artifact: Artifact, tmp_p
         path.write_bytes(b"")
     release(artifact, tmp_path)  # the old one is removed, name by name
     assert {p: p.read_bytes() for p in artifact.path.rglob("*") if p.is_file()} == before
+
+
+def test_the_commit_says_what_it_is(artifact: Artifact, tmp_path: Path) -> None:
+    name = f"{artifact.manifest.recipe.name}, manifest {artifact.digest[:12]}"
+    assert release(artifact, tmp_path).title == name
+    assert release(artifact, tmp_path, draft=True).title == f"Draft of {name}"

@@ -186,3 +186,13 @@ def test_a_disk_is_too_small_if_nothing_goes_onto_it(free: int, short: bool) -> 
     assert ("this disk has 36.0 GB free: too little for any of them" in table) == short
     assert "here: a, b, 36 GB of disk free, 64 GB of memory" in table
     assert "(1)" not in table
+
+
+def test_of_equal_errors_what_lies_here_comes_first() -> None:
+    build = SimpleNamespace(disk=7)
+    here, there = (KnownBuild("b", build, size) for size in (0, 5))  # type: ignore[arg-type]
+    ranks = [
+        advising._rank(advising._Candidate("x", build, Errors(0.1, 0.1, 0.1), False, known))  # type: ignore[arg-type]
+        for known in (here, there, None)
+    ]
+    assert ranks == [(0.1, 0, 7), (0.1, 1, 7), (0.1, 2, 7)]

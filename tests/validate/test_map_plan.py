@@ -2,16 +2,22 @@
 
 import itertools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bagel_compress.budgets import device_option
-from bagel_compress.budgets.plan_devices import FREE_PARTS, Gpu, _needs, gpu_of, held_bytes, plan_map
+from bagel_compress.budgets.device_option import HEADROOM, choose_device, outline_of
+from bagel_compress.budgets.machine import Machine, found_targets
+from bagel_compress.budgets.plan_devices import FREE_PARTS, SLACK, Gpu, _needs, gpu_of, held_bytes, plan_map
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import ACTIVATIONS, CACHES, CONTEXT, predict
 from bagel_compress.errors import TargetError
 from bagel_compress.run.target import GIB, MIB, Target, Workload
+
+TINY = Path(__file__).parents[1] / "data" / "golden" / "checkpoint"
 
 LAYERS = 28
 
@@ -175,3 +181,31 @@ def test_the_command_line_plans_over_targets(cli):
     code, _, err = cli("budget", "df11", "--target", "12gb", "--together")
     assert code == 2
     assert "does not fit" in err
+
+
+@pytest.mark.parametrize(("spare", "alone"), [(0, True), (-1, False)])
+def test_the_first_gpu_is_used_alone_if_the_model_and_its_headroom_fit(
+    spare: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = sum(held_bytes(outline_of(TINY)).values())
+    free = held + HEADROOM + SLACK + spare
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda name: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: "a GPU")
+    said: list[str] = []
+    found = choose_device("auto", TINY, said.append)
+    assert (found == "cuda") == alone == (not said)
+
+
+@pytest.mark.parametrize(("mib", "target"), [(8188, "8gb"), (12_288, "12gb"), (24_564, "24gb")])
+def test_a_gpu_gets_the_target_of_its_memory(mib: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one for rehearsals, which fits every GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=mib * MIB))
+    assert [t.name for t in found_targets(Machine(disk=1, memory=None, gpus=("a GPU",)))] == [target]
+
+
+def test_a_gpu_that_is_smaller_than_every_target_is_told_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=5 * GIB))
+    with pytest.raises(TargetError, match=r"small GPU has 5\.0 GiB; the smallest packaged target is 8gb"):
+        found_targets(Machine(disk=1, memory=None, gpus=("small GPU",)))
