@@ -52,7 +52,8 @@ def _created_in_place(path: Path, content: str) -> bool:
 def remove_if_stale(path: Path, what: str, error: type[BagelCompressError]) -> None:
     """Removes the lock of a dead process of this machine. Raises `error` if it is held or cannot be read."""
     try:
-        holder = json.loads(small_bytes(path))
+        content = small_bytes(path)
+        holder = json.loads(content)
         pid, host, started = int(holder["pid"]), str(holder["host"]), str(holder["started"])
     except FileNotFoundError:
         return
@@ -62,11 +63,23 @@ def remove_if_stale(path: Path, what: str, error: type[BagelCompressError]) -> N
             " folder."
         ) from None
     if host == socket.gethostname() and not is_alive(pid, started):
-        path.unlink(missing_ok=True)
+        _remove(path, content)
         return
     raise error(
         f"{path.parent.parent} is being {what} by process {pid} on {host}; wait for it, or delete {path} if it is gone."
     )
+
+
+def _remove(path: Path, stale: bytes) -> None:
+    """Removes a lock with this content. A lock that another process has taken meanwhile is put back."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.stale")
+    try:
+        os.replace(path, aside)
+    except FileNotFoundError:  # another process was quicker
+        return
+    if small_bytes(aside) != stale:
+        _created(path, aside.read_text())
+    aside.unlink()
 
 
 def is_alive(pid: int, started: str) -> bool:

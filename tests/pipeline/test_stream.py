@@ -24,6 +24,7 @@ from bagel_compress.build.plan import make_plan
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.codecs.base import Chunk
 from bagel_compress.errors import ArtifactError, CheckpointError, CodecError
+from bagel_compress.io import lock
 from bagel_compress.io.safetensors_file import TensorFile
 from bagel_compress.io.tensor_spec import PartSpec
 from bagel_compress.source.checkpoint import Checkpoint
@@ -199,6 +200,26 @@ def test_locks_of_the_dead(tiny: Checkpoint, raw: Recipe, tmp_path: Path, holder
             compress(plan, tiny, tmp_path / "a")
     else:
         assert compress(plan, tiny, tmp_path / "a").verify() == []
+
+
+def test_a_lock_that_another_process_took_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes find the lock of a dead one; the quicker one replaces it while the other still looks at it."""
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "lock"
+    old, new = ({"pid": pid, "host": socket.gethostname(), "started": "1"} for pid in (2**22 + 1, os.getppid()))
+    path.write_text(json.dumps(old))
+
+    def slow(pid: int, started: str) -> bool:
+        path.write_text(json.dumps(new))
+        return pid == new["pid"]
+
+    monkeypatch.setattr(lock, "is_alive", slow)
+    with pytest.raises(ArtifactError, match=f"is being built by process {new['pid']}"):
+        lock.take_lock(path, "built", ArtifactError)
+    assert json.loads(path.read_text()) == new
+    assert [file.name for file in path.parent.iterdir()] == ["lock"]
 
 
 def test_too_little_space_is_found_before_the_first_byte(
