@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from bagel_compress.source.synthetic import synthesise
 
 pytestmark = pytest.mark.slow
 GIB = 2**30
+DOCS = Path(__file__).parents[2] / "docs/ecq.md"
 HEADERS = 1 << 16  # bytes by which the shards' headers may be shorter than planned
 
 
@@ -36,6 +38,18 @@ def test_a_shipped_recipe_is_the_one_that_fit_finds_and_leaves_less_than_a_hundr
     shipped, found = Recipe.load(find_recipe(f"ecq-{name}")), fitted(Target.load(name))
     assert found.recipe.rules == shipped.rules
     assert found.slack >= 0
+    assert found.slack < 0.01 * found.target.limit or found.bits == MAX_BITS
+
+
+ROW = r"\| `([\w-]+)` \| ([\d.]+) \| ([\d.]+) GiB \| (\d+) MiB \|"
+
+
+@pytest.mark.parametrize(("name", "bits", "peak", "free"), re.findall(ROW, DOCS.read_text("utf-8")))
+def test_a_row_of_the_docs_is_what_fit_finds(name: str, bits: str, peak: str, free: str) -> None:
+    """GPUs for which no recipe is shipped."""
+    found = fitted(Target.load(name))
+    used = (found.target.limit - found.slack) / GIB
+    assert (f"{found.bits:.2f}", f"{used:.3f}", f"{found.slack / 2**20:.0f}") == (bits, peak, free)
     assert found.slack < 0.01 * found.target.limit or found.bits == MAX_BITS
 
 
