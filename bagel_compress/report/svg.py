@@ -8,7 +8,7 @@ from html import escape
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 12, 30
-LETTER, LABEL_HEIGHT = 5.2, 11.0  # of a label at a point, in units of the drawing: about a letter's width; a line
+LETTER, LABEL_HEIGHT = 6.0, 11.0  # of a label at a point, in units of the drawing: about a letter's width; a line
 COLOURS = 7  # --c0 .. --c6 in the page's style
 Points = Sequence[tuple[float, float]]
 

@@ -58,7 +58,7 @@ def _verdict(builds: Sequence[RecipeResult]) -> str:
     failed = [b for b in own if not b.report.passed]
     peers = "".join(
         f"<p class='soft'>{escape(b.name)} is here for comparison only"
-        + ("." if b.report.passed else f"; it breaks limits of its class ({escape(b.report.broken[0])}).")
+        + ("." if b.report.passed else f"; it breaks limits of its class ({escape(b.report.broken[0].rstrip('.'))}).")
         + "</p>"
         for b in builds
         if b.name in PEERS
