@@ -5,7 +5,7 @@
 BAGEL-nano knows six colours of things. It gets 200 pictures of a seventh, "violet", with captions, in a plain folder. A
 LoRA is trained over its NF4 build, as one would train over BAGEL-7B-MoT on a 24 GB GPU; pictures of the old world are
 mixed in, so that it is not forgotten. The adapter is in PEFT's format; it is merged into the full-precision model while
-that is compressed, and the result is validated against a trace of the merged model. Then the detector looks for violet
+that is compressed to INT8, and the result is validated against a trace of the merged model. Then the detector looks for violet
 in fresh drawings, and the nano benchmark says what was forgotten.
 
 The VAE is the limit of what can be taught: it was trained on six colours and shows most others as one of those. So
@@ -81,14 +81,13 @@ class Learnt:
 def main(out: str = "out/violet") -> Learnt:
     logging.basicConfig(level=logging.WARNING)
     folder, nano = Path(out), bc.Checkpoint.open(NANO)
-    recipe = bc.Recipe.load("nf4")
-    base = bc.compress(bc.make_plan(nano, recipe), nano, folder / "base")
+    base = bc.compress(bc.make_plan(nano, bc.Recipe.load("nf4")), nano, folder / "base")
     lessons(folder / "pictures")
     rehearsal(folder / "rehearsal")
     adapter = train(base, folder)
 
     tuned = bc.Checkpoint.open(NANO, lora=adapter)  # merges W + B A while it is read
-    build = bc.compress(bc.make_plan(tuned, recipe), tuned, folder / "build")
+    build = bc.compress(bc.make_plan(tuned, bc.Recipe.load("int8-24gb")), tuned, folder / "build")
     (folder / "case.yaml").write_text(CASE, encoding="utf-8")
     trace = bc.trace(
         tuned, [folder / "case.yaml", resource("exports") / "cases" / "nano"], folder / "violet.trace.safetensors"
