@@ -5,8 +5,8 @@
 BAGEL-nano knows six colours of things. It gets 200 pictures of a seventh, "violet", with captions, in a plain folder. A
 LoRA is trained over its NF4 build, as one would train over BAGEL-7B-MoT on a 24 GB GPU; pictures of the old world are
 mixed in, so that it is not forgotten. The adapter is in PEFT's format; it is merged into the full-precision model while
-that is compressed to INT8, and the result is validated against a trace of the merged model. Then the detector looks for violet
-in fresh drawings, and the nano benchmark says what was forgotten.
+that is compressed to INT8, and the result is validated against a trace of the merged model. Then the detector looks for
+violet in fresh drawings, and the nano benchmark says what was forgotten.
 
 The VAE is the limit of what can be taught: it was trained on six colours and shows most others as one of those. So
 `PAINTED` was searched for: the VAE shows it as `SHOWN`, between blue and purple. Pictures that the VAE itself does not
