@@ -31,7 +31,10 @@ def too_small_to_share(config: LLMConfig) -> bool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread; after the last run that is inside, on as many as before the first."""
+    """Inside, torch computes on one thread; at its end on as many as before the first of the runs that overlap it.
+
+    Of runs that overlap, the first to end gives the number back to all of them.
+    """
     global _runs, _before
     with _lock:
         if not _runs:

@@ -72,7 +72,7 @@ def profile_pass(
     device = sampler.bagel.device
     with torch.no_grad():
         run = _PASSES[kind](sampler, size, prompt)
-        with _Recorder() as recorder:
+        with _CallRecorder() as recorder:
             run()
         calls = recorder.calls
         weights = {args[1].data_ptr(): args[1] for function, args, _ in calls if function is F.linear}
@@ -137,7 +137,7 @@ _PASSES: dict[Kind, Callable[[Sampler, tuple[int, int], str], Callable[[], objec
 }
 
 
-class _Recorder(TorchFunctionMode):
+class _CallRecorder(TorchFunctionMode):
     """Keeps the calls of linear products and attention."""
 
     def __init__(self) -> None:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_suite import TINY
 
-from bagel_compress.budgets.pass_profile import _PASSES, _read, _Recorder, profile_pass
+from bagel_compress.budgets.pass_profile import _PASSES, _read, _CallRecorder, profile_pass
 from bagel_compress.cli import main
 
 
 def names(sampler, kind):
     run = _PASSES[kind](sampler, (32, 32), "a cat")
-    with torch.no_grad(), _Recorder() as recorder:
+    with torch.no_grad(), _CallRecorder() as recorder:
         run()
     return [function.__name__ for function, _, _ in recorder.calls]
 
@@ -29,7 +29,7 @@ def test_the_floor_is_every_product_and_attention_of_a_pass(reference):
 def test_a_token_reads_every_weight_of_one_expert_and_the_head(reference):
     run = _PASSES["token"](reference, (32, 32), "a cat")
     length = reference.bagel.config.llm.num_layers
-    with torch.no_grad(), _Recorder() as recorder:
+    with torch.no_grad(), _CallRecorder() as recorder:
         run()
     weights = [args[1] for function, args, _ in recorder.calls if function.__name__ == "linear"]
     expert = [p for n, p in reference.bagel.named_parameters() if ".und." in n and n.endswith("proj.weight")]
