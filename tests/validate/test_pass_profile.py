@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_suite import TINY
 
-from bagel_compress.budgets.pass_profile import _PASSES, _read, _CallRecorder, profile_pass
+from bagel_compress.budgets.pass_profile import _PASSES, _CallRecorder, _read, profile_pass
 from bagel_compress.cli import main
 
 
