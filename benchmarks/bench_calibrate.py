@@ -102,10 +102,10 @@ def matmul_rate(rows: int, columns: int) -> float:
     return 2e-9 * rows * columns**2 / (time.perf_counter() - start)
 
 
-def operations(rows: int, columns: int, block: int, passes: int) -> float:
-    """Multiplications and additions: a factor of each block, feedback, two measured errors, and the passes."""
+def operations(rows: int, columns: int, block: int) -> float:
+    """Multiplications and additions of the products: factors, feedback, gradients for the descent, two measured errors."""
     blocks = -(-columns // block)
-    return blocks * block**2 * (block / 3 + rows * (3 + 2 * passes))
+    return blocks * block**2 * (block / 3 + 4 * rows)
 
 
 def round_ours(weights: Tensor, moments: dict[str, Any], args: argparse.Namespace) -> tuple[dict[str, Tensor], Any]:
@@ -138,7 +138,7 @@ def round_ours(weights: Tensor, moments: dict[str, Any], args: argparse.Namespac
         assert isinstance(encoding, Packed)
         assert isinstance(codec.rounding, Gptq)
         block = args.block if which == "blocks" else args.columns
-        work = operations(*weights.shape, block, codec.rounding.passes)
+        work = operations(*weights.shape, block)
         found[name] = {"seconds": seconds, "gflops": 1e-9 * work / seconds, "damping": encoding.rounded.damping}
         decoded[name] = codec.decode(unit, dict(encoding.stored))[NAME]
         print(f"{name}: {seconds:.1f} s", file=sys.stderr)

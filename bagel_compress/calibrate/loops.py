@@ -11,6 +11,7 @@ from bagel_compress.codecs.grid import Grid
 if TYPE_CHECKING:
     from torch import Tensor
 
+BLOCK = 128  # columns that descend one by one in torch, before all gradients learn of it
 GRAIN = 64  # rows of a weight that a thread takes at least: one run of the kernels
 
 
@@ -24,7 +25,7 @@ def feedback(
     levels: Tensor,
     loss: Tensor,
 ) -> None:
-    """Rounds the columns of a block one after the other; `errors`, `levels` and `loss` are changed in place."""
+    """Rounds the columns of a block one after the other; `targets` to `loss` are changed in place, see the kernel."""
     from bagel_compress.calibrate import rounding_kernels
     from bagel_compress.codecs.kernels.grid_kernels import Arithmetic
     from bagel_compress.codecs.kernels.threads import split
@@ -43,22 +44,34 @@ def feedback(
 
 
 def descend(
-    grid: Grid, gradients: Tensor, scales: Tensor, moments: Tensor, levels: Tensor, errors: Tensor, loss: Tensor
+    grid: Grid,
+    gradients: Tensor,
+    scales: Tensor,
+    scale_of: Tensor,
+    moments: Tensor,
+    passes: int,
+    levels: Tensor,
+    errors: Tensor,
+    loss: Tensor,
 ) -> None:
-    """One round of coordinate descent over a block; `errors`, `levels` and `loss` are changed in place."""
+    """Rounds of coordinate descent over all columns; `errors`, `levels` and `loss` are changed in place.
+
+    `gradients` are of no meaning afterwards.
+    """
     from bagel_compress.calibrate import rounding_kernels
     from bagel_compress.codecs.kernels.grid_kernels import Arithmetic
     from bagel_compress.codecs.kernels.threads import split
 
     if not on_cpu(gradients):
-        _descend(grid, gradients, scales, moments, levels, errors, loss)
+        for _ in range(passes):
+            _descend(grid, gradients, scales, scale_of, moments, levels, errors, loss)
         return
     arithmetic = Arithmetic.of(grid.levels, grid.factor)
-    g, s, h = gradients.numpy(), scales.numpy(), moments.numpy()
+    g, s, of, h = gradients.numpy(), scales.numpy(), scale_of.numpy(), moments.numpy()
     c, e, total = levels.numpy(), errors.numpy(), loss.numpy()
 
     def part(a: int, b: int) -> None:
-        rounding_kernels.descend(g, s, h, *arithmetic, c, e, total, a, b)
+        rounding_kernels.descend(g, s, of, h, passes, *arithmetic, c, e, total, a, b)
 
     split(part, gradients.shape[1], GRAIN)
 
@@ -94,22 +107,35 @@ def _feedback(
         loss += weight[j] * (targets[j] - found).square()
         errors[j] -= found
         targets[j + 1 :].addr_(factors[j, j + 1 :], errors[j])
+        targets[j].sub_(found).mul_(weight[j])
 
 
 def _descend(
-    grid: Grid, gradients: Tensor, scales: Tensor, moments: Tensor, levels: Tensor, errors: Tensor, loss: Tensor
+    grid: Grid,
+    gradients: Tensor,
+    scales: Tensor,
+    scale_of: Tensor,
+    moments: Tensor,
+    levels: Tensor,
+    errors: Tensor,
+    loss: Tensor,
 ) -> None:
-    for j in range(len(gradients)):
-        before, cost = value(grid, levels[j], scales[j]), moments[j, j]
-        level = grid.levels.nearest((before + gradients[j] / cost) / scales[j] / grid.factor)
-        change = before - value(grid, level, scales[j])
-        gained = change * (2 * gradients[j] + change * cost)
-        better = gained < 0
-        levels[j] = level.where(better, levels[j])
-        change = change.where(better, change.new_zeros(()))
-        errors[j] += change
-        loss += gained.clamp(max=0)
-        gradients[j + 1 :].addr_(moments[j, j + 1 :], change)
+    for first in range(0, len(gradients), BLOCK):
+        part = slice(first, min(first + BLOCK, len(gradients)))
+        before, among = errors[part].clone(), moments[part, part]
+        own, scale = gradients[part].clone(), scales[scale_of[part]]
+        for j, row in enumerate(range(part.start, part.stop)):
+            old, cost = value(grid, levels[row], scale[j]), among[j, j]
+            level = grid.levels.nearest((old + own[j] / cost) / scale[j] / grid.factor)
+            change = old - value(grid, level, scale[j])
+            gained = change * (2 * own[j] + change * cost)
+            better = gained < 0
+            levels[row] = level.where(better, levels[row])
+            change = change.where(better, change.new_zeros(()))
+            errors[row] += change
+            loss += gained.clamp(max=0)
+            own[j + 1 :].addr_(among[j, j + 1 :], change)
+        gradients.addmm_(moments[:, part], errors[part] - before)
 
 
 def on_cpu(tensor: Tensor) -> bool:

@@ -137,12 +137,14 @@ class _Columns:
         values = self.weights.T[factor.order].contiguous() if self.refit is None else self.refit @ self.weights.T
         plain, plain_errors = self._nearest(values)
         plain_loss = self._loss(plain_errors)
-        levels, errors, loss = self._feedback(values)
-        worse = plain_loss < loss
-        levels[:, worse], errors[:, worse], loss[worse] = plain[:, worse], plain_errors[:, worse], plain_loss[worse]
+        levels, errors, loss, gradients = self._feedback(values)
+        if bool((worse := plain_loss < loss).any()):
+            levels[:, worse], errors[:, worse], loss[worse] = plain[:, worse], plain_errors[:, worse], plain_loss[worse]
+            gradients[:, worse] = factor.moments @ errors[:, worse]
         del plain, plain_errors
-        for _ in range(passes):
-            self._descend(levels, errors, loss)
+        loops.descend(
+            self.grid, gradients, self.scales.contiguous(), self.scale_of, factor.moments, passes, levels, errors, loss
+        )
         added = factor.added
         total.signal += float((self._loss(values) - added * values.square().sum(0)).double().sum())
         total.nearest += float(plain_loss.double().sum())
@@ -172,34 +174,22 @@ class _Columns:
     def _scales(self, part: slice) -> Tensor:
         return self.scales[self.scale_of[part]].contiguous()
 
-    def _feedback(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels, errors of the decoded, and losses (N,) after rounding column by column."""
+    def _feedback(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Levels, errors E of the decoded, losses (N,) and gradients (E H)^T after rounding column by column."""
         levels, errors, loss = torch.empty_like(values), values.clone(), values.new_zeros(values.shape[1])
+        unit, mixed = self.factor.unit, torch.empty_like(values)  # D (I + U)^T E^T when all are rounded
         for wide, parts in _blocks(len(values)):
             a = wide.start
-            targets = torch.addmm(values[wide], self.factor.unit[:a, wide].T, errors[:a])
+            torch.addmm(values[wide], unit[:a, wide].T, errors[:a], out=mixed[wide])
             for part in parts:
-                unit, own = self.factor.unit[:, part], targets[part.start - a : part.stop - a]
-                own.addmm_(unit[a : part.start].T, errors[a : part.start])
+                mixed[part].addmm_(unit[a : part.start, part].T, errors[a : part.start])
                 loops.feedback(
-                    self.grid, own, errors[part], self._scales(part), unit[part].contiguous(),
+                    self.grid, mixed[part], errors[part], self._scales(part), unit[part, part].contiguous(),
                     self.factor.conditional[part], levels[part], loss,
                 )  # fmt: skip
-        return levels, errors, loss
-
-    def _descend(self, levels: Tensor, errors: Tensor, loss: Tensor) -> None:
-        """One round of coordinate descent over all columns, in place."""
-        for wide, parts in _blocks(len(levels)):
-            a = wide.start
-            gradients = self.factor.moments[wide] @ errors
-            for part in parts:
-                before, among = errors[part].clone(), self.factor.moments[wide, part]
-                own = slice(part.start - a, part.stop - a)
-                loops.descend(
-                    self.grid, gradients[own], self._scales(part), among[own].contiguous(), levels[part], errors[part],
-                    loss,
-                )  # fmt: skip
-                gradients[own.stop :].addmm_(among[own.stop :], errors[part] - before)
+        for wide, _ in _blocks(len(values)):
+            mixed[wide] = unit[wide, wide.start :] @ mixed[wide.start :]
+        return levels, errors, loss, mixed
 
 
 def _blocks(columns: int) -> Iterator[tuple[slice, list[slice]]]:
