@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bagel_compress.errors import HubError
 from bagel_compress.io.patience import within
@@ -38,6 +38,10 @@ T = TypeVar("T")
 
 class UnreachableError(HubError):
     """There was no answer: the network or the Hub is down, or HF_HUB_OFFLINE is set."""
+
+
+class CompressedAnswerError(Exception):
+    """An answer is compressed although none was asked for in that form. `failures` makes a HubError of it."""
 
 
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
@@ -136,7 +140,7 @@ def _bytes_in_cache(repo: str) -> int:
 def failures(what: str) -> Iterator[None]:
     """Inside, every error of the client becomes a HubError "<what>: <reason>; <what to do>." without secrets.
 
-    It is an UnreachableError if there was no answer.
+    It is an UnreachableError if there was no answer. Compressed answers are refused before they are unpacked.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -148,9 +152,15 @@ def failures(what: str) -> Iterator[None]:
         RepositoryNotFoundError,
     )
 
+    _refuse_compressed_answers()
     silent: tuple[type[Exception], ...] = (OfflineModeIsEnabled, LocalEntryNotFoundError, *transport_errors())
     try:
         yield
+    except CompressedAnswerError as error:
+        raise HubError(
+            f"{what}: the Hub's answer is compressed ({scrubbed(first_line(error))}), which was not asked for and may"
+            " unpack to any size; check HF_ENDPOINT and the proxy."
+        ) from None
     except GatedRepoError:
         raise HubError(f"{what}: it is gated; accept its terms on its page and log in.") from None
     except RepositoryNotFoundError:
@@ -178,6 +188,37 @@ def failures(what: str) -> Iterator[None]:
         raise HubError(f"{what}: {scrubbed(first_line(error))}; run the same command again.") from None
     except (HFValidationError, ValueError) as error:
         raise HubError(f"{what}: {scrubbed(' '.join(str(error).split()))}") from None
+
+
+def _refuse_compressed_answers() -> None:
+    """Makes huggingface_hub ask for plain answers and refuse others: 100 KB of gzip can be 100 MB of an answer.
+
+    This is set in the factory of its HTTP sessions, for it replaces a session after an error. Xet's own client, which
+    only downloads files, is not affected.
+    """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    factory: Callable[[], Any] = _http._GLOBAL_CLIENT_FACTORY
+    if getattr(factory, "refuses_compressed", False):
+        return
+
+    def plain() -> Any:
+        session = factory()
+        session.headers["Accept-Encoding"] = "identity"
+        hooks = session.event_hooks
+        session.event_hooks = {**hooks, "response": [_expect_plain, *hooks.get("response", ())]}
+        return session
+
+    plain.refuses_compressed = True  # type: ignore[attr-defined]
+    set_client_factory(plain)
+
+
+def _expect_plain(response: Any) -> None:
+    """Called with every answer when its headers have arrived and nothing of its body has been read."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity") and response.request.method != "HEAD":
+        raise CompressedAnswerError(encoding[:40])
 
 
 def insist(call: Callable[[], T]) -> T:
