@@ -34,6 +34,7 @@ def open_model(
     dtype: torch.dtype | None = None,
     target: str | Path | Target | None = None,
     adapter: str | Path | None = None,
+    trust: bool = False,
 ) -> Loops:
     """Opens a model, ready to sample: `run(turns, ...)` draws, edits or answers.
 
@@ -42,7 +43,8 @@ def open_model(
     which layers are divided. `dtype` None is bf16, the models' own; another torch dtype decodes an artifact's weights
     to it, which is slow and meant for comparisons. With `target`, parts of the model wait in host memory in the phases
     that the target defines. `adapter` is a folder of `finetune`; its LoRA is computed beside the linears of a model on
-    one device. An export runs in its own precision on "cpu" or "cuda".
+    one device. An export runs in its own precision on "cpu" or "cuda". What is read of an artifact or export is
+    compared with its manifest's digests; with `trust` it is not, which opens a build sooner that was verified before.
 
     `run` takes texts and PIL pictures as turns, `size` (height, width) in pixels, multiples of 16, `seed`, `think`,
     `flow` and `text` settings; its result has `image` (PIL, RGB) or `text`.
@@ -67,7 +69,7 @@ def open_model(
     if (folder / EXPORT_MANIFEST).is_file():
         from bagel_compress.exporting.ort_sampler import open_onnx
 
-        return open_onnx(folder, None if device == "auto" else device.partition(":")[0])
+        return open_onnx(folder, None if device == "auto" else device.partition(":")[0], trust=trust)
     from bagel_compress.budgets.device_option import choose_device, one_device
     from bagel_compress.run.load import open_model as load_model
 
@@ -75,11 +77,11 @@ def open_model(
         from bagel_compress.run.offload import place as placed
         from bagel_compress.run.target import Target
 
-        sampler = load_model(folder, "cpu", dtype)
+        sampler = load_model(folder, "cpu", dtype, trust=trust)
         placed(sampler, target if isinstance(target, Target) else Target.load(target), one_device(device))
         return sampler
     place = choose_device(device, folder, log.info) if dtype is None else one_device(device)
-    opened = load_model(folder, place, dtype)
+    opened = load_model(folder, place, dtype, trust=trust)
     if adapter is not None:
         from bagel_compress.finetune.lora import attach
 

@@ -85,8 +85,8 @@ class Visit:
     files: list[str] = field(default_factory=list)
 
 
-def open_models(names: Sequence[str], device: str, target: str | None) -> list[OpenModel]:
-    """Opens them one after the other. Raises the errors of `bagel_compress.open_model`."""
+def open_models(names: Sequence[str], device: str, target: str | None, trust: bool = False) -> list[OpenModel]:
+    """Opens them one after the other, as `bagel_compress.open_model` does. Raises its errors."""
     from bagel_compress.api import open_model
     from bagel_compress.run.load import downloaded
     from bagel_compress.run.target import Target
@@ -95,7 +95,7 @@ def open_models(names: Sequence[str], device: str, target: str | None) -> list[O
     found = []
     for name in names:
         folder = Path(name) if Path(name).exists() else downloaded(name)
-        sampler = open_model(folder, device, target=target)
+        sampler = open_model(folder, device, target=target, trust=trust)
         label = folder.resolve().name if Path(name).exists() else name
         where = target or str(getattr(sampler.bagel, "device", device))
         found.append(OpenModel(label, folder, sampler, where, placed is None or placed.residency is None))

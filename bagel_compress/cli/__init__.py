@@ -116,6 +116,21 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --trust, which `trusts` reads."""
+    parser.add_argument(
+        "--trust", action="store_true",
+        help="open a build sooner: do not compare its bytes with its manifest (`verify` does that once)",
+    )  # fmt: skip
+
+
+def trusts(args: argparse.Namespace, model: str) -> bool:
+    """The value of --trust; says on stderr what it means for this model."""
+    if args.trust:
+        say(f"{model}: its bytes are not compared with its manifest (--trust)")
+    return bool(args.trust)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds the option --json."""
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")

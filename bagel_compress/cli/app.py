@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bagel_compress.cli import add_json, add_verb, emit, say
+from bagel_compress.cli import add_json, add_trust, add_verb, emit, say, trusts
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -34,6 +34,7 @@ def register(verbs: Any) -> None:
     app.add_argument(
         "--builds", nargs="+", default=(), metavar="DIR|REPO", help="finished builds to rank on the first screen too"
     )
+    add_trust(app)
     app.set_defaults(verb=_app)
 
     settings = add_verb(
@@ -73,7 +74,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> int:
 
     names = [name for name in (args.model, args.second) if name is not None]
     advisor = Advisor(known_builds(args.builds, say))
-    models = open_models(names, args.device, args.target)
+    models = open_models(names, args.device, args.target, bool(names) and trusts(args, " and ".join(names)))
     page = build_page(models, folder, "zh" if args.zh else "en", advisor)
     word = args.password
     auth = None if word is None else lambda user, given: hmac.compare_digest(given.encode(), word.encode())

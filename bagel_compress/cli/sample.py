@@ -14,7 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel_compress.cli import add_json, add_verb, emit, say
+from bagel_compress.cli import add_json, add_trust, add_verb, emit, say, trusts
 
 if TYPE_CHECKING:
     from bagel.config import BagelConfig
@@ -78,6 +78,7 @@ def _verb(verbs: Any, name: str, text: str, examples: str) -> argparse.ArgumentP
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise; the same seed gives the same picture")
     parser.add_argument("--think", action="store_true", help="let the model plan in words first")
+    add_trust(parser)
     add_json(parser)
     return parser
 
@@ -261,11 +262,11 @@ def _placed(args: argparse.Namespace, check: Callable[[BagelConfig], object] | N
     """
     from bagel_compress.build.manifest import EXPORT_MANIFEST
 
-    folder = _folder(args)
+    folder, trust = _folder(args), trusts(args, args.model)
     if (folder / EXPORT_MANIFEST).is_file():
         from bagel_compress.exporting.ort_sampler import open_onnx
 
-        export = open_onnx(folder, None if args.device == "auto" else args.device.partition(":")[0])
+        export = open_onnx(folder, None if args.device == "auto" else args.device.partition(":")[0], trust=trust)
         if check is not None:
             check(export.bagel.config)
         return export
@@ -279,12 +280,12 @@ def _placed(args: argparse.Namespace, check: Callable[[BagelConfig], object] | N
 
     dtype = {"bf16": None, "fp32": torch.float32}[args.dtype]
     if args.target is None and dtype is None:
-        return open_model(folder, choose_device(args.device, folder, say), check=check)
+        return open_model(folder, choose_device(args.device, folder, say), check=check, trust=trust)
     device = one_device(args.device)
     if args.target is None:
-        return open_model(folder, device, dtype, check)
+        return open_model(folder, device, dtype, check, trust)
     target = Target.load(args.target)
-    sampler = open_model(folder, "cpu", dtype, check)
+    sampler = open_model(folder, "cpu", dtype, check, trust)
     place(sampler, target, device)
     return sampler
 

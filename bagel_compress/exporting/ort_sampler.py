@@ -30,14 +30,15 @@ from bagel_compress.exporting.ort_session import Sessions
 from bagel_compress.run.export_settings import BlockKind
 
 
-def open_onnx(path: str | Path, provider: str | None = None, threads: int = 0) -> GraphSampler:
+def open_onnx(path: str | Path, provider: str | None = None, threads: int = 0, trust: bool = False) -> GraphSampler:
     """Opens the sampler of an export folder.
 
     `provider` is "cpu" or "cuda", by default that of the target; `threads` is the size of the CPU thread pool, 0 for
-    one per core. Both are ignored for TensorRT engines. Raises ArtifactError if the folder is not a complete export,
+    one per core. Both are ignored for TensorRT engines. With `trust`, files are not compared with
+    their digests. Raises ArtifactError if the folder is not a complete export,
     MissingExtraError without the runtime's package, ExportError if the provider cannot run this export.
     """
-    folder = ExportFolder.open(path)
+    folder = ExportFolder.open(path, trust=trust)
     if folder.manifest.settings.runtime != "onnxruntime":
         from bagel_compress.exporting.trt_runner import Engines
 

@@ -49,12 +49,14 @@ def open_model(
     device: DeviceChoice = "cpu",
     dtype: torch.dtype | None = None,
     check: Callable[[BagelConfig], object] | None = None,
+    trust: bool = False,
 ) -> Sampler:
     """Opens a full-precision checkpoint folder, an artifact folder or a Hub id as a sampler.
 
     `device` may be a map over several devices. `dtype` None is bf16, the models' own. With another dtype, an artifact's
     weights are decoded to that dtype and the run-time modules are not used. `check` is called with the model's
-    configuration before weights are read, and may raise. Raises CheckpointError, ArtifactError or BagelError.
+    configuration before weights are read, and may raise. With `trust`, what is read of an artifact is not compared with
+    its manifest. Raises CheckpointError, ArtifactError or BagelError.
     """
     folder = Path(path)
     if not exists(folder):
@@ -62,7 +64,7 @@ def open_model(
     if (folder / EXPORT_MANIFEST).exists():
         raise CheckpointError(f"{path} is an export; open it with bagel_compress.exporting.ort_sampler.open_onnx.")
     if (folder / MANIFEST).exists():
-        return load(Artifact.open(folder), device, dtype, check)
+        return load(Artifact.open(folder, trust=trust), device, dtype, check)
     return load_checkpoint(Checkpoint.open(folder), device, dtype, check)
 
 

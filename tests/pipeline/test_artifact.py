@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from pipeline_data import NF4
 
+from bagel_compress.api import open_model
+from bagel_compress.build import manifest
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
 from bagel_compress.build.manifest import MANIFEST
@@ -68,6 +70,23 @@ def test_damage_is_found_and_named(folder: Path, damage: Callable[[Path], object
     assert faults[0].startswith(says)
 
 
+def test_a_trusted_artifact_is_not_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What opening compares, and what --trust leaves out; verify always compares."""
+    _flip_weight(folder)
+    flip(folder / "ae.safetensors", -1)
+    unit = "language_model.model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ArtifactError, match=rf"{unit}\.absmax is not what the manifest says"):
+        Artifact.open(folder).parts(unit)
+    with pytest.raises(ArtifactError, match=r"ae\.safetensors is not what the manifest says"):
+        open_model(folder)
+    command = ["generate", str(folder), "a", "--steps", "2", "--size", "32x32", "--out", str(folder.parent / "x.png")]
+    assert main(command) == 2
+    capsys.readouterr()
+    assert main([*command, "--trust"]) == 0
+    assert f"{folder}: its bytes are not compared with its manifest (--trust)" in capsys.readouterr().err
+    assert len(Artifact.open(folder, trust=True).verify()) == 2
+
+
 def test_inspect_verify_is_a_gate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(folder), "--verify", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -103,10 +122,19 @@ def test_broken_manifests(folder: Path, content: str, says: str) -> None:
         Artifact.open(folder)
 
 
+def test_a_later_version_reads_the_manifests_of_this_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert json.loads((folder / MANIFEST).read_text())["format"] == 1  # that of published builds
+    monkeypatch.setattr(manifest, "FORMAT", 2)
+    assert Artifact.open(folder).verify() == []
+    monkeypatch.setattr(manifest, "FORMAT", 0)
+    with pytest.raises(ArtifactError, match="has format 1, this version reads 0; update"):
+        Artifact.open(folder)
+
+
 def test_a_manifest_that_points_outside(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"]["../../x"] = {"bytes": 1, "blake3": ""}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"]["../../x"] = {"bytes": 1, "blake3": ""}
+    (folder / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match="points outside its folder"):
         Artifact.open(folder)
 
