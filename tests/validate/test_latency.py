@@ -51,6 +51,14 @@ def test_whole_pictures_are_repeated_less_often():
     assert len(calls) == PICTURES_WARM_UP + PICTURE_REPEATS
 
 
+@pytest.mark.parametrize(("what", "slow", "counted"), [("x", 2, 7), (IMAGE, 1, 3)])
+def test_slow_first_calls_are_not_counted(monkeypatch, what, slow, counted):
+    taken = iter([9.0] * slow + [1.0] * counted)
+    monkeypatch.setattr(latency, "_seconds", lambda run, device: next(taken))
+    timing = timed(what, lambda: None, None, CPU)
+    assert (timing.median, timing.p90, list(taken)) == (1.0, 1.0, [])
+
+
 def test_a_slower_build_has_a_ratio_above_one():
     timing = timed("x", lambda: time.sleep(0.004), lambda: time.sleep(0.001), CPU)
     assert timing.ratio > 1.5
