@@ -42,7 +42,7 @@ gpu-day: $(READY)  # make gpu-day ARGS="kernels decoders"; ARGS=--dry-run withou
 	$(BIN)/python benchmarks/gpu_day.py $(ARGS)
 
 mutants: $(READY)  # make mutants MODULE=bagel/settings.py TESTS=tests/bagel/test_settings.py
-	$(BIN)/python benchmarks/mutants.py $(MODULE) $(TESTS)
+	$(BIN)/python benchmarks/mutants.py $(MODULE) --tests $(TESTS)
 
 nano: $(READY)
 	$(BIN)/bagel-compress train-nano --out out/BAGEL-nano

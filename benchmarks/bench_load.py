@@ -9,7 +9,8 @@ files in the page cache and the libraries imported; the median of --repeat proce
     read           all bytes of the weights and the VAE into one buffer of 8 MB: nothing is kept
     read, kept     the same into memory that stays, as a loader that copies has to
     safetensors    safetensors.torch.load_file of every file
-    open           open_model: a model that can run, its weights mapped, its census done
+    open           open_model: a model that can run, its weights mapped and compared with the manifest, its census done
+    open, trusted  the same without the comparison (`--trust`)
     open, touched  the same, and a byte of every page of every stored weight: what the first pass pays on top
 
 RssAnon is what the process holds itself after opening, Python and the libraries included. Ends in one JSON line.
@@ -29,7 +30,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-FORMATS = {"nf4": "nf4", "fp8": "fp8-24gb", "int8": "int8-24gb", "df11": "df11"}
+FORMATS = {"nf4": "nf4-nearest", "fp8": "fp8-24gb", "int8": "int8-24gb", "df11": "df11"}
 BUFFER = 1 << 23
 PAGE = 4096
 
@@ -147,6 +148,12 @@ def opened(folder: Path) -> object:
     return open_model(folder)
 
 
+def opened_trusted(folder: Path) -> object:
+    from bagel_compress.run.load import open_model
+
+    return open_model(folder, trust=True)
+
+
 def touched(folder: Path) -> object:
     """The model, and a byte of every page of its files, in a map of their own, so that each page is faulted in."""
     import numpy as np
@@ -162,6 +169,7 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "read, kept": read_kept,
     "safetensors": load_files,
     "open": opened,
+    "open, trusted": opened_trusted,
     "open, touched": touched,
 }
 

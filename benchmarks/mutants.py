@@ -1,92 +1,215 @@
-"""Which one-operator changes of a module do its tests notice? A mutation run with cosmic-ray, in a copy of the tree.
+"""Which one-operator changes of the program do its tests notice? A random sample, in a copy of the tree.
 
-    python benchmarks/mutants.py bagel/settings.py tests/bagel/test_settings.py [--count 40] [--seed 0] [--seconds 120]
+    python benchmarks/mutants.py bagel bagel_compress/codecs [--tests tests/bagel tests/codecs] [--count 300] [--seed 0]
 
-A random sample of all changes is made one at a time, and each is judged by the given tests. What survives is printed as
-a diff: either a test is missing, or the change is none that anything could notice. Exit 1 if fewer than `--least`
-percent were noticed. Needs the extra `dev`.
+The changes are cosmic-ray's; all changes of all the modules are one list, so that a module is drawn as often as it has
+changes. First each folder of tests runs once under coverage, which tells the tests that execute a line. Then each
+change is judged by the tests of its line, the fastest first, up to the first that fails: in a fork of this process,
+which holds torch and numba but no module of the program. Lines that run only at import, and compiled kernels, are
+judged by the tests of their module or of the modules that name it. A change of nothing but the annotations of a
+function, which nobody evaluates, is not in the list. What survives is printed as a diff: either a test is missing, or
+the change is none that anything could notice. Exit 1 if fewer than `--least` percent were noticed. With `--work` what
+is known of the tests and of the changes stays in that folder, and a later run goes on there. Needs the extra `dev`
+and fork: Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import compileall
+import contextlib
+import difflib
+import json
+import os
 import random
 import shutil
-import sqlite3
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.util import cache_from_source
 from pathlib import Path
+
+from covering_tests import OPTIONS, Lines, covered, forked
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = (".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "out", "__pycache__")
+WARM = ["torch", "numba", "numpy", "pytest", "pytest_cov", "xdist", "hypothesis", "pydantic", "safetensors.torch"]
+SLACK = 60  # seconds that a change may take beyond five times what its tests take without it
+MANY = 40  # tests of a line, above which those of the file named after the module come first
+MISUSE = (4, 5)  # pytest's exit codes when a named test is gone; its file is then run as it is
+
+
+@dataclass(frozen=True)
+class Change:
+    module: str
+    operator: str
+    occurrence: int
+    row: int
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("module", help="file to change, such as bagel/settings.py")
-    parser.add_argument("tests", nargs="+", help="tests that judge the changes")
+    parser.add_argument("modules", nargs="+", help="files or folders to change, such as bagel/settings.py")
+    parser.add_argument("--tests", nargs="+", default=["tests"], help="test files or folders that judge (tests)")
     parser.add_argument("--count", type=int, default=40, help="changes to try (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
-    parser.add_argument("--seconds", type=float, default=120, help="after which a run counts as noticed (120)")
+    parser.add_argument("--most", type=float, default=150, help="seconds of tests that judge one change (150)")
     parser.add_argument("--least", type=float, default=95, help="percent that must be noticed (95)")
+    parser.add_argument("--work", type=Path, help="folder that keeps the copy, the coverage and the results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as place:
-        tree = Path(place) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        (tree / "mutants.toml").write_text(_config(args), encoding="utf-8")
-        _run(tree, "init", "mutants.toml", "session.sqlite")
-        tried = _sample(tree / "session.sqlite", args.count, args.seed)
-        _run(tree, "baseline", "mutants.toml")  # the tests pass as they are
-        _run(tree, "exec", "mutants.toml", "session.sqlite")
-        survivors = _survivors(tree / "session.sqlite")
-    for where, diff in survivors:
-        print(f"{where}\n{diff}\n")
-    noticed = 100 * (tried - len(survivors)) / max(1, tried)
-    print(f"{args.module}: {tried - len(survivors)} of {tried} changes noticed ({noticed:.1f} %)")
-    return 0 if noticed >= args.least else 1
+        work = args.work or Path(place)
+        tree = work / "tree"
+        if not tree.exists():
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
+            compileall.compile_dir(tree, quiet=1)
+        _warm(tree)
+        lines, seconds = covered(work, args.tests)
+        sample = _sample(tree, args.modules, args.count, args.seed)
+        results = _tried(work, sample, lines, seconds, args.most)
+    survivors = [r for r in results if not r["noticed"]]
+    for found in survivors:
+        print(f"{found['module']}:{found['row']} {found['operator']} ({found['tests']} tests)\n{found['diff']}\n")
+    noticed, late = len(results) - len(survivors), sum(r["how"] == "time" for r in results)
+    percent = 100 * noticed / max(1, len(results))
+    print(f"{noticed} of {len(results)} changes noticed ({percent:.1f} %), {late} of them by running too long")
+    return 0 if percent >= args.least else 1
 
 
-def _config(args: argparse.Namespace) -> str:
-    tests = " ".join([sys.executable, "-m pytest -x -q -p no:cacheprovider", *args.tests])
-    return (
-        f'[cosmic-ray]\nmodule-path = "{args.module}"\ntimeout = {args.seconds}\nexcluded-modules = []\n'
-        f'test-command = "{tests}"\n[cosmic-ray.distributor]\nname = "local"\n'
-    )
+def _warm(tree: Path) -> None:
+    """Imports what every run of the tests needs, but no module that may be changed, and makes `tree` the program."""
+    os.chdir(tree)
+    sys.path[:] = [str(tree), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, Path(__file__).parent))]
+    os.environ |= {
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "NUMBA_CACHE_DIR": str(tree.parent / "numba"),
+    }
+    sys.dont_write_bytecode = True
+    for name in WARM:
+        with contextlib.suppress(ImportError):
+            __import__(name)
+    loaded = [name for name in sys.modules if name.split(".")[0] in ("bagel", "bagel_compress")]
+    assert not loaded, f"{loaded[0]} was imported before it could be changed"
 
 
-def _run(tree: Path, *arguments: str) -> None:
-    program = Path(sys.executable).with_name("cosmic-ray")
-    done = subprocess.run([program, *arguments], cwd=tree, env=_environment(tree), capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"cosmic-ray {arguments[0]} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+def _sample(tree: Path, modules: Iterable[str], count: int, seed: int) -> list[Change]:
+    """`count` random ones of all changes of the modules, in random order: a part of the sample is a sample."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    kinds = {n: kind() for n in operator_names() if not (kind := get_operator(n)).arguments() and n != "core/NoOp"}
+    paths = {p for m in modules for p in ([tree / m] if m.endswith(".py") else sorted((tree / m).rglob("*.py")))}
+    changes: list[Change] = []
+    for path in sorted(paths):
+        nodes = list(ast_nodes(get_ast(path.read_text(encoding="utf-8"))))
+        for name, operator in kinds.items():
+            starts = [start for node in nodes for start, _ in operator.mutation_positions(node)]
+            changes += [Change(str(path.relative_to(tree)), name, i, start[0]) for i, start in enumerate(starts)]
+    drawn = random.Random(seed).sample(changes, len(changes))
+    kept: list[Change] = []
+    for change in drawn:
+        if len(kept) == count:
+            break
+        before, after = _versions(tree, change)
+        if after is not None and _meaning(before) != _meaning(after):
+            kept.append(change)
+    return kept
 
 
-def _environment(tree: Path) -> dict[str, str]:
-    import os
+def _versions(tree: Path, change: Change) -> tuple[str, str | None]:
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
 
-    return os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def _sample(session: Path, count: int, seed: int) -> int:
-    """Leaves `count` random changes in the session. Returns how many there are."""
-    with sqlite3.connect(session) as base:
-        jobs = sorted(row[0] for row in base.execute("SELECT job_id FROM work_items"))
-        kept = set(random.Random(seed).sample(jobs, min(count, len(jobs))))
-        for job in set(jobs) - kept:
-            base.execute("DELETE FROM mutation_specs WHERE job_id = ?", (job,))
-            base.execute("DELETE FROM work_items WHERE job_id = ?", (job,))
-    return len(kept)
+    before = (tree / change.module).read_text(encoding="utf-8")
+    return before, mutate_code(before, get_operator(change.operator)(), change.occurrence)
 
 
-def _survivors(session: Path) -> list[tuple[str, str]]:
-    """Place and diff of every change that no test noticed."""
-    query = (
-        "SELECT m.module_path, m.start_pos_row, m.operator_name, r.diff FROM work_results r"
-        " JOIN mutation_specs m ON m.job_id = r.job_id WHERE r.test_outcome = 'SURVIVED' ORDER BY 1, 2"
-    )
-    with sqlite3.connect(session) as base:
-        return [(f"{path}:{row} {name}", str(diff)) for path, row, name, diff in base.execute(query)]
+def _meaning(text: str) -> str:
+    """The syntax tree without the annotations of functions' arguments, results and local variables."""
+    try:
+        parsed = ast.parse(text)
+    except SyntaxError:
+        return ""
+    for function in ast.walk(parsed):
+        for node in ast.walk(function) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) else ():
+            if isinstance(node, ast.arg | ast.AnnAssign):
+                node.annotation = ast.Constant(None)
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                node.returns = None
+    return ast.dump(parsed)
+
+
+def _tried(work: Path, sample: list[Change], lines: Lines, seconds: dict[str, float], most: float) -> list[dict]:
+    """The result of each change; a line of results.jsonl each."""
+    log = work / "results.jsonl"
+    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(r["module"], r["operator"], r["occurrence"]): r for r in known}
+    results = []
+    for number, change in enumerate(sample, 1):
+        key = (change.module, change.operator, change.occurrence)
+        if key not in done:
+            done[key] = _judge(work, change, _tests(work / "tree", change, lines, seconds, most), seconds)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(done[key]) + "\n")
+        results.append(done[key])
+        told = {k: done[key][k] for k in ("module", "row", "operator", "how", "seconds", "tests")}
+        print(f"{number}/{len(sample)}", *told.values(), file=sys.stderr, flush=True)
+    return results
+
+
+def _tests(tree: Path, change: Change, lines: Lines, seconds: dict[str, float], most: float) -> list[str]:
+    """Tests that execute the changed line, else its module, else the modules that name it: the fastest first."""
+    rows, path = lines.get(change.module, {}), Path(change.module)
+    stem = path.parent.name if path.stem == "__init__" else path.stem
+    begun = max((row for row in rows if row <= change.row), default=0)  # where a statement of several lines begins
+    found = set(rows.get(begun) or rows.get(0, ()))
+    if not found:
+        users = [other for other in lines if stem in (tree / other).read_text(encoding="utf-8")]
+        found = {node for other in users for node in lines[other].get(0, ())}
+    own = f"test_{stem}.py"
+    kept, total = [], 0.0
+    for node in sorted(found, key=lambda node: (own not in node and len(found) > MANY, seconds[node], node)):
+        total += seconds[node]
+        if total <= most or not kept:
+            kept.append(node)
+    return kept
+
+
+def _judge(work: Path, change: Change, tests: list[str], seconds: dict[str, float]) -> dict:
+    """Makes a change, runs its tests in a fork and takes the change back."""
+    file = work / "tree" / change.module
+    before, after = _versions(work / "tree", change)
+    assert after is not None
+    kernels = "numba" in before or "/kernels/" in change.module
+    limit = SLACK + 5 * sum(seconds[node] for node in tests) + (120 if kernels else 0)
+    start = time.monotonic()
+    Path(cache_from_source(str(file))).unlink(missing_ok=True)  # it is told from the file's size and seconds alone
+    try:
+        file.write_text(after, encoding="utf-8")
+        code = forked(lambda: _run(work, tests, kernels), work / "log", limit) if tests else 0
+        if code in MISUSE:
+            files = sorted({node.split("::")[0] for node in tests})
+            code = forked(lambda: _run(work, files, kernels), work / "log", limit)
+    finally:
+        file.write_text(before, encoding="utf-8")
+    how = "survived" if code == 0 else "time" if code is None else "test"
+    diff = "\n".join(difflib.unified_diff(before.split("\n"), after.split("\n"), n=1, lineterm=""))
+    told = {"noticed": code != 0, "how": how, "tests": len(tests), "seconds": round(time.monotonic() - start, 1)}
+    return asdict(change) | told | {"diff": diff}
+
+
+def _run(work: Path, tests: list[str], kernels: bool) -> int:
+    import numba
+    import pytest
+
+    if kernels:  # numba does not see that a kernel which another one calls has changed
+        shutil.rmtree(work / "numba-changed", ignore_errors=True)
+        os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = str(work / "numba-changed")
+    return int(pytest.main(["-x", *OPTIONS, *tests]))
 
 
 if __name__ == "__main__":
