@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import math
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.finite import FiniteValues
 from bagel_compress.build.loader_configs import config_json, index_json, preprocessor_json
 from bagel_compress.build.manifest import (
     MANIFEST,
@@ -39,11 +39,10 @@ from bagel_compress.build.plan import Placement, Plan
 from bagel_compress.build.resume_state import BuildFolder, ShardRecord, finished
 from bagel_compress.build.shard_writer import ShardWriter, WrittenShard
 from bagel_compress.codecs.base import Encoding, Reader
-from bagel_compress.codecs.matrix import finite
 from bagel_compress.errors import ArtifactError, CalibrationError, CheckpointError
 from bagel_compress.io.atomic import atomic_path, write_atomic
-from bagel_compress.io.bf16 import as_words, floats, stored
-from bagel_compress.io.digests import blake3_file, tensors_digest
+from bagel_compress.io.bf16 import as_words
+from bagel_compress.io.digests import blake3_file, blocks, tensors_digest
 from bagel_compress.io.safetensors_file import TensorFile
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
 from bagel_compress.source.checkpoint import Checkpoint
@@ -180,34 +179,34 @@ def _write_shard(
     writer: ShardWriter,
     hashing: ThreadPoolExecutor,
     progress: Progress,
-) -> tuple[dict[str, UnitEntry], dict[str, Future[str]], Future[WrittenShard]]:
-    """Encodes all units of a shard into its file. Returns entries, futures of the tensors' digests, and of the file.
+) -> tuple[dict[str, UnitEntry], dict[str, Future[str]], Future[WrittenShard], dict[str, FiniteValues]]:
+    """Encodes all units of a shard into its file. Returns entries, futures of the tensors' digests and of the file, and
+    what has seen, when the file is complete, whether the tensors that are stored as they are have only finite values.
 
     `rounded` has the encodings that calibrated rounding has made already, by unit.
     """
     refused = build.plan.recipe.non_finite == "refused"
     reader = _HashingReader(checkpoint, hashing)
-    as_is = _FiniteReader(checkpoint, refused)  # for raw tensors, whose digest is that of the written part
-    begun = [
-        (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, as_is if p.codec.stored_as_is else reader))
+    begun = [  # the digest of a raw tensor is that of the written part
+        (p, rounded.get(p.unit.name) or p.codec.begin(p.unit, checkpoint if p.codec.stored_as_is else reader))
         for p in build.plan.in_shard(shard)
     ]
     parts: dict[str, PartSpec] = {}
     for _, encoding in begun:
         parts |= encoding.parts
-    writer.begin(build.out / shard, parts)
+    kept = [part for _, encoding in begun if refused and encoding.codec.stored_as_is for part in encoding.parts]
+    watched = {part: FiniteValues() for part in kept}  # codecs look at the values that they encode
+    writer.begin(build.out / shard, parts, watched)
     units: dict[str, UnitEntry] = {}
     digests: dict[str, Future[str]] = {}
     for placement, encoding in begun:
         for chunk in encoding.chunks():
             writer.put(chunk)
         units[placement.unit.name] = _entry(placement, encoding, shard)
-        if refused and encoding.codec.stored_as_is and not placement.codec.stored_as_is:
-            _expect_finite_unit(placement, as_is)  # NaN or infinity may be the reason why the codec failed
         if not placement.codec.stored_as_is:
             digests |= {spec.name: reader.digest(spec) for spec in placement.unit.specs}
         progress(placement.unit.name, sum(spec.nbytes for spec in placement.unit.specs))
-    return units, digests, writer.end()
+    return units, digests, writer.end(), watched
 
 
 def _entry(placement: Placement, encoding: Encoding, shard: str) -> UnitEntry:
@@ -230,9 +229,17 @@ def _record(
     units: dict[str, UnitEntry],
     digests: dict[str, Future[str]],
     written: Future[WrittenShard],
+    watched: Mapping[str, FiniteValues],
 ) -> ShardRecord:
-    """Waits for the digests of the tensors and for the finished file, and writes the shard's record."""
+    """Waits for the digests of the tensors and for the finished file, and writes the shard's record.
+
+    Raises CheckpointError if one of `watched` has seen NaN or infinity.
+    """
     result = written.result()
+    if (bad := next((part for part, values in watched.items() if not values.finite), None)) is not None:
+        raise CheckpointError(
+            f"{bad} holds NaN or infinity; mend the checkpoint, or say `non_finite: kept` in the recipe."
+        )
     known = {name: digest.result() for name, digest in digests.items()}
     complete = {name: _with_digests(unit, known, result.parts) for name, unit in units.items()}
     record = ShardRecord(
@@ -315,32 +322,24 @@ def _copied(source: Path, target: Path, is_finite: bool) -> FileEntry:
     """Copies a file atomically and syncs it. `is_finite`: it has tensors, which must not contain NaN or infinity."""
     with atomic_path(target) as partial:
         shutil.copyfile(source, partial)
-        if is_finite:
-            _expect_finite(TensorFile.open(partial), source)
-        return FileEntry(bytes=partial.stat().st_size, blake3=blake3_file(partial))
+        digest = _digest_of_finite(partial, source) if is_finite else blake3_file(partial)
+        return FileEntry(bytes=partial.stat().st_size, blake3=digest)
 
 
-def _expect_finite(file: TensorFile, source: Path) -> None:
-    for name, tensor in file.tensors.items():
-        for start in range(0, tensor.numel, HASH_ELEMENTS):
-            stop = min(start + HASH_ELEMENTS, tensor.numel)
-            values = floats(stored(file, tensor, start, stop), tensor.dtype)
-            if not (math.isfinite(values.max()) and math.isfinite(values.min())):  # both are NaN if any value is
+def _digest_of_finite(path: Path, source: Path) -> str:
+    """BLAKE3 of a file of tensors. Raises CheckpointError, naming the tensor of `source`, on NaN and infinity."""
+    file, total = TensorFile.open(path), blake3()
+    with path.open("rb", buffering=0) as opened:
+        for block in blocks(opened, 8 + len(file.header)):
+            total.update(block)
+        for name, tensor in sorted(file.tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+            values = FiniteValues(tensor.dtype)
+            for block in blocks(opened, tensor.nbytes):
+                total.update(block)
+                values.update(block)
+            if not values.finite:
                 raise CheckpointError(f"{source}: {name} holds NaN or infinity; copy it from the base model again.")
-
-
-class _FiniteReader:
-    """Reads the checkpoint for codecs; raises an error on NaN and infinity, if it `refuses`."""
-
-    def __init__(self, checkpoint: Reader, refuses: bool) -> None:
-        self._checkpoint = checkpoint
-        self._refuses = refuses
-
-    def read(self, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
-        values = self._checkpoint.read(spec, start, stop)
-        if self._refuses and not finite(as_words(values)):
-            raise _not_finite(spec)
-        return values
+    return total.hexdigest()
 
 
 class _HashingReader:
@@ -373,18 +372,6 @@ class _HashingReader:
         while len(self._pending) >= UNHASHED:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(total.update, as_words(values).view("uint8").data))
-
-
-def _expect_finite_unit(placement: Placement, reader: _FiniteReader) -> None:
-    for spec in placement.unit.specs:
-        for start in range(0, spec.numel, HASH_ELEMENTS):
-            reader.read(spec, start, min(start + HASH_ELEMENTS, spec.numel))
-
-
-def _not_finite(spec: TensorSpec) -> CheckpointError:
-    return CheckpointError(
-        f"{spec.name} holds NaN or infinity; mend the checkpoint, or say `non_finite: kept` in the recipe."
-    )
 
 
 @contextmanager

@@ -19,18 +19,17 @@ from pathlib import Path
 from threading import BoundedSemaphore, get_ident
 
 import numpy as np
-from blake3 import blake3
 
 from bagel_compress.codecs.base import Chunk, LaterChunk
 from bagel_compress.errors import CodecError
 from bagel_compress.io.atomic import PARTIAL, sync_folder
+from bagel_compress.io.digests import Hash, blake3_of
 from bagel_compress.io.safetensors_file import lay_out
 from bagel_compress.io.tensor_spec import PartSpec
 
 PIECE = 8 << 20  # bytes written at once
 BUFFERS = 6  # one being filled, one being written, and some between, since encoding and writing differ in speed
 LASTING = 128  # chunks in lasting memory that may wait, so that tensors copied unchanged do not delay encoding
-HASH_BLOCK = 1 << 18  # bytes read back at a time, which fit into the L2 cache
 SYNC_BYTES = 192 << 20  # bytes between two fsyncs; without them the disk would be idle until the end of a shard
 
 
@@ -55,6 +54,7 @@ class ShardWriter:
         for _ in range(BUFFERS):
             self._free.put(np.empty(PIECE, np.uint8))
         self._lasting = BoundedSemaphore(LASTING)
+        self._given = BoundedSemaphore(BUFFERS)
         self._shards: list[_OpenShard] = []
 
     def __enter__(self) -> ShardWriter:
@@ -68,19 +68,22 @@ class ShardWriter:
         for shard in self._shards:
             shard.close()
 
-    def begin(self, path: Path, parts: Mapping[str, PartSpec]) -> None:
-        """Starts the file `path` with exactly these parts."""
+    def begin(self, path: Path, parts: Mapping[str, PartSpec], watched: Mapping[str, Hash] | None = None) -> None:
+        """Starts the file `path` with exactly these parts.
+
+        `watched`, by part, are updated with the part's bytes when the finished file is read back.
+        """
         header, offsets = lay_out(parts)
         size = len(header) + sum(part.nbytes for part in parts.values())
         partial = path.with_name(path.name + PARTIAL)
         file = partial.open("w+b", buffering=0)
-        shard = _OpenShard(path, partial, {get_ident(): file}, header, offsets, dict(parts), size)
+        shard = _OpenShard(path, partial, {get_ident(): file}, header, offsets, dict(parts), size, watched or {})
         self._shards.append(shard)
         _reserve(file, size)
         shard.write(0, header)
 
     def put(self, chunk: Chunk | LaterChunk) -> None:
-        """Queues a chunk to be written by a background thread; copies it first unless its memory lasts.
+        """Queues a chunk to be written by a background thread; copies it first unless its memory lasts or is given.
 
         A `direct` chunk is written before the method returns. Raises errors of background threads.
         """
@@ -98,6 +101,9 @@ class ShardWriter:
         elif isinstance(chunk, LaterChunk) or chunk.lasting:
             self._lasting.acquire()
             shard.pending.append(self._copying.submit(self._write_lasting, shard, where, chunk))
+        elif chunk.given:
+            self._given.acquire()
+            shard.pending.append(self._writing.submit(self._write_given, shard, where, chunk))
         else:
             data = chunk.data.reshape(-1)
             for start in range(0, nbytes, PIECE):
@@ -122,6 +128,12 @@ class ShardWriter:
         finally:
             self._lasting.release()
 
+    def _write_given(self, shard: _OpenShard, where: int, chunk: Chunk) -> None:
+        try:
+            shard.write(where, chunk.data.reshape(-1).data)
+        finally:
+            self._given.release()
+
     def _write_buffer(self, shard: _OpenShard, where: int, buffer: np.ndarray, nbytes: int) -> None:
         try:
             shard.write(where, buffer[:nbytes].data)
@@ -138,6 +150,7 @@ class _OpenShard:
     offsets: dict[str, int]
     parts: dict[str, PartSpec]
     size: int
+    watched: Mapping[str, Hash]
     filled: Counter[str] = field(default_factory=Counter)
     pending: list[Future[None]] = field(default_factory=list)
     synced: int = 0  # bytes that were written when the last fsync began
@@ -177,7 +190,6 @@ class _OpenShard:
 
 def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
     """Reads the file back (from the page cache) and hashes it while it is synced to the disk, then renames it."""
-    block = memoryview(bytearray(HASH_BLOCK))
     try:
         for write in shard.pending:
             write.result()
@@ -186,7 +198,9 @@ def _finish(shard: _OpenShard, syncing: ThreadPoolExecutor) -> WrittenShard:
         file.seek(0)
         if file.read(len(shard.header)) != shard.header:
             raise OSError(f"{shard.partial} is not what was written to it")
-        digests = {part: _digest(file, shard.parts[part].nbytes, block) for part in shard.offsets}
+        digests = {p: blake3_of(file, shard.parts[p].nbytes, shard.watched.get(p)) for p in shard.offsets}
+        if file.tell() != shard.size:
+            raise OSError(f"{shard.partial} became shorter while it was written")
         synced.result()
     finally:
         shard.close()
@@ -204,15 +218,3 @@ def _reserve(file: FileIO, size: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not supported by the file system
                 raise
-
-
-def _digest(file: FileIO, nbytes: int, block: memoryview) -> str:
-    """BLAKE3 of the next `nbytes`; `block` is the buffer to read into."""
-    total = blake3()
-    while nbytes > 0:
-        count = file.readinto(block[: min(nbytes, len(block))])
-        if not count:
-            raise OSError(f"{file.name} became shorter while it was written")
-        total.update(block[:count])
-        nbytes -= count
-    return total.hexdigest()

@@ -51,15 +51,17 @@ class Reader(Protocol):
 class Chunk:
     """A run of bytes of one stored part. `data` is contiguous uint8, valid until the next chunk is asked for.
 
-    `lasting`: the array is never written to again, so the caller may keep it. `direct`: the codec goes on encoding in
-    threads of its own, so the caller may write this chunk to disk before it asks for the next without delaying the
-    encoding.
+    `lasting`: the array is never written to again, so the caller may keep it. `given`: not before the caller has let go
+    of it, which should be soon, since its memory is used again (`matrix.memory_for_codes`). `direct`: the codec goes on
+    encoding in threads of its own, so the caller may write this chunk to disk before it asks for the next without
+    delaying the encoding.
     """
 
     part: str
     start: int
     data: np.ndarray
     lasting: bool = False
+    given: bool = False
     direct: bool = False
 
 

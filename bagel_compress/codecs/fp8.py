@@ -34,6 +34,7 @@ from bagel_compress.codecs.matrix import (
     absmax_words,
     as_floats,
     check_shapes,
+    memory_for_codes,
     read_rows,
     self_check,
 )
@@ -228,16 +229,15 @@ class _Fp8Encoding(Encoding):
 
         spec, columns = self.spec, self.spec.shape[1]
         whole = self._tensor_scale() if self.codec.granularity == "tensor" else None
-        codes = np.empty(0, np.uint8)
         for first, words in read_rows(self.source, spec):
-            codes = np.empty(words.shape, np.uint8) if len(codes) < len(words) else codes[: len(words)]
+            codes = memory_for_codes(*words.shape)
             scales = self._channel_scales(words) if whole is None else np.full(len(words), whole, np.float32)
             sums = np.empty((len(words), 3), np.float32)
             split(lambda a, b: fp8_rows(words[a:b], scales[a:b], codes[a:b], sums[a:b]), len(words), 1)  # noqa: B023
             self_check(spec, self.codec, not sums[:, 2].any())
             energy = sums[:, :2].astype(np.float64) * scales.astype(np.float64)[:, None] ** 2
             self.quality.add(*energy.sum(0).tolist())
-            yield Chunk(spec.name, first * columns, codes.reshape(-1))
+            yield Chunk(spec.name, first * columns, codes.reshape(-1), given=True)
             if whole is None:
                 yield Chunk(scale_name(spec), first * 2, bf16.rounded(scales).view(np.uint8))
         if whole is not None:

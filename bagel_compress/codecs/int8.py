@@ -30,6 +30,7 @@ from bagel_compress.codecs.matrix import (
     MatrixCodec,
     absmax_words,
     check_shapes,
+    memory_for_codes,
     read_rows,
     self_check,
 )
@@ -250,15 +251,14 @@ class _Int8Encoding(Encoding):
         from bagel_compress.codecs.kernels.threads import split
 
         spec, columns = self.spec, self.spec.shape[1]
-        codes = np.empty(0, np.int8)
         for first, words in read_rows(self.source, spec):
-            codes = np.empty(words.shape, np.int8) if len(codes) < len(words) else codes[: len(words)]
+            codes = memory_for_codes(*words.shape).view(np.int8)
             scb = self._scales(words)
             sums = np.empty((len(words), 3), np.float32)
             split(lambda a, b: int8_rows(words[a:b], scb[a:b], codes[a:b], sums[a:b]), len(words), 1)  # noqa: B023
             self_check(spec, self.codec, not sums[:, 2].any())
             self.quality.add(*sums[:, :2].sum(0, dtype=np.float64).tolist())
-            yield Chunk(spec.name, first * columns, codes.reshape(-1).view(np.uint8))
+            yield Chunk(spec.name, first * columns, codes.reshape(-1).view(np.uint8), given=True)
             if self.codec.dialect == "compressed-tensors":
                 yield Chunk(scale_name(spec), first * 4, (scb * np.float32(PER_127)).view(np.uint8))
             else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from bagel_compress.codecs.base import Codec, Reader, Unit
 from bagel_compress.errors import CodecError, PlanError
+from bagel_compress.io.buffers import Buffers
 from bagel_compress.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 INFINITY_WORD = 0x7F80  # bf16: exponent all ones
+_codes = Buffers()
 CHUNK_ELEMENTS = 1 << 22  # 8 MB of bf16: large enough for full disk speed, small enough to bound memory
 
 
@@ -54,6 +56,11 @@ def read_rows(source: Reader, spec: TensorSpec) -> Iterator[tuple[int, np.ndarra
     for first in range(0, rows, step):
         last = min(first + step, rows)
         yield first, read_words(source, spec, first * columns, last * columns).reshape(last - first, columns)
+
+
+def memory_for_codes(rows: int, columns: int) -> np.ndarray:
+    """uint8 [rows, columns], content undefined, of memory that is used again when nothing refers to it any more."""
+    return _codes.take(rows * columns).reshape(rows, columns)
 
 
 def absmax_words(words: np.ndarray, spec: TensorSpec, codec: Codec) -> np.ndarray:

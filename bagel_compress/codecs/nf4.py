@@ -31,7 +31,15 @@ from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.constants import NF4_BLOCK, NF4_NESTED_BLOCK
 from bagel_compress.codecs.grid import Curvature, Grid, Levels, Scales, block_absmax, searched
 from bagel_compress.codecs.loaders import Loader, bitsandbytes, vllm_omni
-from bagel_compress.codecs.matrix import CHUNK_ELEMENTS, MatrixCodec, check_shapes, not_finite, read_words, self_check
+from bagel_compress.codecs.matrix import (
+    CHUNK_ELEMENTS,
+    MatrixCodec,
+    check_shapes,
+    memory_for_codes,
+    not_finite,
+    read_words,
+    self_check,
+)
 from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, part_note
 from bagel_compress.errors import CodecError, ExportError
 from bagel_compress.io.tensor_spec import PartSpec, TensorSpec
@@ -254,16 +262,15 @@ class _Nf4Encoding(Encoding):
         from bagel_compress.codecs.kernels.nf4_kernels import CODE_BOOK
 
         spec, statistics = self.spec, []
-        packed = np.empty(-(-min(CHUNK_ELEMENTS, spec.numel) // 2), np.uint8)
         for start in range(0, spec.numel, CHUNK_ELEMENTS):
             words = read_words(self.source, spec, start, min(start + CHUNK_ELEMENTS, spec.numel))
-            written = packed[: -(-words.size // 2)]
+            written = memory_for_codes(1, -(-words.size // 2)).reshape(-1)
             absmax, energies, errors = _encode(words, self.codec, written)
             if not np.isfinite(absmax).all():
                 raise not_finite(spec, self.codec)
             self_check(spec, self.codec, energies[:, 2].max() <= 0)
             signal, noise, _ = energies.sum(0).tolist()
-            yield Chunk(spec.name, start // 2, written)
+            yield Chunk(spec.name, start // 2, written, given=True)
             if self.codec.double_quant:
                 self.quality.add(signal, 0.0)
                 statistics.append((absmax, errors))

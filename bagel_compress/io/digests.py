@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from blake3 import blake3
+
+BLOCK = 1 << 18  # bytes read at a time: they are hashed while they are in the L2 cache
 
 
 class Hash(Protocol):
     """A running digest, such as hashlib.sha256()."""
 
-    def update(self, data: bytes, /) -> object: ...
+    def update(self, data: bytes | memoryview, /) -> object: ...
+
+
+class Readable(Protocol):
+    """A file opened for reading bytes."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
 
 
 def tensors_digest(header: bytes, digests: Iterable[str]) -> str:
@@ -36,12 +44,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def blake3_of(file: BinaryIO, nbytes: int, also: Hash | None = None) -> str:
+def blake3_of(file: Readable, nbytes: int, also: Hash | None = None) -> str:
     """BLAKE3 of the next `nbytes` bytes of an open file (fewer at its end); `also` is updated with the same bytes."""
     total = blake3()
-    while nbytes > 0 and (block := file.read(min(nbytes, 1 << 20))):
+    for block in blocks(file, nbytes):
         total.update(block)
         if also is not None:
             also.update(block)
-        nbytes -= len(block)
     return total.hexdigest()
+
+
+def blocks(file: Readable, nbytes: int) -> Iterator[memoryview]:
+    """The next `nbytes` bytes of an open file (fewer at its end), BLOCK at a time; each is valid until the next."""
+    buffer = memoryview(bytearray(min(nbytes, BLOCK)))
+    while nbytes > 0 and (count := file.readinto(buffer[: min(nbytes, BLOCK)])):
+        yield buffer[:count]
+        nbytes -= count
