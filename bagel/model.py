@@ -23,6 +23,7 @@ from bagel.context import Context
 from bagel.inputs import grid_ids
 from bagel.layers import RMSNorm, attention, linear_dtype, rope_table
 from bagel.mot import MoTLayer
+from bagel.one_row import Linear
 from bagel.vit import MLP, ViT, patchify
 
 # Called with a name and rows in the official order (wrapper, image, wrapper); asking for taps turns all skipping off.
@@ -122,7 +123,7 @@ class Bagel(nn.Module):
         self.layers = nn.ModuleList(MoTLayer(llm, i) for i in range(llm.num_layers))
         self.norm_und = RMSNorm(llm.hidden_size, llm.rms_norm_eps)
         self.norm_gen = RMSNorm(llm.hidden_size, llm.rms_norm_eps)
-        self.lm_head = nn.Linear(llm.hidden_size, llm.vocab_size, bias=False)
+        self.lm_head = Linear(llm.hidden_size, llm.vocab_size, bias=False)
         self.vit = ViT(config.vit, config.vit_max_patches)
         self.connector = MLP(config.vit.hidden_size, llm.hidden_size, llm.hidden_size)
         self.vit_pos_embed = PositionTable(config.vit_max_patches, llm.hidden_size)

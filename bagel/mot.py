@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bagel.config import LLMConfig
 from bagel.layers import RMSNorm, added, apply_rope, gated
+from bagel.one_row import Linear
 
 # (layer index, q [T', H, E], k [T, K, E], v [T, K, E]) -> [T', H, E]; q may hold only the rows still needed.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -26,16 +27,16 @@ class Expert(nn.Module):
         width, head = config.hidden_size, config.head_dim
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, head
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.q_proj = nn.Linear(width, config.num_heads * head)
-        self.k_proj = nn.Linear(width, config.num_kv_heads * head)
-        self.v_proj = nn.Linear(width, config.num_kv_heads * head)
+        self.q_proj = Linear(width, config.num_heads * head)
+        self.k_proj = Linear(width, config.num_kv_heads * head)
+        self.v_proj = Linear(width, config.num_kv_heads * head)
         self.q_norm = RMSNorm(head, config.rms_norm_eps)
         self.k_norm = RMSNorm(head, config.rms_norm_eps)
-        self.o_proj = nn.Linear(config.num_heads * head, width, bias=False)
+        self.o_proj = Linear(config.num_heads * head, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.gate_proj = nn.Linear(width, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
+        self.gate_proj = Linear(width, config.intermediate_size, bias=False)
+        self.up_proj = Linear(width, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, width, bias=False)
 
     def query(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], in_fp32: bool) -> Tensor:
         """Queries [T, H, E] of normalised rows, after q_norm and rope. `in_fp32`: norm and rope in fp32."""

@@ -21,7 +21,8 @@ SHARED_FROM = 1 << 20
 
 _lock = threading.Lock()
 _runs = 0  # inside `one_thread`, of all Python threads
-_before = 0  # torch's number of threads when the first of them began
+_before = 1  # torch's number of threads when the first of them began
+_own = threading.local()  # of this Python thread: `runs` inside `one_thread`, `before` the outermost of them
 
 
 def too_small_to_share(config: LLMConfig) -> bool:
@@ -31,19 +32,35 @@ def too_small_to_share(config: LLMConfig) -> bool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread; at its end on as many as before the first of the runs that overlap it.
+    """Inside, torch computes on one thread; the last run to leave gives the number of before back.
 
-    Of runs that overlap, the first to end gives the number back to all of them.
+    torch keeps the number per Python thread and starts new ones with the number that was set last, by whomever. So runs
+    are counted in each thread, and a thread that began beside a run goes back to the number from before that run.
     """
-    global _runs, _before
-    with _lock:
-        if not _runs:
-            _before = torch.get_num_threads()
-        _runs += 1
-        torch.set_num_threads(1)
+    _enter()
     try:
         yield
     finally:
-        with _lock:
-            _runs -= 1
-            torch.set_num_threads(_before)
+        _leave()
+
+
+def _enter() -> None:
+    global _runs, _before
+    with _lock:
+        number = torch.get_num_threads()  # also ties the number to this thread: from now on no other changes it
+        if not _runs:
+            _before = number
+        _runs += 1
+        if not getattr(_own, "runs", 0):
+            _own.runs, _own.before = 0, _before if number == 1 else number
+        _own.runs += 1
+        torch.set_num_threads(1)
+
+
+def _leave() -> None:
+    global _runs
+    with _lock:
+        _runs -= 1
+        _own.runs -= 1
+        if not _own.runs:
+            torch.set_num_threads(_own.before)

@@ -4,7 +4,7 @@
     prefill    a picture as clean latent and as ViT features, then a prompt: what an edit reads
     token      one token of text
 
-While the real pass runs once, every call of `F.linear` and of attention is recorded with its inputs. The floor is the
+While the real pass runs once, every call of `F.linear` (or `one_row`) and of attention is recorded with its inputs. The floor is the
 time of repeating just those calls; it is measured alternately with the pass. The difference is spent on norms, rotary
 positions, residuals, copies, the decoding of coded weights, and Python. The products of a token have one row, so the
 least they could take is the time to read their weights, which is measured as well.
@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bagel.branches import Branches
 from bagel.layers import RMSNorm
+from bagel.one_row import one_row
 from bagel.sampler import Sampler
 
 ATTENTION = "attention"
@@ -36,6 +37,7 @@ KINDS = {
     "up_proj": "gate, up", "down_proj": "down",
 }  # fmt: skip
 PREFIX = "part: "
+PRODUCTS = (F.linear, one_row)
 
 
 Kind = Literal["step", "prefill", "token"]
@@ -75,7 +77,7 @@ def profile_pass(
         with _CallRecorder() as recorder:
             run()
         calls = recorder.calls
-        weights = {args[1].data_ptr(): args[1] for function, args, _ in calls if function is F.linear}
+        weights = {args[1].data_ptr(): args[1] for function, args, _ in calls if function in PRODUCTS}
         work: dict[str, Callable[[], object]] = {"pass": run, "floor": lambda: [f(*a, **k) for f, a, k in calls]}
         if kind == "token":
             work["reading"] = lambda: [_read(weight) for weight in weights.values()]
@@ -145,7 +147,7 @@ class _CallRecorder(TorchFunctionMode):
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.linear, F.scaled_dot_product_attention):
+        if func in (*PRODUCTS, F.scaled_dot_product_attention):
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 

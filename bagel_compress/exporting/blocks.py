@@ -80,7 +80,7 @@ class Dense(nn.Linear):
 def replace_linears(module: nn.Module) -> nn.Module:
     """Replaces every nn.Linear below `module` by a Dense, in place."""
     for name, child in module.named_children():
-        setattr(module, name, Dense(child) if type(child) is nn.Linear else replace_linears(child))
+        setattr(module, name, Dense(child) if isinstance(child, nn.Linear) else replace_linears(child))
     return module
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -58,25 +58,48 @@ def test_a_small_model_runs_on_one_thread(bf16: Sampler, monkeypatch: pytest.Mon
     assert large.threads == {2}
 
 
-@pytest.mark.usefixtures("two_threads")
-def test_runs_that_overlap_restore_the_number() -> None:
-    """The second run begins inside the first and ends after it; a thread that starts later has the number of before."""
-    inside, leave = threading.Event(), threading.Event()
+def in_new_thread(work: Callable[[], int]) -> int:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    return found[0]
 
-    def second() -> None:
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_last_run_of_a_thread_restores_the_number() -> None:
+    """Two runs of one thread overlap as two generators do; the first to end leaves the other on one thread."""
+    first, second = one_thread(), one_thread()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.get_num_threads() == 1
+    second.__exit__(None, None, None)
+    assert torch.get_num_threads() == 2
+    assert in_new_thread(torch.get_num_threads) == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_runs_of_two_threads_that_overlap() -> None:
+    """The second begins inside the first, goes on alone on one thread, and ends with the number from before both."""
+    inside, alone = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def run() -> None:
         with one_thread():
             inside.set()
-            leave.wait(10)
+            assert alone.wait(10)
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
 
-    other = threading.Thread(target=second)
+    second = threading.Thread(target=run)
     with one_thread():
-        other.start()
+        second.start()
         assert inside.wait(10)
-    leave.set()
-    other.join()
+        assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
-    seen: list[int] = []
-    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-    later.start()
-    later.join()
-    assert seen == [2]
+    alone.set()
+    second.join()
+    assert seen == [1, 2]
+    assert torch.get_num_threads() == 2
+    assert in_new_thread(torch.get_num_threads) == 2
