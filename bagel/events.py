@@ -19,7 +19,7 @@ that makes a pass of its own makes it over forks (`context.fork()`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
@@ -55,6 +55,7 @@ class Drawing:
     grids: Sequence[tuple[int, int]]  # (rows, columns) of latent tokens of each sample's picture
     flow: FlowSettings
     times: Array  # fp32, from 1 (noise) down to 0 (data); steps lead from each one to the next
+    kept: dict[str, Any] = field(default_factory=dict)  # what a backend keeps from step to step
 
     @property
     def count(self) -> int:

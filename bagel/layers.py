@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bagel.one_row import norm_fits, one_norm
+
 
 class RMSNorm(nn.Module):
     """Normalises in fp32, rounds to the input's dtype, then multiplies by the weight (in that order)."""
@@ -26,6 +28,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if norm_fits(x, self.weight):
+            return one_norm(x, self.weight, self.eps)
         if torch.is_grad_enabled():
             x_wide = x.float()
             return self.weight * (x_wide * self._scale(x_wide.pow(2))).to(x.dtype)
@@ -92,14 +96,14 @@ def apply_rope(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x * factor; x is spent."""
-    if torch.is_grad_enabled() or torch.result_type(x, factor) != x.dtype:
+    if torch.is_grad_enabled() or torch.promote_types(x.dtype, factor.dtype) != x.dtype:
         return x * factor
     return x.mul_(factor)
 
 
 def added(x: Tensor, y: Tensor) -> Tensor:
     """x + y; y is spent."""
-    if torch.is_grad_enabled() or torch.result_type(x, y) != y.dtype:
+    if torch.is_grad_enabled() or torch.promote_types(x.dtype, y.dtype) != y.dtype:
         return x + y
     return y.add_(x)
 
@@ -129,6 +133,11 @@ def attention_kernel(kernel: Kernel) -> Iterator[None]:
         _kernel.reset(token)
 
 
+def exactly() -> bool:
+    """Whether `attention_kernel("exact")` surrounds the call. A compiled pass is never inside (bagel/static_step.py)."""
+    return not torch.compiler.is_compiling() and _kernel.get() == "exact"
+
+
 @functools.cache
 def flash_varlen() -> Callable[..., Tensor] | None:
     """flash-attn's varlen kernel, or None where the package is not installed."""
@@ -146,7 +155,7 @@ def attention(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], cau
     right (the last query sees every key). flash-attn where it is installed and can (CUDA, 16 bit), else torch's SDPA.
     """
     half = q[0].dtype in (torch.bfloat16, torch.float16)
-    if q[0].is_cuda and half and _kernel.get() == "fast" and (flash := flash_varlen()) is not None:
+    if q[0].is_cuda and half and not exactly() and (flash := flash_varlen()) is not None:
         return _attention_flash(flash, q, k, v, causal)
     if len(q) > 1 and len({t.shape for t in q}) == 1 and len({t.shape for t in k}) == 1:
         return _attention_sdpa(torch.stack(list(q)), torch.stack(list(k)), torch.stack(list(v)), causal).flatten(0, 1)
@@ -171,7 +180,7 @@ def _attention_sdpa(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, causal: bool
 
 def sdpa(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
     """torch's scaled-dot-product attention with grouped heads; [B, H, T, E]."""
-    if _kernel.get() == "exact":
+    if exactly():
         return _exact(q_BHTE, k_BKSE, v_BKSE, mask, is_causal)
     grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
     if grouped and mask is not None and q_BHTE.is_cuda:  # the masked CUDA kernels take no grouped heads
@@ -197,12 +206,14 @@ def _exact(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, 
 def _attention_flash(
     flash: Callable[..., Any], q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], causal: bool
 ) -> Tensor:
-    def starts(parts: Sequence[Tensor]) -> Tensor:
-        lens = torch.tensor([0] + [p.shape[0] for p in parts], dtype=torch.int32)
-        return lens.cumsum(0, dtype=torch.int32).to(q[0].device)
-
     return flash(  # type: ignore[no-any-return]
         torch.cat(list(q)), torch.cat(list(k)), torch.cat(list(v)),
-        cu_seqlens_q=starts(q), cu_seqlens_k=starts(k),
+        cu_seqlens_q=_starts(tuple(map(len, q)), q[0].device), cu_seqlens_k=_starts(tuple(map(len, k)), q[0].device),
         max_seqlen_q=max(p.shape[0] for p in q), max_seqlen_k=max(p.shape[0] for p in k), causal=causal,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(lens: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each segment of packed rows starts and the last one ends, int32; made once for all layers and steps."""
+    return torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)

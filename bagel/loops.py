@@ -297,8 +297,7 @@ class Loops(ABC):
 
         A branch whose context equals cond gives cond's velocity without being evaluated.
         """
-        branches, tap = drawing.branches, work.tap
-        block = self.bagel.noisy_block(work.x, work.t, drawing.grids, self.wrap, tap)
+        branches = drawing.branches
         skip_text = branches.text_equals_cond and self.share_branches
         skip_image = branches.image_equals_cond and self.share_branches
         contexts = [branches.cond]
@@ -306,15 +305,19 @@ class Loops(ABC):
             contexts.append(branches.text_dropped)
         if use_image and not skip_image:
             contexts.append(branches.image_dropped)
-        if self.merge_branches and len(contexts) > 1 and not tap:
-            merged = block.repeated(len(contexts))
-            found = list(self.bagel.velocity(merged, [c for part in contexts for c in part]).chunk(len(contexts)))
-        else:
-            found = [self.bagel.velocity(block, c, tap if i == 0 else None) for i, c in enumerate(contexts)]
+        found = self.passes(drawing, work, contexts)
         v = found.pop(0)
         v_text = None if not use_text else v if skip_text else found.pop(0)
         v_image = None if not use_image else v if skip_image else found.pop(0)
         return v, v_text, v_image
+
+    def passes(self, drawing: Drawing, work: StepInput, contexts: Sequence[Sequence[Any]]) -> list[Array]:
+        """The velocity at (x, t) of each of these branches' contexts; the first one sees the tap."""
+        block = self.bagel.noisy_block(work.x, work.t, drawing.grids, self.wrap, work.tap)
+        if self.merge_branches and len(contexts) > 1 and not work.tap:
+            merged = block.repeated(len(contexts))
+            return list(self.bagel.velocity(merged, [c for part in contexts for c in part]).chunk(len(contexts)))
+        return [self.bagel.velocity(block, c, work.tap if i == 0 else None) for i, c in enumerate(contexts)]
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, cols) of latent tokens of a picture of (H, W) pixels. Raises BagelError on an impossible size."""

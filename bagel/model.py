@@ -95,7 +95,7 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
+class PackedPass:
     """One packed pass: the understanding rows of all samples, `und_lens[b]` each, then their generation rows."""
 
     contexts: Sequence[Context]
@@ -220,7 +220,7 @@ class Bagel(nn.Module):
         ones = [1] * len(contexts)
         for context in contexts:
             context.reserve(1)
-        work = _Pass(contexts, ones, [0] * len(ones), self.rope(positions), causal=True, append=True)
+        work = PackedPass(contexts, ones, [0] * len(ones), self.rope(positions), causal=True, append=True)
         h_TD = self._run(x_TD, work, first_in_last=0)
         for context in contexts:
             context.advance(1, 1)
@@ -239,8 +239,7 @@ class Bagel(nn.Module):
         tap: Tap | None = None,
     ) -> NoisyBlock:
         """LM input of packed latent tokens [N, p*p*z] at time t (one value); `grids` are (rows, cols) per sample."""
-        side = self.config.max_latent_size
-        ids = torch.cat([grid_ids(r, c, side, self.config.interpolate_pos) for r, c in grids]).to(self.device)
+        ids = self.latent_ids(grids)
         time_1D = self.time_embedder(t.reshape(1).to(self.device))
         projected = self.vae2llm(packed.to(self.device, linear_dtype(self.vae2llm)))
         latents_ND = projected + time_1D + self.latent_pos_embed(ids)
@@ -248,15 +247,24 @@ class Bagel(nn.Module):
             tap("packed_vae_position_ids", ids)
             tap("time_embed", time_1D)
             tap("vae2llm_out", projected)
-        wrappers = torch.cat(list(self._wrapper_rows(wrap)) * len(grids))
+        wrappers = self.block_wrappers(wrap, len(grids))
         return NoisyBlock(wrappers, latents_ND.to(self.dtype), tuple(r * c for r, c in grids))
+
+    def latent_ids(self, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Position ids [N] of the latent tokens of pictures of `grids`, (rows, cols) each."""
+        side = self.config.max_latent_size
+        return torch.cat([grid_ids(r, c, side, self.config.interpolate_pos) for r, c in grids]).to(self.device)
+
+    def block_wrappers(self, wrap: tuple[int, int], count: int) -> Tensor:
+        """The wrapper rows of a block of `count` samples, [2 * count, D]."""
+        return torch.cat(list(self._wrapper_rows(wrap)) * count)
 
     @torch.no_grad()
     def velocity(self, block: NoisyBlock, contexts: Sequence[Context], tap: Tap | None = None) -> Tensor:
         """Predicted noise - data of every latent token, [N, p*p*z]. Contexts are read, not changed."""
         count = len(contexts)
-        rope = self.rope(self._block_positions(contexts, block.lens))
-        work = _Pass(contexts, [2] * count, block.lens, rope, causal=False, append=False)
+        rope = self.block_rope(contexts, block.lens)
+        work = PackedPass(contexts, [2] * count, block.lens, rope, causal=False, append=False)
         x_TD = torch.cat([block.wrappers, block.latents])
         if tap:
             tap("seq_in", _official_order(x_TD, work))
@@ -290,12 +298,12 @@ class Bagel(nn.Module):
         counts = [u + g for u, g in zip(und_lens, gen_lens, strict=True)]
         for context, count in zip(contexts, counts, strict=True):
             context.reserve(count)
-        work = _Pass(contexts, und_lens, gen_lens, self.rope(positions), causal, append=True)
+        work = PackedPass(contexts, und_lens, gen_lens, self.rope(positions), causal, append=True)
         self._run(x_TD, work, x_TD.shape[0] if self.skip_unused and not tap else 0, tap)
         for context, count, step in zip(contexts, counts, rope_steps, strict=True):
             context.advance(count, step)
 
-    def _run(self, x_TD: Tensor, work: _Pass, first_in_last: int, tap: Tap | None = None) -> Tensor:
+    def _run(self, x_TD: Tensor, work: PackedPass, first_in_last: int, tap: Tap | None = None) -> Tensor:
         """All decoder layers. In the last one only rows from `first_in_last` on are carried through."""
         in_fp32 = sum(work.gen_lens) > 0
         attend, rope, places = _attend_with(work), work.rope, self.places
@@ -312,6 +320,17 @@ class Bagel(nn.Module):
         llm = self.config.llm
         return rope_table(positions_T.to(self.device), llm.head_dim, llm.rope_theta, self.dtype)
 
+    def block_rope(self, contexts: Sequence[Context], lens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rows of a denoising block; a sample has one row of each, shown many times."""
+        samples = range(len(contexts))
+        counts = [(b, 2) for b in samples] + [(b, lens[b]) for b in samples]
+        tables_BE = self.rope(torch.tensor([c.rope for c in contexts]))
+        if len(contexts) == 1:
+            cos, sin = (table.expand(2 + lens[0], -1) for table in tables_BE)
+        else:
+            cos, sin = (torch.cat([table[b].expand(n, -1) for b, n in counts]) for table in tables_BE)
+        return cos, sin
+
     def _block_positions(self, contexts: Sequence[Context], lens: Sequence[int]) -> Tensor:
         wrappers = [torch.full((2,), c.rope) for c in contexts]
         return torch.cat(wrappers + [torch.full((n,), c.rope) for c, n in zip(contexts, lens, strict=True)])
@@ -321,7 +340,7 @@ class Bagel(nn.Module):
         return start_D, end_D
 
 
-def _segments(x: Tensor, work: _Pass) -> list[Tensor]:
+def segments(x: Tensor, work: PackedPass) -> list[Tensor]:
     """Rows of a pass, per sample, in the official order: wrapper, image, wrapper (or plain text)."""
     und = x[: work.n_und].split(list(work.und_lens))
     if not any(work.gen_lens):
@@ -330,16 +349,16 @@ def _segments(x: Tensor, work: _Pass) -> list[Tensor]:
     return [torch.cat([u[:1], g, u[1:]]) for u, g in zip(und, gen, strict=True)]
 
 
-def _official_order(x_TD: Tensor, work: _Pass) -> Tensor:
-    return torch.cat(_segments(x_TD, work))
+def _official_order(x_TD: Tensor, work: PackedPass) -> Tensor:
+    return torch.cat(segments(x_TD, work))
 
 
-def _attend_with(work: _Pass) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+def _attend_with(work: PackedPass) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
     """Attention of one pass over its contexts' caches and its own rows; writes the caches if the pass appends."""
 
     def attend(layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         keys, values = [], []
-        for context, k, v in zip(work.contexts, _segments(k_TKE, work), _segments(v_TKE, work), strict=True):
+        for context, k, v in zip(work.contexts, segments(k_TKE, work), segments(v_TKE, work), strict=True):
             if work.append:
                 context.write(layer, k, v)
                 cached_k, cached_v = context.keys_values(layer, extra=k.shape[0])
@@ -355,7 +374,7 @@ def _attend_with(work: _Pass) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]
     return attend
 
 
-def attention_rows(q_THE: Tensor, keys: list[Tensor], values: list[Tensor], work: _Pass) -> Tensor:
+def attention_rows(q_THE: Tensor, keys: list[Tensor], values: list[Tensor], work: PackedPass) -> Tensor:
     """Attention for query rows in packed order: all rows of the pass, or its generation rows only."""
     count, gen_lens = len(work.contexts), list(work.gen_lens)
     if q_THE.shape[0] == sum(gen_lens):

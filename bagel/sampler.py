@@ -14,7 +14,7 @@ branch is not evaluated a second time (`share_branches = False` evaluates all of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -24,13 +24,15 @@ from torch import Tensor
 
 from bagel import flow as rectified
 from bagel.branches import Branches, Noise
-from bagel.events import Listener, Step
+from bagel.context import Context
+from bagel.events import Drawing, Listener, Step, StepInput
 from bagel.flow import FlowSettings
 from bagel.inputs import TextCodec, resized, to_tensor
 from bagel.loading import load_bagel, load_vae
 from bagel.loops import Loops, Request, Result, Turn
 from bagel.model import Bagel
 from bagel.settings import EDIT_FLOW, TextSettings
+from bagel.static_step import Run, StepRuntime, Steps, compiled_velocity
 from bagel.threads import one_thread, too_small_to_share
 from bagel.vae import AutoEncoder, to_uint8
 
@@ -41,7 +43,15 @@ __all__ = [
 
 
 class Sampler(Loops):
-    """A model with its VAE and tokenizer."""
+    """A model with its VAE and tokenizer.
+
+    `step_runtime` is how denoising steps run: "eager", or as `bagel.static_step` describes it. `compile_backend` is the
+    torch.compile backend of "compiled".
+    """
+
+    step_runtime: StepRuntime = "eager"
+    compile_backend: str | Callable[..., object] = "inductor"
+    _compiled: tuple[object, Run] | None = None  # the backend, and what it compiled
 
     def __init__(self, bagel: Bagel, vae: AutoEncoder, text: TextCodec) -> None:
         self.bagel: Bagel = bagel
@@ -57,6 +67,24 @@ class Sampler(Loops):
 
     def running(self) -> AbstractContextManager[None]:
         return one_thread() if too_small_to_share(self.bagel.config.llm) else nullcontext()
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def passes(self, drawing: Drawing, work: StepInput, contexts: Sequence[Sequence[Context]]) -> list[Tensor]:
+        if self.step_runtime == "eager" or work.tap:
+            return super().passes(drawing, work, contexts)
+        if "steps" not in drawing.kept:
+            drawing.kept["steps"] = Steps(
+                self.step_runtime, self._compiler() if self.step_runtime == "compiled" else None
+            )
+        steps = drawing.kept["steps"]
+        return [steps.velocity(self.bagel, c, drawing.grids, self.wrap, work.x, work.t) for c in contexts]
+
+    def _compiler(self) -> Run:
+        """Kept for later pictures, which then need no compilation."""
+        if self._compiled is None or self._compiled[0] is not self.compile_backend:
+            self._compiled = self.compile_backend, compiled_velocity(self.compile_backend)
+        return self._compiled[1]
 
     # --- randomness ---------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,11 @@
     prefill    a picture as clean latent and as ViT features, then a prompt: what an edit reads
     token      one token of text
 
-While the real pass runs once, every call of `F.linear` (or `one_row`) and of attention is recorded with its inputs. The floor is the
-time of repeating just those calls; it is measured alternately with the pass. The difference is spent on norms, rotary
-positions, residuals, copies, the decoding of coded weights, and Python. The products of a token have one row, so the
-least they could take is the time to read their weights, which is measured as well.
+While the real pass runs once, every product (`F.linear`, or `bagel.one_row` of a token) and attention is recorded with
+its inputs. The floor is the time of repeating just those calls; it is measured alternately with the pass. The
+difference is spent on norms, rotary positions, residuals, copies, the decoding of coded weights, and Python. The
+products of a token have one row, so the least they could take is the time to read their weights, which is measured as
+well.
 """
 
 from __future__ import annotations

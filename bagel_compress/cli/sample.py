@@ -111,6 +111,9 @@ def _image_options(parser: argparse.ArgumentParser, defaults: dict[str, Any]) ->
     speed.add_argument("--preset", metavar="NAME", help="use the settings of this preset of the build's recipe")
     speed.add_argument("--guidance-every", type=int, default=1, metavar="K",
                        help="evaluate the guidance branches at every K-th evaluation (%(default)s)")  # fmt: skip
+    speed.add_argument("--step-runtime", choices=("eager", "static", "compiled", "cuda-graph"), default="eager",
+                       help="how a denoising step runs: compiled by torch.compile, or replayed as a CUDA graph"
+                       " (%(default)s)")  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="PNG", help="file to write (default: out.png, or the next free out-N.png)"
     )
@@ -239,6 +242,19 @@ def _text(args: argparse.Namespace) -> TextSettings:
 
 
 def _opened(args: argparse.Namespace, check: Callable[[BagelConfig], object] | None = None) -> Loops:
+    """The model of `_adapted`, with the runtime of --step-runtime for its denoising steps."""
+    sampler, runtime = _adapted(args, check), getattr(args, "step_runtime", "eager")
+    if runtime != "eager":
+        from bagel.sampler import Sampler
+        from bagel_compress.errors import InputError
+
+        if not isinstance(sampler, Sampler):
+            raise InputError(f"{args.model} is an export, which has a runtime of its own; leave --step-runtime away.")
+        sampler.step_runtime = runtime
+    return sampler
+
+
+def _adapted(args: argparse.Namespace, check: Callable[[BagelConfig], object] | None) -> Loops:
     """The model of `_placed`, with the adapter that --adapter names beside its linears."""
     if args.adapter is None:
         return _placed(args, check)

@@ -14,9 +14,8 @@ from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.parity import replay
 from bagel_compress.parity.distances import picture_distances
 from bagel_compress.parity.extremes import middle
-from bagel_compress.parity.report_data import Row
+from bagel_compress.parity.report_data import PRESET, Row
 from bagel_compress.parity.trace import Trace
-from bagel_compress.parity.verdict import PRESET
 
 
 def preset_rows(

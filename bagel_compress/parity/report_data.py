@@ -19,6 +19,7 @@ from bagel_compress.errors import ArtifactError, GateError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.yaml_model import FrozenModel
 
+PRESET = ", preset "  # in Row.case, between the name of the case and that of the preset it was drawn with
 REPORTS = "reports"
 PARITY = "parity.json"
 NAME = r"^[\w.-]+$"  # pattern of names that become file names: none can lead out of its folder
@@ -274,7 +275,11 @@ def sentence(row: Row) -> str:
     if math.isnan(row.value):
         return f"{where}{row.metric} is not a number, the limit is {number(row.limit)}."
     side = "above" if row.value > row.limit else "below"
-    return f"{where}{row.metric} is {number(row.value)}, {side} the limit of {number(row.limit)}."
+    preset = row.case.partition(PRESET)[2]
+    advice = (
+        f" Take {preset} out of the recipe's `fast` and build again, or choose another by `speed`." if preset else ""
+    )
+    return f"{where}{row.metric} is {number(row.value)}, {side} the limit of {number(row.limit)}.{advice}"
 
 
 def number(value: float) -> str:

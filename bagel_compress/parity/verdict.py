@@ -12,11 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from bagel_compress.build.limits import Limit, Metric, resolve
 from bagel_compress.parity.extremes import largest, middle, smallest
-from bagel_compress.parity.report_data import CaseParity, ParityReport, Row
+from bagel_compress.parity.report_data import PRESET, CaseParity, ParityReport, Row
 
 FLOOR_OF = {"lossless": ("repeat",)}  # a lossless model has to reproduce an unchanged repetition of the reference
 FLOOR_KINDS = ("kernel", "dtype")  # the changes that count for the noise floor of all other classes
-PRESET = ", preset "  # in Row.case, between the name of the case and that of the preset it was drawn with
 MODULE_METRICS = (Metric.LINEAR_GAIN, Metric.LINEAR_BIAS)  # from probes of single modules, which graphs do not have
 # A metric without a value where the reference is sure of no token -> a metric that is measured whenever it could be.
 OPTIONAL_METRICS = {Metric.LOGITS_TOP1_SURE: Metric.LOGITS_KL_MEAN}

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from bagel_compress.build.limits import METRICS
+from bagel_compress.build.limits import METRICS, Metric
 from bagel_compress.build.manifest import SourceEntry
 from bagel_compress.build.recipe import Recipe
 from bagel_compress.io.hub_client import parse_repo_id
-from bagel_compress.parity.report_data import ParityReport, number
+from bagel_compress.parity.report_data import PRESET, ParityReport, number
 from bagel_compress.publishing.card_markdown import code, plain, table
 from bagel_compress.publishing.snippets import Snippet
 from bagel_compress.report.text import worst_rows
@@ -135,6 +135,27 @@ def parity_section(parity: ParityReport | None) -> str:
         + table(("metric", "value", "floor", "limit", "case", "holds"), rows)
         + f"\n\nMeasured with {where}."
         + "".join(f"\n\n{plain(note)}" for note in parity.notes)
+    )
+
+
+def presets_section(recipe: Recipe | None, parity: ParityReport | None) -> str:
+    """The sampler presets that the recipe promises, with their errors as validated."""
+    if recipe is None or not recipe.fast:
+        return ""
+
+    def worst(preset: str, metric: Metric, choose: Callable[[Iterable[float]], float]) -> str:
+        rows = [r for r in parity.rows if r.case.endswith(f"{PRESET}{preset}") and r.metric == metric] if parity else []
+        return f"{number(choose(r.value for r in rows))} ({number(rows[0].limit)})" if rows else "not measured"
+
+    rows = [
+        [code(name), plain(preset), worst(name, Metric.LATENT_PATH, max), worst(name, Metric.IMAGE_PSNR, min)]
+        for name, preset in recipe.fast.items()
+    ]
+    return (
+        "## Presets of the sampler\n\n"
+        "Fewer evaluations of the network, by `bagel-compress generate --preset NAME`; errors with the build's own"
+        " included, from the reference with all steps.\n\n"
+        + table(("preset", "settings", "worst error of the latent (limit)", "PSNR in dB (limit)"), rows)
     )
 
 

@@ -25,11 +25,14 @@ def presets_of(folder: Path) -> Mapping[str, SpeedPreset]:
 
 
 def with_preset(flow: FlowSettings, preset: str, folder: Path) -> FlowSettings:
-    """The settings with those of a preset of the folder's build. Raises InputError if the build has no such preset."""
-    presets = presets_of(folder)
+    """The settings with those of a preset of the folder's build. Raises InputError if the build has no such preset.
+
+    Every model has `exact`, the official sampler.
+    """
+    presets = {"exact": SpeedPreset()} | dict(presets_of(folder))
     if preset not in presets:
         known = ", ".join(presets) or "none"
-        raise InputError(f"{folder} promises no preset {preset!r} (its presets: {known}).")
+        raise InputError(f"{folder} has no preset {preset!r} (its presets: {known}).")
     return presets[preset].applied(flow)
 
 

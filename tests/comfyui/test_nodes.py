@@ -152,7 +152,7 @@ def test_solvers_and_the_step_cache_are_the_sampler_s(comfy: Comfy, nano: Sample
     )
     comfy.models.clear()
     comfy.unload_all()
-    with pytest.raises(InputError, match="promises no preset 'fast'"):
+    with pytest.raises(InputError, match="has no preset 'fast'"):
         comfy.run(FLOWS / "text_to_image.json", num_timesteps=6, preset="fast")
 
 

@@ -15,6 +15,7 @@ from bagel_compress.build.speed_settings import SpeedPreset
 from bagel_compress.cli import main
 from bagel_compress.errors import RecipeError, TraceError
 from bagel_compress.parity.compare import Candidate, compare
+from bagel_compress.publishing.card_sections import presets_section
 from bagel_compress.scores.benchmark import Benchmark, Prompt
 from bagel_compress.source.checkpoint import Checkpoint
 from bagel_compress.validation.artifact import record_source
@@ -33,7 +34,12 @@ def test_a_preset_is_drawn_and_may_break_the_gate(reference, trace_file):
     assert {row.value for row in exact if row.metric == "latent.path"} == {0.0}
     assert not all(row.ok for row in fast)
     assert not report.passed
-    assert any("preset fast" in reason for reason in report.broken)
+    assert any("preset fast" in reason and "Take fast out of the recipe's `fast`" in reason for reason in report.broken)
+    recipe = Recipe.parse(RECIPE + "fast: {exact: {}, fast: {num_timesteps: 3}}", "r")
+    section = presets_section(recipe, report)
+    assert "| `exact` | official sampler | 0 (0.08) | equal (27) |" in section
+    assert "| `fast` | 3 points |" in section
+    assert presets_section(Recipe.parse(RECIPE, "r"), report) == presets_section(None, report) == ""
 
 
 def test_presets_of_a_recipe():
@@ -105,5 +111,7 @@ def test_a_picture_is_drawn_with_the_preset_of_a_build(tmp_path, capsys):
         return main(argv), out.read_bytes() if out.exists() else b""
 
     assert drawn("--preset", "balanced") == drawn("--cache-every", "2") != drawn()
+    assert drawn("--preset", "exact", "--cache-every", "2") == drawn()
+    assert drawn("--step-runtime", "static") == drawn()
     assert drawn("--preset", "fast")[0] == 2
-    assert "its presets: balanced" in capsys.readouterr().err
+    assert "its presets: exact, balanced" in capsys.readouterr().err
