@@ -134,7 +134,7 @@ def attention_kernel(kernel: Kernel) -> Iterator[None]:
 
 
 def exactly() -> bool:
-    """Whether `attention_kernel("exact")` surrounds the call. A compiled pass is never inside (bagel/static_step.py)."""
+    """Whether `attention_kernel("exact")` surrounds the call; a compiled pass never is (bagel/static_step.py)."""
     return not torch.compiler.is_compiling() and _kernel.get() == "exact"
 
 

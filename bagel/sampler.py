@@ -77,8 +77,12 @@ class Sampler(Loops):
             drawing.kept["steps"] = Steps(
                 self.step_runtime, self._compiler() if self.step_runtime == "compiled" else None
             )
-        steps = drawing.kept["steps"]
-        return [steps.velocity(self.bagel, c, drawing.grids, self.wrap, work.x, work.t) for c in contexts]
+        steps, x, t = drawing.kept["steps"], work.x, work.t
+        if self.merge_branches:
+            together, count = [context for branch in contexts for context in branch], len(contexts)
+            v = steps.velocity(self.bagel, together, list(drawing.grids) * count, self.wrap, x.repeat(count, 1), t)
+            return list(v.chunk(count))
+        return [steps.velocity(self.bagel, c, drawing.grids, self.wrap, x, t) for c in contexts]
 
     def _compiler(self) -> Run:
         """Kept for later pictures, which then need no compilation."""

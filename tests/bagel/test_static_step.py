@@ -52,6 +52,13 @@ def test_a_static_step_has_the_eager_bits(
     assert torch.equal(latent(with_runtime(sampler, "static"), turns, flow), latent(sampler, turns, flow))
 
 
+@pytest.mark.parametrize(("turns", "flow"), RUNS)
+def test_branches_in_one_static_pass(fp32: Sampler, turns: list[Any], flow: FlowSettings) -> None:
+    merged, static = copy.copy(fp32), with_runtime(fp32, "static")
+    merged.merge_branches = static.merge_branches = True
+    assert torch.equal(latent(static, turns, flow), latent(merged, turns, flow))
+
+
 def test_a_batch_has_the_eager_bits(fp32: Sampler) -> None:
     from bagel.loops import Request
 
@@ -118,14 +125,6 @@ def test_the_exact_kernel_is_not_compiled(fp32: Sampler) -> None:
 def test_a_graph_needs_cuda(fp32: Sampler) -> None:
     with pytest.raises(BagelError, match="needs a model on a CUDA device"):
         latent(with_runtime(fp32, "cuda-graph"), *RUNS[0])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("turns", "flow"), RUNS)
-def test_a_recorded_step_has_the_eager_bits(bf16: Sampler, turns: list[Any], flow: FlowSettings) -> None:
-    on_gpu = Sampler(copy.deepcopy(bf16.bagel).cuda(), copy.deepcopy(bf16.vae).cuda(), bf16.text)
-    assert torch.equal(latent(with_runtime(on_gpu, "cuda-graph"), turns, flow), latent(on_gpu, turns, flow))
 
 
 def test_a_step_is_recorded_after_it_ran(fp32: Sampler) -> None:
