@@ -257,7 +257,7 @@ def _opened(args: argparse.Namespace, check: Callable[[BagelConfig], object] | N
 
     if not isinstance(sampler, Sampler):
         raise InputError(
-            f"{args.model} is an export, which has a runtime of its own; leave --step-runtime and --merge-branches away."
+            f"{args.model} is an export with a runtime of its own; leave --step-runtime and --merge-branches away."
         )
     sampler.step_runtime, sampler.merge_branches = runtime, merged
     return sampler
