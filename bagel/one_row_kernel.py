@@ -4,7 +4,7 @@ Entry points take addresses (`Tensor.data_ptr()`), since to make an array of num
 norm. The caller keeps the tensors alive, contiguous and of the sizes that it says.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,operator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,operator,call-arg"
 # (numba types these functions itself)
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class StaticStep:
 class Recorded:
     """A static step as a CUDA graph."""
 
-    def __init__(self, step: StaticStep, pool: object = None) -> None:
+    def __init__(self, step: StaticStep, pool: Any = None) -> None:
         """Runs the step a few times and records it. `pool`: memory that graphs which never run at once share.
 
         Raises BagelError where there is no CUDA device or where the pass cannot be recorded.
@@ -109,7 +109,7 @@ class Steps:
         """`compiled`: of "compiled", what `compiled_velocity` gives."""
         self._runtime, self._compiled = runtime, compiled
         self._made: dict[tuple[int, ...], tuple[StaticStep, Callable[[], Tensor]]] = {}
-        self._pool: object = None
+        self._pool: Any = None
 
     def velocity(
         self,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bagel.events import Listener
     from bagel.loops import Loops, Result
     from bagel.settings import FlowSettings, TextSettings
+    from bagel.static_step import StepRuntime
 
 _MODEL = "checkpoint folder, artifact folder, ONNX export, or a Hub id (user/name)"
 
@@ -249,7 +250,8 @@ def _text(args: argparse.Namespace) -> TextSettings:
 def _opened(args: argparse.Namespace, check: Callable[[BagelConfig], object] | None = None) -> Loops:
     """The model of `_adapted`, whose denoising steps run as --step-runtime and --merge-branches say."""
     sampler = _adapted(args, check)
-    runtime, merged = getattr(args, "step_runtime", "eager"), getattr(args, "merge_branches", False)
+    runtime: StepRuntime = getattr(args, "step_runtime", "eager")
+    merged: bool = getattr(args, "merge_branches", False)
     if runtime == "eager" and not merged:
         return sampler
     from bagel.sampler import Sampler
