@@ -30,6 +30,16 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert receipts["draw"]["figures"]["df11"]["pass"]["floor"] > 0
 
 
+@pytest.mark.slow
+def test_a_rehearsal_draws_with_every_recipe_of_a_visit(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = day("draw", "--dry-run", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "draw.json").read_text())["figures"]
+    assert set(figures) == {"bf16-32gb", "fp8-24gb", "int8-24gb", "nf4-nearest", "df11"}
+    assert all(found["pass"]["floor"] > 0 and found["bytes"] > 0 for found in figures.values())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
 def test_without_a_gpu_it_says_so_and_a_part_must_exist(tmp_path: Path) -> None:
     done = day("kernels", "--out", str(tmp_path))
