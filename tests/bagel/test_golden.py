@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bagel.conformance.__main__ import main
 from bagel.conformance.compare import check
+from bagel.conformance.packing import merged_slots
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
@@ -76,3 +78,10 @@ def test_a_tensor_nobody_computes_fails(one_scenario: Path) -> None:
 
 def test_wrong_usage_is_exit_2(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 2
+
+
+def test_rows_of_a_merged_sequence_follow_their_own_cache() -> None:
+    contexts = [SimpleNamespace(length=length) for length in (3, 3, 5)]
+    query, cached = merged_slots(contexts, [2, 1, 1])
+    assert query.tolist() == [3, 4, 8, 14]
+    assert cached.tolist() == [0, 1, 2, 5, 6, 7, 9, 10, 11, 12, 13]

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from bagel.errors import BagelError
 from bagel.images import bicubic, to_rgb
+from bagel.inputs import grid_ids
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -134,3 +135,9 @@ def test_the_order_of_the_passes_does_not_depend_on_pillow() -> None:
         if int(PIL.__version__.split(".")[0]) >= 13:
             assert np.array_equal(found, np.asarray(image.resize(sides, Image.Resampling.BICUBIC)))
     assert orders == {"horizontal", "vertical"}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 49, 70])
+def test_interpolated_position_ids_are_one_for_each_patch(rows: int) -> None:
+    """1 / (1 / 49) is a little more than 49, so a range of steps of 1 / 49 that ended at 1 would have 50 entries."""
+    assert grid_ids(rows, 3, 70, interpolate=True).numel() == 3 * rows

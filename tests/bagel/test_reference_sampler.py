@@ -234,3 +234,9 @@ def test_a_temperature_divides_the_logits(fp32: Sampler) -> None:
         generators = [fp32.generator(seed) for seed in range(len(logits))]
         drawn = fp32.choose(logits, settings, generators)
         assert abs(sum(drawn) / len(drawn) - share) < 0.035, temperature
+
+
+def test_an_impossible_size_is_refused_before_anything_is_read(fp32: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "read", lambda *args, **options: pytest.fail("the prompt was read"))
+    with pytest.raises(BagelError, match="multiple of 16"):
+        fp32.run(["a cat"], size=(65, 64))
