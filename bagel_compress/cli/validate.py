@@ -36,7 +36,10 @@ def register(verbs: Any) -> None:
     comparison.set_defaults(verb=_compare)
 
     report = add_verb(
-        verbs, "report", "write report.html again from an artifact's JSON reports", "bagel-compress report out/nf4"
+        verbs,
+        "report",
+        "write report.html again from the JSON reports of an artifact or export",
+        "bagel-compress report out/nf4",
     )
     report.add_argument("artifact", metavar="ARTIFACT")
     add_json(report)
@@ -286,9 +289,13 @@ def budget_table(report: BudgetReport) -> str:
 
 def _report(args: argparse.Namespace) -> int:
     from bagel_compress.build.artifact import Artifact
-    from bagel_compress.validation.artifact import write_pages
+    from bagel_compress.build.manifest import EXPORT_MANIFEST
+    from bagel_compress.exporting.manifest import ExportFolder
+    from bagel_compress.report.files import write_pages
 
-    page = write_pages(args.artifact, Artifact.open(args.artifact).digest)
+    exported = (Path(args.artifact) / EXPORT_MANIFEST).exists()
+    build = ExportFolder.open(args.artifact) if exported else Artifact.open(args.artifact)
+    page = write_pages(args.artifact, build.digest)
     emit(args, {"page": str(page)}, str(page))
     return 0
 

@@ -71,12 +71,12 @@ BENCHMARKS: Mapping[str, BenchmarkInfo] = {
         BenchmarkInfo(
             "geneval", "GenEval", "text to image", "detector",
             {"evaluation_metadata.jsonl": "one prompt a line: tag, include, exclude, prompt"},
-            GENEVAL, pictures=4, official={"overall": 0.82}, url="https://github.com/djghosh13/geneval",
+            GENEVAL, pictures=4, official={"overall": 82.0}, url="https://github.com/djghosh13/geneval",
         ),
         BenchmarkInfo(
             "geneval-rewritten", "GenEval, rewritten prompts", "text to image", "detector",
             {"evaluation_metadata_long.jsonl": "as evaluation_metadata.jsonl, with the prompts rewritten"},
-            GENEVAL, pictures=4, official={"overall": 0.88}, url="https://github.com/ByteDance-Seed/Bagel",
+            GENEVAL, pictures=4, official={"overall": 88.0}, url="https://github.com/ByteDance-Seed/Bagel",
         ),
         BenchmarkInfo(
             "wise", "WISE", "text to image", "judge",

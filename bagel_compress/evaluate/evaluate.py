@@ -24,7 +24,6 @@ from bagel_compress.evaluate.exact import score_mme, score_mmmu, score_mmvp
 from bagel_compress.evaluate.items import BenchmarkItems, Item, ItemPicture, check_damage
 from bagel_compress.evaluate.judge import Judge
 from bagel_compress.evaluate.judged import score_judged
-from bagel_compress.evaluate.report import EvaluationReport, JudgeUse, load_values, save_values, scored
 from bagel_compress.evaluate.runner import (
     RunSettings,
     Shard,
@@ -36,8 +35,10 @@ from bagel_compress.evaluate.runner import (
     subset,
     unfinished,
 )
-from bagel_compress.evaluate.values import Values
+from bagel_compress.evaluate.values import Values, load_values, save_values, scored
 from bagel_compress.io.jobs import Executor, run_jobs
+from bagel_compress.report.files import write_pages_again
+from bagel_compress.scores.evaluation_report import EvaluationReport, JudgeUse
 from bagel_compress.source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ def finish(what: Run, scorers: Scorers = Scorers()) -> EvaluationReport | None:
     report.save(out)
     if any((Path(what.model) / name).is_file() for name in (MANIFEST, EXPORT_MANIFEST)):
         report.attach(Path(what.model))
+        write_pages_again(Path(what.model), settings.model)
     return report
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate.benchmarks import BENCHMARKS
 from bagel_compress.evaluate.evaluate import Run, Scorers, digest_of, evaluate
-from bagel_compress.evaluate.report import EvaluationReport
+from bagel_compress.scores.evaluation_report import EvaluationReport
 
 LIMIT = 60  # units of each benchmark: about ten minutes of the 7B model on a GPU
 SUITE = tuple(name for name, info in BENCHMARKS.items() if info.scoring in ("exact", "detector"))

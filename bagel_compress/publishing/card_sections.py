@@ -21,11 +21,12 @@ from bagel_compress.io.hub_client import parse_repo_id
 from bagel_compress.parity.report_data import PRESET, ParityReport, number
 from bagel_compress.publishing.card_markdown import code, plain, table
 from bagel_compress.publishing.snippets import Snippet
+from bagel_compress.report.benchmarks import HEAD, measured, shown
 from bagel_compress.report.text import worst_rows
 
 if TYPE_CHECKING:
-    from bagel_compress.evaluate.report import EvaluationReport
     from bagel_compress.publishing.release_reports import ReleaseReports
+    from bagel_compress.scores.evaluation_report import EvaluationReport
 
 CARD = "README.md"
 TABLE_START, TABLE_END = "<!-- builds of this base -->", "<!-- end of builds -->"  # around a collection's table
@@ -163,22 +164,13 @@ def benchmark_section(evaluations: Sequence[EvaluationReport]) -> str:
     """Published benchmarks that were run on this build: the main figures, by whom and on what they were measured."""
     if not evaluations:
         return ""
-    rows, notes = [], []
-    for report in evaluations:
-        for s in report.main_scores:
-            official = "-" if s.official is None else number(s.official)
-            delta = "-"
-            if s.delta is not None and s.delta_low is not None and s.delta_high is not None:
-                delta = f"{s.delta:+.2f} ({s.delta_low:+.2f} to {s.delta_high:+.2f})"
-            value = f"{s.value:.2f} ({s.low:.2f} to {s.high:.2f})"
-            rows.append([plain(report.title), plain(s.name), value, official, delta])
-        words = [f"{report.title}: {report.items} items, measured by {report.measured_by} on {report.measured_on}"]
-        words += [f"judged by {report.judge.model}"] if report.judge else []
-        words += [f"not the official run: {'; '.join(report.differs)}"] if report.differs else []
-        words += [f"differences are to {report.reference}, paired by unit"] if report.reference else []
-        notes.append(f"- {plain('; '.join([*words, *report.notes]).rstrip('.'))}.")
-    head = ("benchmark", "score", "this build (95 %)", "reported for the full model", "difference, measured (95 %)")
-    return "\n\n".join(["## Benchmarks", *([table(head, rows)] if rows else []), "\n".join(notes)])
+    rows = [
+        [plain(s.benchmark), plain(s.score), s.value, s.official or "-", s.difference or "-"]
+        for report in evaluations
+        for s in shown(report)
+    ]
+    notes = "\n".join(f"- {plain(measured(report))}" for report in evaluations)
+    return "\n\n".join(["## Benchmarks", *([table(HEAD, rows)] if rows else []), notes])
 
 
 def loading(snippets: Iterable[Snippet]) -> str:

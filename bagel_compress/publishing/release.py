@@ -166,7 +166,7 @@ def _report_files(publishable: Publishable, reports: ReleaseReports, folder: Pat
     if reports.parity is not None:
         sizes = publishable.groups() if isinstance(publishable, Artifact) else ()
         shown = [case for case in reports.parity.cases if case.name in reports.pictures]
-        pages = page_files(publishable.path, reports.parity, reports.budgets, shown, sizes)
+        pages = page_files(publishable.path, reports.parity, reports.budgets, shown, sizes, reports.evaluations)
         files |= {name: _written(folder, name, page.encode()) for name, page in pages.items()}
     return files
 

@@ -15,7 +15,6 @@ from bagel_compress.budgets.overruns import overruns
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
 from bagel_compress.errors import ArtifactError, RecipeError
-from bagel_compress.evaluate.report import EvaluationReport, load_evaluations
 from bagel_compress.exporting.manifest import ExportFolder, ExportManifest
 from bagel_compress.io.digests import blake3_file
 from bagel_compress.io.packaged import target_files
@@ -25,6 +24,7 @@ from bagel_compress.parity.verdict import recheck
 from bagel_compress.publishing.publishable import Publishable, source_of
 from bagel_compress.report.files import picture_name
 from bagel_compress.run.target import Target
+from bagel_compress.scores.evaluation_report import EvaluationReport, load_evaluations
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from bagel_compress.build.limits import METRICS, Metric
 from bagel_compress.build.sizes import SizeGroup
 from bagel_compress.io.byte_size import size_text
 from bagel_compress.parity.report_data import BudgetReport, CaseParity, ParityReport, Row, number
+from bagel_compress.report.benchmarks import benchmark_section
 from bagel_compress.report.memory_page import budget_section
 from bagel_compress.report.rounding_page import rounding_section
 from bagel_compress.report.svg import Points, bars, line_chart
 from bagel_compress.report.text import fitting, loss, worst_rows
+from bagel_compress.scores.evaluation_report import EvaluationReport
 
 WORST_MODULES = 12
 BRIGHT, BRIGHT_SHARE, MAX_GAIN = 160, 0.99, 64  # a difference picture is scaled to have its 99 % quantile near 160
@@ -37,6 +39,7 @@ def render(
     pictures: Mapping[str, Sequence[bytes]],
     budgets: Sequence[BudgetReport] = (),
     sizes: Sequence[SizeGroup] = (),
+    evaluations: Sequence[EvaluationReport] = (),
 ) -> str:
     """The page. `pictures`: case -> PNG files of reference, artifact, difference, inputs; `sizes`: the build's."""
     sections = [
@@ -45,6 +48,7 @@ def render(
         _verdict(report, budgets),
         budget_section(budgets),
         _summary(report),
+        benchmark_section(evaluations),
         _pictures(report, pictures),
         _texts(report),
         _steps(report),

@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 from bagel_compress.build.limits import METRICS, Metric
 from bagel_compress.parity.report_data import BudgetReport, ParityReport, Row, number, sentence
+from bagel_compress.report.benchmarks import HEAD, measured, shown
+from bagel_compress.scores.evaluation_report import EvaluationReport
 
 
 def junit(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
@@ -27,8 +29,10 @@ def junit(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def markdown(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
-    """A Markdown summary for the page of a CI run: verdict, reasons, the worst value of each metric."""
+def markdown(
+    report: ParityReport, budgets: Sequence[BudgetReport] = (), evaluations: Sequence[EvaluationReport] = ()
+) -> str:
+    """A Markdown summary for the page of a CI run: verdict, reasons, the worst value of each metric, benchmarks."""
     reasons = [*report.faults, *report.broken, *(s for b in budgets for s in b.broken)]
     lines = [f"### {_cell(report.name)}: {'did not pass' if reasons else 'passed'}", ""]
     lines += [f"- {_cell(reason)}" for reason in reasons] + ([""] if reasons else [])
@@ -46,7 +50,17 @@ def markdown(report: ParityReport, budgets: Sequence[BudgetReport] = ()) -> str:
             limit = "" if budget.limit is None else f"{budget.limit / 2**30:.2f} GiB"
             how = "measured" if budget.measured_on else "predicted"
             lines.append(f"| {_cell(budget.target)} | {budget.peak / 2**30:.2f} GiB {how} | {limit} |")
+    lines += _benchmarks(evaluations)
     return "\n".join(lines) + "\n"
+
+
+def _benchmarks(evaluations: Sequence[EvaluationReport]) -> list[str]:
+    rows = [row for report in evaluations for row in shown(report)]
+    lines = ["", f"| {' | '.join(HEAD)} |", "|---|---|---|---|---|"] if rows else []
+    for row in rows:
+        difference = f"{row.difference} **worse**" if row.worse else row.difference
+        lines.append(f"| {_cell(row.benchmark)} | {_cell(row.score)} | {row.value} | {row.official} | {difference} |")
+    return lines + ([""] if evaluations else []) + [f"- {_cell(measured(report))}" for report in evaluations]
 
 
 def loss(report: ParityReport) -> str:

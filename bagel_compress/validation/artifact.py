@@ -20,17 +20,16 @@ from bagel.layout import official_role
 from bagel.loading import parameter_path
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.limits import resolve
-from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.codecs.base import Codec, Rounded
 from bagel_compress.errors import TargetError
-from bagel_compress.io.atomic import atomic_path, write_atomic
+from bagel_compress.io.atomic import atomic_path
 from bagel_compress.io.digests import blake3_file
 from bagel_compress.parity.compare import NO_NETWORKS, Candidate, Comparison, Progress, compare
 from bagel_compress.parity.network_metrics import Networks
 from bagel_compress.parity.record import FLOORS, record_cases
-from bagel_compress.parity.report_data import REPORTS, LayerRounding, ParityReport, load_budgets
+from bagel_compress.parity.report_data import REPORTS, LayerRounding, ParityReport
 from bagel_compress.parity.trace import TraceFile, common_dtype
-from bagel_compress.report.files import PAGE, page_files
+from bagel_compress.report.files import write_pages
 from bagel_compress.run.case import Case
 from bagel_compress.run.device_map import DeviceChoice, DeviceMap
 from bagel_compress.run.load import load, load_checkpoint
@@ -121,21 +120,6 @@ def write_reports(build: ReportedFolder, found: Comparison) -> ParityReport:
     report.save(build.path)
     write_pages(build.path, build.digest)
     return report
-
-
-def write_pages(path: str | Path, digest: str | None = None) -> Path:
-    """Renders report.html, junit.xml and summary.md from the JSON reports of a build. Returns the path of the first.
-
-    Raises ArtifactError if there is no report, or if one does not belong to the build with this `digest`.
-    """
-    path = Path(path)
-    report = ParityReport.load(path, digest)
-    budgets = load_budgets(path, digest)
-    pictures = [case for case in report.cases if case.has_image]
-    sizes = Artifact.open(path).groups() if (path / MANIFEST).is_file() else ()
-    for name, content in page_files(path, report, budgets, pictures, sizes).items():
-        write_atomic(path / name, content)
-    return path / PAGE
 
 
 def codecs_by_module(artifact: Artifact) -> dict[str, Codec]:

@@ -19,9 +19,10 @@ from bagel_compress.build.recipe import Recipe
 from bagel_compress.errors import TargetError
 from bagel_compress.parity.compare import Progress
 from bagel_compress.parity.report_data import BudgetReport, ParityReport
+from bagel_compress.report.files import write_pages_again
 from bagel_compress.run.target import Target
 from bagel_compress.source.checkpoint import Checkpoint
-from bagel_compress.validation.artifact import validate_artifact, write_pages
+from bagel_compress.validation.artifact import validate_artifact
 
 
 def check(
@@ -66,8 +67,7 @@ def budgets_of(
         reports = [_measured(artifact, r, t, device, reference) for r, t in zip(reports, loaded, strict=True)]
     for report in reports:
         report.save(folder)
-    if (folder / "reports" / "parity.json").exists():
-        write_pages(folder, artifact.digest)
+    write_pages_again(folder, artifact.digest)
     return reports
 
 

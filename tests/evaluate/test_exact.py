@@ -143,5 +143,20 @@ def test_intervals_resample_units_and_differences_are_paired() -> None:
     assert figure(ours, "both").value == pytest.approx(2 * alone.value)
     repeated = Values({"a": {u: v * 4 for u, v in ours.values["a"].items()}}, {})
     assert figure(repeated, "a").low == pytest.approx(alone.low)  # four equal pictures of a prompt say no more than one
-    with pytest.raises(BenchmarkError, match="not asked the same items"):
+    with pytest.raises(BenchmarkError, match="1 of 400 items in common"):
         difference(ours, Values({"a": {"0": (1,)}}, {}), "a")
+
+
+def test_a_difference_is_over_the_units_that_both_runs_have() -> None:
+    """Each run may have left out a few: pictures that did not open, answers without a score."""
+    units = {str(i): (float(i % 7),) for i in range(200)}
+    ours = Values({"a": {u: (v[0] + 1,) for u, v in units.items() if u != "3"}}, {})
+    theirs = Values({"a": {u: v for u, v in units.items() if u not in ("5", "6")}}, {})
+    found = difference(ours, theirs, "a")
+    assert [found.value, found.low, found.high] == pytest.approx([1, 1, 1])
+    assert found.units == 197
+    few = Values({"a": {u: v for u, v in units.items() if int(u) > 8}}, {})
+    with pytest.raises(BenchmarkError, match="191 of 199 items in common"):
+        difference(ours, few, "a")
+    with pytest.raises(BenchmarkError, match="0 of 199 items in common"):
+        difference(ours, Values({"b": units}, {}), "a")

@@ -20,11 +20,11 @@ from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.ecq import Ecq
 from bagel_compress.codecs.int8 import Int8
 from bagel_compress.codecs.nf4 import Nf4
-from bagel_compress.evaluate.report import EvaluationReport, Score
 from bagel_compress.publishing.card_markdown import code, plain
 from bagel_compress.publishing.card_sections import Origin, recipe_section
 from bagel_compress.publishing.model_card import model_card
 from bagel_compress.publishing.release_reports import ReleaseReports, load_reports
+from bagel_compress.scores.evaluation_report import EvaluationReport, Score
 
 HOSTILE = [
     "x\n---\nlicense: evil\n---\n# pwned",
@@ -185,16 +185,17 @@ def test_benchmarks_say_by_whom_and_on_what(artifact: Artifact) -> None:
         benchmark="geneval", title="GenEval", model="nf4", digest=artifact.digest, measured_by="bagel-compress 9.9",
         measured_on="H200, torch 2.11", differs=("a subset of 60 units",), items=240, skipped=(), reference="abc123",
         scores=(
-            Score(name="overall", official=0.82, delta=-0.4, delta_low=-1.2, delta_high=0.5, **figure),
+            Score(name="overall", official=82.0, delta=-0.4, delta_low=-1.2, delta_high=0.5, **figure),
             Score(name="counting", **figure),
         ),
     )  # fmt: skip
     report.attach(artifact.path)
     card = card_of(artifact)
     page = rendered(card.partition("\n---\n")[2])
-    for shown in ("Benchmarks", "81.20 (79.00 to 83.40)", "0.82", "-0.40 (-1.20 to +0.50)", "bagel-compress 9.9",
+    for shown in ("Benchmarks", "81.20 (79.00 to 83.40)", "-0.40 (-1.20 to +0.50)", "bagel-compress 9.9",
                   "H200, torch 2.11", "not the official run: a subset of 60 units", "abc123"):  # fmt: skip
         assert shown in page.text, shown
+    assert "| 81.20 (79.00 to 83.40) | 82 |" in card
     assert "counting" not in page.text
     assert "GenEval were not measured" not in card
     report.model_copy(update={"digest": "0" * 64}).attach(artifact.path)

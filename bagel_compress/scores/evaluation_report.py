@@ -1,24 +1,22 @@
-"""The report of a benchmark on a model: scores with intervals, beside the official figures and a reference.
+"""The report of a published benchmark on a model: scores with intervals, beside the official figures and a reference.
 
 It says by whom and on what it was measured, and everything in which the run was not the official one, so that no reader
-takes a figure for more than it is.
+takes a figure for more than it is. A copy lies beside the build with the build's digest; the page, the summary and the
+model card show what `load_evaluations` reads there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
-from bagel_compress.errors import ArtifactError, BenchmarkError
-from bagel_compress.evaluate.values import Total, Values, difference, figure
+from bagel_compress.errors import ArtifactError
 from bagel_compress.io.atomic import write_atomic
 from bagel_compress.io.yaml_model import FrozenModel
 from bagel_compress.parity.report_data import NAME, REPORTS, Number, read_json, write_json
 
-REPORT, PAGE, VALUES = "report.json", "report.md", "values.json"
+REPORT, PAGE = "report.json", "report.md"
 _PREFIX = "evaluation-"  # of the copy beside a build
 
 
@@ -83,7 +81,7 @@ class EvaluationReport(FrozenModel):
     def public(self) -> EvaluationReport:
         """Without paths of this machine and the judge's address: the copy beside an artifact, which is published."""
         judge = self.judge and self.judge.model_copy(update={"host": ""})
-        left_out = (f"{len(self.skipped)} items were left out.",) if self.skipped else ()
+        left_out = (f"Items left out: {len(self.skipped)}.",) if self.skipped else ()
         own = {"model": Path(self.model).name, "skipped": (), "judge": judge, "notes": (*self.notes, *left_out)}
         return self.model_copy(update=own)
 
@@ -120,55 +118,17 @@ class EvaluationReport(FrozenModel):
         return "\n".join([*lines, *self.notes]) + "\n"
 
 
-def load_evaluations(build: Path, digest: str) -> list[EvaluationReport]:
-    """The evaluations of a build. Raises ArtifactError on one that belongs to another build, or is none."""
+def load_evaluations(build: Path, digest: str | None = None) -> list[EvaluationReport]:
+    """The evaluations of a build. Raises ArtifactError on one that is none, or is of another build than `digest`."""
     found = []
     for path in sorted((build / REPORTS).glob(f"{_PREFIX}*.json")):
         report: EvaluationReport = read_json(EvaluationReport, path)
         if path.name != f"{_PREFIX}{report.benchmark}.json":
             raise ArtifactError(f"{path} is about {report.benchmark}; run `bagel-compress evaluate` again.")
-        if report.digest != digest:
+        if digest is not None and report.digest != digest:
             raise ArtifactError(
                 f"{path} belongs to another build ({report.digest[:12]}, this one is {digest[:12]}); run"
                 " `bagel-compress evaluate` again or remove it."
             )
         found.append(report)
     return found
-
-
-def scored(values: Values, official: Mapping[str, float], against: Values | None = None) -> tuple[Score, ...]:
-    """Every figure, totals first; with `against` the paired differences. Raises BenchmarkError if they do not pair."""
-    rows = []
-    for name in [*values.totals, *values.values]:
-        found = figure(values, name)
-        row: dict[str, Any] = {"official": official.get(name)}
-        if against is not None:
-            delta = difference(values, against, name)
-            row |= {"delta": delta.value, "delta_low": delta.low, "delta_high": delta.high}
-        rows.append(Score(name=name, value=found.value, low=found.low, high=found.high, units=found.units, **row))
-    return tuple(rows)
-
-
-class _StoredTotal(FrozenModel):
-    categories: tuple[str, ...]
-    how: Any
-
-
-class _StoredValues(FrozenModel):
-    values: dict[str, dict[str, tuple[float, ...]]]
-    totals: dict[str, _StoredTotal]
-
-
-def save_values(values: Values, out: Path) -> None:
-    """OUT/values.json: every unit's values, for a later comparison."""
-    totals = {n: _StoredTotal(categories=t.categories, how=t.how) for n, t in values.totals.items()}
-    write_json(_StoredValues(values={c: {u: tuple(v) for u, v in units.items()} for c, units in values.values.items()},
-                             totals=totals), out / VALUES)  # fmt: skip
-
-
-def load_values(out: Path) -> Values:
-    """Raises BenchmarkError if the folder holds no scored run."""
-    if not (out / VALUES).is_file():
-        raise BenchmarkError(f"{out} holds no scores ({VALUES} is missing); finish and score that run first.")
-    stored = read_json(_StoredValues, out / VALUES)
-    return Values(stored.values, {n: Total(t.categories, t.how) for n, t in stored.totals.items()})
