@@ -89,7 +89,7 @@ class Judge:
                 wait = max(wait, _seconds(error.headers.get("Retry-After")))
             except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 why = type(getattr(error, "reason", error)).__name__
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
                 why = "no chat completion in the answer"
         self._fail(f"gave no answer in {self.attempts} attempts (the last: {why})")
 

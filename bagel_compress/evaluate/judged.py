@@ -19,8 +19,8 @@ from bagel_compress.errors import BenchmarkError
 from bagel_compress.evaluate.benchmarks import BenchmarkInfo
 from bagel_compress.evaluate.items import Item, ItemPicture, check_damage, read_json, required
 from bagel_compress.evaluate.judge import Judge, JudgeQuestion, judge_all
-from bagel_compress.evaluate.report import JudgeUse
 from bagel_compress.evaluate.values import Total, Values
+from bagel_compress.scores.evaluation_report import JudgeUse
 
 Prompts = Mapping[str, str]
 Parts = tuple[str | Image.Image | Path, ...]  # of a question
@@ -37,6 +37,7 @@ KRIS_GROUPS = {
     "Instruction Decomposition": ("multi-element_composition", "multi-instruction_execution"),
 }  # fmt: skip
 KRIS_KNOWLEDGE = ("Social Science", "Natural Science", "Logical Reasoning")
+_NUMBER = r"([0-9]{1,3})(?![0-9])"  # of an answer: one with more digits is no score
 WISE_SCORES = ("consistency", "realism", "aesthetic quality")
 
 
@@ -124,7 +125,7 @@ def _instruction(item: Item) -> str:
 
 def _field(name: str, key: str, low: int, high: int) -> Callable[[str], Mapping[str, float] | None]:
     """Reads {"key": 3} or `key: 3` or, last, the first n/5; None if the number is out of its range."""
-    patterns = (rf'"?{key}"?\s*[:\uff1a]\s*"?(\d+)', rf"\b(\d+)\s*(?:/|out of)\s*{high}\b")
+    patterns = (rf'"?{key}"?\s*[:\uff1a]\s*"?{_NUMBER}', rf"\b{_NUMBER}\s*(?:/|out of)\s*{high}\b")
 
     def read(answer: str) -> Mapping[str, float] | None:
         for pattern in patterns:
@@ -192,7 +193,7 @@ def _read_vie(answer: str) -> Mapping[str, float] | None:
         values = [float(value) for value in match[1].split(",")] if match else []
     except ValueError:
         return None
-    return {"score": min(values)} if values and min(values) >= 0 and max(values) <= 10 else None
+    return {"score": min(values)} if values and all(0 <= value <= 10 for value in values) else None
 
 
 def _score_gedit(items: Sequence[Item], scores: Scores) -> Values:
@@ -221,7 +222,7 @@ def _ask_imgedit(item: Item, drawn: Path, prompts: Prompts) -> list[JudgeQuestio
 def _read_imgedit(answer: str) -> Mapping[str, float] | None:
     """The average of the lines `something: n`, 1 to 5, rounded to hundredths."""
     found = [line.strip().split(": ") for line in answer.splitlines()]
-    values = [int(parts[1]) for parts in found if len(parts) == 2 and parts[1].isascii() and parts[1].isdecimal()]
+    values = [int(parts[1]) for parts in found if len(parts) == 2 and re.fullmatch(_NUMBER, parts[1])]
     if not values or not all(1 <= value <= 5 for value in values):
         return None
     return {"score": round(sum(values) / len(values), 2)}
@@ -325,7 +326,7 @@ def _ask_rise(item: Item, drawn: Path, prompts: Prompts) -> list[JudgeQuestion]:
 
 def _read_final(answer: str) -> Mapping[str, float] | None:
     """`Final Score: n` (bold or not), 1 to 5."""
-    match = re.search(r"Final Scores?\W*(\d+)", answer, re.IGNORECASE)
+    match = re.search(rf"Final Scores?\W*{_NUMBER}", answer, re.IGNORECASE)
     return {"score": float(match[1])} if match and 1 <= int(match[1]) <= 5 else None
 
 

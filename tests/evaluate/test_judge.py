@@ -18,9 +18,12 @@ from bagel_compress.evaluate.benchmarks import benchmark_info
 from bagel_compress.evaluate.evaluate import read_items
 from bagel_compress.evaluate.judge import Judge, JudgeQuestion, judge_all
 from bagel_compress.evaluate.judged import read_prompts, score_judged
+from bagel_compress.evaluate.runner import picture_of
 from bagel_compress.evaluate.values import figure
+from bagel_compress.io.packaged import resource
 
 KEY = "sk-very-secret"
+NANO = resource("BAGEL-nano")
 Reply = Callable[[dict[str, Any]], tuple[int, str]]  # body -> HTTP status, the judge's words
 
 
@@ -29,6 +32,7 @@ class Stub:
 
     def __init__(self) -> None:
         self.reply: Reply = lambda body: (200, "score: 3/5")
+        self.raw: bytes | None = None  # a whole reply in place of the judge's words
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         stub = self
@@ -41,6 +45,7 @@ class Stub:
                 status, words = stub.reply(body)
                 usage = {"prompt_tokens": 1000, "completion_tokens": 10}
                 data = json.dumps({"choices": [{"message": {"content": words}}], "usage": usage}).encode()
+                data = data if stub.raw is None else stub.raw
                 self.send_response(status)
                 if status == 302:
                     self.send_header("Location", f"{stub.url}/elsewhere")
@@ -189,6 +194,58 @@ def test_an_answer_without_a_score_is_asked_for_again_and_then_counted(stub: Stu
     assert (found.scores, found.unreadable, found.answers) == ({}, ("q",), 3)
     with pytest.raises(BenchmarkError, match=r"3 of 3 answers cannot be used"):
         judged("wise", stub, tmp_path)
+
+
+NONSENSE = (
+    "", "9" * 5000, "score: 99/5", "\u0663", '{"score": [5, NaN]}', "Final Score: " + "5" * 5000, "[" * 100_000,
+    "Visual Quality: " + "4" * 5000, "Consistency: 9 Realism: 9 Aesthetic Quality: 9",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", NONSENSE, ids=range(len(NONSENSE)))
+@pytest.mark.parametrize("name", ["wise", "gedit", "imgedit", "kris", "rise"])
+def test_nonsense_is_no_score(stub: Stub, tmp_path: Path, name: str, words: str) -> None:
+    stub.reply = lambda body: (200, words)
+    with pytest.raises(BenchmarkError, match=r"the judge stub-1: (\d+) of \1 answers cannot be used"):
+        judged(name, stub, tmp_path)
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"choices": [{"message": {"content": "3"}}], "usage": '
+                                  b'{"prompt_tokens": Infinity}}', b"<html>", b'{"choices": []}', b"\xff"])  # fmt: skip
+def test_an_endpoint_that_is_no_judge_is_one_sentence(stub: Stub, tmp_path: Path, body: bytes) -> None:
+    stub.raw = body
+    with pytest.raises(BenchmarkError, match=r"no chat completion in the answer"):
+        judge_all(stub.judge(attempts=2), [JudgeQuestion("q", ("what",), third)], tmp_path)
+
+
+def test_few_answers_without_a_score_are_counted_and_many_end_the_run(
+    cli: Callable[..., tuple[int, str, str]], stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a user sees it. What is drawn is not the question here, so nothing is."""
+    monkeypatch.setenv("BAGEL_JUDGE_KEY", KEY)
+    monkeypatch.setattr("bagel_compress.evaluate.evaluate.open_any", lambda *_: None)
+    monkeypatch.setattr("bagel_compress.evaluate.runner._draw", _scenes)
+    data, out = miniature.wise(tmp_path / "data"), tmp_path / "out"
+    row = {"Explanation": "a disc", "Subcategory": "Horizontal time"}
+    rows = [{**row, "prompt_id": i, "Prompt": f"thing {i}"} for i in range(1, 151)]
+    for number, name in enumerate(("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")):
+        miniature.put(data / f"{name}.json", rows[50 * number : 50 * (number + 1)])
+    good = "Consistency: 2 Realism: 1 Aesthetic Quality: 1"
+    stub.reply = lambda body: (200, "I like it" if "thing 7 " in text_of(body) else good)
+    asked = ("evaluate", "wise", NANO, "--data", data, "--out", out, "--judge", stub.url, "--judge-model")
+    code, text, err = cli(*asked, "one")
+    assert code == 0, err
+    assert "152 answers, 1 unreadable" in text  # it was asked for three times
+    assert KEY not in err + text + (out / "report.json").read_text()
+    stub.reply = lambda body: (200, "I like it")
+    code, text, err = cli(*asked, "another")
+    assert (code, text) == (2, "")
+    assert "the judge another: 150 of 150 answers cannot be used, at most 1 % may be; the first: 1; 10; 100." in err
+
+
+def _scenes(settings: object, sampler: object, part: list[Any], out: Path) -> None:
+    for _, item, _ in part:
+        miniature.put(picture_of(out, item), miniature.png(3))
 
 
 def test_a_killed_run_asks_only_what_is_left(stub: Stub, tmp_path: Path) -> None:
