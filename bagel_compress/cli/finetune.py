@@ -45,6 +45,7 @@ def register(verbs: Any) -> None:
 
 
 def _finetune(args: argparse.Namespace) -> int:
+    from bagel_compress.finetune import saves
     from bagel_compress.finetune.config import FinetuneConfig
     from bagel_compress.finetune.loop import Trainer
     from bagel_compress.finetune.recover import open_repair
@@ -63,6 +64,8 @@ def _finetune(args: argparse.Namespace) -> int:
         folder = args.out / f"{config.steps:07d}"
         if processes.first:
             data = {"out": str(args.out), "folder": str(folder), "step": config.steps, "last": last}
+            if lost := round(last.get("damaged_rows", 0)):
+                say(f"{lost} rows were skipped; {args.out / saves.DAMAGE_FILE} names them.")
             emit(args, data, f"{folder} is complete.")
     finally:
         processes.close()

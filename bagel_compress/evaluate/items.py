@@ -17,7 +17,7 @@ from PIL import Image
 
 from bagel_compress.errors import BenchmarkError, InputError, MissingExtraError
 from bagel_compress.io.pictures import FAULTS, open_picture
-from bagel_compress.io.safe_paths import stays_inside
+from bagel_compress.io.safe_paths import encodable, stays_inside
 
 MAX_DAMAGED = 0.01  # share of rows, pictures or judge's answers that may be unreadable
 
@@ -74,7 +74,7 @@ class BenchmarkItems:
     def add(self, item: Item) -> None:
         """Raises BenchmarkError, to be caught as a damaged row, on a name that would leave the output's folder."""
         for name in (item.id, *item.beside):
-            if not stays_inside(name):
+            if not stays_inside(name) or not encodable(name):
                 raise BenchmarkError(f"the name {name!r} leads out of its folder")
         self.items.append(item)
 
@@ -159,4 +159,6 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key) if isinstance(row, Mapping) else None
     if not isinstance(value, str) or not value.strip():
         raise BenchmarkError(f"{key} is {str(value)[:40]!r}, expected a text")
+    if not encodable(value):
+        raise BenchmarkError(f"{key} holds half a character (an unpaired surrogate)")
     return value

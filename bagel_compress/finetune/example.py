@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from bagel_compress.io.safe_paths import encodable
+
 
 class RowError(Exception):
     """A row that cannot be used; the text says why. It is skipped, counted and named."""
@@ -17,6 +19,11 @@ class TextPart:
 
     text: str
     learnt: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises RowError on half a character, which no tokenizer takes."""
+        if not encodable(self.text):
+            raise RowError("a text of it holds half a character (an unpaired surrogate)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,7 +245,7 @@ class Trainer:
             for row, why in rows.items()
         ]
         if lines:
-            write_atomic(self.out / "damaged.txt", "\n".join(lines) + "\n")
+            write_atomic(self.out / saves.DAMAGE_FILE, "\n".join(lines) + "\n")
 
     def _gathered(self, mine: Any) -> list[Any]:
         """What each process has, in the order of the ranks."""

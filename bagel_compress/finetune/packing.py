@@ -82,7 +82,7 @@ class Packer:
                 continue
             length = sum(self._length(item) for item in items)
             if length > self.config.tokens:
-                why = f"it is {length} tokens long, a packed batch holds {self.config.tokens}"
+                why = f"it is {length} tokens long, a packed batch holds {self.config.tokens} (tokens)"
                 self._damage[drawn.group].add(drawn.row, why)
                 continue
             if total + length > self.config.tokens:

@@ -24,6 +24,7 @@ from bagel_compress.errors import FinetuneError, MissingExtraError
 from bagel_compress.finetune.config import DataGroup
 from bagel_compress.finetune.example import Example, PicturePart, RowError, TextPart
 from bagel_compress.io.pictures import FAULTS, open_picture
+from bagel_compress.io.safe_paths import encodable, is_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LINES = 256  # lines or files of a chunk, where the layout has no row groups
@@ -83,7 +84,6 @@ class _Parquet(ExampleReader):
     expects = "expected *.parquet files with row groups"
 
     def find(self) -> list[RowChunk]:
-        pq = _pyarrow()
         files = sorted(self.folder.rglob("*.parquet"))
         if not files:
             raise self.fail(f"{self.folder} holds no *.parquet files.")
@@ -91,12 +91,15 @@ class _Parquet(ExampleReader):
             return self._listed({file.name: file for file in files})
         chunks = []
         for file in files:
-            try:
-                footer = pq.ParquetFile(file).metadata
-            except (OSError, ValueError) as fault:  # pyarrow's errors derive from these
-                raise self.fail(f"{file} is no readable parquet file ({fault}); copy it again.") from None
+            footer = self._footer(file)
             chunks += [RowChunk(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
         return chunks
+
+    def _footer(self, file: Path) -> Any:
+        try:
+            return _pyarrow().ParquetFile(file).metadata
+        except _parquet_faults() as fault:
+            raise self.fail(f"{file} is no readable parquet file ({_short(fault)}); copy it again.") from None
 
     def _listed(self, files: Mapping[str, Path]) -> list[RowChunk]:
         """From parquet_info: file -> num_row_groups and num_rows. Files are found by their names in the folder."""
@@ -113,7 +116,7 @@ class _Parquet(ExampleReader):
             raise self.fail(f"{path} lists {missing[0]}, which is not in {self.folder}; copy it there.")
         chunks = []
         for name, (groups, rows) in sorted(counts.items()):
-            footer = _pyarrow().ParquetFile(files[name]).metadata
+            footer = self._footer(files[name])
             if (footer.num_row_groups, footer.num_rows) != (groups, rows):
                 raise self.fail(
                     f"{path} says {groups} row groups and {rows} rows of {name}, the file has"
@@ -123,14 +126,13 @@ class _Parquet(ExampleReader):
         return chunks
 
     def load(self, chunk: RowChunk) -> Sequence[Any]:
-        pq = _pyarrow()
-        with pq.ParquetFile(chunk.file) as file:
-            if missing := [c for c in self.columns if c not in file.schema_arrow.names]:
-                raise self.fail(f"{chunk.file} has no column {missing[0]}; expected {', '.join(self.columns)}.")
-            try:
+        try:
+            with _pyarrow().ParquetFile(chunk.file) as file:
+                if missing := [c for c in self.columns if c not in file.schema_arrow.names]:
+                    raise self.fail(f"{chunk.file} has no column {missing[0]}; expected {', '.join(self.columns)}.")
                 return file.read_row_group(chunk.index, columns=list(self.columns)).to_pylist()  # type: ignore[no-any-return]
-            except (OSError, ValueError) as fault:
-                raise RowError(f"its row group cannot be read ({_short(fault)})") from None
+        except _parquet_faults() as fault:
+            raise RowError(f"its row group cannot be read ({_short(fault)})") from None
 
 
 class TextToImageReader(_Parquet):
@@ -315,9 +317,10 @@ def _picture(content: Any) -> Image.Image:
 
 def _opened(folder: Path, name: Any) -> Image.Image:
     """A picture by its name in the folder, which it may not leave."""
-    if not isinstance(name, str) or folder.resolve() not in (folder / name).resolve().parents:
+    possible = isinstance(name, str) and encodable(name) and "\0" not in name
+    if not possible or folder.resolve() not in (folder / name).resolve().parents:
         raise RowError(f"{name!r} is no name inside of {folder}")
-    if not (folder / name).is_file():
+    if not is_file(folder / name):
         raise RowError(f"there is no picture {name}")
     return _decoded(folder / name, f"picture {name}")
 
@@ -353,3 +356,10 @@ def _pyarrow() -> Any:
             "parquet files need pyarrow, which is not installed; pip install 'bagel-compress[finetune]'."
         ) from None
     return pq
+
+
+def _parquet_faults() -> tuple[type[Exception], ...]:
+    """What pyarrow raises on a damaged file; a damaged size may ask for any amount of memory."""
+    from pyarrow import ArrowException
+
+    return OSError, ValueError, MemoryError, ArrowException

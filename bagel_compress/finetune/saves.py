@@ -31,6 +31,7 @@ from bagel_compress.io.safetensors_file import lay_out
 from bagel_compress.io.tensor_spec import PartSpec
 
 STATE, STATE_FILE, CONFIG_FILE, METRICS_FILE = "state", "state.json", "config.json", "metrics.jsonl"
+DAMAGE_FILE = "damaged.txt"
 _NUMBER = re.compile(r"\d{7,}")
 
 

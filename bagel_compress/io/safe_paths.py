@@ -18,6 +18,11 @@ def stays_inside(name: str) -> bool:
     return bool(path.parts) and not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name)
 
 
+def encodable(text: str) -> bool:
+    """False if a text from JSON holds half a character (an unpaired surrogate), which files and tokenizers refuse."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def exists(path: str | Path) -> bool:
     """Whether the file or folder exists; False if the name is impossible (too long, or with a NUL)."""
     try:

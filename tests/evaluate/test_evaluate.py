@@ -155,6 +155,8 @@ def test_damaged_rows_are_counted_and_too_many_are_an_error(tmp_path: Path) -> N
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text(line * 150 + "{broken\n")
     assert len(read_items(benchmark_info("geneval"), tmp_path, 1).skipped) == 1
+    path.write_text(line * 150 + json.dumps({**json.loads(line), "prompt": "a \ud800 circle"}) + "\n")
+    assert "line 151: prompt holds half a character" in read_items(benchmark_info("geneval"), tmp_path, 1).skipped[0]
     path.write_text(line * 50 + "{broken\n")
     with pytest.raises(BenchmarkError, match=r"1 of 51 rows cannot be used.*line 51"):
         read_items(benchmark_info("geneval"), tmp_path, 1)
@@ -231,7 +233,7 @@ def test_the_copy_for_publishing_holds_no_path_of_this_machine(tmp_path: Path) -
     shown = private.public()
     assert "/home/ann" in private.model_dump_json()
     assert "/home/ann" not in shown.model_dump_json()
-    assert (shown.model, shown.notes) == ("nf4", ("1 items were left out.",))
+    assert (shown.model, shown.notes) == ("nf4", ("Items left out: 1.",))
 
 
 @pytest.mark.slow
@@ -253,20 +255,23 @@ def test_two_processes_give_what_one_gives(cli: Callable[..., tuple[int, str, st
         assert any(found[0][1:]), kind
 
 
-def test_a_report_goes_beside_the_build_and_is_bound_to_it(tmp_path: Path) -> None:
+def test_a_report_goes_beside_the_build_and_is_bound_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bagel_compress.build.artifact import Artifact
     from bagel_compress.build.compress import compress
     from bagel_compress.build.plan import make_plan
     from bagel_compress.build.recipe import Recipe
-    from bagel_compress.evaluate.report import load_evaluations
+    from bagel_compress.scores.evaluation_report import load_evaluations
     from bagel_compress.source.checkpoint import Checkpoint
 
     source = Checkpoint.open(NANO)
     build = compress(make_plan(source, Recipe.load("raw")), source, tmp_path / "build")
     what = module.replace(run_of("mmvp", miniature.mmvp(tmp_path / "data"), tmp_path / "out"), model=str(build.path))
+    shown = list[Path]()
+    monkeypatch.setattr(module, "write_pages_again", lambda path, digest: shown.append(path / digest))
     report = evaluate(module.replace(what, digest=""))
     assert report is not None
     assert load_evaluations(build.path, build.digest) == [report.public()]
+    assert shown == [build.path / build.digest]
     assert report.measured_by.startswith("bagel-compress ")
     assert "CPU" in report.measured_on
     assert Artifact.open(build.path).verify() == []

@@ -13,7 +13,7 @@ pytest.importorskip("pyarrow")
 
 from bagel_compress.errors import FinetuneError
 from bagel_compress.finetune.config import DataGroup, FinetuneConfig
-from bagel_compress.finetune.example import PicturePart, TextPart
+from bagel_compress.finetune.example import PicturePart, RowError, TextPart
 from bagel_compress.finetune.readers import open_reader
 from bagel_compress.finetune.stream import ExampleStream
 
@@ -111,6 +111,11 @@ def test_what_a_row_can_lack(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(Exception, match=says):
             reader.example(row | change, rng)
+    talk = {"conversations": [{"from": "gpt", "value": "yes"}]}
+    seen = open_reader(group("vlm", data.vlm(tmp_path / "vlm", 1), jsonl=str(tmp_path / "vlm" / "data.jsonl")))
+    for name in ("\ud800.png", "a\0.png", "x" * 5000, "..", "", 7, None):
+        with pytest.raises(RowError):
+            seen.example(json.dumps({**talk, "image": [name]}).encode(), rng)
     folder = data.captioned(tmp_path / "folder")
     (folder / "3.txt").unlink()
     (folder / "4.txt").write_text(" \n")
