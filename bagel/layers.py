@@ -54,12 +54,13 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 def linear_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype a linear wants its input in: of its weight; bf16 for modules that keep their weight in another form.
+    """The dtype a linear wants its input in: of its weight. A module that keeps its weight in another form says it in
+    `computes_in`, or wants bf16.
 
     An adapter around a linear (`base_layer`) wants what the linear wants.
     """
     module = getattr(module, "base_layer", module)
-    return module.weight.dtype if isinstance(module, nn.Linear) else torch.bfloat16
+    return module.weight.dtype if isinstance(module, nn.Linear) else getattr(module, "computes_in", torch.bfloat16)
 
 
 def rope_table(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

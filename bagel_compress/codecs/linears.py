@@ -38,6 +38,7 @@ class CodedLinear(nn.Module, ABC):
 
     codec: str  # the format's name
     codes: torch.Tensor
+    computes_in = torch.bfloat16  # dtype that x is wanted in; set by whoever runs the model in another one
 
     def __init__(self, spec: TensorSpec, codes: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()

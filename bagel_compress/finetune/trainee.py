@@ -16,6 +16,7 @@ from bagel.text import TextCodec
 from bagel.training import Losses, PackedBatch, forward
 from bagel_compress.build.manifest import MANIFEST
 from bagel_compress.build.recipe import Match
+from bagel_compress.codecs.linears import CodedLinear
 from bagel_compress.errors import FinetuneError
 from bagel_compress.finetune.config import FinetuneConfig
 from bagel_compress.finetune.lora import LoraLinear, add_adapters, matched, official_names, parameters_of
@@ -79,11 +80,10 @@ def open_trainee(config: FinetuneConfig, processes: Processes) -> Trainee:
 
 def _with_adapters(config: FinetuneConfig, folder: Path, dtype: torch.dtype, processes: Processes) -> Trainee:
     assert config.lora is not None
-    coded = (folder / MANIFEST).exists()
-    if coded and dtype != torch.bfloat16:
-        raise FinetuneError(f"{config.model} is a compressed artifact, which computes in bfloat16; leave dtype away.")
-    if coded:
+    if (folder / MANIFEST).exists():
         sampler = open_model(folder, processes.device)
+        if dtype != torch.bfloat16:
+            compute_in(sampler.bagel, dtype, config.model)
     else:
         sampler = load_checkpoint(Checkpoint.open(folder, config.base), processes.device, dtype)
     _shift(sampler, config)
@@ -132,6 +132,23 @@ def _with_all_weights(
     if not trained:
         raise FinetuneError("freeze takes every weight, so nothing is trained; free some.")
     return Trainee(sampler, network, trained, {}, config.model, checkpoint)
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype, name: str) -> None:
+    """Widens what is stored in bf16; codes stay codes, and are decoded to `dtype` where they are multiplied.
+
+    Raises FinetuneError if a kernel or a module of the model computes in bf16 alone.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, CodedLinear):
+            if module.kernel is not None:
+                raise FinetuneError(
+                    f"{name}: {module.kernel} multiplies {path} in bfloat16; leave dtype away, or train on the CPU."
+                )
+            module.computes_in = dtype
+        elif not isinstance(module, nn.Linear) and hasattr(module, "describe"):
+            raise FinetuneError(f"{name}: {path} ({type(module).__name__}) computes in bfloat16; leave dtype away.")
+    model.to(dtype)
 
 
 def _frozen(config: FinetuneConfig, bagel: Bagel) -> list[str]:

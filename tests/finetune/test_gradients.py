@@ -13,16 +13,20 @@ from torch import nn
 
 from bagel.conformance.golden import Golden
 from bagel.conformance.parts import recorded_batch
+from bagel.layers import linear_dtype
 from bagel.loading import put
 from bagel.model import Bagel
 from bagel.training import DroppedImage, LatentItem, PackedBatch, TextItem, ViTItem, forward, pack
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.codecs import CODECS
 from bagel_compress.codecs.base import Unit
+from bagel_compress.codecs.fp8 import Fp8
+from bagel_compress.codecs.int8 import Int8
+from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.codecs.raw import Raw
 from bagel_compress.finetune.config import LoraConfig
 from bagel_compress.finetune.lora import LoraLinear, add_adapters
-from bagel_compress.finetune.trainee import Network
+from bagel_compress.finetune.trainee import Network, compute_in
 from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.load import load
 
@@ -172,3 +176,27 @@ def test_the_adapter_is_the_product_beside_the_linear() -> None:
     adapter.lora_B.data.normal_()
     merged = base.weight + 3.0 * adapter.lora_B @ adapter.lora_A
     assert torch.allclose(adapter(x), nn.functional.linear(x, merged, base.bias), atol=1e-6)
+
+
+@pytest.mark.parametrize("codec", [Nf4, Int8, Fp8], ids=lambda c: c.name())
+def test_a_coded_base_computes_in_fp32_if_asked(codec: type) -> None:
+    """`dtype: float32`: codes stay codes, and everything around them is fp32."""
+    spec = TensorSpec("BF16", (64, 64), "language_model.model.layers.0.self_attn.q_proj.weight")
+    made = codec()
+    unit = made.units([spec])[0]
+    parts = made.encode(unit, {spec.name: torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()})
+    linear = made.linears(Unit(unit.name, (spec,)), parts, {})[spec.name]
+    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16), linear)
+    before = {n: b.clone() for n, b in linear.named_buffers()}
+    compute_in(model, torch.float32, "a build")
+    assert linear_dtype(linear) == model[0].weight.dtype == torch.float32
+    for name, buffer in linear.named_buffers():
+        assert buffer.dtype == before[name].dtype, name
+        assert torch.equal(buffer.view(torch.uint8), before[name].view(torch.uint8)), name
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = linear(x)
+    y.square().sum().backward()
+    wanted = nn.functional.linear(x, made.decode(unit, parts)[spec.name].float())
+    assert torch.equal(y, wanted)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, 2 * wanted @ made.decode(unit, parts)[spec.name].float(), rtol=1e-5, atol=1e-4)
