@@ -103,7 +103,7 @@ def matmul_rate(rows: int, columns: int) -> float:
 
 
 def operations(rows: int, columns: int, block: int) -> float:
-    """Multiplications and additions of the products: factors, feedback, gradients for the descent, two measured errors."""
+    """Operations of the products: a factor of each block, feedback, the descent's gradients, two measured errors."""
     blocks = -(-columns // block)
     return blocks * block**2 * (block / 3 + 4 * rows)
 
