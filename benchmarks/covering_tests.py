@@ -40,11 +40,20 @@ def _cover(name: str, file: Path) -> int:
     from coverage import CoverageData
 
     class Times:
-        seconds: dict[str, float] = {}  # noqa: RUF012 - one run of one process
-        failed: set[str] = set()  # noqa: RUF012
+        """Processor seconds, so that a pause or a busy machine does not count."""
+
+        def __init__(self) -> None:
+            self.seconds: dict[str, float] = {}
+            self.failed: set[str] = set()
+            self.begun = 0.0
+
+        def pytest_runtest_logstart(self) -> None:
+            self.begun = time.process_time()
+
+        def pytest_runtest_logfinish(self, nodeid: str) -> None:
+            self.seconds[nodeid] = time.process_time() - self.begun
 
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-            self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
             if report.failed or report.skipped:
                 self.failed.add(report.nodeid)
 

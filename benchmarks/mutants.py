@@ -56,7 +56,9 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+", default=["tests"], help="test files or folders that judge (tests)")
     parser.add_argument("--count", type=int, default=40, help="changes to try (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
-    parser.add_argument("--most", type=float, default=150, help="seconds of tests that judge one change (150)")
+    parser.add_argument(
+        "--most", type=float, default=150, help="processor seconds of tests that judge one change (150)"
+    )
     parser.add_argument("--least", type=float, default=95, help="percent that must be noticed (95)")
     parser.add_argument("--work", type=Path, help="folder that keeps the copy, the coverage and the results")
     args = parser.parse_args()
