@@ -8,6 +8,8 @@ encoding: the rows are computed again, not stored, so that it needs nothing but 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from safetensors import safe_open
 from bagel.layout import official_role
 from bagel.loading import parameter_path, read_config_files
 from bagel.text import TextCodec
+from bagel.threads import one_thread, too_small_to_share
 from bagel_compress.calibrate.calibration_set import CalibrationSet
 from bagel_compress.calibrate.first_rows import first_rows
 from bagel_compress.calibrate.layer_run import LayerRun, Stream
@@ -65,12 +68,13 @@ class CalibratedEncodings:
         layer = next((layer for layer, name in self._layers.items() if name == shard), None)
         if layer is None or layer > self._last:
             return {}
-        while self._next < layer:
-            self._pass_by(self._next)
         rounder = _Rounder(self._plan.in_shard(shard), self._checkpoint, self._refit)
-        if self._refit:
-            self._streams_of()[-1].coded.update(rounder.uncalibrated())
-        self._through(layer, rounder)
+        with one_thread() if too_small_to_share(self._model[0].llm) else nullcontext():
+            while self._next < layer:
+                self._pass_by(self._next)
+            if self._refit:
+                self._streams_of()[-1].coded.update(rounder.uncalibrated())
+            self._through(layer, rounder)
         if layer == self._last:
             self._run, self._streams = None, []
         return rounder.encodings
@@ -90,10 +94,14 @@ class CalibratedEncodings:
         self._run.run(layer, self._weight, streams, rounder)
         self._next = layer + 1
 
+    @cached_property
+    def _model(self) -> tuple[BagelConfig, TextCodec]:
+        return model_config(self._checkpoint)
+
     def _streams_of(self) -> list[Stream]:
         """The rows at the input of the next layer."""
         if self._run is None:
-            config, text = model_config(self._checkpoint)
+            config, text = self._model
             layout = lay_out(self._calibration)
             specs = {spec.name: spec for spec in self._checkpoint.specs}
             wrap = (text.image_start, text.image_end)

@@ -137,7 +137,8 @@ class Trainer:
         metrics = saves.Metrics(self.out, self.step, self.config.tensorboard) if self.processes.first else None
         try:
             while self.step < self.config.steps:
-                values = self._step()
+                with self.trainee.sampler.running():
+                    values = self._step()
                 if metrics is not None:
                     metrics.add(values)
                 if self.step % self.config.save_every == 0 or self.step == self.config.steps:

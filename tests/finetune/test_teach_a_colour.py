@@ -26,9 +26,10 @@ def test_a_seventh_colour_is_learnt_and_the_old_ones_are_kept(tmp_path: Path, mo
     learnt = teach_a_colour.main(str(tmp_path))
     assert learnt.passed
     assert learnt.build.verify() == []
-    assert learnt.one >= SEEN
-    for name, before in learnt.before.items():
-        assert learnt.after[name] >= before - KEPT, name
+    for recipe in (teach_a_colour.PUBLISHED, teach_a_colour.SMALL):
+        assert learnt.one[recipe] >= SEEN * teach_a_colour.DRAWN, recipe
+        for name, before in learnt.before.items():
+            assert learnt.after[recipe][name] >= before - KEPT, (recipe, name)
 
     plain, ours = Checkpoint.open(NANO), Checkpoint.open(NANO, lora=learnt.adapter)
     names = [s for s in plain.specs if official_role(s.name).kind == "linear" and "_proj" in s.name]
