@@ -1,6 +1,6 @@
 """A denoising step, what an edit reads, and a token of text, beside their floor; and beside the official code.
 
-    python benchmarks/bench_sampler.py [--before DIR] [--official DIR] [--work DIR] [--threads 1]
+    python benchmarks/bench_sampler.py [--before DIR] [--official DIR] [--work DIR] [--threads 1] [--dtypes fp32]
 
 Models: `synth medium`, and one layer pair of the released shape (`synth 7b-mot --layers 1`), fp32 and bf16, 256 x 256,
 on the CPU, in the processor's time. The floor of a pass are its own products and attention alone, in turns with it
@@ -9,9 +9,11 @@ a prefill at 1.15 times the floor, a token at 1.3 times the reading.
 
 --before DIR     measures another checkout of this repository in the same run
 --official DIR   draws and edits the medium model with a checkout of github.com/ByteDance-Seed/Bagel as well, with equal
-                 weights, noise, points and number of passes, in bf16 (the official code knows no other dtype), its
-                 flash-attn replaced by SDPA, its autocast by the CPU's. It needs the transformers of its requirements
-                 (4.49) first on PYTHONPATH.
+                 weights, noise, points and number of passes, with separate branches and with --merge-branches; its
+                 flash-attn replaced by SDPA, its autocast by the CPU's. The official code knows no dtype but bf16; in
+                 fp32 the name means float32 to its modules, and autocast is off. It needs the transformers of its
+                 requirements (4.49) first on PYTHONPATH.
+--dtypes         where the CPU has no arithmetic in bf16, products in it take most of the time and hide the rest
 --busy           seconds of a picture of BAGEL-nano alone, and while two other processes keep all cores busy
 
 Ends in one JSON line.
@@ -36,11 +38,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from bagel.config import ResizeRule
 from bagel.events import Drawing, Listener, Step
 from bagel.inputs import resized, to_tensor
+from bagel.one_row import one_row
 from bagel.settings import EDIT_FLOW, FlowSettings
 from bagel_compress.build.compress import compress
 from bagel_compress.build.plan import make_plan
@@ -54,19 +59,24 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"medium": ("medium", None), "pair": ("7b-mot", 1)}  # name -> shape and decoder layers of `synth`
 DTYPES = {"fp32": torch.float32, "bf16": None}
 KINDS = ("step", "prefill", "token")
+AUTOCAST = torch.autocast  # torch's own
 SIDE = 256
 PROMPT = "a red cat on a blue chair"
+PRODUCTS = (F.linear, one_row, F.conv2d, torch.conv2d, F.scaled_dot_product_attention)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="whose floors are measured")
+    parser.add_argument("--side", type=int, default=SIDE, help="of the pictures, pixels")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--before", type=Path, metavar="DIR")
     parser.add_argument("--official", type=Path, metavar="DIR")
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the checkpoints (5 GB)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9, help="turns of which the median is taken")
+    parser.add_argument("--drawings", type=int, default=3, help="the same, of the pictures beside the official code")
     parser.add_argument(
         "--points", type=int, default=26, help="of the pictures that are drawn beside the official code"
     )
@@ -74,22 +84,19 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.measure:
-        print(json.dumps(measured(Path(args.measure[0]), args.measure[1], args.repeats)))
+        print(json.dumps(measured(Path(args.measure[0]), args.measure[1], args.repeats, args.side)))
         return 0
     trees = {"now": ROOT} | ({"before": args.before.resolve()} if args.before else {})
-    found: dict[str, Any] = {"benchmark": "bench_sampler", "threads": args.threads, "size": SIDE}
+    found: dict[str, Any] = {"benchmark": "bench_sampler", "threads": args.threads, "size": args.side}
     with TemporaryDirectory() if args.work is None else nullcontext(str(args.work)) as work:
         for name in args.models:
             folder = checkpoint(name, Path(work))
-            for dtype in DTYPES:
-                found[f"{name} {dtype}"] = {
-                    when: in_tree(tree, folder, dtype, args.threads, args.repeats) for when, tree in trees.items()
-                }
+            for dtype in args.dtypes:
+                found[f"{name} {dtype}"] = {when: in_tree(tree, folder, dtype, args) for when, tree in trees.items()}
                 print(name, dtype, json.dumps(found[f"{name} {dtype}"]), file=sys.stderr, flush=True)
         if args.official:
-            found["official"] = beside_official(
-                args.official.resolve(), checkpoint("medium", Path(work)), Path(work), args.points
-            )
+            folder = checkpoint("medium", Path(work))
+            found["official"] = {dtype: beside_official(args, folder, Path(work), dtype) for dtype in args.dtypes}
     if args.busy:
         found["busy"] = busy()
     print(json.dumps(found))
@@ -108,21 +115,21 @@ def checkpoint(name: str, work: Path) -> Path:
 # --- floors -----------------------------------------------------------------------------------------------------------
 
 
-def in_tree(tree: Path, folder: Path, dtype: str, threads: int, repeats: int) -> dict[str, Any]:
+def in_tree(tree: Path, folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     """`measured` with the code of a checkout, in a process of its own."""
     command = [sys.executable, __file__, "--measure", str(folder), dtype]
-    command += ["--threads", str(threads), "--repeats", str(repeats)]
+    command += ["--threads", str(args.threads), "--repeats", str(args.repeats), "--side", str(args.side)]
     environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, env=environment, cwd=tree, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def measured(folder: Path, dtype: str, repeats: int) -> dict[str, Any]:
+def measured(folder: Path, dtype: str, repeats: int, side: int) -> dict[str, Any]:
     """Seconds of each kind of pass, and how many times its floor and its reading they are."""
     profiler = pass_profiler()
     sampler, found = open_model(folder, dtype=DTYPES[dtype]), {}
     for kind in KINDS:
-        one = profiler.profile_pass(sampler, kind, (SIDE, SIDE), PROMPT, repeats)
+        one = profiler.profile_pass(sampler, kind, (side, side), PROMPT, repeats)
         found[kind] = {"seconds": round(one.seconds, 5), "floor": round(one.floor, 5), "ratio": round(one.ratio, 3)}
         if one.reading:
             found[kind] |= {"reading": round(one.reading, 5), "reads": round(one.reads, 3)}
@@ -145,64 +152,102 @@ def pass_profiler() -> ModuleType:
 # --- beside the official code -----------------------------------------------------------------------------------------
 
 
-def beside_official(official: Path, folder: Path, work: Path, points: int) -> dict[str, Any]:
+def beside_official(args: argparse.Namespace, folder: Path, work: Path, dtype: str) -> dict[str, Any]:
     """Seconds of the processor for a drawing and an edit, ours and theirs, in turns; the PSNR of the two pictures.
 
     "at the floor": how many times as fast as the official code a program would be that took no time but the floor of
-    its passes: no reading, no guidance, no VAE.
+    its passes: no reading, no guidance, no VAE. "products": seconds of the products, convolutions and attention of a
+    whole run, reading and VAE included; "bound": how many times as fast as the official code they alone would be.
     """
     built = work / "medium-raw"
     if not (built / "manifest.json").is_file():
         source = Checkpoint.open(folder)
         recipe = Recipe.parse("name: raw\nrules: [{match: {}, codec: raw}]\n", "bench_sampler")
         compress(make_plan(source, recipe), source, built)
-    sampler, inferencer = open_model(folder), official_inferencer_of(official, built)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
-    t2i = FlowSettings(num_timesteps=points)
-    edit = replace(EDIT_FLOW, num_timesteps=points)
+    sampler, inferencer = (
+        open_model(folder, dtype=DTYPES[dtype]),
+        official_inferencer_of(args.official.resolve(), built, dtype),
+    )
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (args.side, args.side, 3), np.uint8))
+    t2i = FlowSettings(num_timesteps=args.points)
+    edit = replace(EDIT_FLOW, num_timesteps=args.points)
     found, stride = {}, sampler.bagel.config.image_stride
     for name, turns, flow in (("t2i", [PROMPT], t2i), ("edit", [picture, PROMPT], edit)):
         watch = Watch()
 
-        def ours(turns: list[Any] = turns, flow: FlowSettings = flow, watch: Watch = watch) -> Image.Image:
-            watch.passes = 0
+        def ours(
+            merged: bool, turns: list[Any] = turns, flow: FlowSettings = flow, watch: Watch = watch
+        ) -> Image.Image:
+            watch.passes, sampler.merge_branches = 0, merged
             torch.manual_seed(0)
-            image = sampler.run(turns, size=(SIDE, SIDE), flow=flow, noise=torch.randn, listener=watch).image
+            image = sampler.run(turns, size=(args.side, args.side), flow=flow, noise=torch.randn, listener=watch).image
             assert image is not None
             return image
 
         def theirs(turns: list[Any] = turns, flow: FlowSettings = flow) -> Image.Image:
             torch.manual_seed(0)
             [image] = inferencer.interleave_inference(
-                turns, image_shapes=(SIDE, SIDE), num_timesteps=flow.num_timesteps, timestep_shift=flow.timestep_shift,
+                turns, image_shapes=(args.side, args.side),
+                num_timesteps=flow.num_timesteps, timestep_shift=flow.timestep_shift,
                 cfg_text_scale=flow.cfg_text_scale, cfg_img_scale=flow.cfg_img_scale,
                 cfg_interval=list(flow.cfg_interval), cfg_renorm_min=flow.cfg_renorm_min,
                 cfg_renorm_type=flow.cfg_renorm_type,
             )  # fmt: skip
             return image  # type: ignore[no-any-return]
 
-        seconds: dict[str, list[float]] = {"ours": [], "official": []}
-        images = {}
-        for turn in range(4):  # the first warms up
-            for who, draw in (("ours", ours), ("official", theirs)):
+        programs: dict[str, Callable[[], Image.Image]] = {
+            "ours": lambda: ours(False), "merged": lambda: ours(True), "official": theirs,
+        }  # fmt: skip
+        seconds: dict[str, list[float]] = {who: [] for who in programs}
+        images, products = {}, {}
+        for turn in range(args.drawings + 1):  # the first warms up
+            for who, draw in programs.items():
                 begun = time.process_time()
                 images[who] = draw()
                 if turn:
                     seconds[who].append(time.process_time() - begun)
+        for who, draw in programs.items():
+            with ProductTimes() as timed:
+                draw()
+            products[who] = timed.seconds
+        sampler.merge_branches = False
         middle = {who: sorted(values)[len(values) // 2] for who, values in seconds.items()}
-        error = np.subtract(*(np.asarray(image, np.float64) for image in images.values()))
         size = (watch.grid[0] * stride, watch.grid[1] * stride)
         floor = pass_profiler().profile_pass(sampler, "step", size, PROMPT).floor * watch.passes
         found[name] = {
             **{who: round(value, 3) for who, value in middle.items()},
-            "times as fast": round(middle["official"] / middle["ours"], 3),
+            "times as fast": {who: round(middle["official"] / middle[who], 3) for who in ("ours", "merged")},
             "at the floor": round(middle["official"] / floor, 3),
+            "products": {who: round(value, 3) for who, value in products.items()},
+            "bound": {who: round(middle["official"] / products[who], 3) for who in ("ours", "merged")},
             "size": size,
             "passes": watch.passes,
-            "psnr": round(float(10 * np.log10(255**2 / np.mean(error**2))), 1),
+            "psnr": {who: psnr(images[who], images["official"]) for who in ("ours", "merged")},
         }
-        print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
+        print(name, dtype, json.dumps(found[name]), file=sys.stderr, flush=True)
     return found
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Decibels; inf for equal pictures."""
+    error = np.mean(np.subtract(np.asarray(a, np.float64), np.asarray(b, np.float64)) ** 2)
+    return round(float(10 * np.log10(255**2 / error)), 1) if error else float("inf")
+
+
+class ProductTimes(TorchFunctionMode):
+    """Adds up the processor's time of products, convolutions and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        begun = time.process_time()
+        out = func(*args, **(kwargs or {}))
+        self.seconds += time.process_time() - begun
+        return out
 
 
 class Watch(Listener):
@@ -218,18 +263,13 @@ class Watch(Listener):
         return step
 
 
-def official_inferencer_of(official: Path, built: Path) -> Any:
+def official_inferencer_of(official: Path, built: Path, dtype: str) -> Any:
     """The official inferencer over the build, with stand-ins for what needs CUDA."""
     sys.path.insert(0, str(official))
     sys.modules["flash_attn"] = stand_in = ModuleType("flash_attn")
     stand_in.__spec__ = importlib.util.spec_from_loader("flash_attn", None)
     stand_in.flash_attn_varlen_func = varlen_by_sdpa  # type: ignore[attr-defined]
-    real = torch.autocast
-
-    def autocast(device_type: str, **settings: Any) -> Any:
-        return real("cpu", dtype=torch.bfloat16) if device_type == "cuda" else real(device_type, **settings)
-
-    torch.autocast = autocast  # type: ignore[assignment,misc]
+    torch.autocast = cpu_autocast(dtype)  # type: ignore[assignment,misc]
     sys.modules["data.transforms"] = transforms = ModuleType("data.transforms")
     transforms.ImageTransform = Resizing  # type: ignore[attr-defined]
     from bagel_compress.interop import official_inferencer
@@ -237,7 +277,32 @@ def official_inferencer_of(official: Path, built: Path) -> Any:
     inferencer = official_inferencer(built, "cpu")
     vae = inferencer.vae_model  # in fp32: CUDA's autocast does not reach the CPU, where the official VAE works
     vae.encode, vae.decode = without_autocast(vae.encode), without_autocast(vae.decode)
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("modeling", "inferencer") and hasattr(module, "torch"):
+            module.torch = WideTorch("torch") if dtype == "fp32" else torch  # type: ignore[attr-defined]
+    if dtype == "fp32":
+        inferencer.model.float()
     return inferencer
+
+
+class WideTorch(ModuleType):
+    """torch for code that names bfloat16 and is to compute in float32."""
+
+    bfloat16 = torch.float32
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def cpu_autocast(dtype: str) -> Callable[..., Any]:
+    """torch.autocast, which of CUDA makes the CPU's; off in fp32."""
+
+    def autocast(device_type: str, **settings: Any) -> Any:
+        if device_type == "cuda":
+            return AUTOCAST("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16")
+        return AUTOCAST(device_type, **settings)
+
+    return autocast
 
 
 class Resizing:

@@ -2,12 +2,12 @@
 
     python benchmarks/bench_speed.py [--seed 95000] [--pictures 40] [--scores]
     python benchmarks/bench_speed.py --model DIR --pictures 2     another model, drawings alone; `synth medium` shows
-                                                                  that the mechanics do not depend on nano
+                                     --solvers --exact 200        that the mechanics do not depend on nano
 
 Drawings and edits that no recipe, calibration set or choice was made with; fp32. `latent` is the error of the final
 latent as a share of its way from the noise (the gate's latent.path), with a 95 % bootstrap interval over prompts;
-`exact` the same against 1,000 Euler points. Scores are those of the nano benchmark, paired. Settings were chosen with
-seed 94000. Ends in one JSON line.
+`exact` the same against 1,000 (`--exact`) Euler points. Scores are those of the nano benchmark, paired. Settings were
+chosen with seed 94000. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ from bagel_compress.scores.benchmark import Benchmark, compare, flow_of, request
 SEED = 95_000
 POINTS, EXACT = 50, 1000
 HALF, THIRD = 26, 17  # points of half and a third of the evaluations of 50
-SETTINGS = (
+SOLVERS = (
     *(SpeedPreset(num_timesteps=n, solver=s) for n in (HALF, THIRD) for s in ("euler", "ab2", "dpm2")),
     *(SpeedPreset(num_timesteps=n, solver="heun") for n in (14, 9)),
+)
+SETTINGS = (
+    *SOLVERS,
     *(SpeedPreset(num_timesteps=POINTS, cache_every=k, cache_order=o) for k in (2, 3, 4) for o in (0, 1, 2)),
     *(SpeedPreset(num_timesteps=POINTS, cache_threshold=r) for r in (0.05, 0.1)),
     *(SpeedPreset(num_timesteps=POINTS, guidance_every=k) for k in (2, 3)),
@@ -133,15 +136,17 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=40, help="drawings, and as many edits")
     parser.add_argument("--scores", action="store_true", help="also score 120 drawings and 60 edits")
     parser.add_argument("--model", metavar="DIR", help="in place of BAGEL-nano; no edits, no scores")
+    parser.add_argument("--exact", type=int, default=EXACT, help="Euler points of the exact solution")
+    parser.add_argument("--solvers", action="store_true", help="solvers alone, no caches")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sampler = open_model(args.model or resource("BAGEL-nano"), dtype=torch.float32)
     benchmark = fresh(args.seed, (args.pictures, 0, 0 if args.model else args.pictures, 0))
     official = drawn(benchmark, sampler, SpeedPreset(num_timesteps=POINTS))
-    exact = drawn(benchmark, sampler, SpeedPreset(num_timesteps=EXACT))
+    exact = drawn(benchmark, sampler, SpeedPreset(num_timesteps=args.exact))
     found = {}
-    for preset in (SpeedPreset(num_timesteps=POINTS), *SETTINGS):
+    for preset in (SpeedPreset(num_timesteps=POINTS), *(SOLVERS if args.solvers else SETTINGS)):
         one = drawn(benchmark, sampler, preset)
         found[str(preset)] = {
             "passes": one.passes, "share": one.passes / official.passes, "seconds": one.seconds / official.seconds,
@@ -149,7 +154,11 @@ def main() -> int:
         }  # fmt: skip
         print(preset, json.dumps(found[str(preset)]), file=sys.stderr, flush=True)
     scored = scores(sampler, fresh(args.seed + 1, (120, 0, 60, 0))) if args.scores and not args.model else {}
-    print(json.dumps({"benchmark": "bench_speed", "seed": args.seed, "settings": found, "scores": scored}))
+    print(
+        json.dumps(
+            {"benchmark": "bench_speed", "seed": args.seed, "exact": args.exact, "settings": found, "scores": scored}
+        )
+    )
     return 0
 
 
