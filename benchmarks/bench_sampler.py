@@ -61,6 +61,7 @@ DTYPES = {"fp32": torch.float32, "bf16": None}
 KINDS = ("step", "prefill", "token")
 AUTOCAST = torch.autocast  # torch's own
 SIDE = 256
+TASKS = ("t2i", "edit")
 PROMPT = "a red cat on a blue chair"
 PRODUCTS = (F.linear, one_row, F.conv2d, torch.conv2d, F.scaled_dot_product_attention)
 
@@ -76,6 +77,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the checkpoints (5 GB)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9, help="turns of which the median is taken")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="beside the official code")
     parser.add_argument("--drawings", type=int, default=3, help="the same, of the pictures beside the official code")
     parser.add_argument(
         "--points", type=int, default=26, help="of the pictures that are drawn beside the official code"
@@ -173,6 +175,8 @@ def beside_official(args: argparse.Namespace, folder: Path, work: Path, dtype: s
     edit = replace(EDIT_FLOW, num_timesteps=args.points)
     found, stride = {}, sampler.bagel.config.image_stride
     for name, turns, flow in (("t2i", [PROMPT], t2i), ("edit", [picture, PROMPT], edit)):
+        if name not in args.tasks:
+            continue
         watch = Watch()
 
         def ours(
@@ -228,10 +232,10 @@ def beside_official(args: argparse.Namespace, folder: Path, work: Path, dtype: s
     return found
 
 
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Decibels; inf for equal pictures."""
+def psnr(a: Image.Image, b: Image.Image) -> float | None:
+    """Decibels; None for equal pictures."""
     error = np.mean(np.subtract(np.asarray(a, np.float64), np.asarray(b, np.float64)) ** 2)
-    return round(float(10 * np.log10(255**2 / error)), 1) if error else float("inf")
+    return round(float(10 * np.log10(255**2 / error)), 1) if error else None
 
 
 class ProductTimes(TorchFunctionMode):
