@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from bagel.config import BagelConfig
+from bagel.config import LATENT_INPUT, BagelConfig, _latent_patch
 from bagel.errors import BagelError
 from bagel.layout import expected_tensors
+from bagel.text import _slow_ids
 from bagel_compress.io.packaged import FULL_CONFIGS
 from bagel_compress.source.released_header import full_sizes
 
@@ -73,3 +74,21 @@ def test_released_sizes_with_and_without_shapes() -> None:
     assert (sizes.layers, sizes.vit_layers, sizes.latent, sizes.latent_rows, sizes.vit_rows) == (28, 26, 64, 4096, 4900)
     assert full_sizes(3).layers == 3
     assert BagelConfig.from_dir(FULL_CONFIGS, expected_tensors(sizes), 16, 8).sizes == sizes
+
+
+def test_keys_have_as_many_rows_as_values() -> None:
+    shapes = expected_tensors(full_sizes(1))
+    for suffix in ("", "_moe_gen"):
+        name = "language_model.model.layers.0.self_attn.{}_proj" + suffix + ".weight"
+        assert shapes[name.format("k")] == shapes[name.format("v")] == (512, 3584)
+        assert shapes[name.format("q")] == (3584, 3584)
+
+
+def test_ids_of_wrappers_come_from_both_files(tmp_path: Path) -> None:
+    vocab = tmp_path / "vocab.json"
+    vocab.write_text(json.dumps({"a": 0, "<|im_end|>": 1}))
+    assert _slow_ids(vocab, {"<|im_start|>": 2}) == [2, 1, 3, 4]
+
+
+def test_a_latent_of_one_channel_has_patches_too() -> None:
+    assert _latent_patch({LATENT_INPUT: (8, 4)}, 1) == 2

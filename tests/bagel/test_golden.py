@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bagel.conformance.__main__ import main
 from bagel.conformance.compare import check
-from bagel.conformance.packing import merged_slots
+from bagel.conformance.packing import block_rows, merged_slots
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
@@ -85,3 +85,9 @@ def test_rows_of_a_merged_sequence_follow_their_own_cache() -> None:
     query, cached = merged_slots(contexts, [2, 1, 1])
     assert query.tolist() == [3, 4, 8, 14]
     assert cached.tolist() == [0, 1, 2, 5, 6, 7, 9, 10, 11, 12, 13]
+
+
+def test_rows_of_blocks_lie_between_their_wrappers() -> None:
+    wrappers, rows = block_rows([2, 3])
+    assert wrappers.tolist() == [0, 3, 4, 8]
+    assert rows.tolist() == [1, 2, 5, 6, 7]

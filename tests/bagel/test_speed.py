@@ -151,3 +151,9 @@ def test_speed_settings_that_are_refused() -> None:
         FlowSettings(cache_every=2, cache_threshold=0.1)
     with pytest.raises(BagelError, match="heun"):
         FlowSettings(solver="heun", cache_every=2)
+
+
+def test_the_last_step_of_dpm2_is_an_euler_step() -> None:
+    solver = MultiStep("dpm2", lambda x: x)
+    solver.velocity(torch.tensor([1.0]), torch.tensor([2.0]), 0.5, 0.25, guided=True)
+    assert solver.velocity(torch.tensor([0.5]), torch.tensor([3.0]), 0.25, 0.0, guided=True).tolist() == [3.0]
