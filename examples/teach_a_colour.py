@@ -10,8 +10,8 @@ the detector looks for violet in fresh drawings of both, and the nano benchmark 
 
 The VAE is the limit of what can be taught: it was trained on six colours and shows most others as one of those. So
 `PAINTED` was searched for: the VAE shows it as `SHOWN`, between blue and purple. Pictures that the VAE itself does not
-carry are no lesson and are left out. Everything is computed in fp32, which any CPU does fast. About ten minutes on one
-core.
+carry are no lesson and are left out. Everything is computed in fp32, which any CPU does fast. A quarter of an hour
+on one core.
 """
 
 from __future__ import annotations
