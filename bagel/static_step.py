@@ -71,7 +71,7 @@ class StaticStep:
         return (run or velocity)(self._model, self._work, self.x, self.t, self._wrappers, self._places, self.caches)
 
 
-class Recorded:
+class GraphStep:
     """A static step as a CUDA graph."""
 
     def __init__(self, step: StaticStep, pool: Any = None) -> None:
@@ -141,7 +141,7 @@ class Steps:
             return lambda: step.run(self._compiled)
         if self._pool is None and step.x.is_cuda:
             self._pool = torch.cuda.graph_pool_handle()
-        return Recorded(step, self._pool)
+        return GraphStep(step, self._pool)
 
 
 def compiled_velocity(backend: str | Callable[..., object] = "inductor") -> Run:

@@ -161,15 +161,8 @@ def beside_official(args: argparse.Namespace, folder: Path, work: Path, dtype: s
     its passes: no reading, no guidance, no VAE. "products": seconds of the products, convolutions and attention of a
     whole run, reading and VAE included; "bound": how many times as fast as the official code they alone would be.
     """
-    built = work / "medium-raw"
-    if not (built / "manifest.json").is_file():
-        source = Checkpoint.open(folder)
-        recipe = Recipe.parse("name: raw\nrules: [{match: {}, codec: raw}]\n", "bench_sampler")
-        compress(make_plan(source, recipe), source, built)
-    sampler, inferencer = (
-        open_model(folder, dtype=DTYPES[dtype]),
-        official_inferencer_of(args.official.resolve(), built, dtype),
-    )
+    sampler = open_model(folder, dtype=DTYPES[dtype])
+    inferencer = official_inferencer_of(args.official.resolve(), raw_build(folder, work), dtype)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (args.side, args.side, 3), np.uint8))
     t2i = FlowSettings(num_timesteps=args.points)
     edit = replace(EDIT_FLOW, num_timesteps=args.points)
@@ -189,15 +182,7 @@ def beside_official(args: argparse.Namespace, folder: Path, work: Path, dtype: s
             return image
 
         def theirs(turns: list[Any] = turns, flow: FlowSettings = flow) -> Image.Image:
-            torch.manual_seed(0)
-            [image] = inferencer.interleave_inference(
-                turns, image_shapes=(args.side, args.side),
-                num_timesteps=flow.num_timesteps, timestep_shift=flow.timestep_shift,
-                cfg_text_scale=flow.cfg_text_scale, cfg_img_scale=flow.cfg_img_scale,
-                cfg_interval=list(flow.cfg_interval), cfg_renorm_min=flow.cfg_renorm_min,
-                cfg_renorm_type=flow.cfg_renorm_type,
-            )  # fmt: skip
-            return image  # type: ignore[no-any-return]
+            return official_picture(inferencer, turns, flow, args.side)
 
         programs: dict[str, Callable[[], Image.Image]] = {
             "ours": lambda: ours(False), "merged": lambda: ours(True), "official": theirs,
@@ -230,6 +215,28 @@ def beside_official(args: argparse.Namespace, folder: Path, work: Path, dtype: s
         }
         print(name, dtype, json.dumps(found[name]), file=sys.stderr, flush=True)
     return found
+
+
+def raw_build(folder: Path, work: Path) -> Path:
+    """The checkpoint with the official names of files and tensors, as the official code loads it."""
+    built = work / "medium-raw"
+    if not (built / "manifest.json").is_file():
+        source = Checkpoint.open(folder)
+        recipe = Recipe.parse("name: raw\nrules: [{match: {}, codec: raw}]\n", "bench_sampler")
+        compress(make_plan(source, recipe), source, built)
+    return built
+
+
+def official_picture(inferencer: Any, turns: list[Any], flow: FlowSettings, side: int) -> Image.Image:
+    torch.manual_seed(0)
+    [image] = inferencer.interleave_inference(
+        turns, image_shapes=(side, side),
+        num_timesteps=flow.num_timesteps, timestep_shift=flow.timestep_shift,
+        cfg_text_scale=flow.cfg_text_scale, cfg_img_scale=flow.cfg_img_scale,
+        cfg_interval=list(flow.cfg_interval), cfg_renorm_min=flow.cfg_renorm_min,
+        cfg_renorm_type=flow.cfg_renorm_type,
+    )  # fmt: skip
+    return image  # type: ignore[no-any-return]
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float | None:

@@ -137,14 +137,16 @@ class _Columns:
         values = self.weights.T[factor.order].contiguous() if self.refit is None else self.refit @ self.weights.T
         plain, plain_errors = self._nearest(values)
         plain_loss = self._loss(plain_errors)
-        levels, errors, loss, gradients = self._feedback(values)
-        if bool((worse := plain_loss < loss).any()):
-            levels[:, worse], errors[:, worse], loss[worse] = plain[:, worse], plain_errors[:, worse], plain_loss[worse]
-            gradients[:, worse] = factor.moments @ errors[:, worse]
+        levels, errors, loss, mixed = self._feedback(values)
+        worse = plain_loss < loss
+        levels[:, worse], errors[:, worse], loss[worse] = plain[:, worse], plain_errors[:, worse], plain_loss[worse]
         del plain, plain_errors
-        loops.descend(
-            self.grid, gradients, self.scales.contiguous(), self.scale_of, factor.moments, passes, levels, errors, loss
-        )
+        if passes:
+            gradients = self._gradients(mixed)
+            if bool(worse.any()):
+                gradients[:, worse] = factor.moments @ errors[:, worse]
+            scales = self.scales.contiguous()
+            loops.descend(self.grid, gradients, scales, self.scale_of, factor.moments, passes, levels, errors, loss)
         added = factor.added
         total.signal += float((self._loss(values) - added * values.square().sum(0)).double().sum())
         total.nearest += float(plain_loss.double().sum())
@@ -175,9 +177,9 @@ class _Columns:
         return self.scales[self.scale_of[part]].contiguous()
 
     def _feedback(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Levels, errors E of the decoded, losses (N,) and gradients (E H)^T after rounding column by column."""
+        """Levels, errors E of the decoded, losses (N,) and D (I + U)^T E^T after rounding column by column."""
         levels, errors, loss = torch.empty_like(values), values.clone(), values.new_zeros(values.shape[1])
-        unit, mixed = self.factor.unit, torch.empty_like(values)  # D (I + U)^T E^T when all are rounded
+        unit, mixed = self.factor.unit, torch.empty_like(values)
         for wide, parts in _blocks(len(values)):
             a = wide.start
             torch.addmm(values[wide], unit[:a, wide].T, errors[:a], out=mixed[wide])
@@ -187,9 +189,13 @@ class _Columns:
                     self.grid, mixed[part], errors[part], self._scales(part), unit[part, part].contiguous(),
                     self.factor.conditional[part], levels[part], loss,
                 )  # fmt: skip
-        for wide, _ in _blocks(len(values)):
-            mixed[wide] = unit[wide, wide.start :] @ mixed[wide.start :]
         return levels, errors, loss, mixed
+
+    def _gradients(self, mixed: Tensor) -> Tensor:
+        """(E H)^T of what feedback leaves, in its place: H = (I + U) D (I + U)^T."""
+        for wide, _ in _blocks(len(mixed)):
+            mixed[wide] = self.factor.unit[wide, wide.start :] @ mixed[wide.start :]
+        return mixed
 
 
 def _blocks(columns: int) -> Iterator[tuple[slice, list[slice]]]:

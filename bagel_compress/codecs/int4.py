@@ -40,7 +40,7 @@ from bagel_compress.codecs.int4_auto_round import (
     reader_config,
     stored_parts,
 )
-from bagel_compress.codecs.int4_search import LEVELS, error, quantised
+from bagel_compress.codecs.int4_search import CHUNK_ELEMENTS, LEVELS, SearchedEncoding
 from bagel_compress.codecs.loaders import TWO_STAGES, Loader, compressed_tensors, vllm_omni
 from bagel_compress.codecs.matrix import (
     INFINITY_WORD,
@@ -49,7 +49,6 @@ from bagel_compress.codecs.matrix import (
     check_shapes,
     not_finite,
     read_rows,
-    read_words,
     self_check,
 )
 from bagel_compress.codecs.traits import FormName, OnnxCodes, Snippet, compressed_tensors_snippet
@@ -61,8 +60,6 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK: Final = 32  # weights per scale, unless a recipe says otherwise
-CHUNK_ELEMENTS = 1 << 20  # coded at a time; a search holds some fp32 copies of it
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # factors on absmax that a search tries
 # Relative errors of normal weights by group: absmax, searched scales, zero points.
 NORMAL_ERRORS = {32: (0.095, 0.088, 0.081), 64: (0.103, 0.096, 0.091), 128: (0.111, 0.102, 0.101)}
 
@@ -126,9 +123,13 @@ class Int4(CalibratedCodec, MatrixCodec):
         return parts
 
     def begin(self, unit: Unit, source: Reader) -> Encoding:
-        encoding = _Int4Encoding if self.scale == "absmax" else _SearchedEncoding
         (spec,) = unit.specs
-        found = encoding(codec=self, parts=self._parts_by_rows(spec), spec=spec, source=source)
+        parts = self._parts_by_rows(spec)
+        found: Encoding = (
+            _Int4Encoding(codec=self, parts=parts, spec=spec, source=source)
+            if self.scale == "absmax"
+            else SearchedEncoding(codec=self, parts=parts, spec=spec, source=source, group=self.group)
+        )
         if self.dialect == "compressed-tensors":
             return found
         return TransposedEncoding(codec=self, parts=self.parts(unit), spec=spec, inner=found)
@@ -374,33 +375,3 @@ def packed_zeros(zeros: np.ndarray) -> np.ndarray:
     codes.reshape(-1, blocks)[:rows] = zeros.astype(np.int32) + 8
     shifted: np.ndarray = codes << (4 * np.arange(8, dtype=np.uint32))[None, :, None]
     return np.bitwise_or.reduce(shifted, 1).view(np.int32)
-
-
-@dataclass(slots=True, kw_only=True)
-class _SearchedEncoding(Encoding):
-    """Scales by search."""
-
-    codec: Int4
-    spec: TensorSpec
-    source: Reader
-
-    def chunks(self) -> Iterator[Chunk]:
-        import numpy as np
-        import torch
-
-        codec, spec = self.codec, self.spec
-        rows, columns = spec.shape
-        step = max(1, CHUNK_ELEMENTS // columns)
-        for row in range(0, rows, step):
-            stop = min(row + step, rows)
-            words = read_words(self.source, spec, row * columns, stop * columns)
-            weights = torch.from_numpy(as_floats(words)).reshape(-1, codec.group)
-            if not bool(torch.isfinite(weights).all()):
-                raise not_finite(spec, codec)
-            codes, scale = quantised(weights, SHRINK)
-            self.quality.add(float(weights.double().square().sum()), error(weights, codes, scale))
-            nibbles = (codes.flatten() + 8).to(torch.uint8)
-            packed = nibbles[0::2] | (nibbles[1::2] << 4)
-            yield Chunk(f"{spec.name}_packed", row * columns // 2, packed.numpy())
-            yield Chunk(f"{spec.name}_scale", row * columns // codec.group * 2, scale.view(torch.uint8).numpy())
-        yield Chunk(f"{spec.name}_shape", 0, np.array(spec.shape, np.int64).view(np.uint8))

@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bagel_compress.codecs.base import Chunk, Encoding, Reader
 from bagel_compress.codecs.constants import INT4_WIDE
+from bagel_compress.codecs.matrix import as_floats, not_finite, read_words
+from bagel_compress.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
 LEVELS = 7.5  # half of the 15 steps between -8 and 7
+CHUNK_ELEMENTS = 1 << 20  # coded or decoded at a time; the search holds some fp32 copies of it
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # factors on absmax that the search tries
 
 
-def quantised(weights: torch.Tensor, shrink: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(slots=True, kw_only=True)
+class SearchedEncoding(Encoding):
+    """Scales by search, for blocks of `group` weights."""
+
+    spec: TensorSpec
+    source: Reader
+    group: int
+
+    def chunks(self) -> Iterator[Chunk]:
+        import numpy as np
+        import torch
+
+        spec = self.spec
+        rows, columns = spec.shape
+        step = max(1, CHUNK_ELEMENTS // columns)
+        for row in range(0, rows, step):
+            stop = min(row + step, rows)
+            words = read_words(self.source, spec, row * columns, stop * columns)
+            weights = torch.from_numpy(as_floats(words)).reshape(-1, self.group)
+            if not bool(torch.isfinite(weights).all()):
+                raise not_finite(spec, self.codec)
+            codes, scale = quantised(weights)
+            self.quality.add(float(weights.double().square().sum()), error(weights, codes, scale))
+            nibbles = (codes.flatten() + 8).to(torch.uint8)
+            packed = nibbles[0::2] | (nibbles[1::2] << 4)
+            yield Chunk(f"{spec.name}_packed", row * columns // 2, packed.numpy())
+            yield Chunk(f"{spec.name}_scale", row * columns // self.group * 2, scale.view(torch.uint8).numpy())
+        yield Chunk(f"{spec.name}_shape", 0, np.array(spec.shape, np.int64).view(np.uint8))
+
+
+def quantised(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks (B, G) fp32 -> codes (B, G) and bf16 scales (B,) of least squared error among the factors."""
     import torch
 
     absmax = weights.abs().amax(1)
     best_codes, best_scale = _rounded(weights, absmax)
     best = (weights - best_codes * best_scale.float()[:, None]).square().sum(1)
-    for factor in shrink[1:]:
+    for factor in SHRINK[1:]:
         codes, scale = _rounded(weights, absmax * factor)
         error = (weights - codes * scale.float()[:, None]).square().sum(1)
         better = error < best

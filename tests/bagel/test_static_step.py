@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from bagel.errors import BagelError
 from bagel.layers import attention_kernel
 from bagel.sampler import EDIT_FLOW, FlowSettings, Sampler
-from bagel.static_step import Recorded, StaticStep, Steps
+from bagel.static_step import GraphStep, StaticStep, Steps
 
 PICTURE = Image.new("RGB", (48, 32), (200, 40, 40))
 FLOW = FlowSettings(num_timesteps=5, cfg_text_scale=4.0, cfg_interval=(0.4, 1.0))
@@ -133,4 +133,4 @@ def test_a_step_is_recorded_after_it_ran(fp32: Sampler) -> None:
     x, t = torch.zeros(4, fp32.bagel.config.latent_width), torch.tensor(0.5)
     assert steps.velocity(fp32.bagel, [context], [(2, 2)], fp32.wrap, x, t).shape == x.shape
     with pytest.raises(BagelError, match="cpu"):
-        Recorded(StaticStep(fp32.bagel, [context], [(2, 2)], fp32.wrap))
+        GraphStep(StaticStep(fp32.bagel, [context], [(2, 2)], fp32.wrap))

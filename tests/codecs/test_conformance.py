@@ -103,7 +103,7 @@ def test_every_byte_of_every_part_is_written_once(codec: Codec) -> None:
 def test_bytes_do_not_depend_on_the_chunks(codec: Codec, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = weight(130, 256)
     whole = encoded(codec, tensor)
-    for module in ("matrix", "nf4", "int4"):
+    for module in ("matrix", "nf4", "int4", "int4_search"):
         monkeypatch.setattr(f"bagel_compress.codecs.{module}.CHUNK_ELEMENTS", chunk)
     pieces = encoded(codec, tensor)
     assert all(same_bytes(whole[name], pieces[name]) for name in whole)
