@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A test that takes 15 minutes hangs: every thread's stack is printed and its process ended, which names the test.
+STUCK := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true --max-worker-restart 0
 
 .PHONY: demo app test lint coverage test-slow test-gpu bench gpu-day mutants nano nano-table clean
 
@@ -18,7 +20,7 @@ app: $(READY)
 	$(BIN)/bagel-compress app bagel_compress/data/BAGEL-nano $(APP)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile $(STUCK)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TypeVar
 
 from bagel_compress.cli import main
@@ -22,15 +22,18 @@ T = TypeVar("T")
 
 
 @contextmanager
-def sigint_at(call: int) -> Iterator[list[int]]:
-    """Sends SIGINT at the given call within `cli.main` (0: never); gives a list that counts those calls."""
+def sigint_at(call: int, code: CodeType | None = None) -> Iterator[list[int]]:
+    """Sends SIGINT at the given call within `cli.main` (0: never); gives a list that counts those calls.
+
+    With `code`, calls of that function alone count.
+    """
     seen = [0]
     begun = []
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         if frame.f_code is main.__code__:
             begun.append(event)
-        elif event == "call" and len(begun) == 1:
+        elif event == "call" and len(begun) == 1 and code in (None, frame.f_code):
             seen[0] += 1
             if seen[0] == call:
                 sys.setprofile(None)

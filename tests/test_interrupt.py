@@ -5,9 +5,15 @@ A handful of moments of each verb here; `pytest -m slow` takes a hundred of each
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 
 import pytest
 from interrupts import bury, calls_of, moments, sigint_at
@@ -20,14 +26,16 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def interrupt(cli: Cli, call: int, *argv: object) -> None:
+def interrupt(cli: Cli, call: int, *argv: object, function: CodeType | None = None) -> int:
     """Runs a command with SIGINT at a call; it may also have been done already, or the signal have come in a `del`."""
-    with sigint_at(call):
+    with sigint_at(call, function):
         code, _, err = cli(*argv)
     assert code in (0, 130), err
     assert "Traceback" not in err
     if code:
         assert err.splitlines()[-1].startswith("bagel-compress: interrupted")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return code
 
 
 @counts
@@ -75,3 +83,42 @@ def test_trace_and_validate(count: int, cli: Cli, tiny: Path, small_cases: Path,
             assert content == expected.get(name, content), (call, name)  # whole, or not there
         assert cli(*judge)[0] == 0, call
         assert folder_bytes(build).keys() == expected.keys(), call
+
+
+LOCK_CODE = {
+    "condition-enter": threading.Condition.__enter__,
+    "condition-exit": threading.Condition.__exit__,
+    "semaphore-acquire": threading.Semaphore.acquire,
+    "context-exit": contextlib._GeneratorContextManager.__exit__,
+}
+
+
+@pytest.mark.parametrize("name", LOCK_CODE)
+def test_in_the_code_of_a_lock(name: str, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """Raised there, KeyboardInterrupt would leave the lock taken, and the command would wait for its threads for ever.
+
+    In the first line of `Condition.__exit__`, say, while a job is handed to a thread.
+    """
+    command = ("compress", "nf4-nearest", "--source", tiny, "--out")
+    assert cli(*command, tmp_path / "whole")[0] == 0
+    expected, function = folder_bytes(tmp_path / "whole"), LOCK_CODE[name].__code__
+    codes = []
+    for call in (1, 2, 5, 20):
+        out = tmp_path / str(call)
+        codes.append(interrupt(cli, call, *command, out, function=function))
+        bury(out / ".build" / "lock")
+        assert cli(*command, out)[0] == 0
+        assert folder_bytes(out) == expected
+    assert 130 in codes
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a lock cannot be interrupted there")
+def test_an_interrupt_of_a_command_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting is lock code too, and lasts; the interrupt comes nevertheless, and soon."""
+    from bagel_compress import cli as command_line
+
+    begun = time.monotonic()
+    threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    monkeypatch.setattr(command_line, "_run", lambda words: int(threading.Event().wait(20)))
+    assert command_line.main([]) == 130
+    assert time.monotonic() - begun < 10

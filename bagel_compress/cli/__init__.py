@@ -19,6 +19,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bagel.errors import BagelError
+from bagel_compress.cli.interrupt import safe_interrupts
 from bagel_compress.errors import BagelCompressError
 
 GROUPS = (
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of the console script. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(words)
+        with safe_interrupts():
+            return _run(words)
     except KeyboardInterrupt:
         hint = "; the same command continues from there" if words and words[0] in RESUMABLE else ""
         say(f"bagel-compress: interrupted{hint}.")
