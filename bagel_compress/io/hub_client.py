@@ -31,6 +31,7 @@ SECRET = re.compile(r"hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=://)[^/@\s]+(?=@)")  # to
 TRIES = 3  # attempts at a request that may be repeated
 PAUSE = 1.0  # seconds before the second attempt, doubled before the third
 ANSWER = 120.0  # seconds in which a request for a few lines has to be answered
+LONGEST = 64 << 20  # bytes of an answer that is not a file
 STALLED, LEAST = 300.0, 64 << 10  # a download is aborted if fewer than LEAST bytes arrive in STALLED seconds
 DOWNLOADS = 4  # files that are downloaded at a time
 T = TypeVar("T")
@@ -40,8 +41,8 @@ class UnreachableError(HubError):
     """There was no answer: the network or the Hub is down, or HF_HUB_OFFLINE is set."""
 
 
-class CompressedAnswerError(Exception):
-    """An answer is compressed although none was asked for in that form. `failures` makes a HubError of it."""
+class RefusedAnswerError(Exception):
+    """An answer is compressed, which was not asked for, or longer than LONGEST. `failures` makes a HubError of it."""
 
 
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
@@ -140,7 +141,8 @@ def _bytes_in_cache(repo: str) -> int:
 def failures(what: str) -> Iterator[None]:
     """Inside, every error of the client becomes a HubError "<what>: <reason>; <what to do>." without secrets.
 
-    It is an UnreachableError if there was no answer. Compressed answers are refused before they are unpacked.
+    It is an UnreachableError if there was no answer. Compressed answers are refused before they are unpacked, and long
+    ones before they are in memory.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -152,14 +154,13 @@ def failures(what: str) -> Iterator[None]:
         RepositoryNotFoundError,
     )
 
-    _refuse_compressed_answers()
+    _refuse_senseless_answers()
     silent: tuple[type[Exception], ...] = (OfflineModeIsEnabled, LocalEntryNotFoundError, *transport_errors())
     try:
         yield
-    except CompressedAnswerError as error:
+    except RefusedAnswerError as error:
         raise HubError(
-            f"{what}: the Hub's answer is compressed ({scrubbed(first_line(error))}), which was not asked for and may"
-            " unpack to any size; check HF_ENDPOINT and the proxy."
+            f"{what}: the Hub's answer {scrubbed(first_line(error))}; check HF_ENDPOINT and the proxy."
         ) from None
     except GatedRepoError:
         raise HubError(f"{what}: it is gated; accept its terms on its page and log in.") from None
@@ -190,8 +191,8 @@ def failures(what: str) -> Iterator[None]:
         raise HubError(f"{what}: {scrubbed(' '.join(str(error).split()))}") from None
 
 
-def _refuse_compressed_answers() -> None:
-    """Makes huggingface_hub ask for plain answers and refuse others: 100 KB of gzip can be 100 MB of an answer.
+def _refuse_senseless_answers() -> None:
+    """Makes huggingface_hub ask for plain answers and refuse others, and long ones: 100 KB of gzip can be 100 MB.
 
     This is set in the factory of its HTTP sessions, for it replaces a session after an error. Xet's own client, which
     only downloads files, is not affected.
@@ -200,25 +201,47 @@ def _refuse_compressed_answers() -> None:
     from huggingface_hub.utils import _http
 
     factory: Callable[[], Any] = _http._GLOBAL_CLIENT_FACTORY
-    if getattr(factory, "refuses_compressed", False):
+    if getattr(factory, "refuses_senseless", False):
         return
 
     def plain() -> Any:
         session = factory()
         session.headers["Accept-Encoding"] = "identity"
         hooks = session.event_hooks
-        session.event_hooks = {**hooks, "response": [_expect_plain, *hooks.get("response", ())]}
+        session.event_hooks = {**hooks, "response": [_expect_sense, *hooks.get("response", ())]}
         return session
 
-    plain.refuses_compressed = True  # type: ignore[attr-defined]
+    plain.refuses_senseless = True  # type: ignore[attr-defined]
     set_client_factory(plain)
 
 
-def _expect_plain(response: Any) -> None:
+def _expect_sense(response: Any) -> None:
     """Called with every answer when its headers have arrived and nothing of its body has been read."""
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity") and response.request.method != "HEAD":
-        raise CompressedAnswerError(encoding[:40])
+    method, path = response.request.method, response.request.url.path
+    if encoding not in ("", "identity") and method != "HEAD":
+        raise RefusedAnswerError(f"is compressed ({encoding[:40]}), which was not asked for and may unpack to any size")
+    if not (method == "GET" and response.status_code in (200, 206) and not path.startswith("/api/")):  # no file
+        response.stream = _bounded(response.stream)
+
+
+def _bounded(stream: Any) -> Any:
+    """A stream of an answer that ends in RefusedAnswerError after LONGEST bytes."""
+    base = next(kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")
+
+    class Bounded(base):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[bytes]:
+            total = 0
+            for part in stream:
+                total += len(part)
+                if total > LONGEST:
+                    raise RefusedAnswerError(f"is longer than {LONGEST >> 20} MiB, which none has to be")
+                yield part
+
+        def close(self) -> None:
+            stream.close()
+
+    return Bounded()
 
 
 def insist(call: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -109,6 +110,26 @@ def test_damage_is_found(tiny: Path, make: Callable[..., ExportFolder]) -> None:
     (folder.path / MANIFEST).write_text(text)
     with pytest.raises(ArtifactError, match="points outside its folder"):
         ExportFolder.open(folder.path)
+
+
+def test_a_trusted_export_is_not_compared(
+    exported: ExportFolder, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    """What opening compares, and what --trust leaves out; verify always compares."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(exported.path, folder)
+    data = bytearray((folder / "layer_01.data").read_bytes())
+    data[4] ^= 1  # a mantissa's last bit
+    (folder / "layer_01.data").write_bytes(data)
+    command = ("generate", folder, "a", "--steps", "2", "--size", "32x32", "--out", tmp_path / "x.png")
+    code, _, err = cli(*command)
+    assert code == 2
+    assert "layer_01.data is not what the manifest says" in err
+    code, _, err = cli(*command, "--trust")
+    assert code == 0, err
+    assert f"{folder}: its bytes are not compared with its manifest (--trust)" in err
+    assert (tmp_path / "x.png").exists()
+    assert ExportFolder.open(folder, trust=True).verify() == ["layer_01.data was changed"]
 
 
 def test_inspect_says_what_an_export_is(

@@ -1,4 +1,7 @@
-"""A compressed answer of the Hub is refused before it is unpacked: 100 KB of gzip would become 100 MB in memory."""
+"""Compressed answers of the Hub are refused before they are unpacked: 100 KB of gzip would be 100 MB in memory.
+
+Plain ones are refused once they are longer than any has to be.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from hub import ROUTES, Answer, Hub
 from publish_data import BASE, REPO
 
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.io import hub_client
 
 Cli = Callable[..., tuple[int, str, str]]
 KINDS = (
@@ -20,6 +24,7 @@ KINDS = (
     "collection_new", "collection", "collection_add", "validate_yaml",
 )  # fmt: skip
 UNPACKED = 100 << 20  # bytes
+LONG = 3 << 20  # bytes of a plain answer
 ALLOWED = 32 << 20  # bytes by which the process may grow meanwhile
 
 
@@ -91,6 +96,31 @@ def test_a_compressed_answer_is_refused(
     assert "the Hub's answer is compressed (gzip)" in err
     assert err.strip().splitlines()[-1].count(". ") == 0
     assert peak() - before < ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [*((k, 200) for k in KINDS if k not in ("resolve", "cdn")), ("info", 404), ("cdn", 404), ("resolve", 307)],
+)
+def test_a_long_answer_is_refused(
+    hub: Hub, artifact: Artifact, cli: Cli, tmp_path: Path, fresh_cache: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch, kind: str, status: int,
+) -> None:  # fmt: skip
+    """An answer to a question, an error, a redirection; files alone have any length."""
+    sent = []
+
+    def lengthen(line: str, answer: Answer) -> Answer:
+        if kind_of(line) != kind:
+            return answer
+        sent.append(line)
+        return status, b" " * LONG, answer[2]
+
+    hub.altered = lengthen
+    monkeypatch.setattr(hub_client, "LONGEST", 2 << 20)
+    code, err = publish_and_verify(cli, artifact, tmp_path / "receipts", fresh_cache)
+    assert len(sent) == len(set(sent)) > 0
+    assert code == 2
+    assert "the Hub's answer is longer than 2 MiB, which none has to be; check HF_ENDPOINT" in err
 
 
 def test_plain_answers_are_asked_for_also_by_a_session_made_after_an_error(hub: Hub) -> None:
