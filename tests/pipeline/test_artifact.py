@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from pipeline_data import NF4
 
 from bagel_compress.api import open_model
-from bagel_compress.build import manifest
+from bagel_compress.build import manifest, plan
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.compress import compress
 from bagel_compress.build.manifest import MANIFEST
@@ -68,6 +69,26 @@ def test_damage_is_found_and_named(folder: Path, damage: Callable[[Path], object
     faults = Artifact.open(folder, check=False).verify()
     assert len(faults) == 1
     assert faults[0].startswith(says)
+
+
+def test_another_layout_has_another_number(original: Path, tiny: Checkpoint) -> None:
+    """Shard order and manifest of a build; where this fails, raise `plan.LAYOUT` and put the new outline's digest here.
+
+    The number is in the digest of plans, so no build goes on in a folder that was begun in another layout.
+    """
+    built = json.loads((original / MANIFEST).read_text())
+    placed = [(p.shard, p.unit.name, p.codec.name()) for p in make_plan(tiny, Recipe.parse(NF4, "x")).placements]
+    outline = json.dumps([placed, sorted(keys(built, {*built["units"], *built["files"]}))])
+    assert (plan.LAYOUT, hashlib.sha256(outline.encode()).hexdigest()[:16]) == (3, "a2824700c3c4a0dc")
+
+
+def keys(value: object, names: set[str], path: str = "") -> set[str]:
+    """The paths of all keys of a JSON document, with * for names of units and files, and [] for places in lists."""
+    if isinstance(value, dict):
+        inner = [(path + "/" + ("*" if key in names else key), below) for key, below in value.items()]
+    else:
+        inner = [(path + "[]", below) for below in value] if isinstance(value, list) else []
+    return {found for found, _ in inner} | {found for at, below in inner for found in keys(below, names, at)}
 
 
 def test_a_trusted_artifact_is_not_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
