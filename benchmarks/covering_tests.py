@@ -13,6 +13,8 @@ from pathlib import Path
 
 OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "no:randomly")  # of pytest
 TICK = 0.02  # seconds between two looks at a child
+LOOK = 50  # ticks between two looks at how much processor time it took
+PATIENCE = 4  # times as many seconds as processor seconds
 Lines = dict[str, dict[int, list[str]]]  # file -> line -> tests; line 0 has the tests of the whole file
 
 
@@ -78,7 +80,11 @@ def _cover(name: str, file: Path) -> int:
 
 
 def forked(work: Callable[[], int], log: Path, limit: float) -> int | None:
-    """The exit code of `work` in a child, or None if it was killed at the time limit. Pauses do not count."""
+    """The exit code of `work` in a child; None if it was killed.
+
+    That is after `limit` processor seconds, or after PATIENCE times as many seconds, in which it only waits. A busy
+    machine and a pause do not count.
+    """
     child = os.fork()
     if child == 0:
         code = 70
@@ -90,11 +96,13 @@ def forked(work: Callable[[], int], log: Path, limit: float) -> int | None:
         finally:
             sys.stdout.flush()
             os._exit(code)
-    for _ in range(int(limit / TICK)):
+    for tick in range(int(PATIENCE * limit / TICK)):
         time.sleep(TICK)
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        if tick % LOOK == 0 and sum(map(_busy, _tree(child))) > limit:
+            break
     for process in _tree(child):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -102,7 +110,19 @@ def forked(work: Callable[[], int], log: Path, limit: float) -> int | None:
     return None
 
 
+def _busy(process: int) -> float:
+    """Processor seconds of a process and of its children that have ended; 0 once it is gone."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 def _tree(process: int) -> list[int]:
-    """The process and all that it started."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    """The process and all that it started and that still run."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        children = []
     return [process, *(found for child in children for found in _tree(int(child)))]

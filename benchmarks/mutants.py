@@ -6,8 +6,9 @@ The changes are cosmic-ray's; all changes of all the modules are one list, so th
 changes. First each folder of tests runs once under coverage, which tells the tests that execute a line. Then each
 change is judged by the tests of its line, the fastest first, up to the first that fails: in a fork of this process,
 which holds torch and numba but no module of the program. Lines that run only at import, and compiled kernels, are
-judged by the tests of their module or of the modules that name it. A change of nothing but the annotations of a
-function, which nobody evaluates, is not in the list. What survives is printed as a diff: either a test is missing, or
+judged by the tests of their module or of the modules that name it. A test that fails has to pass again without the
+change, or it is left out, and the others judge. A change of nothing but the annotations of a function, which nobody
+evaluates, is not in the list. What survives is printed as a diff: either a test is missing, or
 the change is none that anything could notice. Exit 1 if fewer than `--least` percent were noticed. With `--work` what
 is known of the tests and of the changes stays in that folder, and a later run goes on there. Needs the extra `dev`
 and fork: Linux.
@@ -27,7 +28,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import cache_from_source
 from pathlib import Path
@@ -37,7 +38,7 @@ from covering_tests import OPTIONS, Lines, covered, forked
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = (".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "out", "__pycache__")
 WARM = ["torch", "numba", "numpy", "pytest", "pytest_cov", "xdist", "hypothesis", "pydantic", "safetensors.torch"]
-SLACK = 60  # seconds that a change may take beyond five times what its tests take without it
+SLACK = 60  # processor seconds that a change may take beyond five times what its tests take without it
 MANY = 40  # tests of a line, above which those of the file named after the module come first
 MISUSE = (4, 5)  # pytest's exit codes when a named test is gone; its file is then run as it is
 
@@ -182,26 +183,45 @@ def _tests(tree: Path, change: Change, lines: Lines, seconds: dict[str, float], 
 
 
 def _judge(work: Path, change: Change, tests: list[str], seconds: dict[str, float]) -> dict:
-    """Makes a change, runs its tests in a fork and takes the change back."""
-    file = work / "tree" / change.module
+    """Makes a change, runs its tests in a fork and takes the change back, until what fails passes without it."""
     before, after = _versions(work / "tree", change)
     assert after is not None
     kernels = "numba" in before or "/kernels/" in change.module
-    limit = SLACK + 5 * sum(seconds[node] for node in tests) + (120 if kernels else 0)
-    start = time.monotonic()
-    Path(cache_from_source(str(file))).unlink(missing_ok=True)  # it is told from the file's size and seconds alone
+    start, left, how = time.monotonic(), list(tests), "survived"
+    while left and how == "survived":
+        limit = SLACK + 5 * sum(seconds[node] for node in left) + (120 if kernels else 0)
+        with _changed(work / "tree" / change.module, before, after):
+            code = forked(lambda: _run(work, left, kernels), work / "log", limit)  # noqa: B023 - called here
+            if code in MISUSE:
+                files = sorted({node.split("::")[0] for node in left})
+                code = forked(lambda: _run(work, files, kernels), work / "log", limit)  # noqa: B023
+        if code == 0:
+            break
+        failed = _failed(work)
+        if code == 1 and failed and forked(lambda: _run(work, failed, kernels), work / "log", limit) != 0:  # noqa: B023
+            left = [node for node in left if node not in failed]
+            continue
+        how = "time" if code is None else "test"
+    diff = "\n".join(difflib.unified_diff(before.split("\n"), after.split("\n"), n=1, lineterm=""))
+    told = {"noticed": how != "survived", "how": how, "tests": len(tests)}
+    return asdict(change) | told | {"seconds": round(time.monotonic() - start, 1), "diff": diff}
+
+
+@contextlib.contextmanager
+def _changed(file: Path, before: str, after: str) -> Iterator[None]:
+    """Inside, the file has another text. Its compiled form is told from its size and seconds alone, so it goes."""
+    Path(cache_from_source(str(file))).unlink(missing_ok=True)
     try:
         file.write_text(after, encoding="utf-8")
-        code = forked(lambda: _run(work, tests, kernels), work / "log", limit) if tests else 0
-        if code in MISUSE:
-            files = sorted({node.split("::")[0] for node in tests})
-            code = forked(lambda: _run(work, files, kernels), work / "log", limit)
+        yield
     finally:
         file.write_text(before, encoding="utf-8")
-    how = "survived" if code == 0 else "time" if code is None else "test"
-    diff = "\n".join(difflib.unified_diff(before.split("\n"), after.split("\n"), n=1, lineterm=""))
-    told = {"noticed": code != 0, "how": how, "tests": len(tests), "seconds": round(time.monotonic() - start, 1)}
-    return asdict(change) | told | {"diff": diff}
+
+
+def _failed(work: Path) -> list[str]:
+    """The tests that failed in the last run."""
+    file = work / "failed"
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
 def _run(work: Path, tests: list[str], kernels: bool) -> int:
@@ -211,7 +231,15 @@ def _run(work: Path, tests: list[str], kernels: bool) -> int:
     if kernels:  # numba does not see that a kernel which another one calls has changed
         shutil.rmtree(work / "numba-changed", ignore_errors=True)
         os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = str(work / "numba-changed")
-    return int(pytest.main(["-x", *OPTIONS, *tests]))
+    (work / "failed").unlink(missing_ok=True)
+
+    class Failures:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.failed:
+                with (work / "failed").open("a", encoding="utf-8") as file:
+                    file.write(report.nodeid + "\n")
+
+    return int(pytest.main(["-x", *OPTIONS, *tests], plugins=[Failures()]))
 
 
 if __name__ == "__main__":
