@@ -111,7 +111,7 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def scores(sampler: Sampler, benchmark: Benchmark) -> dict[str, list[dict[str, float | str]]]:
+def scores(sampler: Sampler, benchmark: Benchmark) -> dict[str, list[dict[str, object]]]:
     """Paired differences of the scores of pictures to those of 50 official points."""
 
     def at(preset: SpeedPreset) -> Benchmark:

@@ -229,7 +229,7 @@ def _bounded(stream: Any) -> Any:
     """A stream of an answer that ends in RefusedAnswerError after LONGEST bytes."""
     base = next(kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")
 
-    class Bounded(base):  # type: ignore[misc]
+    class Bounded(base):  # type: ignore[misc,valid-type]
         def __iter__(self) -> Iterator[bytes]:
             total = 0
             for part in stream:

@@ -20,6 +20,7 @@ from bagel_compress.exporting.manifest import MANIFEST, ExportFolder
 from bagel_compress.exporting.ort_sampler import open_onnx
 from bagel_compress.exporting.source import WeightSource
 from bagel_compress.run.case import load_cases
+from bagel_compress.scores.evaluation_report import EvaluationReport, Score
 
 ENDS = ("embed", "latent_out", "lm_head")
 
@@ -203,7 +204,7 @@ def test_weights_beyond_fp16_stop_the_export(tiny: Path, make: Callable[..., Exp
 
 
 def test_the_graphs_pass_the_validation_of_artifacts(
-    exported: ExportFolder, tiny: Path, tmp_path: Path, small_cases: Path
+    exported: ExportFolder, tiny: Path, tmp_path: Path, small_cases: Path, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     import torch
 
@@ -216,6 +217,21 @@ def test_the_graphs_pass_the_validation_of_artifacts(
     assert report.passed, [*report.faults, *report.broken]
     assert (exported.path / "reports" / "parity.json").is_file()
     assert exported.verify() == []
+
+    page = exported.path / "report.html"
+    before = page.read_text(encoding="utf-8")
+    figure = {"value": 81.2, "low": 79.0, "high": 83.4, "units": 553}
+    EvaluationReport(
+        benchmark="geneval", title="GenEval", model="fp32", digest=exported.digest, measured_by="x", measured_on="y",
+        items=240, differs=(), skipped=(), scores=(Score(name="overall", **figure),),
+    ).attach(exported.path)  # fmt: skip
+    code, out, _ = cli("report", exported.path)
+    assert (code, out.strip()) == (0, str(page))
+    after = page.read_text(encoding="utf-8")
+    assert "81.20 (79.00 to 83.40)" in after
+    (exported.path / "reports" / "evaluation-geneval.json").unlink()
+    assert cli("report", exported.path)[0] == 0
+    assert page.read_text(encoding="utf-8") == before
 
 
 def test_a_finished_export_is_given_back_and_a_locked_one_is_left_alone(
