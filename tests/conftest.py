@@ -62,6 +62,33 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return run
 
 
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Traced graphs of the tiny model's blocks, for `export`: on disk, where all processes of a run find them."""
+    root = tmp_path_factory.getbasetemp()
+    return Templates((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "templates")
+
+
+class Templates(dict[str, bytes]):
+    """Also finds and keeps its values as files of a folder. A file is complete when it has its name."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __contains__(self, key: object) -> bool:
+        return (self._folder / str(key)).exists()
+
+    def __getitem__(self, key: str) -> bytes:
+        return (self._folder / key).read_bytes()
+
+    def __setitem__(self, key: str, value: bytes) -> None:
+        partial = self._folder / f"{key}.{os.getpid()}"
+        partial.write_bytes(value)
+        partial.replace(self._folder / key)
+
+
 @pytest.fixture
 def small_cases(tmp_path: Path) -> Path:
     """A folder with one small case of each task: what a verdict asks for, in a second."""

@@ -1,4 +1,4 @@
-"""The tiny checkpoint exported once, and the templates of its graphs shared by every other export."""
+"""The tiny checkpoint exported once, and exports and builds of it on demand."""
 
 from __future__ import annotations
 
@@ -30,11 +30,6 @@ rules:
   - match: {{}}
     codec: raw
 """
-
-
-@pytest.fixture(scope="session")
-def templates() -> dict[str, bytes]:
-    return {}
 
 
 @pytest.fixture(scope="session")

@@ -51,10 +51,12 @@ def target(name: str, **settings: object) -> Target:
 
 
 @pytest.fixture(scope="session")
-def graphs(built: Callable[[str], Artifact], tmp_path_factory: pytest.TempPathFactory) -> ExportFolder:
+def graphs(
+    built: Callable[[str], Artifact], tmp_path_factory: pytest.TempPathFactory, templates: dict[str, bytes]
+) -> ExportFolder:
     """An INT8 build for ONNX Runtime on the CPU, without reports. Do not change it."""
     out = tmp_path_factory.mktemp("graphs") / "int8-onnx"
-    return export(WeightSource.open(built("int8-24gb").path), target("ort-test"), out)
+    return export(WeightSource.open(built("int8-24gb").path), target("ort-test"), out, templates=templates)
 
 
 @pytest.fixture
