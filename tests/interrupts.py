@@ -22,6 +22,17 @@ T = TypeVar("T")
 
 
 @contextmanager
+def usual_handler() -> Iterator[None]:
+    """Python's handler of SIGINT, also where whoever started the tests lets it be ignored, as a shell's `&` does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the command has taken its own back
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def sigint_at(call: int, code: CodeType | None = None) -> Iterator[list[int]]:
     """Sends SIGINT at the given call within `cli.main` (0: never); gives a list that counts those calls.
 
@@ -39,11 +50,12 @@ def sigint_at(call: int, code: CodeType | None = None) -> Iterator[list[int]]:
                 sys.setprofile(None)
                 signal.raise_signal(signal.SIGINT)
 
-    sys.setprofile(profile)
-    try:
-        yield seen
-    finally:
-        sys.setprofile(None)
+    with usual_handler():
+        sys.setprofile(profile)
+        try:
+            yield seen
+        finally:
+            sys.setprofile(None)
 
 
 def calls_of(run: Callable[[], T]) -> tuple[T, int]:
