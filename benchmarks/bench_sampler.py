@@ -187,14 +187,8 @@ def beside_official(args: argparse.Namespace, folder: Path, work: Path, dtype: s
         programs: dict[str, Callable[[], Image.Image]] = {
             "ours": lambda: ours(False), "merged": lambda: ours(True), "official": theirs,
         }  # fmt: skip
-        seconds: dict[str, list[float]] = {who: [] for who in programs}
-        images, products = {}, {}
-        for turn in range(args.drawings + 1):  # the first warms up
-            for who, draw in programs.items():
-                begun = time.process_time()
-                images[who] = draw()
-                if turn:
-                    seconds[who].append(time.process_time() - begun)
+        seconds, images = in_turns(programs, args.drawings)
+        products = {}
         for who, draw in programs.items():
             with ProductTimes() as timed:
                 draw()
@@ -215,6 +209,21 @@ def beside_official(args: argparse.Namespace, folder: Path, work: Path, dtype: s
         }
         print(name, dtype, json.dumps(found[name]), file=sys.stderr, flush=True)
     return found
+
+
+def in_turns(
+    programs: dict[str, Callable[[], Image.Image]], drawings: int
+) -> tuple[dict[str, list[float]], dict[str, Image.Image]]:
+    """Processor seconds of each drawing by each program, after one that warms up; and the last pictures."""
+    seconds: dict[str, list[float]] = {who: [] for who in programs}
+    images = {}
+    for turn in range(drawings + 1):
+        for who, draw in programs.items():
+            begun = time.process_time()
+            images[who] = draw()
+            if turn:
+                seconds[who].append(time.process_time() - begun)
+    return seconds, images
 
 
 def raw_build(folder: Path, work: Path) -> Path:

@@ -82,8 +82,8 @@ def _cover(name: str, file: Path) -> int:
 def forked(work: Callable[[], int], log: Path, limit: float) -> int | None:
     """The exit code of `work` in a child; None if it was killed.
 
-    That is after `limit` processor seconds, or after PATIENCE times as many seconds, in which it only waits. A busy
-    machine and a pause do not count.
+    That is after `limit` processor seconds, or after PATIENCE times as many seconds of any kind, so that a child that
+    only waits ends too. A pause does not count; a busy machine does once it gives the child less than 1/PATIENCE.
     """
     child = os.fork()
     if child == 0:
