@@ -25,6 +25,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -63,6 +64,7 @@ def main() -> int:
     parser.add_argument("--least", type=float, default=95, help="percent that must be noticed (95)")
     parser.add_argument("--work", type=Path, help="folder that keeps the copy, the coverage and the results")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a change is taken back
     with tempfile.TemporaryDirectory(prefix="mutants-") as place:
         work = args.work or Path(place)
         tree = work / "tree"
@@ -168,13 +170,17 @@ def _tests(tree: Path, change: Change, lines: Lines, seconds: dict[str, float], 
     """Tests that execute the changed line, else its module, else the modules that name it: the fastest first."""
     rows, path = lines.get(change.module, {}), Path(change.module)
     stem = path.parent.name if path.stem == "__init__" else path.stem
+    text = (tree / path).read_text(encoding="utf-8")
     begun = max((row for row in rows if row <= change.row), default=0)  # where a statement of several lines begins
-    found = set(rows.get(begun) or rows.get(0, ()))
-    if not found:
+    found = set(rows.get(begun) or ())
+    if not found or not _in_function(text, change.row):  # a line of the module ran for the test that imported it first
+        found = set(rows.get(0, ()))
+    if not found or _compiled(change, text):
         users = [other for other in lines if stem in (tree / other).read_text(encoding="utf-8")]
-        found = {node for other in users for node in lines[other].get(0, ())}
+        found |= {node for other in users for node in lines[other].get(0, ())}
     own = f"test_{stem}.py"
-    kept, total = [], 0.0
+    kept: list[str] = []
+    total = 0.0
     for node in sorted(found, key=lambda node: (own not in node and len(found) > MANY, seconds[node], node)):
         total += seconds[node]
         if total <= most or not kept:
@@ -182,11 +188,21 @@ def _tests(tree: Path, change: Change, lines: Lines, seconds: dict[str, float], 
     return kept
 
 
+def _compiled(change: Change, text: str) -> bool:
+    """Is the module's code compiled by numba, where coverage sees no line?"""
+    return "numba" in text or "/kernels/" in change.module
+
+
+def _in_function(text: str, row: int) -> bool:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    return any(isinstance(n, kinds) and n.lineno <= row <= (n.end_lineno or 0) for n in ast.walk(ast.parse(text)))
+
+
 def _judge(work: Path, change: Change, tests: list[str], seconds: dict[str, float]) -> dict:
     """Makes a change, runs its tests in a fork and takes the change back, until what fails passes without it."""
     before, after = _versions(work / "tree", change)
     assert after is not None
-    kernels = "numba" in before or "/kernels/" in change.module
+    kernels = _compiled(change, before)
     start, left, how = time.monotonic(), list(tests), "survived"
     while left and how == "survived":
         limit = SLACK + 5 * sum(seconds[node] for node in left) + (120 if kernels else 0)
