@@ -178,6 +178,8 @@ def _tests(tree: Path, change: Change, lines: Lines, seconds: dict[str, float], 
     if not found or _compiled(change, text):
         users = [other for other in lines if stem in (tree / other).read_text(encoding="utf-8")]
         found |= {node for other in users for node in lines[other].get(0, ())}
+    if _compiled(change, text):  # its tests may run in a process of their own
+        found |= {node for node in seconds if path.parent.name in Path(node.split("::")[0]).stem}
     own = f"test_{stem}.py"
     kept: list[str] = []
     total = 0.0
@@ -189,8 +191,8 @@ def _tests(tree: Path, change: Change, lines: Lines, seconds: dict[str, float], 
 
 
 def _compiled(change: Change, text: str) -> bool:
-    """Is the module's code compiled by numba, where coverage sees no line?"""
-    return "numba" in text or "/kernels/" in change.module
+    """Is the module's code compiled by numba or Triton, where coverage sees no line?"""
+    return "numba" in text or "triton" in text or "/kernels/" in change.module
 
 
 def _in_function(text: str, row: int) -> bool:

@@ -7,7 +7,9 @@ share of the way from the noise (the gate's `latent.path`). Ratios are of the me
 with a 95 % bootstrap interval over prompts; `trimmed` leaves out the two prompts of the largest errors. Prompts of the
 calibration set are left out, and no plan is asked for twice: there are 134 such prompts. A plan chooses among places
 and backgrounds that are nearly equally likely, so its words say little: beside the builds stand the texts of the
-original itself when it is computed in bf16. Ends in one JSON line.
+original itself when it is computed in bf16, and the largest gap between the words where texts part.
+
+Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -46,11 +48,13 @@ TRIMMED = 2
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Final latents of pictures [prompts, N, C] with their noise, and texts, in the order of the prompts."""
+    """Final latents of pictures [prompts, N, C] with their noise, and texts with the logits [T, V] of their words, in
+    the order of the prompts."""
 
     latents: np.ndarray
     noise: np.ndarray
     texts: tuple[str, ...]
+    logits: tuple[torch.Tensor, ...]
 
 
 def fresh(seed: int, counts: tuple[int, int, int, int] = COUNTS) -> Benchmark:
@@ -82,39 +86,49 @@ def answers(benchmark: Benchmark, sampler: Sampler) -> Answers:
     latents: dict[int, np.ndarray] = {}
     noises: dict[int, np.ndarray] = {}
     texts: dict[int, str] = {}
+    logits: dict[int, torch.Tensor] = {}
     for indexes in groups.values():
-        first, noise = benchmark.prompts[indexes[0]], _Noise()
+        first, watch = benchmark.prompts[indexes[0]], _Watch()
         found = sampler.run_batch(
             [request(benchmark, index) for index in indexes],
             output=first.output,
             think=first.think,
             flow=flow_of(benchmark, first),
             text=benchmark.text,
-            listener=noise,
+            listener=watch,
         )
         texts |= {i: result.text for i, result in zip(indexes, found, strict=True) if result.text is not None}
+        logits |= {i: torch.stack(watch.words[k]) for k, i in enumerate(indexes) if i in texts}
         if first.output == "image" and not first.think:
             latents |= {i: result.latent.numpy() for i, result in zip(indexes, found, strict=True)}  # type: ignore[union-attr]
-            noises |= {i: part.numpy() for i, part in zip(indexes, noise.parts, strict=True)}
+            noises |= {i: part.numpy() for i, part in zip(indexes, watch.noise, strict=True)}
     pictures = sorted(latents)
     return Answers(
         np.stack([latents[i] for i in pictures]),
         np.stack([noises[i] for i in pictures]),
         tuple(texts[i] for i in sorted(texts)),
+        tuple(logits[i] for i in sorted(texts)),
     )
 
 
-class _Noise(Listener):
-    """The noise that each picture began with."""
+class _Watch(Listener):
+    """The noise that each picture began with, and the logits of each sample's words."""
 
-    parts: Sequence[torch.Tensor] = ()
+    noise: Sequence[torch.Tensor] = ()
+
+    def __init__(self) -> None:
+        self.words: dict[int, list[torch.Tensor]] = {}
+
+    def logits(self, samples: Sequence[int], logits: torch.Tensor) -> None:
+        for sample, row in zip(samples, logits, strict=True):
+            self.words.setdefault(sample, []).append(row.float())
 
     def before_denoise(self, drawing: Drawing) -> None:
         self._drawing = drawing
 
     def before_step(self, work: StepInput) -> StepInput:
         if work.index == 0:
-            self.parts = self._drawing.split(work.x)
+            self.noise = self._drawing.split(work.x)
         return work
 
 
@@ -142,15 +156,28 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
 
 
 def equal_texts(candidate: Answers, reference: Answers) -> dict[str, object]:
-    """Share of equal texts with its interval, and the counts of plans among them."""
-    pairs = list(zip(candidate.texts, reference.texts, strict=True))
-    plans = [a == b for a, b in pairs if language.parse_thoughts(b) is not None]
-    equal = sum(a == b for a, b in pairs)
+    """Share of equal texts with its interval, the plans among them, and the largest gap of those that differ.
+
+    The gap of a text: how much likelier the original holds its own word than the candidate's, where they part.
+    """
+    same = [a == b for a, b in zip(candidate.texts, reference.texts, strict=True)]
+    plans = [s for s, text in zip(same, reference.texts, strict=True) if language.parse_thoughts(text) is not None]
+    pairs = zip(same, candidate.logits, reference.logits, strict=True)
     return {
-        "equal_texts": equal / len(pairs),
-        "equal_texts_interval": share_interval(equal, len(pairs)),
+        "equal_texts": sum(same) / len(same),
+        "equal_texts_interval": share_interval(sum(same), len(same)),
         "equal_plans": f"{sum(plans)} of {len(plans)}",
+        "largest_gap": max((_gap(own, original) for s, own, original in pairs if not s), default=0.0),
     }
+
+
+def _gap(own: torch.Tensor, original: torch.Tensor) -> float:
+    """Probability of the original's word less that of the other, at the first that differs, for [T, V] logits."""
+    words, others = original.argmax(-1), own.argmax(-1)
+    shared = min(len(words), len(others))
+    at = int((words[:shared] != others[:shared]).int().argmax())
+    p = original[at].softmax(-1)
+    return float(p[words[at]] - p[others[at]])
 
 
 def main() -> int:
