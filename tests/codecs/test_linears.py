@@ -59,6 +59,24 @@ def test_without_bitsandbytes_the_result_is_the_same(codec: Codec, monkeypatch: 
     assert torch.equal(linear(codec, tensor)(x), expected)
 
 
+@pytest.mark.parametrize(("shape", "used"), [((64, 128), True), ((96, 64), True), ((7, 33), False), ((5, 10), False)])
+def test_bitsandbytes_decodes_what_it_decodes_rightly(
+    shape: tuple[int, int], used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor, calls = weight(*shape), list[tuple[object, ...]]()
+
+    class Library:
+        class dequantize_4bit:  # noqa: N801 - as bitsandbytes calls it
+            @staticmethod
+            def default(*given: object) -> torch.Tensor:
+                calls.append(given)
+                return decoded(Nf4(), tensor)
+
+    monkeypatch.setattr(nf4_linear, "bitsandbytes_ops", lambda: Library)
+    assert torch.equal(linear(Nf4(), tensor)(torch.eye(shape[1])), decoded(Nf4(), tensor).float().T)
+    assert bool(calls) == used
+
+
 @each
 def test_a_cast_leaves_codes_and_scales_alone(codec: Codec) -> None:
     tensor, x = weight(64, 64), weight(5, 64, seed=2, scale=1.0)

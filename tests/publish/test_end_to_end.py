@@ -90,7 +90,9 @@ def test_dry_run(hub: Hub, artifact: Artifact, cli: Cli, publish: Callable[..., 
     assert not hub.store.repos
     assert not any(line.startswith(("PUT", "POST")) for line in hub.requests)
     publish(artifact)
+    hub.store.repos[REPO].head("main").files["old/notes.txt"] = hub.store.keep(b"notes", lfs=False)
     code, out, _ = cli("publish", artifact.path, REPO, "--base-model", BASE, "--license", "mit", "--dry-run")
+    assert [line.split() for line in out.splitlines() if line.startswith("  ?")] == [["?", "old/notes.txt"]]
     changed = [line.split()[-1] for line in out.splitlines() if line.startswith("  ~")]
     assert changed == ["README.md"]
     assert "-license: apache-2.0" in out

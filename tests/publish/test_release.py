@@ -128,6 +128,22 @@ def test_a_changed_byte(artifact: Artifact, tmp_path: Path) -> None:
             release(artifact, tmp_path, draft=draft)
 
 
+def test_of_many_changed_tensors_three_are_named(artifact: Artifact, tmp_path: Path) -> None:
+    path = artifact.path / artifact.manifest.shards[-1]
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    starts = sorted(entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__")
+    for count, ending in ((3, ""), (4, " and more")):
+        changed = bytearray(content)
+        for start in starts[:count]:
+            changed[8 + size + start] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(GateError, match=r"was changed: \S+, \S+, \S+") as error:
+            release(artifact, tmp_path)
+        assert (" and more" in str(error.value)) == bool(ending)
+
+
 def test_everything_that_is_missing_is_listed(built: Callable[[str], Artifact], tmp_path: Path) -> None:
     with pytest.raises(GateError) as error:
         make_release(built("nf4"), tmp_path / "release", Origin(REPO, None))

@@ -16,9 +16,20 @@ from bagel_compress.budgets.machine import Machine
 from bagel_compress.budgets.plan_devices import Gpu, plan_map
 from bagel_compress.budgets.planned_build import planned_build
 from bagel_compress.budgets.predict import least_bytes, predict
-from bagel_compress.budgets.recommend import Errors, packaged_targets, recipes_for, target_variants
+from bagel_compress.budgets.recommend import (
+    CALIBRATED,
+    Errors,
+    expected_errors,
+    packaged_targets,
+    recipes_for,
+    target_variants,
+)
 from bagel_compress.cli import main
+from bagel_compress.codecs.calibrated import parse_rounding
+from bagel_compress.codecs.int8 import Int8
+from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.errors import TargetError
+from bagel_compress.io.tensor_spec import TensorSpec
 from bagel_compress.run.target import Target
 
 GIB = 2**30
@@ -39,6 +50,25 @@ def test_promises_hold_on_larger_gpus_and_the_best_comes_first() -> None:
     assert "nf4" in recipes_for(Target.load("24gb"))  # it promises 16gb
     on_16 = recipes_for(Target.load("16gb"))
     assert on_16.index("ecq-16gb") < on_16.index("nf4") < on_16.index("nf4-official")
+
+
+def test_expected_errors_are_means_over_weights_of_squares() -> None:
+    def spec(name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(name=name, dtype="BF16", shape=shape)
+
+    layer = "language_model.model.layers.0.mlp"
+    und, gen = spec(f"{layer}.up_proj.weight", 1, 3), spec(f"{layer}_moe_gen.up_proj.weight", 1, 1)
+    coarse, fine = Nf4(), Int8()
+    found = expected_errors([(coarse, [und]), (fine, [gen])])
+    assert found is not None
+    assert coarse.normal_error is not None
+    assert fine.normal_error is not None
+    assert found.und == pytest.approx(coarse.normal_error)
+    assert found.gen == pytest.approx(fine.normal_error)
+    assert found.all == pytest.approx(((3 * coarse.normal_error**2 + fine.normal_error**2) / 4) ** 0.5)
+    calibrated = expected_errors([(Nf4(rounding=parse_rounding("gptq")), [und])])
+    assert calibrated is not None
+    assert calibrated.und == pytest.approx(coarse.normal_error * CALIBRATED)
 
 
 def test_the_least_that_a_build_holds_is_a_bound_of_its_peak() -> None:

@@ -66,6 +66,14 @@ def named(found, words):
     assert words in render(found.report, {}).replace("&#x27;", "'")
 
 
+def test_errors_are_attributed_only_beside_a_reference(plain, reference, trace_file):
+    subject = Candidate(plain, "planted", "0" * 64, "lossless", resolve("lossless", {}))
+    for given, wanted in ((None, 0), (reference, 1)):
+        said = []
+        compare(subject, [trace_file], given, said.append)
+        assert said.count("attributing the error to components") == wanted
+
+
 def test_an_unbroken_model_passes(plain, trace_file):
     found = judge(plain, trace_file)
     assert found.report.passed
