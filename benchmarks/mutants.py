@@ -178,12 +178,14 @@ def _tests(tree: Path, change: Change, lines: Lines, seconds: dict[str, float], 
     if not found or _compiled(change, text):
         users = [other for other in lines if stem in (tree / other).read_text(encoding="utf-8")]
         found |= {node for other in users for node in lines[other].get(0, ())}
+    own: tuple[str, ...] = (f"test_{stem}.py",)
     if _compiled(change, text):  # its tests may run in a process of their own
-        found |= {node for node in seconds if path.parent.name in Path(node.split("::")[0]).stem}
-    own = f"test_{stem}.py"
+        own = (f"_{path.parent.name}", f"_{stem.split('_')[0]}")
+        found |= {node for node in seconds if any(name in node.split("::")[0] for name in own)}
     kept: list[str] = []
     total = 0.0
-    for node in sorted(found, key=lambda node: (own not in node and len(found) > MANY, seconds[node], node)):
+    far = {node for node in found if not any(name in node.split("::")[0] for name in own) and len(found) > MANY}
+    for node in sorted(found, key=lambda node: (node in far, seconds[node], node)):
         total += seconds[node]
         if total <= most or not kept:
             kept.append(node)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from bagel.conformance.compare import LIMITS
 from bagel.errors import BagelError
 from bagel.layers import attention_kernel
 from bagel.sampler import EDIT_FLOW, FlowSettings, Sampler
@@ -106,6 +109,17 @@ def test_a_compiled_step_is_one_graph_for_all_steps_and_branches(fp32: Sampler, 
         size = (32, 48)  # of the edit's picture, so that all have as many rows
         assert torch.equal(latent(compiled, turns, flow, size), latent(fp32, turns, flow, size))
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("turns", "flow"), RUNS)
+def test_inductor_stays_within_conformance(fp32: Sampler, turns: list[Any], flow: FlowSettings) -> None:
+    """torch's own compiler fuses operations: its latents differ by no more than conformance allows."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("inductor needs a C++ compiler")
+    found, wanted = latent(with_runtime(fp32, "compiled", "inductor"), turns, flow), latent(fp32, turns, flow)
+    assert float((found - wanted).norm() / wanted.norm()) < LIMITS["fp32"]
 
 
 def test_weights_elsewhere_are_refused(fp32: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
