@@ -7,7 +7,8 @@ share of the way from the noise (the gate's `latent.path`). Ratios are of the me
 with a 95 % bootstrap interval over prompts; `trimmed` leaves out the two prompts of the largest errors. Prompts of the
 calibration set are left out, and no plan is asked for twice: there are 134 such prompts. A plan chooses among places
 and backgrounds that are nearly equally likely, so its words say little: beside the builds stand the texts of the
-original itself when it is computed in bf16, and the largest gap between the words where texts part.
+original itself when it is computed in bf16, the largest gap between the words where texts part, and how much the
+distributions of words differ.
 
 Ends in one JSON line.
 """
@@ -34,6 +35,7 @@ from bagel_compress.build.recipe import Recipe
 from bagel_compress.calibrate.calibration_set import CalibrationSet
 from bagel_compress.calibrate.prompts import load_jobs
 from bagel_compress.io.packaged import find_recipe, resource
+from bagel_compress.parity.metrics import kl_divergence
 from bagel_compress.run.load import open_model
 from bagel_compress.scores.benchmark import Benchmark, flow_of, request
 from bagel_compress.scores.nano import nano_benchmark
@@ -156,28 +158,27 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
 
 
 def equal_texts(candidate: Answers, reference: Answers) -> dict[str, object]:
-    """Share of equal texts with its interval, the plans among them, and the largest gap of those that differ.
-
-    The gap of a text: how much likelier the original holds its own word than the candidate's, where they part.
-    """
+    """How alike the texts are: the share of equal ones with its interval, and the plans among them; the largest gap of
+    those that differ, which is how much likelier the original holds its own word than the candidate's where they part;
+    and the mean over words of KL(original || candidate) in nats, up to there."""
     same = [a == b for a, b in zip(candidate.texts, reference.texts, strict=True)]
     plans = [s for s, text in zip(same, reference.texts, strict=True) if language.parse_thoughts(text) is not None]
-    pairs = zip(same, candidate.logits, reference.logits, strict=True)
+    gaps, divergences = [0.0], []
+    for own, original in zip(candidate.logits, reference.logits, strict=True):
+        length = min(len(own), len(original))
+        parted = (own[:length].argmax(-1) != original[:length].argmax(-1)).nonzero().flatten().tolist()
+        shared = slice(0, parted[0] + 1 if parted else length)
+        divergences.append(kl_divergence(own[shared], original[shared]))
+        if parted:
+            p = original[parted[0]].softmax(-1)
+            gaps.append(float(p.max() - p[own[parted[0]].argmax()]))
     return {
         "equal_texts": sum(same) / len(same),
         "equal_texts_interval": share_interval(sum(same), len(same)),
         "equal_plans": f"{sum(plans)} of {len(plans)}",
-        "largest_gap": max((_gap(own, original) for s, own, original in pairs if not s), default=0.0),
+        "largest_gap": max(gaps),
+        "words_kl": float(torch.cat(divergences).mean()),
     }
-
-
-def _gap(own: torch.Tensor, original: torch.Tensor) -> float:
-    """Probability of the original's word less that of the other, at the first that differs, for [T, V] logits."""
-    words, others = original.argmax(-1), own.argmax(-1)
-    shared = min(len(words), len(others))
-    at = int((words[:shared] != others[:shared]).int().argmax())
-    p = original[at].softmax(-1)
-    return float(p[words[at]] - p[others[at]])
 
 
 def main() -> int:
