@@ -57,6 +57,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="+", help="files or folders to change, such as bagel/settings.py")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="test files or folders that judge (tests)")
     parser.add_argument("--count", type=int, default=40, help="changes to try (40)")
+    parser.add_argument("--skip", type=int, default=0, help="changes of the sample that another process tries (0)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
     parser.add_argument(
         "--most", type=float, default=150, help="processor seconds of tests that judge one change (150)"
@@ -73,7 +74,7 @@ def main() -> int:
             compileall.compile_dir(tree, quiet=1)
         _warm(tree)
         lines, seconds = covered(work, args.tests)
-        sample = _sample(tree, args.modules, args.count, args.seed)
+        sample = _sample(tree, args.modules, args.count, args.seed)[args.skip :]
         results = _tried(work, sample, lines, seconds, args.most)
     survivors = [r for r in results if not r["noticed"]]
     for found in survivors:

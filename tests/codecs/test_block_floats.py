@@ -10,6 +10,7 @@ from other_packages import comfy_kitchen_weight, compressed_tensors_weight
 
 from bagel_compress.codecs.base import Codec
 from bagel_compress.codecs.block_floats import BlockFloat, decode_blocks, unpack_fp4
+from bagel_compress.codecs.matrix import as_floats
 from bagel_compress.codecs.mxfp import Mxfp4, Mxfp8
 from bagel_compress.codecs.nvfp4 import Nvfp4, e4m3_bytes, e4m3_values, global_exponent
 from bagel_compress.errors import PlanError
@@ -111,6 +112,16 @@ def test_blocks_under_the_range_of_scales_get_the_smallest_one() -> None:
     assert not decoded(Nvfp4(), tensor)[1].any()
     assert "4 of 16 blocks are under the range" in written(Nvfp4(), tensor).reason
     assert written(Nvfp4(), weight(4, 64)).reason == ""
+
+
+def test_a_block_is_under_the_range_where_its_scale_would_round_to_zero() -> None:
+    tensor = weight(4, 64)
+    scaling = Nvfp4().scaling(unit_of(tensor), int(tensor.abs().max().view(torch.int16)))
+    words = np.arange(1, 0x7F80, dtype=np.uint16)
+    told = np.array([bool(scaling.note(words[i : i + 1])) for i in range(words.size)])
+    tie = as_floats(words) == np.float32(scaling.least)
+    assert np.array_equal(told[~tie], (scaling.plain[words] == 0)[~tie])
+    assert 0 < told.sum() < words.size
 
 
 @every

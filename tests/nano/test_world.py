@@ -8,7 +8,7 @@ import pytest
 from bagel.inputs import THINK_IMAGE, TextCodec
 from bagel.nano import language
 from bagel.nano.detector import DetectedScene, read
-from bagel.nano.scenes import SIDE, Scene, render, sample_scene
+from bagel.nano.scenes import BACKGROUNDS, COLORS, SIDE, Scene, render, sample_scene
 from bagel_compress.nano_training import tokens
 from bagel_compress.nano_training.batches import EDIT_TURNS
 
@@ -35,6 +35,13 @@ def test_detector_sees_what_is_wrong() -> None:
     assert seen(read(render(scene))) != shown(other)
     noise = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     assert all(t.shape == "?" for t in read(noise).things)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_a_square_that_fills_most_of_the_picture_is_a_square(background: str) -> None:
+    image = np.full((SIDE, SIDE, 3), BACKGROUNDS[background], np.uint8)
+    image[3:-3, 3:-3] = COLORS["red"]
+    assert seen(read(image)) == (background, [("square", "red", "center")])
 
 
 def test_a_blob_is_no_shape() -> None:
