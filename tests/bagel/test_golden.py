@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bagel.conformance.__main__ import main
-from bagel.conformance.compare import check
+from bagel.conformance.compare import check, error
 from bagel.conformance.packing import block_rows, merged_slots
 
 
@@ -78,6 +78,13 @@ def test_a_tensor_nobody_computes_fails(one_scenario: Path) -> None:
 
 def test_wrong_usage_is_exit_2(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 2
+
+
+def test_integers_are_equal_or_infinitely_wrong() -> None:
+    ids = torch.tensor([3, 5])
+    assert error(ids.to(torch.int32), ids) == 0
+    assert error(torch.tensor([3, 4], dtype=torch.int32), ids) == float("inf")
+    assert error(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 5.0])) == pytest.approx(10**0.5 / 5)
 
 
 def test_rows_of_a_merged_sequence_follow_their_own_cache() -> None:

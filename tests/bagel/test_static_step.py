@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from bagel import static_step
 from bagel.conformance.compare import LIMITS
 from bagel.errors import BagelError
 from bagel.layers import attention_kernel
@@ -109,6 +110,17 @@ def test_a_compiled_step_is_one_graph_for_all_steps_and_branches(fp32: Sampler, 
         size = (32, 48)  # of the edit's picture, so that all have as many rows
         assert torch.equal(latent(compiled, turns, flow, size), latent(fp32, turns, flow, size))
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_pass_that_is_no_single_graph_is_not_compiled(fp32: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return torch.zeros(())
+
+    monkeypatch.setattr(static_step, "velocity", broken)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        latent(with_runtime(fp32, "compiled"), *RUNS[0])
 
 
 @pytest.mark.slow

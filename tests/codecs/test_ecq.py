@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from codec_weights import NAME, Whole, decoded, encoded, quality_of, same_bytes,
 from pydantic import ValidationError
 
 from bagel_compress.codecs import CODECS
-from bagel_compress.codecs.ecq import Ecq, encode, step
+from bagel_compress.codecs.ecq import Ecq, encode, pack, step
 from bagel_compress.codecs.ecq.layout import RUN, bound
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import TensorSpec
@@ -219,6 +220,22 @@ def test_a_source_that_changes_is_noticed() -> None:
         second[0] = rows
         with pytest.raises(CodecError, match=f"{NAME}: .*source was changed"):
             Ecq().begin(unit_of(tensor), Changing([tensor, second]))
+
+
+@pytest.mark.parametrize("run", range(6))
+def test_a_run_that_is_packed_wrongly_is_noticed(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is: four whole runs that are read together, one alone, and a shorter last one."""
+    tensor, packed = weight(1, 5 * RUN + 700), pack.pack
+
+    def spoilt(*given: Any) -> int:
+        size = packed(*given)
+        out, sizes = given[-2], given[-1]
+        out[sizes[:run].sum() + sizes[run] // 2] ^= 16
+        return size
+
+    monkeypatch.setattr(pack, "pack", spoilt)
+    with pytest.raises(CodecError, match="did not come back"):
+        Ecq().begin(unit_of(tensor), Whole(tensor))
 
 
 def test_sizes_of_a_plan() -> None:

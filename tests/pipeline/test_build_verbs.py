@@ -24,6 +24,8 @@ def test_plan_compress_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str
     inspected = json.loads(capsys.readouterr().out)
     assert inspected["bytes"] == plan["bytes"]
     assert [g["nbytes"] for g in inspected["groups"]] == [g["nbytes"] for g in plan["groups"]]
+    assert main(["inspect", out]) == 0
+    assert f"({plan['bytes'] / 2**30:.3f} GiB)" in capsys.readouterr().out
     assert main(["inspect", source]) == 0
     assert "454,608" in capsys.readouterr().out
 

@@ -51,6 +51,14 @@ def test_branches_steps_taps_and_logits_are_recorded(trace_file):
     assert trace_file.read("understand").tensors["logits"].shape[0] == len(trace_file.read("understand").tensors["ids"])
 
 
+@pytest.mark.parametrize(
+    ("count", "wanted", "kept"),
+    [(5, 8, [0, 1, 2, 3, 4]), (5, 5, [0, 1, 2, 3, 4]), (5, 1, [0]), (5, 2, [0, 4]), (49, 4, [0, 16, 32, 48])],
+)
+def test_steps_and_rows_that_are_recorded_are_evenly_spread(count, wanted, kept):
+    assert replay._spread(count, wanted) == kept
+
+
 def test_the_noise_floor_of_a_repetition_is_zero_and_of_a_kernel_is_not(trace_file):
     floor = trace_file.header.facts["t2i"].floor["velocity.path"]
     assert floor["repeat"] == 0.0
