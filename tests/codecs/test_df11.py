@@ -15,6 +15,7 @@ from bagel_compress.codecs import DF11
 from bagel_compress.codecs.base import InMemory, Unit
 from bagel_compress.codecs.df11 import encode, pack, unpack
 from bagel_compress.codecs.df11.book import huffman, make_book, stalls
+from bagel_compress.codecs.df11.decode import _check_tables
 from bagel_compress.codecs.df11.layout import BLOCK_BITS, MAX_BLOCK_WEIGHTS, SUFFIXES
 from bagel_compress.codecs.kernels.threads import Workspaces
 from bagel_compress.errors import CodecError, PlanError
@@ -197,6 +198,7 @@ def test_limited_books_equal_the_official_ones(symbols: int) -> None:
     book = make_book(counts)
     assert (max(c.bits for c in huffman(counts)) > 32) == (symbols > 32)
     assert np.array_equal(book.luts, luts.numpy())
+    _check_tables("unit", book.luts)  # codes of 32 bits are taken
     assert {c.symbol: (c.bits, c.value) for c in book.codes if c.symbol >= 0} == {
         s: code for s, code in table.items() if isinstance(s, int)
     }

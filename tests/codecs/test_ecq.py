@@ -222,6 +222,13 @@ def test_a_source_that_changes_is_noticed() -> None:
             Ecq().begin(unit_of(tensor), Changing([tensor, second]))
 
 
+def test_words_that_moved_are_noticed() -> None:
+    words = np.arange(1, 1025, dtype=np.uint16)
+    moved = words.copy()
+    moved[[100, 101]] = words[[101, 100]]
+    assert encode.Batch(0, words).checksum != encode.Batch(0, moved).checksum
+
+
 @pytest.mark.parametrize("run", range(6))
 def test_a_run_that_is_packed_wrongly_is_noticed(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever it is: four whole runs that are read together, one alone, and a shorter last one."""

@@ -99,6 +99,13 @@ def test_what_fits_nowhere_waits(builds):
     assert "layers 6-27" in plan.table()
 
 
+def test_room_is_kept_for_the_largest_group_that_is_brought_and_none_for_the_embedding(builds):
+    needs, [gpu] = _needs(builds["raw"], Workload()), gpus("12gb")
+    waiting = frozenset({"layers.3", "layers.4", "embed_tokens"})
+    assert needs.load(gpu, [3, 4, 5], ["embed_tokens"], waiting).weights == 2 * needs.weights["layers.5"]
+    assert needs.load(gpu, [5], ["embed_tokens"], waiting).weights == needs.weights["layers.5"]
+
+
 @pytest.mark.parametrize(("recipe", "names"), [("df11", ("12gb", "12gb")), ("df11", ("12gb",))])
 def test_codes_that_cannot_wait_are_refused_in_one_sentence(builds, recipe, names):
     with pytest.raises(TargetError, match=r"^df11 does not fit on these devices .*cannot wait in host memory") as fault:
