@@ -6,13 +6,14 @@ The changes are cosmic-ray's; all changes of all the modules are one list, so th
 changes. First each folder of tests runs once under coverage, which tells the tests that execute a line. Then each
 change is judged by the tests of its line, the fastest first, up to the first that fails: in a fork of this process,
 which holds torch and numba but no module of the program. Lines that run only at import, and compiled kernels, are
-judged by the tests of their module or of the modules that name it; kernels by those of the files named after them first,
-which may run them in a process of their own. A test that fails has to pass again without the
-change, or it is left out, and the others judge. A change of nothing but the annotations of a function, which nobody
-evaluates, is not in the list. What survives is printed as a diff: either a test is missing, or
-the change is none that anything could notice. Exit 1 if fewer than `--least` percent were noticed. With `--work` what
-is known of the tests and of the changes stays in that folder, and a later run goes on there. Needs the extra `dev`
-and fork: Linux.
+judged by the tests of their module or of the modules that name it; kernels first by those of the files named after
+them, which may run them in a process of their own. A test that fails has to pass again without the change, or it is
+left out, and the others judge. A change of nothing but the annotations of a function, which nobody evaluates, is not
+in the list. What survives is printed as a diff: either a test is missing, or the change is none that anything could
+notice. Exit 1 if fewer than `--least` percent were noticed.
+
+With `--work` what is known of the tests and of the changes stays in that folder, and a later run goes on there. Needs
+the extra `dev` and fork: Linux.
 """
 
 from __future__ import annotations
