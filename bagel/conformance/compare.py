@@ -114,15 +114,14 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _id_error(found: Tensor, wanted: Tensor, margins: Tensor | None, mode: str) -> float:
-    """0 where ids agree up to the first position whose two best logits are too close to call."""
-    wanted = wanted.flatten()
-    sure = len(wanted)
-    if margins is not None and (close := (margins.flatten() <= MARGIN[mode]).nonzero()).numel():
-        sure = int(close[0])
-    shift = len(wanted) - len(margins.flatten()) if margins is not None else 0
-    count = min(sure + max(shift, 0) + 1, len(wanted)) if sure < len(wanted) else len(wanted)
-    same_length = sure < len(wanted) or len(found) == len(wanted)
-    return 0.0 if same_length and torch.equal(found[:count], wanted[:count]) else float("inf")
+    """0 where ids agree up to the first position whose two best logits are too close to call, else inf.
+
+    `wanted` begins with the start token; as many `margins`, of the logits at each id, which choose the one after it.
+    """
+    close = [] if margins is None else (margins.flatten() <= MARGIN[mode]).nonzero().flatten().tolist()
+    sure = close[0] + 1 if close else len(wanted.flatten())
+    same_length = bool(close) or found.numel() == wanted.numel()
+    return 0.0 if same_length and torch.equal(found[:sure], wanted.flatten()[:sure]) else float("inf")
 
 
 def _margin_error(found: Tensor, wanted: Tensor, given: Tensors) -> float:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bagel.conformance.__main__ import main
-from bagel.conformance.compare import check, error
+from bagel.conformance.compare import MARGIN, _id_error, check, error
 from bagel.conformance.packing import block_rows, merged_slots
 
 
@@ -85,6 +85,20 @@ def test_integers_are_equal_or_infinitely_wrong() -> None:
     assert error(ids.to(torch.int32), ids) == 0
     assert error(torch.tensor([3, 4], dtype=torch.int32), ids) == float("inf")
     assert error(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 5.0])) == pytest.approx(10**0.5 / 5)
+
+
+def test_ids_are_compared_up_to_the_first_choice_too_close_to_call() -> None:
+    """The logits at an id choose the one after it."""
+    wanted, wide, near, inf = torch.tensor([7, 8, 9, 10]), 2 * MARGIN["fp32"], MARGIN["fp32"] / 2, float("inf")
+    for margins, found, expected in (
+        (None, [7, 8, 9, 10], 0), (None, [7, 8, 9, 11], inf), (None, [7, 8, 9], inf),
+        ([wide, wide, wide, wide], [7, 8, 9, 11], inf), ([wide, wide, wide, wide], [7, 8, 9, 10, 11], inf),
+        ([wide, wide, near, wide], [7, 8, 9, 11, 12], 0), ([wide, wide, near, wide], [7, 8, 11, 10], inf),
+        ([wide, near, near, wide], [7, 8, 11], 0), ([wide, near, wide, wide], [7, 11, 9, 10], inf),
+        ([wide, wide, wide, near], [7, 8, 9, 10, 11], 0), ([wide, wide, wide, near], [7, 8, 9, 11], inf),
+    ):  # fmt: skip
+        given = None if margins is None else torch.tensor(margins)
+        assert _id_error(torch.tensor(found), wanted, given, "fp32") == expected, (margins, found)
 
 
 def test_rows_of_a_merged_sequence_follow_their_own_cache() -> None:

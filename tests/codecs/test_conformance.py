@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from codec_weights import NAME, Whole, decoded, encoded, same_bytes, snr_db, unit_of, weight
+from codec_weights import NAME, Whole, decoded, encoded, quality_of, same_bytes, snr_db, unit_of, weight
 
 from bagel_compress.codecs import CODECS
 from bagel_compress.codecs.base import Codec, Encoding, Unit
@@ -66,6 +66,17 @@ def test_the_expected_error_is_the_measured_one(codec: Codec) -> None:
     tensor = torch.randn(32, 3584, generator=torch.Generator().manual_seed(5)).bfloat16()
     error = 10 ** (-snr_db(tensor, decoded(codec, tensor)) / 20)
     assert error == pytest.approx(codec.normal_error, rel=0.05)
+
+
+@lossy
+def test_the_quality_that_is_told_is_that_of_the_decoded_weights(codec: Codec) -> None:
+    tensor = weight(130, 256)
+    assert quality_of(codec, tensor).snr_db == pytest.approx(snr_db(tensor, decoded(codec, tensor)), abs=0.01)
+
+
+@every
+def test_a_weight_of_zeros_stays_one(codec: Codec) -> None:
+    assert not decoded(codec, torch.zeros(64, 256, dtype=torch.bfloat16)).any()
 
 
 @lossy
