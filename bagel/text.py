@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,7 @@ class TextCodec:
         """`from_dir` of files that may lie in several folders; `folder` names them in errors."""
         added = _added(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
         if "tokenizer.json" in files:
-            read_object(files["tokenizer.json"])  # the library's own error for a damaged file names no file
-            tokenizer = _opened(files["tokenizer.json"])
+            tokenizer = opened_tokenizer(files["tokenizer.json"])
         elif {"vocab.json", "merges.txt"} <= files.keys():
             tokenizer = _from_vocab(files["vocab.json"], files["merges.txt"], added)
         else:
@@ -79,7 +79,8 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone. Special-token strings inside it are matched as special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+        with library_errors("the tokenizer cannot encode a text"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
 
     def turn(self, text: str) -> list[int]:
         """Ids of one text turn, wrapped. An empty text is two tokens."""
@@ -87,7 +88,8 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, special tokens kept, undecodable bytes as U+FFFD."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)  # type: ignore[no-any-return]
+        with library_errors("the tokenizer cannot decode ids"):
+            return self.tokenizer.decode(list(ids), skip_special_tokens=False)  # type: ignore[no-any-return]
 
     def answer(self, ids: Sequence[int]) -> str:
         """The text of a decoding run: what follows the first bos, up to the first eos or a second bos."""
@@ -96,19 +98,32 @@ class TextCodec:
         return parts[1] if len(parts) > 1 else text
 
 
-def _opened(path: Path) -> Tokenizer:
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """BagelError in place of what the library raises: no class of its own, and panics, which are no Exception."""
     try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise BagelError(f"{what} ({error}); copy it again from the base model.") from None
+
+
+def opened_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises BagelError for any other file."""
+    model = read_object(path).get("model")  # the library's own error for a damaged file names no file
+    if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # the library would panic, on stderr as well
+        raise BagelError(
+            f"{path}: continuing_subword_prefix is set, expected none in a byte-level BPE; copy it from the base model."
+        )
+    with library_errors(f"{path} is no tokenizer"):
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no class of its own
-        raise BagelError(f"{path} is no tokenizer ({error}); copy it again from the base model.") from None
 
 
 def _from_vocab(vocab: Path, merges: Path, added: Mapping[str, int]) -> Tokenizer:
     read_object(vocab)
-    try:
+    with library_errors(f"{vocab} and {merges.name} are no tokenizer"):
         tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # the library raises no class of its own
-        raise BagelError(f"{vocab} and {merges.name} are no tokenizer ({error}); copy both again.") from None
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

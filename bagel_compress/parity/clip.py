@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bagel.text import opened_tokenizer
 from bagel_compress.errors import MissingExtraError, TraceError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -51,7 +52,7 @@ class Clip:
         except (OSError, ValueError, SafetensorError) as error:
             raise TraceError(f"{folder} holds no CLIP model ({str(error).splitlines()[0]}); {hint}.") from None
         config: Any = model.config
-        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        tokenizer = opened_tokenizer(Path(folder) / "tokenizer.json")
         tokenizer.enable_truncation(config.text_config.max_position_embeddings)
         return cls(model.eval(), tokenizer)
 

@@ -174,3 +174,26 @@ def test_a_text_is_its_own_tokens_and_no_others(folder: Path) -> None:
 def test_an_answer_is_what_stands_between_the_first_two_wrappers(folder: Path, said: str, answer: str) -> None:
     text = TextCodec.from_dir(folder)
     assert text.answer(text.encode(said)) == answer
+
+
+def test_a_panic_of_the_tokenizer_is_one_sentence() -> None:
+    """Panics of its Rust library are no Exception; an interrupt is none either, and passes."""
+
+    class Broken:
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+
+        def encode(self, *given: object, **options: object) -> None:
+            raise self.error
+
+        decode = encode
+
+    class Panic(BaseException):
+        """As pyo3_runtime.PanicException, which cannot be imported."""
+
+    codec = TextCodec(Broken(Panic("range end index 7")), 0, 1, 2, 3)  # type: ignore[arg-type]
+    for run in (lambda: codec.encode("a"), lambda: codec.decode([1])):
+        with pytest.raises(BagelError, match=r"the tokenizer cannot .*\(range end index 7\); copy it again"):
+            run()
+    with pytest.raises(KeyboardInterrupt):
+        TextCodec(Broken(KeyboardInterrupt()), 0, 1, 2, 3).encode("a")  # type: ignore[arg-type]

@@ -110,11 +110,21 @@ def _folder_for_config(folder: Path, tensors: Tensors) -> None:
     (folder / "config.json").mkdir()
 
 
+def _tokenizer(**changes: object) -> Callable[[Path, Tensors], object]:
+    def change(folder: Path, tensors: Tensors) -> None:
+        path = folder / "tokenizer.json"
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(whole | {"model": whole["model"] | changes}), encoding="utf-8")
+
+    return change
+
+
 SOURCES: dict[str, Callable[[Path, Tensors], object]] = {
     "a small vocabulary": _small_vocabulary,
     "a latent table of 50 rows": _saved(lambda t: {"latent_pos_embed.pos_embed": t["latent_pos_embed.pos_embed"][:50]}),
     "an empty tokenizer": lambda folder, _: (folder / "tokenizer.json").write_text("{}"),
     "a tokenizer that is a list": lambda folder, _: (folder / "tokenizer.json").write_text("[]"),
+    "a tokenizer that the library panics at": _tokenizer(continuing_subword_prefix="##"),
     "a damaged tokenizer_config": lambda folder, _: (folder / "tokenizer_config.json").write_text("{,"),
     "a vae_transform without stride": _config("config.json", {"vae_transform": {"max_image_size": 128}}),
     "null sections": _config("config.json", {"vae_config": None, "vit_transform": None, "vae_transform": None}),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bagel.errors import BagelError
 from bagel_compress.build.limits import resolve
 from bagel_compress.errors import RecipeError, TraceError
 from bagel_compress.parity.clip import Clip
@@ -73,6 +74,15 @@ def test_an_incomplete_folder(folder, tmp_path, missing):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(TraceError, match="holds no CLIP model"):
         Clip.open(tmp_path)
+
+
+def test_a_damaged_tokenizer_is_one_sentence(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for content in ("{}", '{"model": {"type": "BPE", "continuing_subword_prefix": "#"}}', "{,"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(BagelError, match=r"tokenizer\.json"):
+            Clip.open(tmp_path)
 
 
 def test_its_place_in_a_report(reference, trace_file, folder):
