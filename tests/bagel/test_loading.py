@@ -197,3 +197,9 @@ def test_a_panic_of_the_tokenizer_is_one_sentence() -> None:
             run()
     with pytest.raises(KeyboardInterrupt):
         TextCodec(Broken(KeyboardInterrupt()), 0, 1, 2, 3).encode("a")  # type: ignore[arg-type]
+
+
+def test_vocabulary_and_merges_alone_are_a_tokenizer(tiny: Path, tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tiny / name, tmp_path)
+    assert TextCodec.from_dir(tmp_path).encode("a red cat") == TextCodec.from_dir(tiny).encode("a red cat")

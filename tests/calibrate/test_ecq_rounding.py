@@ -11,6 +11,8 @@ from bagel_compress.calibrate.rounding import round_unit
 from bagel_compress.codecs.base import InMemory, Unit
 from bagel_compress.codecs.calibrated import CalibratedCodec
 from bagel_compress.codecs.ecq import Ecq
+from bagel_compress.codecs.ecq.calibrated import column_factors
+from bagel_compress.codecs.grid import Curvature
 from bagel_compress.codecs.nf4 import Nf4
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import TensorSpec
@@ -98,3 +100,8 @@ def test_what_no_integer_counts_is_refused(moments: Moments) -> None:
 def test_steps_of_columns_need_moments() -> None:
     with pytest.raises(ValidationError, match="columns is true with rounding nearest"):
         Ecq(columns=True)
+
+
+def test_factors_of_columns_are_bounded() -> None:
+    found = column_factors(Curvature(torch.ones(4), torch.tensor([1e-30, 1.0, 1.0, 1e30])))
+    assert found.tolist() == [4096, 1, 1, 1 / 4096]

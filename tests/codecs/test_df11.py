@@ -204,6 +204,19 @@ def test_limited_books_equal_the_official_ones(symbols: int) -> None:
     }
 
 
+def test_a_code_that_ends_before_its_table_is_damage() -> None:
+    """Codes of 1 to 7 bits, a slot to spare, and a second table for a code of 8 bits, which the first would hold."""
+    luts, slot = np.zeros((3, 256), np.uint8), 0
+    for bits in range(1, 8):
+        luts[0, slot : slot + (256 >> bits)] = 10 + bits
+        luts[2, 10 + bits] = bits
+        slot += 256 >> bits
+    luts[0, 254], luts[0, 255] = 11, 255
+    luts[1], luts[2, 20] = 20, 8
+    with pytest.raises(CodecError, match="no complete prefix code"):
+        _check_tables("unit", luts)
+
+
 def test_a_tie_in_the_limiter_is_resolved_by_the_smaller_exponent() -> None:
     """numpy's partition, which the official code asks, may choose any of the tied; ours must not depend on it."""
     counts = doubling(34)

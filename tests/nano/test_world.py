@@ -112,3 +112,8 @@ def test_every_word_is_one_token(tmp_path) -> None:
     assert (again.bos, again.eos, again.image_start, again.image_end) == (
         text.bos, text.eos, text.image_start, text.image_end,
     )  # fmt: skip
+
+
+def test_chances_are_those_of_one_answer_among_all() -> None:
+    answers = {"color": 6, "shape": 3, "background": 4, "count": 2, "yesno": 2, "where": 4, "relation": 18}
+    assert {kind: 1 / count for kind, count in answers.items()} == language.CHANCE

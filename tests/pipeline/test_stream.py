@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -412,3 +414,13 @@ def test_a_fault_of_the_disk_that_is_asked_early_is_not_lost(tmp_path: Path, mon
 def _put_and_end(out: shard_writer.ShardWriter, chunk: Chunk) -> None:
     out.put(chunk)
     out.end().result()
+
+
+def test_a_build_closes_its_files(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Windows renames no file that is open."""
+    plan = make_plan(tiny, Recipe.parse("name: x\nrules: [{match: {}, codec: raw}]", "x"))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", ResourceWarning)
+        compress(plan, tiny, tmp_path / "a")
+        gc.collect()
+    assert [str(w.message) for w in found if str(tmp_path) in str(w.message)] == []

@@ -79,6 +79,13 @@ def test_the_least_that_a_build_holds_is_a_bound_of_its_peak() -> None:
         assert least < report.peak < least + 4 * GIB
 
 
+def test_the_context_of_cuda_is_counted_once() -> None:
+    build, target = planned_build("mixed-12gb", None), Target.load("12gb")
+    more = target.model_copy(update={"device": target.device.model_copy(update={"context_mib": 1000})})
+    less = target.model_copy(update={"device": target.device.model_copy(update={"context_mib": 331})})
+    assert least_bytes(build.units, more, 28) - least_bytes(build.units, less, 28) == 669 * 2**20
+
+
 def test_gpus_that_are_too_small_together_are_told_what_fits() -> None:
     gpus = [Gpu("cuda:0", "a", 11 * GIB), Gpu("cuda:1", "b", 1)]
     with pytest.raises(TargetError, match="more devices: recipe ecq-12gb fits the largest of them alone"):
