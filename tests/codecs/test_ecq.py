@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from bagel_compress.codecs import CODECS
 from bagel_compress.codecs.ecq import Ecq, encode, pack, step
-from bagel_compress.codecs.ecq.layout import RUN, bound
+from bagel_compress.codecs.ecq.layout import HEADER_BYTES, RUN, bound
 from bagel_compress.errors import CodecError
 from bagel_compress.io.tensor_spec import TensorSpec
 
@@ -227,6 +227,11 @@ def test_words_that_moved_are_noticed() -> None:
     moved = words.copy()
     moved[[100, 101]] = words[[101, 100]]
     assert encode.Batch(0, words).checksum != encode.Batch(0, moved).checksum
+
+
+def test_weights_of_zeros_take_their_runs_headers_alone() -> None:
+    parts = encoded(Ecq(bits=7.5), torch.zeros(3, RUN, dtype=torch.bfloat16))
+    assert parts[f"{NAME}.stream"].numel() == 3 * HEADER_BYTES
 
 
 @pytest.mark.parametrize("run", range(6))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from publish_data import BASE, REPO, budget, parity, picture
 
+from bagel_compress.budgets.overruns import overruns
 from bagel_compress.build.artifact import Artifact
 from bagel_compress.build.manifest import listed_files
 from bagel_compress.build.recipe import Recipe
@@ -86,6 +87,12 @@ def test_the_recipe_is_the_one_of_its_digest(artifact: Artifact) -> None:
     other = Artifact.open(artifact.path)
     parity(other).save(other.path)
     assert "does not match the manifest's recipe_digest" in faults(other)
+
+
+def test_files_that_are_too_large_are_an_overrun(artifact: Artifact) -> None:
+    report = budget(artifact).model_copy(update={"disk": 9_120_000_000, "disk_limit": 9_000_000_000})
+    assert overruns(report, None) == (f"{report.target}: the files take 9.12 GB, the limit is 9 GB.",)
+    assert overruns(report.model_copy(update={"disk": 9_000_000_000}), None) == ()
 
 
 def test_overruns_are_computed_again(artifact: Artifact) -> None:

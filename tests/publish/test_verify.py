@@ -154,7 +154,9 @@ def test_verify_folder_names_what_is_wrong(online: Artifact) -> None:
 
 
 def test_verify_an_artifact_that_was_never_published(artifact: Artifact) -> None:
-    assert verify_folder(artifact.path).faults == ()
+    verdict = verify_folder(artifact.path)
+    assert verdict.faults == ()
+    assert verdict.files == len(artifact.manifest.files) + 1  # the manifest itself
     flip(artifact.path / artifact.manifest.shards[0])
     assert "was changed" in verify_folder(artifact.path).faults[0]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bagel.sampler import Branches, Sampler
-from bagel_compress.build.limits import resolve
+from bagel_compress.build.limits import Metric, resolve
 from bagel_compress.codecs import by_name
 from bagel_compress.parity.compare import Candidate, compare
 from bagel_compress.parity.diagnose import Probes, diagnose_modules, probe_values
@@ -72,6 +72,11 @@ def test_errors_are_attributed_only_beside_a_reference(plain, reference, trace_f
         said = []
         compare(subject, [trace_file], given, said.append)
         assert said.count("attributing the error to components") == wanted
+
+
+def test_modules_of_zeros_have_no_gain_to_lose():
+    zeros = {"layers.0.und.q_proj": torch.zeros(4, 8)}
+    assert diagnose_modules(Probes(zeros), Probes(zeros), {}, resolve("8-bit", {})[Metric.LINEAR_GAIN]) == []
 
 
 def test_an_unbroken_model_passes(plain, trace_file):
