@@ -11,6 +11,7 @@ from hub import Fault, Hub
 from publish_data import REPO, TOKEN, flip, parity
 
 from bagel_compress.build.artifact import Artifact
+from bagel_compress.build.manifest import listed_files
 from bagel_compress.errors import ArtifactError, CheckpointError, HubError
 from bagel_compress.io.digests import sha256_file
 from bagel_compress.publishing.provenance import PROVENANCE
@@ -240,3 +241,15 @@ def test_a_manifest_on_the_hub_that_leaves_the_cache(hub: Hub, online: Artifact)
     files["manifest.json"] = hub.store.keep(json.dumps(data).encode(), lfs=False)
     with pytest.raises(ArtifactError, match="points outside its folder"):
         fetch(REPO)
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[", b'{"files": 3}'])
+def test_an_export_that_lists_no_files_is_named(content: bytes) -> None:
+    with pytest.raises(ArtifactError, match=r"export\.json is damaged: it lists no files"):
+        listed_files("export.json", content, Path("folder"))
+
+
+def test_files_that_lie_elsewhere_are_refused() -> None:
+    content = json.dumps({"files": {"../a": {"bytes": 1, "blake3": "0" * 64}}}).encode()
+    with pytest.raises(ArtifactError, match="export.json"):
+        listed_files("export.json", content, Path("folder"))
