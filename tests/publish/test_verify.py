@@ -251,5 +251,5 @@ def test_an_export_that_lists_no_files_is_named(content: bytes) -> None:
 
 def test_files_that_lie_elsewhere_are_refused() -> None:
     content = json.dumps({"files": {"../a": {"bytes": 1, "blake3": "0" * 64}}}).encode()
-    with pytest.raises(ArtifactError, match="export.json"):
+    with pytest.raises(ArtifactError, match=r"export\.json"):
         listed_files("export.json", content, Path("folder"))
