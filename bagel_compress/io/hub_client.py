@@ -32,6 +32,8 @@ TRIES = 3  # attempts at a request that may be repeated
 PAUSE = 1.0  # seconds before the second attempt, doubled before the third
 ANSWER = 120.0  # seconds in which a request for a few lines has to be answered
 LONGEST = 64 << 20  # bytes of an answer that is not a file
+NAMING = ("X-Linked-ETag", "ETag", "X-Repo-Commit")  # headers after which huggingface_hub names files in its cache
+NAME = re.compile(r"[\w.+=:-]{1,200}", re.ASCII)
 STALLED, LEAST = 300.0, 64 << 10  # a download is aborted if fewer than LEAST bytes arrive in STALLED seconds
 DOWNLOADS = 4  # files that are downloaded at a time
 T = TypeVar("T")
@@ -42,7 +44,10 @@ class UnreachableError(HubError):
 
 
 class RefusedAnswerError(Exception):
-    """An answer is compressed, which was not asked for, or longer than LONGEST. `failures` makes a HubError of it."""
+    """An answer is compressed, which was not asked for, longer than LONGEST, or names a file in the cache by a path.
+
+    `failures` makes a HubError of it.
+    """
 
 
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
@@ -194,6 +199,8 @@ def failures(what: str) -> Iterator[None]:
 def _refuse_senseless_answers() -> None:
     """Makes huggingface_hub ask for plain answers and refuse others, and long ones: 100 KB of gzip can be 100 MB.
 
+    It calls files and folders of its cache as `NAMING` headers say, so those may be no paths.
+
     This is set in the factory of its HTTP sessions, for it replaces a session after an error. Xet's own client, which
     only downloads files, is not affected.
     """
@@ -221,6 +228,10 @@ def _expect_sense(response: Any) -> None:
     method, path = response.request.method, response.request.url.path
     if encoding not in ("", "identity") and method != "HEAD":
         raise RefusedAnswerError(f"is compressed ({encoding[:40]}), which was not asked for and may unpack to any size")
+    for header in NAMING if method == "HEAD" else ():
+        name = response.headers.get(header, "x").removeprefix("W/").strip('"')
+        if not NAME.fullmatch(name) or not name.strip("."):
+            raise RefusedAnswerError(f"has the {header} {name[:40]!r}, after which no file can be called")
     if not (method == "GET" and response.status_code in (200, 206) and not path.startswith("/api/")):  # no file
         response.stream = _bounded(response.stream)
 

@@ -140,3 +140,24 @@ def test_a_hub_that_drips_is_not_waited_for(
     served.faults = [Fault(f"GET .*{asked}", "drip", times=100, seconds=0.2)]
     with pytest.raises(HubError, match="sends almost no data"):
         fetch(REPO)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../refs", "../../../evil", "a/b", "/", "a\\b", "a b"])
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-ETag", "X-Repo-Commit"])
+def test_a_header_that_would_be_a_path_in_the_cache(
+    served: Hub, artifact: Artifact, name: str, header: str, tmp_path: Path
+) -> None:
+    """The client names files in its cache as the answer says."""
+
+    def altered(line: str, answer: Answer) -> Answer:
+        status, body, headers = answer
+        value = name if header == "X-Repo-Commit" else f'"{name}"'
+        return status, body, headers | {header: value} if line.startswith("HEAD") else headers
+
+    served.altered = altered
+    before = set(tmp_path.iterdir())
+    for read in (fetch, verify_repo, Checkpoint.open):
+        with pytest.raises(HubError, match="after which no file can be called"):
+            read(REPO)
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    assert set(tmp_path.rglob("*")) == before - {Path(os.environ["HF_HOME"])}
