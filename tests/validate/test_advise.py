@@ -79,6 +79,16 @@ def test_the_least_that_a_build_holds_is_a_bound_of_its_peak() -> None:
         assert least < report.peak < least + 4 * GIB
 
 
+def test_a_build_that_does_not_fit_is_told_by_how_much() -> None:
+    target = Target.load("12gb-resident").model_copy(update={"tasks": ("t2i",)})
+    report = predict(planned_build("int8-24gb", None), target)
+    worst = max(report.phases, key=lambda phase: phase.total)
+    over, und = (worst.total - target.limit) / GIB, worst.parts["understanding expert"] / GIB
+    assert f"{over:.2f} GiB too much; the understanding expert is the largest part with {und:.2f} GiB" in " ".join(
+        report.advice
+    )
+
+
 def test_the_context_of_cuda_is_counted_once() -> None:
     build, target = planned_build("mixed-12gb", None), Target.load("12gb")
     more = target.model_copy(update={"device": target.device.model_copy(update={"context_mib": 1000})})
