@@ -323,6 +323,13 @@ def test_a_window_on_which_the_official_kernel_would_not_end() -> None:
     assert stalls(luts, 0, 0)
     luts[1, 7] = 8
     assert not stalls(luts, 0, 0)
+    luts[0, 0xA5] = 9  # no length: only a window with this byte where a code starts stalls
+    luts[1, 9] = 0
+    for place in range(8):
+        window = 0xA5 << (88 - 8 * place)
+        assert stalls(luts, window, 0)
+        assert not stalls(luts, window, 4)  # codes start within the bytes: 0x0A and 0x50
+    assert not stalls(luts, 0xA5 << 16, 0)  # in the next window's bits
     book = make_book(np.bincount([1, 1, 2, 3, 5, 8, 13], minlength=256))
     assert not stalls(book.without_pointers().luts, 0, 0)
 
