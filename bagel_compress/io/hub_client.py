@@ -33,7 +33,7 @@ PAUSE = 1.0  # seconds before the second attempt, doubled before the third
 ANSWER = 120.0  # seconds in which a request for a few lines has to be answered
 LONGEST = 64 << 20  # bytes of an answer that is not a file
 NAMING = ("X-Linked-ETag", "ETag", "X-Repo-Commit")  # headers after which huggingface_hub names files in its cache
-NAME = re.compile(r"[\w.+=:-]{1,200}", re.ASCII)
+NAME = re.compile(r"[\w.+=-]{1,200}", re.ASCII)
 STALLED, LEAST = 300.0, 64 << 10  # a download is aborted if fewer than LEAST bytes arrive in STALLED seconds
 DOWNLOADS = 4  # files that are downloaded at a time
 T = TypeVar("T")
