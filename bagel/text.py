@@ -103,10 +103,10 @@ def library_errors(what: str) -> Iterator[None]:
     """BagelError in place of what the library raises: no class of its own, and panics, which are no Exception."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise BagelError(f"{what} ({error}); copy it again from the base model.") from None
+        raise BagelError(f"{what} ({error}); copy the tokenizer's files again.") from None
 
 
 def opened_tokenizer(path: Path) -> Tokenizer:
@@ -114,7 +114,7 @@ def opened_tokenizer(path: Path) -> Tokenizer:
     model = read_object(path).get("model")  # the library's own error for a damaged file names no file
     if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # the library would panic, on stderr as well
         raise BagelError(
-            f"{path}: continuing_subword_prefix is set, expected none in a byte-level BPE; copy it from the base model."
+            f"{path}: continuing_subword_prefix is set, expected none in a byte-level BPE; copy the file again."
         )
     with library_errors(f"{path} is no tokenizer"):
         return Tokenizer.from_file(str(path))

@@ -84,6 +84,7 @@ def test_integers_are_equal_or_infinitely_wrong() -> None:
     ids = torch.tensor([3, 5])
     assert error(ids.to(torch.int32), ids) == 0
     assert error(torch.tensor([3, 4], dtype=torch.int32), ids) == float("inf")
+    assert error(torch.tensor([3.2, 5.0]), ids) == float("inf")
     assert error(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 5.0])) == pytest.approx(10**0.5 / 5)
 
 
