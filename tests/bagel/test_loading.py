@@ -193,9 +193,7 @@ def test_a_panic_of_the_tokenizer_is_one_sentence() -> None:
 
     codec = TextCodec(Broken(Panic("range end index 7")), 0, 1, 2, 3)  # type: ignore[arg-type]
     for run in (lambda: codec.encode("a"), lambda: codec.decode([1])):
-        with pytest.raises(
-            BagelError, match=r"the tokenizer cannot .*\(range end index 7\); copy the"
-        ):
+        with pytest.raises(BagelError, match=r"the tokenizer cannot .*\(range end index 7\); copy the"):
             run()
     with pytest.raises(KeyboardInterrupt):
         TextCodec(Broken(KeyboardInterrupt()), 0, 1, 2, 3).encode("a")  # type: ignore[arg-type]
